@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mapo_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -182,3 +193,299 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and `key=value` overrides on top of the defaults, and validates the result.
+
+    Args:
+      path: YAML file with any subset of the keys; None for `configs/tiny.yaml`'s content, which is the
+        defaults of this module.
+      overrides: dotted assignments such as `training.steps=20`.
+
+    Raises:
+      UserError: an unknown key (the nearest known one is named), a value of the wrong type, a
+        combination that cannot work, or a file that cannot be read.
+    """
+    merged = OmegaConf.structured(Config)
+    if path is not None:
+        merged = _merge(merged, _read_yaml(Path(path)), source=str(path))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"`{override}` is no override; write it as key=value, e.g. training.steps=20")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        merged = _merge(merged, _nest(key, value), source=f"override `{override}`")
+    config = OmegaConf.to_object(merged)
+    validate(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """Dotted keys in which two nested mappings or dataclasses differ."""
+    one = asdict(one) if is_dataclass(one) else one
+    other = asdict(other) if is_dataclass(other) else other
+    keys = []
+    for name in dict.fromkeys([*one, *other]):
+        left, right = one.get(name), other.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            keys += differing_keys(left, right, f"{prefix}{name}.")
+        elif left != right:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def known_keys(section: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration, leaves only."""
+    keys = []
+    for entry in fields(section):
+        inner = get_type_hints(section)[entry.name]
+        dotted = f"{prefix}{entry.name}"
+        keys += known_keys(inner, f"{dotted}.") if is_dataclass(inner) else [dotted]
+    return keys
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{path} must hold a mapping of sections, not a {type(content).__name__}")
+    return content or {}
+
+
+def _nest(dotted: str, value: Any) -> dict:
+    for name in reversed(dotted.split(".")):
+        value = {name: value}
+    return value
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for name, inner in tree.items():
+            yield from _leaves(inner, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, tree
+
+
+def _merge(base: DictConfig, update: dict, source: str) -> DictConfig:
+    known = known_keys()
+    for key, value in _leaves(update):
+        if key in known:
+            continue
+        if any(name.startswith(f"{key}.") for name in known):
+            if value in (None, {}):
+                continue
+            raise UserError(f"{source}: `{key}` is a section; set one of its keys, e.g. `{_under(key)[0]}`")
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        raise UserError(f"{source}: unknown key `{key}`; the nearest known one is `{close[0]}`")
+    for key, value in _leaves(update):
+        if key not in known:
+            continue
+        ill_typed = UserError(f"{source}: `{key}` must be {_type_name(key)}, not {value!r}")
+        if isinstance(_value(Config(), key), bool) != isinstance(value, bool):
+            raise ill_typed  # OmegaConf would take 3 for true and true for 1
+        try:
+            base = OmegaConf.merge(base, _nest(key, value))
+        except OmegaConfBaseException as error:
+            raise ill_typed from error
+    return base
+
+
+def _under(section: str) -> list[str]:
+    return [key for key in known_keys() if key.startswith(f"{section}.")]
+
+
+def _type_name(dotted: str) -> str:
+    section: Any = Config
+    for name in dotted.split("."):
+        section = get_type_hints(section)[name]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(section) or "text or null"
+
+
+def _require(condition: bool, key: str, value: Any, right: str) -> None:
+    if not condition:
+        raise UserError(f"`{key}` is {value!r}; it must be {right}")
+
+
+def validate(config: Config) -> None:
+    """Checks every value and combination that can be judged without the model or the devices.
+
+    Raises:
+      UserError: names the key, its value, and what would be right.
+    """
+    for key, choices in _CHOICES.items():
+        value = _value(config, key)
+        _require(value in choices, key, value, f"one of {', '.join(choices)}")
+    for key, (low, high) in _RANGES.items():
+        value = _value(config, key)
+        right = f"at least {low}" if high is None else f"between {low} and {high}"
+        _require(math.isfinite(value) and value >= low and (high is None or value <= high), key, value, right)
+
+    rollout, algorithm, training = config.rollout, config.algorithm, config.training
+    groups = ESTIMATORS_THAT_COMPARE_ROLLOUTS
+    if algorithm.estimator in groups and not (algorithm.estimator == "mapo" and algorithm.turn_weight == 0):
+        _require(
+            rollout.rollouts >= max(2, algorithm.min_group),
+            "rollout.rollouts",
+            rollout.rollouts,
+            f"at least {max(2, algorithm.min_group)} with algorithm.estimator={algorithm.estimator}, "
+            "which compares rollouts of one scenario",
+        )
+    _require(
+        rollout.scenarios % training.minibatch_scenarios == 0,
+        "training.minibatch_scenarios",
+        training.minibatch_scenarios,
+        f"a divisor of rollout.scenarios ({rollout.scenarios})",
+    )
+    minibatch_rows = training.minibatch_scenarios * rollout.rollouts
+    _require(
+        training.microbatch_rows == 0 or minibatch_rows % training.microbatch_rows == 0,
+        "training.microbatch_rows",
+        training.microbatch_rows,
+        f"0 or a divisor of the mini-batch's {minibatch_rows} rows "
+        "(training.minibatch_scenarios x rollout.rollouts)",
+    )
+    _require(
+        rollout.min_turns <= rollout.max_turns,
+        "rollout.min_turns",
+        rollout.min_turns,
+        f"at most rollout.max_turns ({rollout.max_turns})",
+    )
+    _require(
+        rollout.max_reply_tokens < rollout.max_tokens,
+        "rollout.max_reply_tokens",
+        rollout.max_reply_tokens,
+        f"less than rollout.max_tokens ({rollout.max_tokens})",
+    )
+    _require(
+        rollout.top_p == 1.0,
+        "rollout.top_p",
+        rollout.top_p,
+        "1 in training, where the sampled distribution is the trained one; "
+        "top-p is for evaluation and serving",
+    )
+    _require(
+        rollout.top_k == 0,
+        "rollout.top_k",
+        rollout.top_k,
+        "0 in training, where the sampled distribution is the trained one; "
+        "top-k is for evaluation and serving",
+    )
+    _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0 in training")
+    sizes = asdict(config.mesh)
+    _require(sum(size == -1 for size in sizes.values()) <= 1, "mesh", sizes, "at most one axis of size -1")
+    for axis, size in sizes.items():
+        _require(size == -1 or size >= 1, f"mesh.{axis}", size, "at least 1, or -1 for the devices left")
+    fresh = config.model.fresh
+    _require(
+        fresh.heads % fresh.kv_heads == 0,
+        "model.fresh.kv_heads",
+        fresh.kv_heads,
+        f"a divisor of model.fresh.heads ({fresh.heads})",
+    )
+
+
+def _value(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value
+
+
+ESTIMATORS = (
+    "mapo",
+    "grpo",
+    "turn",
+    "batch",
+    "grpo_per_turn",
+    "reinforce_plus_plus",
+    "rloo",
+    "dr_grpo",
+    "mt_grpo",
+)
+ESTIMATORS_THAT_COMPARE_ROLLOUTS = tuple(
+    name for name in ESTIMATORS if name not in ("batch", "reinforce_plus_plus")
+)
+
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "block"),
+    "rollout.history": ("append", "per_turn"),
+    "environment.family": ("scripted",),
+    "algorithm.estimator": ESTIMATORS,
+    "algorithm.reward": ("incremental", "absolute", "sum", "potential"),
+    "algorithm.batch_scope": ("batch", "group"),
+    "algorithm.aggregation": ("token-mean", "sequence-mean", "constant-length"),
+    "algorithm.old_logprobs": ("sampler", "trainer"),
+    "algorithm.kl_estimator": ("k1", "k2", "k3"),
+    "optimizer.schedule": ("cosine", "constant"),
+}
+
+# Smallest and largest sensible value; None: no upper bound.
+_RANGES: dict[str, tuple[float, float | None]] = {
+    "model.fresh.vocabulary": (300, None),
+    "model.fresh.hidden": (8, None),
+    "model.fresh.intermediate": (8, None),
+    "model.fresh.layers": (1, None),
+    "model.fresh.heads": (1, None),
+    "model.fresh.kv_heads": (1, None),
+    "model.fresh.head_size": (2, None),
+    "model.fresh.rope_theta": (1, None),
+    "rollout.scenarios": (1, None),
+    "rollout.rollouts": (1, None),
+    "rollout.max_turns": (1, None),
+    "rollout.min_turns": (1, None),
+    "rollout.temperature": (0, None),
+    "rollout.max_reply_tokens": (1, None),
+    "rollout.max_tokens": (2, None),
+    "environment.fault_rate": (0, 1),
+    "environment.success_tolerance": (0, 1),
+    "environment.max_failed_share": (0, 1),
+    "environment.concurrency": (1, None),
+    "algorithm.turn_weight": (0, 1),
+    "algorithm.discount": (0, 1),
+    "algorithm.min_group": (2, None),
+    "algorithm.outcome_weight": (0, None),
+    "algorithm.clip_low": (0, 1),
+    "algorithm.clip_high": (0, None),
+    "algorithm.dual_clip": (1, None),
+    "algorithm.importance_cap": (0, None),
+    "algorithm.kl_coefficient": (0, None),
+    "algorithm.entropy_coefficient": (0, None),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.warmup": (0, 1),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.gradient_clip": (0, None),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "training.steps": (1, None),
+    "training.seed": (0, 2**31 - 1),
+    "training.minibatch_scenarios": (1, None),
+    "training.microbatch_rows": (0, None),
+    "training.epochs": (1, None),
+    "warmstart.steps": (1, None),
+    "warmstart.rows": (1, None),
+    "warmstart.learning_rate": (0, None),
+    "warmstart.dialogues": (1, None),
+    "warmstart.min_naming_ratio": (0, None),
+    "checkpoint.every": (1, None),
+    "checkpoint.keep": (1, None),
+    "logging.dialogues_every": (1, None),
+    "evaluation.every": (1, None),
+    "evaluation.scenarios": (1, None),
+    "evaluation.rollouts": (1, None),
+    "evaluation.temperature": (0, None),
+}
