@@ -96,7 +96,7 @@ class AlgorithmConfig:
     dual_clip: float = 10.0  # bound of the surrogate for negative advantages
     aggregation: str = "token-mean"  # token-mean, sequence-mean, or constant-length
     old_logprobs: str = (
-        "sampler"  # the ratio's denominator: sampler, or trainer (recomputed before the update)
+        "sampler"  # denominator of the ratio: sampler, or trainer (recomputed before the update)
     )
     importance_cap: float = 2.0  # old_logprobs=trainer only: truncation of the trainer/sampler weight
     kl_coefficient: float = 0.0  # KL to the frozen start weights, in the loss
