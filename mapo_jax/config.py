@@ -95,9 +95,7 @@ class AlgorithmConfig:
     clip_high: float = 0.28  # and above 1 + clip_high
     dual_clip: float = 10.0  # bound of the surrogate for negative advantages
     aggregation: str = "token-mean"  # token-mean, sequence-mean, or constant-length
-    old_logprobs: str = (
-        "sampler"  # denominator of the ratio: sampler, or trainer (recomputed before the update)
-    )
+    old_logprobs: str = "sampler"  # denominator of the ratio: sampler, or trainer (recomputed first)
     importance_cap: float = 2.0  # old_logprobs=trainer only: truncation of the trainer/sampler weight
     kl_coefficient: float = 0.0  # KL to the frozen start weights, in the loss
     kl_estimator: str = "k3"  # k1, k2 or k3

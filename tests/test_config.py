@@ -1,6 +1,7 @@
 """The configuration: reading, overriding, and every sentence a user gets for bad input."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_overrides_win_over_the_file(tmp_path):
 
 def test_fewer_than_a_hundred_fields_and_each_has_a_doc_line():
     assert len(known_keys()) < 100
-    source = open(configuration.__file__).read().split("def load_config")[0]
+    source = Path(configuration.__file__).read_text().split("def load_config")[0]
     for key in known_keys():
         name = key.rsplit(".", 1)[1]
         lines = [line for line in source.splitlines() if line.strip().startswith(f"{name}: ")]
