@@ -1,0 +1,106 @@
+"""What a person sees while a run goes on: a live panel on a terminal, one line per step elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+_DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # a braille cell: four rows, two columns
+
+
+def plot(values: Sequence[float], width: int = 60, height: int = 6) -> str:
+    """Draws a curve in braille dots, `height` lines of `width` characters with the range at the left.
+
+    Non-finite values are left out. More values than dots are averaged into
+    bins, fewer are joined by straight lines.
+    """
+    points = np.asarray([value for value in values if np.isfinite(value)], float)
+    if points.size == 0:
+        return ""
+    columns = 2 * width
+    if points.size > columns:
+        dots = np.array([chunk.mean() for chunk in np.array_split(points, columns)])
+    else:
+        dots = np.interp(np.linspace(0, points.size - 1, columns), np.arange(points.size), points)
+    low, high = dots.min(), dots.max()
+    span = high - low or 1.0
+    rows = 4 * height
+    cells = np.zeros((height, width), int)
+    for column, value in enumerate(dots):
+        row = round((high - value) / span * (rows - 1))
+        cells[row // 4, column // 2] |= _DOTS[row % 4][column % 2]
+    labels = [""] * height
+    labels[0], labels[-1] = f"{high:+.2f}", f"{low:+.2f}"
+    return "\n".join(
+        f"{label:>7} " + "".join(chr(0x2800 + cell) for cell in line)
+        for label, line in zip(labels, cells, strict=True)
+    )
+
+
+class Display:
+    """Shows a run's progress; a context manager.
+
+    On a terminal: a panel with the phase, the steps done and the curve of the mean return. Elsewhere (a log
+    file, `progress=False`): one plain line per step, so that logs stay readable.
+    """
+
+    def __init__(self, title: str, steps: int, *, live: bool, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self._title, self._steps = title, steps
+        self._live = live and self.console.is_terminal
+        self._returns: list[float] = []
+        self._last = ""
+        self._started = time.monotonic()
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        )
+        self._step_task = self._progress.add_task("steps", total=steps)
+        self._phase_task = self._progress.add_task("starting", total=None)
+        self._screen = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._screen.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._screen.stop()
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """Names what is going on, with how much of it is done."""
+        self._progress.update(self._phase_task, description=name, completed=done, total=total)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records a finished step."""
+        self._returns.append(metrics["return/mean"])
+        self._progress.update(self._step_task, completed=step)
+        self._last = (
+            f"step {step:>4}/{self._steps}  return {metrics['return/mean']:+7.3f}  "
+            f"reward {metrics['reward/mean']:+6.3f}  turns {metrics['turns/mean']:4.1f}  "
+            f"entropy {metrics['actor/entropy']:5.3f}  grad {metrics['actor/grad_norm']:6.3f}  "
+            f"{metrics['timing_s/step']:5.1f} s"
+        )
+        if not self._live:
+            self.console.print(self._last, markup=False)
+
+    def note(self, text: str) -> None:
+        """Prints a line above the panel."""
+        self.console.print(text, markup=False)
+
+    def _render(self) -> Panel:
+        parts = [self._progress]
+        if self._returns:
+            parts += [Text("mean return per step", style="dim"), Text(plot(self._returns)), Text(self._last)]
+        return Panel(Group(*parts), title=escape(self._title))
