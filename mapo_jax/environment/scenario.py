@@ -376,6 +376,8 @@ def _parse_start(r: _Reader, top: dict) -> tuple[int, ...]:
     for key, level in start.items():
         if isinstance(level, bool) or level not in (0, 1, 2, 3):
             r.note(f"start.{key}", f"must be 0, 1, 2 or 3, not {level!r}")
+    if start and not any(start.values()):
+        r.note("start", "must lack something; a dialogue cannot start at equilibrium")
     return tuple(start.get(key) for key in INDICATORS)  # type: ignore[misc]
 
 
