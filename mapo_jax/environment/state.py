@@ -126,7 +126,7 @@ def energy(start: Vector, increments: Sequence[Vector | None]) -> float:
 
 
 def energy_from_position(start: Vector, position: Vector) -> float:
-    """`E = (P_t - P_0) . v*`, the same sum without the way there."""
+    """`E = (P_t - P_0) . v*`, the same sum from where the way has led."""
     ideal = ideal_direction(start)
     return _dot([p - s for p, s in zip(position, start, strict=True)], ideal)
 
