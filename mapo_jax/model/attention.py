@@ -1,0 +1,94 @@
+"""Rotary position embedding, and attention in its two shapes: over whole rows, and over a cache."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+MASKED = -1e30  # finite, so that a row of masked scores gives a (meaningless) average instead of NaN
+MAX_QUERY_BLOCKS = 8
+MIN_QUERY_BLOCK = 64
+
+
+def rotary_angles(
+    positions: Int[Array, "B L"], head_dim: int, theta: float
+) -> tuple[Float[Array, "B L 1 E/2"], Float[Array, "B L 1 E/2"]]:
+    """Cosines and sines of the rotary embedding (Su et al. 2021, arXiv:2104.09864), in float32.
+
+    Pair i of the E/2 pairs turns by position * theta^(-2i/E).
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B L H E"], rotary: tuple[Array, Array]) -> Float[Array, "B L H E"]:
+    """Turns each pair (x[i], x[i + E/2]) by its angle: the half-split convention of Hugging Face's Qwen."""
+    cos, sin = rotary
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def causal_attention(
+    query: Float[Array, "B L H E"],
+    key: Float[Array, "B L G E"],
+    value: Float[Array, "B L G E"],
+    segments: Int[Array, "B L"] | None = None,
+) -> Float[Array, "B L H E"]:
+    """Attention of every token to itself and the tokens before it in its row; softmax in float32.
+
+    Args:
+      query, key, value: H query heads share G key/value heads, H/G neighbours each.
+      segments: attention stays among tokens of equal segment (rows packed with several texts).
+
+    The queries are cut into a few blocks, and each block only meets the keys up to its own end: the upper
+    half of the score matrix is mostly never computed. Scores are recomputed in the backward pass, so that
+    no [B, H, L, L] array outlives its block.
+    """
+    length = query.shape[1]
+    size = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    block = jax.checkpoint(_causal_block, static_argnums=(4,))
+    outputs = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        segment_pair = None if segments is None else (segments[:, start:end], segments[:, :end])
+        outputs.append(block(query[:, start:end], key[:, :end], value[:, :end], segment_pair, start))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _causal_block(query, key, value, segment_pair, start):
+    rows, columns = query.shape[1], key.shape[1]
+    allowed = (jnp.arange(columns) <= start + jnp.arange(rows)[:, None])[None]
+    if segment_pair is not None:
+        ours, theirs = segment_pair
+        allowed = allowed & (ours[:, :, None] == theirs[:, None, :])
+    return _attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), allowed)
+
+
+def cached_attention(
+    query: Float[Array, "K N H E"],
+    key: Float[Array, "K G C E"],
+    value: Float[Array, "K G C E"],
+    positions: Int[Array, "K N"],
+) -> Float[Array, "K N H E"]:
+    """Attention of new tokens to the cache entries at or before their own position; softmax in float32."""
+    allowed = jnp.arange(key.shape[2]) <= positions[:, :, None]
+    return _attend(query, key, value, allowed)
+
+
+def _attend(
+    query: Float[Array, "B L H E"],
+    key: Float[Array, "B G C E"],
+    value: Float[Array, "B G C E"],
+    allowed: Array,
+) -> Float[Array, "B L H E"]:
+    batch, length, heads, size = query.shape
+    groups = key.shape[1]
+    query = query.reshape(batch, length, groups, heads // groups, size) * size**-0.5
+    scores = jnp.einsum("blgqe,bgce->bgqlc", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(allowed[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    output = jnp.einsum("bgqlc,bgce->blgqe", weights, value)
+    return output.reshape(batch, length, heads, size)

@@ -1,0 +1,270 @@
+"""Dense Qwen2.5 and Qwen3 decoders: one block, used for training, prefill and decode alike.
+
+The architecture is an NNX module; everything that computes is a pure function of `Params`, the plain nested
+dict that `nnx.split` leaves, with the layers stacked on axis 0. Qwen2.5 (arXiv:2412.15115) has biases on
+queries, keys and values; Qwen3 (arXiv:2505.09388) has none, but an RMSNorm on every query and key head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from mapo_jax.model.attention import cached_attention, causal_attention, rotary_angles, rotate
+
+Params = dict[str, Any]  # nested dict of float32 arrays, layers stacked on axis 0
+Cache = list[tuple[Array, Array]]  # per layer: keys and values, each [K, G, C, E]
+
+INIT_SCALE = 0.02  # standard deviation of fresh weights, Qwen's own `initializer_range`
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    """Shape and constants of one model. Hashable: compiled programs are keyed by it."""
+
+    vocab_size: int  # rows of the embedding (may exceed the tokenizer's vocabulary)
+    hidden_size: int  # D
+    intermediate_size: int  # width of the gated MLP
+    num_layers: int
+    num_heads: int  # H
+    num_kv_heads: int  # G, a divisor of H
+    head_dim: int  # E, not necessarily D / H
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True  # the head is the embedding's transpose
+    qkv_bias: bool = False  # Qwen2.5
+    qk_norm: bool = True  # Qwen3
+    max_position_embeddings: int = 32_768
+    family: str = "qwen3"  # qwen2 or qwen3
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 (arXiv:1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return (x32 * inverse * scale).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its scale."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: QwenConfig, dtype, *, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, kernel_init=_normal, rngs=rngs)
+        self.gate = linear(config.hidden_size, config.intermediate_size)
+        self.up = linear(config.hidden_size, config.intermediate_size)
+        self.down = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; where keys and values come from is the caller's business."""
+
+    def __init__(self, config: QwenConfig, dtype, *, rngs: nnx.Rngs):
+        width, heads, groups, size = (
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        linear = functools.partial(nnx.LinearGeneral, dtype=dtype, kernel_init=_normal, rngs=rngs)
+        self.q = linear(width, (heads, size), use_bias=config.qkv_bias)
+        self.k = linear(width, (groups, size), use_bias=config.qkv_bias)
+        self.v = linear(width, (groups, size), use_bias=config.qkv_bias)
+        self.o = linear((heads, size), width, axis=(-2, -1), use_bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(size, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def __call__(self, x: Float[Array, "B L D"], rotary, attend: Attend):
+        query, key, value = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm:
+            query = self.q_norm(query)
+            key = self.k_norm(key)
+        output, carried = attend(rotate(query, rotary), rotate(key, rotary), value)
+        return self.o(output), carried
+
+
+class Block(nnx.Module):
+    """One transformer layer, pre-norm."""
+
+    def __init__(self, config: QwenConfig, dtype, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B L D"], rotary, attend: Attend):
+        attended, carried = self.attention(self.attention_norm(x), rotary, attend)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), carried
+
+
+class Qwen(nnx.Module):
+    """The whole model as a tree of parameters; `hidden_states` and `extend` are its forward passes."""
+
+    def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=_normal, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, jnp.float32, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.head = nnx.Linear(
+                config.hidden_size, config.vocab_size, use_bias=False, kernel_init=_normal, rngs=rngs
+            )
+
+
+# (query, key, value), rotated -> (output of the heads, whatever the layer carries: its cache entry, or None)
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+_normal = nnx.initializers.normal(INIT_SCALE)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_graphdef(config: QwenConfig, dtype: jnp.dtype) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Block(config, dtype, rngs=nnx.Rngs(0))))[0]
+
+
+def _run_block(config, dtype, layer: Params, x, rotary, attend: Attend):
+    return nnx.merge(_block_graphdef(config, jnp.dtype(dtype)), layer)(x, rotary, attend)
+
+
+def _create(config: QwenConfig, key: Array) -> Params:
+    model = Qwen(config, rngs=nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.split(model)[1])
+
+
+@functools.lru_cache(maxsize=64)
+def parameter_shapes(config: QwenConfig) -> Params:
+    """The tree of `Params` as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    return jax.eval_shape(lambda: _create(config, jax.random.key(0)))
+
+
+def parameter_count(config: QwenConfig) -> int:
+    """Number of weights; a tied head is counted once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
+
+
+def init_params(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Params:
+    """Fresh float32 weights: normal with deviation 0.02, norms 1, biases 0.
+
+    Args:
+      mesh: creates every weight already sharded (`sharding.param_shardings`); no device ever holds the
+        whole model. The values do not depend on the mesh.
+    """
+    from mapo_jax.model.sharding import param_shardings  # which needs this module's shapes
+
+    shardings = None if mesh is None else param_shardings(config, mesh)
+    create = jax.jit(functools.partial(_create, config), out_shardings=shardings)
+    return create(jax.random.key(seed))
+
+
+def hidden_states(
+    params: Params,
+    config: QwenConfig,
+    tokens: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    segments: Int[Array, "B L"] | None = None,
+    *,
+    dtype=jnp.float32,
+    remat: str = "none",
+) -> Float[Array, "B L D"]:
+    """Final hidden states (after the last norm) of whole rows, for scoring and training.
+
+    Causal in the order of the row; rows are right-padded, so that no token sees padding and no mask is
+    needed. What comes back at padding is meaningless but finite.
+
+    Args:
+      positions: rotary positions.
+      segments: for rows that hold several texts; a token attends to its own segment only.
+      dtype: compute dtype; norms and softmax are float32 in any case.
+      remat: "block" recomputes each layer in the backward pass and keeps only its input; "none" keeps
+        what the gradient needs.
+    """
+    rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
+
+    def attend(query, key, value):
+        return causal_attention(query, key, value, segments), None
+
+    def layer(x, weights):
+        return _run_block(config, dtype, weights, x, rotary, attend)[0], None
+
+    if remat == "block":
+        layer = jax.checkpoint(layer, prevent_cse=False)  # scan already keeps the recomputation apart
+    elif remat != "none":
+        raise ValueError(f"remat is {remat!r}; it must be none or block")
+    x = params["embed"]["embedding"][tokens].astype(dtype)
+    x, _ = jax.lax.scan(layer, x, params["layers"])
+    return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps)
+
+
+def init_cache(config: QwenConfig, slots: int, length: int, dtype=jnp.float32) -> Cache:
+    """Empty keys and values for `slots` rows of up to `length` tokens: one [K, G, C, E] pair per layer.
+
+    A list, not a stack: with donation each layer's arrays are then updated in place. Position before head
+    size, heads outside both: decode reads each head's keys as one contiguous block.
+    """
+    shape = (slots, config.num_kv_heads, length, config.head_dim)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+
+
+def extend(
+    params: Params,
+    config: QwenConfig,
+    tokens: Int[Array, "K N"],
+    positions: Int[Array, "K N"],
+    cache: Cache,
+    *,
+    dtype=jnp.float32,
+) -> tuple[Float[Array, "K N D"], Cache]:
+    """Appends N tokens to each slot: a chunk of a prompt (N = chunk) or one decoded token (N = 1).
+
+    Keys and values are written at cache index == position; a position >= C is padding: it is not written,
+    and its hidden state is meaningless. Every token attends to the cache entries at or before its own
+    position, so entries beyond the row's end may hold anything.
+
+    Returns:
+      Hidden states after the last norm, and the new cache (donate the old one).
+    """
+    rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
+    slots = jnp.arange(tokens.shape[0])[:, None]
+    x = params["embed"]["embedding"][tokens].astype(dtype)
+    new_cache = []
+    for index, (keys, values) in enumerate(cache):
+
+        def attend(query, key, value, keys=keys, values=values):
+            keys = keys.at[slots, :, positions].set(key.astype(keys.dtype), mode="drop")
+            values = values.at[slots, :, positions].set(value.astype(values.dtype), mode="drop")
+            return cached_attention(query, keys, values, positions), (keys, values)
+
+        weights = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
+        x, entry = _run_block(config, dtype, weights, x, rotary, attend)
+        new_cache.append(entry)
+    return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps), new_cache
