@@ -1,0 +1,40 @@
+"""Monte Carlo returns with one discount per turn (MAPO, arXiv 2603.06194)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mapo_jax.algorithm import cells
+
+
+def discounted_returns(
+    rewards: Float[Array, "S R T"], valid: Bool[Array, "S R T"], discount: float
+) -> Float[Array, "S R T"]:
+    """`G_t = sum_{k >= t} discount^(k-t) r_k` over the valid turns: a turn's later effects, credited to it.
+
+    The discount is per turn, never per token, and the sum is not cut where the user speaks. Turns without
+    a score must have been imputed before (`rewards.impute_missing`).
+
+    Args:
+      rewards: reward of every valid turn; anything elsewhere.
+      valid: which turns exist: a prefix of every rollout.
+      discount: gamma per turn, in [0, 1]; 1 gives undiscounted sums.
+
+    Returns:
+      The returns, 0 outside `valid`.
+
+    Raises:
+      ValueError: `rewards` is not `[S, R, T]`, or `valid` not boolean of that shape.
+    """
+    rewards = cells.masked(rewards, valid)
+
+    def backwards(later: Float[Array, "S R"], reward: Float[Array, "S R"]):
+        current = reward + discount * later
+        return current, current
+
+    _, returns = jax.lax.scan(
+        backwards, jnp.zeros_like(rewards[..., 0]), jnp.moveaxis(rewards, -1, 0), reverse=True
+    )
+    return jnp.where(valid, jnp.moveaxis(returns, 0, -1), 0.0)

@@ -1,0 +1,104 @@
+"""Rewards of the turns, from the positions of the user's latent state (MAPO, arXiv 2603.06194).
+
+Positions `P_0 .. P_T` are points (C, A, P) on the last axis, T + 1 of them on the axis before it: negative
+numbers are support that is still lacking, the origin is equilibrium. Every function takes any leading axes,
+usually `[S, R]`, computes in float32, and needs no mask: what it says of turns that do not exist is for the
+caller to mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mapo_jax.algorithm import cells
+
+MARGIN = 1.0  # eps of the distance
+POTENTIAL_SCALE = 9.0  # a of the potential
+POTENTIAL_DISCOUNT = 0.99  # g of the potential's shaping term
+
+
+def distance(positions: Float[Array, "*cells 3"]) -> Float[Array, "*cells"]:
+    """Half-space distance `D(P) = sqrt(sum_i max(0, -eps - P_i)^2)`, eps = 1.
+
+    An axis that lacks no more than eps is at rest, so overshoot earns nothing. Source: EMPA's published code.
+
+    Raises:
+      ValueError: the last axis is not (C, A, P).
+    """
+    return jnp.linalg.norm(jnp.maximum(0.0, -MARGIN - _points(positions)), axis=-1)
+
+
+def incremental(distances: Float[Array, "*rollouts T+1"]) -> Float[Array, "*rollouts T"]:
+    """Incremental distance reward, `r_t = D(P_{t-1}) - D(P_t)`: what this turn has won. The default."""
+    distances = jnp.asarray(distances, jnp.float32)
+    return distances[..., :-1] - distances[..., 1:]
+
+
+def absolute(distances: Float[Array, "*rollouts T+1"]) -> Float[Array, "*rollouts T"]:
+    """Absolute distance reward, `r_t = -D(P_t)`: the paper's baseline, which also pays for history."""
+    return -jnp.asarray(distances, jnp.float32)[..., 1:]
+
+
+def increment_sum(positions: Float[Array, "*rollouts T+1 3"]) -> Float[Array, "*rollouts T"]:
+    """`r_t = sum_i (P_t - P_{t-1})_i`: the three increments, added (published code).
+
+    Raises:
+      ValueError: the last axis is not (C, A, P).
+    """
+    return jnp.sum(jnp.diff(_points(positions), axis=-2), axis=-1)
+
+
+def potential(positions: Float[Array, "*rollouts T+1 3"]) -> Float[Array, "*rollouts T"]:
+    """`r_t = g Phi(P_t) - Phi(P_{t-1})` with `Phi(P) = a/(a + |P|)`, a = 9, g = 0.99 (published code).
+
+    Raises:
+      ValueError: the last axis is not (C, A, P).
+    """
+    phi = POTENTIAL_SCALE / (POTENTIAL_SCALE + jnp.linalg.norm(_points(positions), axis=-1))
+    return POTENTIAL_DISCOUNT * phi[..., 1:] - phi[..., :-1]
+
+
+REWARDS: MappingProxyType[str, Callable[[Array], Array]] = MappingProxyType(
+    {
+        "incremental": lambda positions: incremental(distance(positions)),
+        "absolute": lambda positions: absolute(distance(positions)),
+        "sum": increment_sum,
+        "potential": potential,
+    }
+)
+"""Name in the configuration -> function from positions `[..., T+1, 3]` to rewards `[..., T]`."""
+
+
+def impute_missing(
+    rewards: Float[Array, "S R T"],
+    valid: Bool[Array, "S R T"],
+    scored: Bool[Array, "S R T"] | None = None,
+) -> Float[Array, "S R T"]:
+    """Gives an unscored turn the mean of its rollout's scored rewards.
+
+    `r[s,r,t] = mean over scored t' of r[s,r,t']` where valid and not scored: earlier turns keep a defined
+    return, and the hole still costs one discount step (published code). A rollout without any scored turn
+    gets 0; it is in no statistic either way.
+
+    Returns:
+      Rewards, unchanged where scored, 0 outside `valid`.
+
+    Raises:
+      ValueError: arrays that are not `[S, R, T]`, or masks that are not boolean of that shape.
+    """
+    scored = cells.scored_cells(valid, scored)
+    rewards = cells.masked(rewards, scored)
+    count = jnp.maximum(jnp.sum(scored, axis=-1, keepdims=True), 1)
+    mean = jnp.sum(rewards, axis=-1, keepdims=True) / count
+    return jnp.where(scored, rewards, jnp.where(valid, mean, 0.0))
+
+
+def _points(positions: Float[Array, "*cells 3"]) -> Float[Array, "*cells 3"]:
+    positions = jnp.asarray(positions, jnp.float32)
+    if positions.ndim == 0 or positions.shape[-1] != 3:
+        raise ValueError(f"positions have the axes C, A, P last, not shape {positions.shape}")
+    return positions
