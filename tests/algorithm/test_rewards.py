@@ -62,9 +62,7 @@ def test_imputation_does_not_look_across_rollouts_or_past_the_end():
     values = np.array([[[2.0, NAN, 100.0], [50.0, 50.0, 50.0]]])
     valid = np.array([[[1, 1, 0], [1, 1, 1]]], bool)
     scored = np.array([[[1, 0, 1], [1, 1, 1]]], bool)  # a score of a turn that does not exist is none
-    np.testing.assert_array_equal(
-        rewards.impute_missing(values, valid, scored), [[[2, 2, 0], [50, 50, 50]]]
-    )
+    np.testing.assert_array_equal(rewards.impute_missing(values, valid, scored), [[[2, 2, 0], [50, 50, 50]]])
 
 
 def test_arrays_of_other_shapes_are_refused():
