@@ -115,6 +115,10 @@ class Scenario:
     value: str  # what matters to this person, as in "being fair matters to you"
     story: Story
 
+    def __hash__(self) -> int:
+        """By id: cards are keys of caches, and equal cards have equal ids."""
+        return hash(self.id)
+
     @property
     def start_position(self) -> tuple[float, float, float]:
         """(C, A, P) at the start, in points (all <= 0)."""

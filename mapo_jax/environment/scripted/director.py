@@ -1,0 +1,61 @@
+"""The scripted director: tells the next part once the need of this one is met, and helps a stuck story along."""
+
+from __future__ import annotations
+
+import random
+
+from mapo_jax.environment.dialogue import Action, DialogueState
+from mapo_jax.environment.scenario import AXES, PERIODS
+from mapo_jax.environment.scripted.mind import Mind, mind_at
+
+_MEMORY_SHARE = 0.25  # share of transitions at which a memory comes up first
+_MOST_MEMORIES = 4
+_PATIENCE = 3  # replies beside the need after which the story moves on anyway
+_LAST_STAGE = 3
+
+
+class ScriptedDirector:
+    """Pure given the state and its seed. Never ends a dialogue: success does that."""
+
+    def __init__(self, delayed_opening: bool = True) -> None:
+        self._delayed_opening = delayed_opening
+
+    async def act(self, state: DialogueState) -> Action:
+        """One of dialogue.ACTIONS."""
+        mind = mind_at(state, self._delayed_opening)
+        if mind.closed:
+            return Action("observe", None, "You have withdrawn; say little until you feel met again.")
+        if mind.met:
+            rng = random.Random(f"{state.seed}:{state.turn_count}:director")
+            return _onward(state, mind, rng)
+        if mind.idle >= _PATIENCE:
+            if not mind.heard:
+                return _memory(mind, "You were not heard yet; begin again from another side.")
+            if mind.stage < _LAST_STAGE:
+                return Action(
+                    "turning_point", str(mind.stage + 1), "Something happens that moves the story on."
+                )
+            return Action(
+                "turning_point", _lacking(state), "Something happens that shifts what weighs on you."
+            )
+        return Action("continue", None, "Stay with what you are telling.")
+
+
+def _onward(state: DialogueState, mind: Mind, rng: random.Random) -> Action:
+    if mind.stage and mind.memories < _MOST_MEMORIES and mind.episode.origin != "memory":
+        if rng.random() < _MEMORY_SHARE:
+            return _memory(mind, "An earlier part of the story comes back to you.")
+    if mind.stage < _LAST_STAGE:
+        stage = mind.stage + 1
+        return Action("reveal_stage", str(stage), mind.scenario.story.stages[stage].telling)
+    axis = _lacking(state)
+    return Action("shift_focus", axis, f"Dwell on what you still lack on {axis}.")
+
+
+def _memory(mind: Mind, guidance: str) -> Action:
+    return Action("reveal_memory", PERIODS[-1 - mind.memories % len(PERIODS)], guidance)
+
+
+def _lacking(state: DialogueState) -> str:
+    """The axis that is furthest from rest."""
+    return min(AXES, key=lambda axis: state.position[AXES.index(axis)])

@@ -1,0 +1,224 @@
+"""Scripted speakers: the good helper, who marks the ceiling, and one of mixed quality for synthetic dialogues."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+
+from mapo_jax.environment.dialogue import DialogueState, Roles, open_dialogue, take_turn
+from mapo_jax.environment.scenario import FEELINGS, UNSTATED, Scenario
+from mapo_jax.environment.scripted.director import ScriptedDirector
+from mapo_jax.environment.scripted.grammar import CONSTRUCTIONS, HARMFUL, HELPFUL, bare, realise, slots_of
+from mapo_jax.environment.scripted.judge import ScriptedJudge
+from mapo_jax.environment.scripted.mind import KIND_MEMORY, KIND_MOST, KIND_RUNNING, SLOT_OF, Mind, mind_at
+from mapo_jax.environment.scripted.user import ScriptedUser
+from mapo_jax.environment.state import Limits
+
+Policy = Callable[[DialogueState], str]
+
+
+def right_fillers(mind: Mind, kind: str) -> list[str]:
+    """What this act may name now and be right; empty if nothing of the kind has been said yet."""
+    story, content = mind.scenario.story, mind.content
+    if kind in ("reflect_situation", "ask"):
+        return [p for p in content.particulars if p in mind.said]
+    if kind == "name_feeling":
+        return [content.feeling] if content.feeling in mind.said_now else []
+    if kind == "name_unstated":
+        return [content.unstated] if content.unstated in mind.said_now else []
+    pool = {"affirm_strength": story.strengths, "offer_step": story.steps, "reframe": (mind.scenario.value,)}
+    return [phrase for phrase in pool[kind] if bare(phrase) in mind.said]
+
+
+def _fresh_fillers(mind: Mind, kind: str) -> list[str]:
+    return [filler for filler in right_fillers(mind, kind) if (kind, bare(filler)) not in mind.credited]
+
+
+def _worn(mind: Mind, kind: str) -> bool:
+    """Whether one more act of the kind would be a routine."""
+    recent, running = mind.kinds[-(KIND_MEMORY - 1) :], mind.kinds[-(KIND_RUNNING - 1) :]
+    row = len(running) == KIND_RUNNING - 1 and all(kind in kinds for kinds in running)
+    return row or sum(kind in kinds for kinds in recent) >= KIND_MOST
+
+
+def say(mind: Mind, kind: str, rng: random.Random, filler: str | None = None, worn: bool = False) -> str:
+    """A sentence of this kind.
+
+    Args:
+      mind: the hidden state, for what may be named and which wordings are used up.
+      kind: one of grammar.KINDS.
+      rng: source of the choice of words.
+      filler: what to name; empty: something the user has said, where the wording has a slot.
+      worn: choose among all wordings, not only those that are still fresh.
+    """
+    frames = list(CONSTRUCTIONS[kind])
+    if not worn:
+        used = frozenset().union(*mind.frames)
+        frames = [f for f in frames if f not in used and bare(f) not in mind.sentences] or frames
+    frame = rng.choice(frames)
+    slots = {slot: rng.choice(_at_hand(mind, slot)) for slot in slots_of(frame)}
+    if filler is not None:
+        slots[SLOT_OF.get(kind, "p")] = filler
+    return realise(frame, slots)
+
+
+def _at_hand(mind: Mind, slot: str) -> Sequence[str]:
+    """Fillers for a slot: what the user has said where possible, else what the card holds."""
+    story, content = mind.scenario.story, mind.content
+    pools: dict[str, Sequence[str]] = {
+        "p": content.particulars,
+        "f": (content.feeling,),
+        "s": story.strengths,
+        "t": story.steps,
+        "v": (mind.scenario.value,),
+    }
+    return [phrase for phrase in pools[slot] if bare(phrase) in mind.said] or pools[slot]
+
+
+# For each need: the acts that serve it, best first, and those that go well beside.
+_PLAN = {
+    "heard": ("reflect_situation", "name_feeling"),
+    "weight": ("name_unstated", "reflect_situation", "name_feeling"),
+    "meaning": ("reframe", "affirm_strength"),
+    "way": ("offer_step", "name_feeling", "affirm_strength"),
+}
+
+
+def good_helper(state: DialogueState, delayed_opening: bool = True) -> str:
+    """A reply by one who knows the card and the hidden stage: the ceiling of this world."""
+    mind = mind_at(state, delayed_opening)
+    rng = random.Random(f"{state.seed}:{state.turn_count}:helper")
+    if mind.closed:
+        return say(mind, "repair", rng)
+    replies = []
+    for kind in _PLAN[mind.episode.need]:
+        fillers = _fresh_fillers(mind, kind)
+        if fillers and len(replies) < 2 and not _worn(mind, kind):
+            replies.append(say(mind, kind, rng, rng.choice(fillers)))
+    if not replies:
+        fillers = right_fillers(mind, "ask")
+        if fillers and not _worn(mind, "ask"):
+            return say(mind, "ask", rng, rng.choice(fillers))
+        return say(mind, "presence", rng)
+    return " ".join(replies)
+
+
+# How often the mixed speaker picks an act when it does not pick by the need.
+_STRAY = {
+    **dict.fromkeys(HELPFUL, 3.0),
+    "ask": 2.0,
+    "repair": 1.5,
+    "presence": 1.5,
+    **dict.fromkeys(HARMFUL, 1.0),
+}
+
+
+_RIGHT = 0.87  # chance that the mixed speaker names something right where it could
+_WORN = 0.1  # chance that it takes any wording, used up or not
+_UNFOUNDED = 0.15  # chance that it names something although nothing of the kind has been said
+
+
+def speaker(
+    state: DialogueState, rng: random.Random, skill: float = 0.5, delayed_opening: bool = True
+) -> str:
+    """A reply of mixed quality, for synthetic dialogues.
+
+    Args:
+      state: a dialogue that awaits a reply.
+      rng: source of every choice.
+      skill: chance that an act is chosen by the user's need rather than at random. What it names is mostly
+        right at any skill, so that naming can be learnt from these dialogues even where timing can not.
+      delayed_opening: the world's switch.
+    """
+    mind = mind_at(state, delayed_opening)
+    most = 2 if rng.random() < 0.6 else 1
+    kinds: list[str] = []
+    for _ in range(most):
+        kind = _choose(mind, rng, skill)
+        if kind not in kinds:
+            kinds.append(kind)
+    return " ".join(_word(mind, kind, rng) for kind in kinds)
+
+
+def _choose(mind: Mind, rng: random.Random, skill: float) -> str:
+    if rng.random() < skill:
+        if mind.closed:
+            return "repair"
+        plan = [kind for kind in _PLAN[mind.episode.need] if _fresh_fillers(mind, kind)]
+        if plan:
+            return rng.choice(plan)
+    while True:
+        kind = rng.choices(list(_STRAY), list(_STRAY.values()))[0]
+        if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or rng.random() < _UNFOUNDED:
+            return kind
+
+
+def _word(mind: Mind, kind: str, rng: random.Random) -> str:
+    worn = rng.random() < _WORN
+    if kind not in (*HELPFUL, "ask"):
+        return say(mind, kind, rng, worn=worn)
+    fillers = _fresh_fillers(mind, kind) or right_fillers(mind, kind)
+    if not fillers or rng.random() >= _RIGHT:
+        fillers = _any_fillers(mind, kind)
+    return say(mind, kind, rng, rng.choice(fillers), worn)
+
+
+def _any_fillers(mind: Mind, kind: str) -> Sequence[str]:
+    """What one who has not listened well may name: mostly things from elsewhere in the dialogue."""
+    story = mind.scenario.story
+    particulars = [p for stage in story.stages for p in stage.particulars]
+    pools: dict[str, Sequence[str]] = {
+        "reflect_situation": particulars,
+        "ask": particulars,
+        "name_feeling": FEELINGS,
+        "name_unstated": UNSTATED,
+        "affirm_strength": story.strengths,
+        "offer_step": story.steps,
+        "reframe": (mind.scenario.value,),
+    }
+    said = [phrase for phrase in pools[kind] if bare(phrase) in mind.said]
+    return said if len(said) > 2 else pools[kind]
+
+
+def hold_dialogue(
+    scenario: Scenario, seed: int, policy: Policy, roles: Roles, limits: Limits
+) -> DialogueState:
+    """A whole dialogue with a scripted policy (any function from the state to a reply)."""
+
+    async def hold() -> DialogueState:
+        state = DialogueState(scenario, seed, (), await open_dialogue(scenario, seed, roles))
+        while state.outcome is None:
+            state = await take_turn(state, policy(state), roles, limits)
+        return state
+
+    return asyncio.run(hold())
+
+
+def synthetic_dialogue(
+    scenario: Scenario,
+    seed: int,
+    turns: int = 8,
+    skill: tuple[float, float] = (0.2, 0.8),
+    delayed_opening: bool = True,
+) -> list[dict[str, str]]:
+    """A dialogue of mixed quality as chat messages, for the warm start.
+
+    Args:
+      scenario: a card, real or imagined.
+      seed: everything random follows from it.
+      turns: most turns; failure may end it sooner.
+      skill: range from which this dialogue's speaker draws its skill.
+      delayed_opening: the world's switch.
+    """
+    rng = random.Random(f"{seed}:{scenario.id}:speaker")
+    level = rng.uniform(*skill)
+    roles = Roles(
+        ScriptedUser(delayed_opening), ScriptedJudge(delayed_opening), ScriptedDirector(delayed_opening)
+    )
+    # Nothing ends it before its last turn, so that late stages are in the data too.
+    limits = Limits(turns, turns)
+    state = hold_dialogue(
+        scenario, seed, lambda state: speaker(state, rng, level, delayed_opening), roles, limits
+    )
+    return state.messages

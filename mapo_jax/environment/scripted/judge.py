@@ -1,0 +1,36 @@
+"""The scripted judge: reads the reply with the grammar, and scores it against what the user has said."""
+
+from __future__ import annotations
+
+import random
+
+from mapo_jax.environment.dialogue import FAILURE_KINDS, DialogueState, Judgement, RoleFailure
+from mapo_jax.environment.scripted.mind import assess_reply
+
+
+class ScriptedJudge:
+    """Pure given the state, its seed and the reply."""
+
+    def __init__(self, delayed_opening: bool = True, fault_rate: float = 0.0) -> None:
+        self._delayed_opening = delayed_opening
+        self._fault_rate = fault_rate
+
+    async def score(self, state: DialogueState, reply: str) -> Judgement:
+        """The judgement, or a failure drawn by the dialogue's seed at the configured rate.
+
+        Raises:
+          RoleFailure: an injected fault.
+        """
+        if self._fault_rate > 0:
+            rng = random.Random(f"{state.seed}:{state.turn_count}:{reply}:fault")
+            if rng.random() < self._fault_rate:
+                raise RoleFailure(rng.choice(FAILURE_KINDS), "injected")
+        found = assess_reply(state, reply, self._delayed_opening)
+        reading = {
+            "kind": found.kind,
+            "acts": list(found.acts),
+            "named": [{"what": what, "said": said, "right": right} for what, said, right in found.named],
+            "stage": found.stage,
+            "need": found.need,
+        }
+        return Judgement(found.levels, found.evidence, found.reasons, reading)

@@ -1,0 +1,665 @@
+"""The hidden side of the scripted world: what the user needs now, and what a reply does to it.
+
+`Mind` is everything that judge, user and director know beyond the text. It is never stored: `mind_at(state)`
+folds it from the dialogue's own turns (and caches the fold), so a dialogue stays a plain value.
+
+The story is told in episodes. The first four are the card's stages, in order; each wants its own kind of help:
+
+  need      what helps                                                    progress
+  heard     say back the situation; name the stated feeling              C +1; A +1
+  weight    name the unstated feeling; the situation; the stated feeling  A +2; C +1; A +1
+  meaning   tie it to what the person values; affirm a strength           C +2; P +1
+  way       offer a step as a choice; a strength; the stated feeling      P +2; P +1; A +1
+
+After them the director dwells on memories (heard), or on the axis that lacks most (weight, meaning or way).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from mapo_jax.environment.dialogue import Action, DialogueState
+from mapo_jax.environment.scenario import AXES, UNSTATED, Scenario, Stage
+from mapo_jax.environment.scripted import lexicon
+from mapo_jax.environment.scripted.grammar import (
+    HARMFUL,
+    HELPFUL,
+    Sentence,
+    bare,
+    coherent,
+    read,
+)
+
+# Order of needs over the four stages: a person short of meaning or of a way wants that one sooner.
+NEEDS = {
+    "A": ("heard", "weight", "meaning", "way"),
+    "C": ("heard", "meaning", "weight", "way"),
+    "P": ("heard", "weight", "way", "meaning"),
+}
+FOCUS = {"C": "meaning", "A": "weight", "P": "way"}  # need when the director shifts the focus to an axis
+NEED_AXIS = {"heard": "A", "weight": "A", "meaning": "C", "way": "P"}
+SLOT_OF = {
+    "reflect_situation": "p",
+    "name_feeling": "f",
+    "name_unstated": "f",
+    "affirm_strength": "s",
+    "reframe": "v",
+    "offer_step": "t",
+}
+WHAT = {
+    "reflect_situation": "situation",
+    "name_feeling": "feeling",
+    "name_unstated": "unstated",
+    "affirm_strength": "strength",
+    "reframe": "value",
+    "offer_step": "step",
+}
+
+LONGEST_SENTENCES, LONGEST_WORDS = 3, 45
+MOST_ACTS = 2  # different helpful acts in one reply; more is scattershot
+FRAME_MEMORY = 5  # replies within which a construction counts as used up
+KIND_MEMORY, KIND_MOST = 6, 3  # an act in more than KIND_MOST of KIND_MEMORY replies is a routine
+KIND_RUNNING = 3  # and so is one in this many replies running
+EPISODE_POINTS = 4  # most points per axis and episode
+CLOSED_TURNS = 2  # a careless turn closes the person for so many turns
+ECHO_SHARE = 0.5  # share of word triples that stem from the user: copying
+
+_POINTS = {0: 0, 1: 1, 2: 3}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One stretch of the story with one need."""
+
+    need: str  # heard, weight, meaning or way
+    content: int  # story stage whose situation and feelings are at hand
+    origin: str  # stage, memory or focus
+    variant: int = 0  # counts revisits, to choose other strengths and steps
+
+
+@dataclass(frozen=True)
+class Mind:
+    """What the user has said, has been given, and how open they are."""
+
+    scenario: Scenario
+    delayed_opening: bool
+    episode: Episode
+    stage: int = 0  # highest story stage revealed
+    messages: int = 0  # user messages in this episode
+    said: frozenset[str] = frozenset()  # phrases of the card said so far, in bare form
+    said_now: frozenset[str] = frozenset()  # those said in this episode, hinted feelings included
+    hinted: frozenset[str] = frozenset()  # unstated feelings hinted at so far
+    user_triples: frozenset[tuple[str, ...]] = frozenset()  # word triples of the user's messages
+    credited: frozenset[tuple[str, str]] = frozenset()  # (act, filler) that brought progress in this episode
+    points: tuple[int, int, int] = (0, 0, 0)  # points per axis earned in this episode
+    met: bool = False  # the episode's need is met
+    idle: int = 0  # replies in this episode that did not serve its need
+    closed: int = 0  # turns for which the user stays closed
+    harmed: bool = False  # the last reply did harm
+    heard: bool = False  # the first need has been met
+    deep: bool = False  # in the first stage both situation and feeling were named right
+    sentences: frozenset[str] = frozenset()  # sentences of earlier replies
+    frames: tuple[frozenset[str], ...] = ()  # constructions of recent replies, newest last
+    kinds: tuple[frozenset[str], ...] = ()  # acts of recent replies, newest last
+    memories: int = 0
+    focuses: int = 0
+    last_action: str | None = None
+    reaction: str | None = None  # how the user takes the last reply: a key of lexicon.REACTIONS
+
+    @property
+    def content(self) -> Stage:
+        """The story stage at hand."""
+        return self.scenario.story.stages[self.episode.content]
+
+    @property
+    def needs(self) -> tuple[str, str, str, str]:
+        """Needs of the four stages for this person."""
+        return NEEDS[self.scenario.strongest_axis]
+
+    @property
+    def unstated_hinted(self) -> bool:
+        """The feeling behind the current stage has been hinted at in this episode."""
+        return self.content.unstated in self.said_now
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """A judged reply: levels with evidence and reasons, what was read, and the mind after it."""
+
+    levels: tuple[int, int, int, int, int, int]
+    evidence: tuple[str, ...]
+    reasons: tuple[str, ...]
+    kind: str
+    acts: tuple[str, ...]
+    named: tuple[tuple[str, str, bool], ...]  # (what, filler, right)
+    stage: int  # highest story stage revealed when the reply came
+    need: str
+    after: Mind
+
+
+# --- what the user says -------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def phrases(scenario: Scenario) -> tuple[str, ...]:
+    """Every phrase of the card that the user may say, in bare form, feelings included."""
+    story = scenario.story
+    found = [p for stage in story.stages for p in stage.particulars]
+    found += [*story.strengths, *story.steps, scenario.value]
+    return tuple(dict.fromkeys([bare(p) for p in found] + [stage.feeling for stage in story.stages]))
+
+
+_HINTS = {bare(hint): feeling for feeling, hints in lexicon.HINTS.items() for hint in hints}
+
+
+def _triples(words: list[str]) -> set[tuple[str, ...]]:
+    return set(zip(words, words[1:], words[2:], strict=False))
+
+
+def hear(mind: Mind, message: str) -> Mind:
+    """The mind after the user has said `message`."""
+    words = bare(message)
+    padded = f" {words} "
+    found = {phrase for phrase in phrases(mind.scenario) if f" {phrase} " in padded}
+    hints = {feeling for hint, feeling in _HINTS.items() if f" {hint} " in padded}
+    return replace(
+        mind,
+        messages=mind.messages + 1,
+        said=mind.said | found,
+        said_now=mind.said_now | found | hints,
+        hinted=mind.hinted | hints,
+        user_triples=mind.user_triples | _triples(words.split()),
+    )
+
+
+def begin(scenario: Scenario, delayed_opening: bool) -> Mind:
+    """The mind before the first message."""
+    return Mind(scenario, delayed_opening, Episode("heard", 0, "stage"))
+
+
+# --- what the director decides ------------------------------------------------------------------------------
+
+
+def follow(mind: Mind, action: Action) -> Mind:
+    """The mind after the director's action."""
+    mind = replace(mind, last_action=action.kind)
+    if action.kind == "reveal_memory":
+        # A memory dwells on an earlier stage; before anything has been heard, on the first once more.
+        content = min(mind.memories, mind.stage)
+        return _enter(mind, Episode("heard", content, "memory", mind.memories), memories=mind.memories + 1)
+    if action.kind == "reveal_stage" or (action.kind == "turning_point" and action.target not in AXES):
+        stage = min(mind.stage + 1, 3)
+        return _enter(mind, Episode(mind.needs[stage], stage, "stage"), stage=stage)
+    if action.kind in ("shift_focus", "turning_point"):
+        content, variant = mind.focuses % 4, mind.focuses // 4 + 1
+        episode = Episode(FOCUS[str(action.target)], content, "focus", variant)
+        return _enter(mind, episode, focuses=mind.focuses + 1)
+    return mind
+
+
+def _enter(mind: Mind, episode: Episode, **changes: int) -> Mind:
+    return replace(
+        mind,
+        episode=episode,
+        messages=0,
+        said_now=frozenset(),
+        credited=frozenset(),
+        points=(0, 0, 0),
+        met=False,
+        idle=0 if mind.met else 1,  # no fresh grace after an episode that was given up
+        **changes,
+    )
+
+
+# --- what a reply does --------------------------------------------------------------------------------------
+
+
+class _Tally:
+    """Best progress and worst harm per axis, with the sentence and the reason behind each."""
+
+    def __init__(self) -> None:
+        self.progress: dict[str, tuple[int, str, str]] = {}
+        self.harm: dict[str, tuple[int, str, str]] = {}
+        self.cancelled = False
+
+    def gain(self, axis: str, level: int, evidence: str, reason: str) -> None:
+        if level > self.progress.get(axis, (0, "", ""))[0]:
+            self.progress[axis] = (level, evidence, reason)
+
+    def hurt(self, levels: dict[str, int], evidence: str, reason: str, cancel: bool = False) -> None:
+        for axis, level in levels.items():
+            if level < self.harm.get(axis, (0, "", ""))[0]:
+                self.harm[axis] = (level, evidence, reason)
+        self.cancelled = self.cancelled or cancel
+
+    def drop(self, axis: str) -> None:
+        self.progress.pop(axis, None)
+
+
+_HARM_OF = {
+    "template": {"C": -1, "A": -1},
+    "advise": {"P": -2},
+    "lecture": {"A": -1, "P": -2},
+    "dismiss": {"C": -1, "A": -2},
+    "blame": {"A": -2, "P": -2},
+    "praise": {"A": -1, "P": -1},
+    "farewell": {"C": -1, "A": -1, "P": -1},
+}
+_WHY_HARM = {
+    "template": "an empty template",
+    "advise": "pushes a plan on the user",
+    "lecture": "lectures",
+    "dismiss": "plays the trouble down",
+    "blame": "puts the blame on the user",
+    "praise": "flatters without having seen anything",
+    "farewell": "leaves while the user is still talking",
+}
+# The first of these that a reply set off decides how the user takes it.
+_REACTION_ORDER = (
+    "silent",
+    "lost",
+    "hurtful",
+    "pushed",
+    "empty",
+    "routine",
+    "misread",
+    "stale",
+    "early",
+    "ignored",
+    "shallow",
+    "repaired",
+    "unstated",
+    "reframe",
+    "step",
+    "feeling",
+    "strength",
+    "situation",
+    "asked",
+)
+_REACTION_TO = {
+    "template": "empty",
+    "praise": "empty",
+    "advise": "pushed",
+    "lecture": "pushed",
+    "dismiss": "hurtful",
+    "blame": "hurtful",
+    "farewell": "hurtful",
+}
+# The act that names a reply's kind when it holds several: harm first, then the deepest help.
+_KIND_ORDER = (
+    *HARMFUL,
+    "incoherent",
+    "echo",
+    "offer_step",
+    "reframe",
+    "name_unstated",
+    "affirm_strength",
+    "name_feeling",
+    "reflect_situation",
+    "repair",
+    "ask",
+    "presence",
+    "other",
+)
+
+
+def _classify(mind: Mind, sentence: Sentence, clean: bool) -> str:
+    """One of KINDS, or incoherent, echo, other."""
+    if not clean:
+        return "incoherent"
+    if sentence.kind is not None:
+        fits = all(coherent(mind.scenario, filler, whole=False) for _, filler in sentence.slots)
+        return sentence.kind if fits else "incoherent"
+    words = sentence.words.split()
+    triples = _triples(words) or {tuple(words)}
+    if len(triples & mind.user_triples) >= ECHO_SHARE * len(triples):
+        return "echo"
+    return "other" if coherent(mind.scenario, sentence.words) else "incoherent"
+
+
+def assess(mind: Mind, reply: str) -> Assessment:
+    """Judges a reply to the user's last message."""
+    reading = read(reply)
+    tally = _Tally()
+    reactions: set[str] = set()
+    named: list[tuple[str, str, bool]] = []
+    served = False
+    credited: set[tuple[str, str]] = set()
+    kinds = [_classify(mind, sentence, reading.clean) for sentence in reading.sentences]
+    pairs = list(zip(kinds, reading.sentences, strict=True))
+    acts = frozenset(kinds)
+
+    if not pairs:
+        again = bool(mind.kinds) and not mind.kinds[-1]
+        tally.hurt({"C": -1, "A": -2 if again else -1}, "(nothing)", "says nothing", cancel=True)
+        reactions.add("silent")
+    _judge_form(mind, reading, pairs, acts, tally, reactions)
+    _judge_repetition(mind, pairs, acts, tally, reactions)
+
+    # A closed person takes in nothing but an honest repair.
+    repair = next((s for kind, s in pairs if kind == "repair"), None)
+    if repair is not None:
+        if mind.closed:
+            tally.gain("A", 1, repair.text, "owns the misstep")
+            reactions.add("repaired")
+        elif not mind.harmed:
+            tally.hurt({"A": -1}, repair.text, "apologises for nothing")
+            reactions.add("lost")
+    for kind, sentence in pairs:
+        if kind not in HELPFUL:
+            continue
+        right = _judge_help(mind, kind, sentence, tally, reactions, named, credited)
+        served = served or right
+    if "ask" in acts:
+        reactions.add("asked")
+        sentence = next(s for kind, s in pairs if kind == "ask")
+        filler = dict(sentence.slots)["p"]
+        if _standing(mind, "p", filler) != "right":
+            tally.hurt({"C": -1}, sentence.text, f"asks about `{filler}`, which is not at hand")
+            reactions.add("misread")
+
+    served = served and not tally.cancelled
+    idle = mind.idle
+    if mind.closed == 0 and not served and repair is None:
+        idle += 1
+        if idle >= 2:
+            axis = NEED_AXIS[mind.episode.need]
+            level = -1 if idle == 2 else -2
+            tally.hurt(
+                {axis: level}, reply.strip() or "(nothing)", "leaves the need of this moment unanswered"
+            )
+            tally.cancelled = True
+            reactions.add("shallow")
+    if tally.cancelled:
+        tally.progress.clear()
+        credited.clear()
+    elif mind.closed:
+        tally.progress = {a: g for a, g in tally.progress.items() if g[2] == "owns the misstep"}
+        credited.clear()
+    return _conclude(mind, reply, tally, reactions, pairs, acts, named, credited, served, idle)
+
+
+def _judge_form(mind: Mind, reading, pairs, acts, tally: _Tally, reactions: set[str]) -> None:
+    """Harm that lies in the form of the reply, whatever it names."""
+    for kind, sentence in pairs:
+        if kind == "incoherent":
+            tally.hurt({"C": -1, "A": -1, "P": -1}, sentence.text, "is no coherent sentence", cancel=True)
+            reactions.add("lost")
+        elif kind == "echo":
+            own = set(sentence.words.split()) & {"i", "me", "my"}
+            tally.hurt(
+                {"C": -1, "A": -2 if own else -1}, sentence.text, "echoes the user's words", cancel=True
+            )
+            reactions.add("ignored")
+        elif kind == "other":
+            tally.hurt({"C": -1}, sentence.text, "says nothing to the point")
+            if acts <= {"other", "presence"}:
+                tally.hurt({"A": -1}, sentence.text, "passes the person by")
+                reactions.add("ignored")
+        elif kind in HARMFUL:
+            tally.hurt(_HARM_OF[kind], sentence.text, _WHY_HARM[kind], cancel=True)
+            reactions.add(_REACTION_TO[kind])
+    if not pairs:
+        return
+    whole = " ".join(sentence.text for _, sentence in pairs)
+    if acts == {"presence"}:
+        tally.hurt({"C": -1}, whole, "is there, but takes nothing up")
+        reactions.add("ignored")
+    if len(pairs) > LONGEST_SENTENCES or reading.word_count > LONGEST_WORDS:
+        tally.hurt({"A": -1, "P": -1}, whole, "is over-long and buries the person", cancel=True)
+        reactions.add("pushed")
+    helpful = [kind for kind, _ in pairs if kind in HELPFUL]
+    if len(set(helpful)) > MOST_ACTS or len(set(helpful)) < len(helpful):
+        tally.hurt({"C": -1, "A": -1}, whole, "fires guesses at random", cancel=True)
+        reactions.add("misread")
+    if reading.shouted:
+        tally.hurt({"A": -2}, whole, "shouts", cancel=True)
+        reactions.add("hurtful")
+
+
+def _judge_repetition(mind: Mind, pairs, acts, tally: _Tally, reactions: set[str]) -> None:
+    """Harm of sentences, constructions and acts that come again and again."""
+    for i, (kind, sentence) in enumerate(pairs):
+        earlier = {other.words for _, other in pairs[:i]}
+        if sentence.words in mind.sentences or sentence.words in earlier:
+            tally.hurt({"A": -2}, sentence.text, "repeats an earlier sentence", cancel=True)
+            reactions.add("routine")
+        elif sentence.frame is not None and any(sentence.frame in frames for frames in mind.frames):
+            tally.hurt({"A": -1}, sentence.text, "wears out the same wording")
+            tally.drop("A")
+            reactions.add("routine")
+        recent = mind.kinds[-(KIND_MEMORY - 1) :]
+        running = mind.kinds[-(KIND_RUNNING - 1) :]
+        often = sum(kind in kinds for kinds in recent) >= KIND_MOST
+        row = len(running) == KIND_RUNNING - 1 and all(kind in kinds for kinds in running)
+        if often or row:
+            tally.hurt({"A": -2}, sentence.text, "the same routine again", cancel=True)
+            reactions.add("routine")
+    if mind.kinds and "ask" in acts & mind.kinds[-1]:
+        tally.hurt({"A": -1}, "", "questions the user one time after another", cancel=True)
+        reactions.add("routine")
+
+
+def _standing(mind: Mind, letter: str, filler: str) -> str:
+    """How a filler relates to what the user has said: right, stale (earlier), unsaid (not yet), or wrong."""
+    content = mind.content
+    if letter == "p":
+        if filler in content.particulars:
+            return "right" if filler in mind.said else "unsaid"
+        return "stale" if filler in mind.said else "wrong"
+    if letter == "f":
+        if filler in UNSTATED:
+            if filler == content.unstated:
+                return "right" if filler in mind.said_now else "unsaid"
+            return "stale" if filler in mind.hinted else "wrong"
+        if filler == content.feeling:
+            return "right" if filler in mind.said_now else "unsaid"
+        return "stale" if filler in mind.said else "wrong"
+    return "right" if filler in mind.said and filler in phrases(mind.scenario) else "wrong"
+
+
+def _own_phrases(scenario: Scenario, kind: str) -> tuple[str, ...]:
+    story = scenario.story
+    texts = {"affirm_strength": story.strengths, "offer_step": story.steps, "reframe": (scenario.value,)}[
+        kind
+    ]
+    return tuple(bare(text) for text in texts)
+
+
+def _judge_help(mind: Mind, kind, sentence, tally: _Tally, reactions, named, credited) -> bool:
+    """Scores one helpful act; returns whether it serves the need of the episode."""
+    slots = dict(sentence.slots)
+    letter = SLOT_OF[kind]
+    filler, text, need = slots[letter], sentence.text, mind.episode.need
+    standing = _standing(mind, letter, filler)
+    if kind in ("affirm_strength", "offer_step", "reframe") and filler not in _own_phrases(
+        mind.scenario, kind
+    ):
+        standing = "wrong"
+    named.append((WHAT[kind], filler, standing == "right"))
+    if kind == "reframe" and "p" in slots:
+        beside = _standing(mind, "p", slots["p"])
+        named.append(("situation", slots["p"], beside == "right"))
+        if beside != "right":
+            standing = "wrong" if beside != "stale" else "stale"
+            filler = slots["p"]
+
+    if standing != "right":
+        return _judge_misnaming(mind, kind, filler, standing, text, tally, reactions)
+
+    def gain(axis: str, level: int, reason: str) -> bool:
+        if (kind, filler) in mind.credited:
+            tally.hurt({"A": -1}, text, f"`{filler}` has been named already")
+            reactions.add("routine")
+            return False
+        credited.add((kind, filler))
+        second = level == 2 and kind in ("reframe", "offer_step")
+        if second and mind.delayed_opening and not mind.deep:
+            level, reason = 1, reason + "; but the person was never fully heard, and opens only half way"
+        tally.gain(axis, level, text, reason)
+        return True
+
+    if kind == "reflect_situation":
+        if need in ("heard", "weight"):
+            reactions.add("situation")
+            fresh = gain("C", 1, f"takes up the situation: `{filler}`")
+            return fresh and (need == "heard" or not mind.unstated_hinted)
+        return False
+    if kind == "name_feeling":
+        if need != "meaning":
+            reactions.add("feeling")
+            fresh = gain("A", 1, f"names the stated feeling: `{filler}`")
+            return fresh and (need == "heard" or (need == "weight" and not mind.unstated_hinted))
+        return False
+    if kind == "name_unstated":
+        if need == "weight":
+            reactions.add("unstated")
+            return gain("A", 2, f"names the feeling behind: `{filler}`")
+        tally.hurt({"A": -1}, text, "digs for hidden feelings before the person feels heard")
+        reactions.add("early")
+        return False
+    if kind == "affirm_strength":
+        if need in ("meaning", "way"):
+            reactions.add("strength")
+            gain("P", 1, f"affirms a strength of the person's own: `{filler}`")
+        return False
+    if kind == "reframe":
+        if need == "meaning":
+            reactions.add("reframe")
+            return gain("C", 2, f"ties it to what matters to the person: `{filler}`")
+        tally.hurt({"C": -1}, text, "explains before the ground is laid")
+        reactions.add("early")
+        return False
+    if need == "way":
+        reactions.add("step")
+        return gain("P", 2, f"offers a step as a choice: `{filler}`")
+    tally.hurt({"P": -1 if mind.heard else -2}, text, "offers a way out before the time has come")
+    reactions.add("pushed")
+    return False
+
+
+def _judge_misnaming(mind: Mind, kind, filler, standing, text, tally: _Tally, reactions) -> bool:
+    """A name that is not what the user said: misread, left behind, or guessed too early."""
+    if kind in ("reflect_situation", "reframe"):
+        harm = {"C": -1 if standing in ("stale", "unsaid") else -2}
+    elif kind == "name_unstated" and standing == "unsaid":
+        harm = {"A": -1}
+    elif kind in ("name_feeling", "name_unstated"):
+        harm = {"A": -1} if standing == "stale" else {"A": -1, "C": -1}
+    elif kind == "affirm_strength":
+        harm = {"C": -1, "P": -1}
+    else:  # offer_step
+        harm = {"P": -1 if mind.heard else -2, "C": -1}
+    why = {"stale": "belongs to an earlier part", "unsaid": "has not been said yet", "wrong": "is not theirs"}
+    tally.hurt(harm, text, f"`{filler}` {why[standing]}")
+    reactions.add({"stale": "stale", "unsaid": "early", "wrong": "misread"}[standing])
+    return False
+
+
+def _conclude(
+    mind: Mind, reply, tally: _Tally, reactions, pairs, acts, named, credited, served, idle
+) -> Assessment:
+    excerpt = reply.strip() or "(nothing)"
+    levels, evidence, reasons = [], [], []
+    points = list(mind.points)
+    for i, axis in enumerate(AXES):
+        level, proof, reason = tally.progress.get(axis, (0, excerpt, f"brings nothing new on {axis}"))
+        while level and points[i] + _POINTS[level] > EPISODE_POINTS:
+            level, reason = level - 1, "more of the same; this part of the story has had its share"
+        points[i] += _POINTS[level]
+        harm, harm_proof, harm_reason = tally.harm.get(axis, (0, excerpt, f"does no harm on {axis}"))
+        levels += [level, harm]
+        evidence += [proof, harm_proof or excerpt]
+        reasons += [reason, harm_reason]
+    harms = levels[1::2]
+    harmful, careless = min(harms) < 0, min(harms) == -2
+    if careless or (harmful and mind.harmed):
+        closed = CLOSED_TURNS
+    elif mind.closed and "repair" in acts and not harmful:
+        closed = 0
+    elif mind.closed and harmful:
+        closed = CLOSED_TURNS
+    else:
+        closed = max(0, mind.closed - 1)
+
+    now_credited = mind.credited | credited
+    met = mind.met or _met(mind, now_credited)
+    first = mind.episode.origin == "stage" and mind.episode.content == 0
+    kinds_credited = {kind for kind, _ in now_credited}
+    deep = mind.deep or (first and {"reflect_situation", "name_feeling"} <= kinds_credited)
+    present = [kind for kind in _KIND_ORDER if kind in acts]
+    after = replace(
+        mind,
+        credited=now_credited,
+        points=tuple(points),
+        met=met,
+        idle=idle,
+        closed=closed,
+        harmed=harmful,
+        heard=mind.heard or met,
+        deep=deep,
+        sentences=mind.sentences | {sentence.words for _, sentence in pairs},
+        frames=(*mind.frames, frozenset(s.frame for _, s in pairs if s.frame))[-FRAME_MEMORY:],
+        kinds=(*mind.kinds, acts)[-KIND_MEMORY:],
+        reaction=next((name for name in _REACTION_ORDER if name in reactions), None),
+    )
+    return Assessment(
+        tuple(levels),
+        tuple(evidence),
+        tuple(reasons),
+        present[0] if present else "silence",
+        tuple(kind for kind, _ in pairs),
+        tuple(named),
+        mind.stage,
+        mind.episode.need,
+        after,
+    )
+
+
+def _met(mind: Mind, credited: frozenset[tuple[str, str]]) -> bool:
+    """Whether the need of the episode is met."""
+    need = mind.episode.need
+    kinds = [kind for kind, _ in credited]
+    if need == "heard":
+        if mind.episode.origin == "memory" and mind.heard:
+            return bool(kinds)
+        situation, feeling = kinds.count("reflect_situation"), kinds.count("name_feeling")
+        if mind.scenario.empathy_threshold == "low":
+            return situation + feeling >= 1
+        return feeling >= 1 and situation >= (1 if mind.scenario.empathy_threshold == "medium" else 2)
+    wanted = {"weight": "name_unstated", "meaning": "reframe", "way": "offer_step"}[need]
+    return wanted in kinds
+
+
+# --- the fold -----------------------------------------------------------------------------------------------
+
+
+def mind_at(state: DialogueState, delayed_opening: bool = True) -> Mind:
+    """The mind as it awaits the next reply or, between judge and user, the next action or message."""
+    turns = tuple((turn.user, turn.reply, turn.action) for turn in state.turns)
+    mind = _after(state.scenario, delayed_opening, turns)
+    return hear(mind, state.user) if state.user else mind
+
+
+@lru_cache(maxsize=16384)
+def _after(
+    scenario: Scenario, delayed_opening: bool, turns: tuple[tuple[str, str, Action | None], ...]
+) -> Mind:
+    if not turns:
+        return begin(scenario, delayed_opening)
+    user, reply, action = turns[-1]
+    if action is not None:
+        return follow(_after(scenario, delayed_opening, (*turns[:-1], (user, reply, None))), action)
+    return _assessed(scenario, delayed_opening, turns[:-1], user, reply).after
+
+
+@lru_cache(maxsize=16384)
+def _assessed(scenario: Scenario, delayed_opening: bool, turns, user: str, reply: str) -> Assessment:
+    return assess(hear(_after(scenario, delayed_opening, turns), user), reply)
+
+
+def assess_reply(state: DialogueState, reply: str, delayed_opening: bool = True) -> Assessment:
+    """Judges `reply` to the message that awaits one."""
+    turns = tuple((turn.user, turn.reply, turn.action) for turn in state.turns)
+    return _assessed(state.scenario, delayed_opening, turns, state.user, reply)
