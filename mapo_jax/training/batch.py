@@ -1,0 +1,199 @@
+"""From dialogues to arrays: cells `[S, R, T]` for the algorithm, rows `[B, L]` for the update.
+
+Plain numpy on the host; nothing here is random but `scenario_order`, which follows from its arguments. So a
+saved step, read back from its dialogues, gives the same batch bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mapo_jax.algorithm.advantages import ESTIMATORS, estimator_options
+from mapo_jax.algorithm.rewards import REWARDS
+from mapo_jax.config import AlgorithmConfig
+
+if TYPE_CHECKING:
+    from mapo_jax.rollout.collect import Dialogue
+
+_SHUFFLE_STREAM = 0x5EED  # keeps the shuffle's numbers apart from other uses of the same seed
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What the algorithm needs to know of a step's dialogues."""
+
+    positions: Float[np.ndarray, "S R T+1 3"]  # (C, A, P) at the start and after each turn; then held
+    valid: Bool[np.ndarray, "S R T"]  # the turn exists, in a dialogue that is not left out
+    scored: Bool[np.ndarray, "S R T"]  # and has a reward
+
+
+def make_cells(
+    dialogues: Sequence[Sequence[Dialogue]], max_turns: int, *, max_failed_share: float = 0.5
+) -> Cells:
+    """Lays dialogues out as `[S, R, T]`.
+
+    A dialogue that ended in error, has no scored turn, or has a larger share of unscored turns than
+    `max_failed_share` is left out whole: none of its turns is valid.
+
+    Args:
+      dialogues: [S][R], every scenario with the same number of rollouts.
+      max_turns: T.
+
+    Raises:
+      ValueError: ragged dialogues, or one that is longer than `max_turns`.
+    """
+    scenarios, rollouts = len(dialogues), len(dialogues[0])
+    if any(len(group) != rollouts for group in dialogues):
+        raise ValueError("every scenario must have the same number of rollouts")
+    positions = np.zeros((scenarios, rollouts, max_turns + 1, 3), np.float32)
+    valid = np.zeros((scenarios, rollouts, max_turns), bool)
+    scored = np.zeros_like(valid)
+    for s, group in enumerate(dialogues):
+        for r, dialogue in enumerate(group):
+            turns = dialogue.state.turns
+            if len(turns) > max_turns:
+                raise ValueError(f"a dialogue has {len(turns)} turns; max_turns is {max_turns}")
+            path = dialogue.state.positions
+            positions[s, r, : len(path)] = path
+            positions[s, r, len(path) :] = path[-1]
+            has_score = [turn.judgement is not None for turn in turns]
+            if any(has_score) and dialogue.usable(max_failed_share):
+                valid[s, r, : len(turns)] = True
+                scored[s, r, : len(turns)] = has_score
+    return Cells(positions, valid, scored)
+
+
+def make_credit(
+    config: AlgorithmConfig,
+) -> Callable[[Array, Array, Array], tuple[Float[Array, "S R T"], Float[Array, "S R T"]]]:
+    """The compiled way from cells to credit: `(positions, valid, scored) -> (rewards, advantages)`.
+
+    Rewards are 0 outside `scored`. Statistics are over all cells given: call it with the whole batch of a
+    step, before that is cut into mini-batches.
+    """
+    reward, estimator, options = (
+        REWARDS[config.reward],
+        ESTIMATORS[config.estimator],
+        estimator_options(config),
+    )
+
+    @jax.jit
+    def credit(positions, valid, scored):
+        rewards = jnp.where(scored, reward(positions), 0.0)
+        return rewards, estimator(rewards, valid, scored, **options)
+
+    return credit
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Rows to learn from. Every array is `[B, L]`; entry i of a row is about its token i.
+
+    Log-probabilities are of the distribution sampled from. Entries outside `mask` are 0.
+    """
+
+    tokens: Int[Array, "B L"]  # right-padded with 0
+    positions: Int[Array, "B L"]  # index in the row
+    mask: Bool[Array, "B L"]  # loss tokens: sampled by the policy, in a scored turn
+    sampler_logprobs: Float[Array, "B L"]  # what the sampler gave the token
+    old_logprobs: Float[Array, "B L"]  # denominator of the ratio: the sampler's, or the trainer's
+    advantages: Float[Array, "B L"]  # of the token's turn
+
+
+def make_batch(
+    dialogues: Sequence[Sequence[Dialogue]],
+    advantages: Float[np.ndarray, "S R T"],
+    scored: Bool[np.ndarray, "S R T"],
+    length: int,
+) -> Batch:
+    """Rows of a step's dialogues, B = S R, scenario by scenario.
+
+    Args:
+      dialogues: [S][R].
+      advantages: of each turn; anything (NaN included) where not `scored`.
+      scored: cells that count, as `make_cells` says; tokens of other turns are not in the loss.
+      length: L, at least the longest row's length (`row_length` says which).
+
+    Raises:
+      ValueError: a row longer than `length`, or a sampled token without anything before it.
+    """
+    flat = [dialogue for group in dialogues for dialogue in group]
+    turns = np.shape(scored)[-1]
+    scored = np.reshape(np.asarray(scored), (len(flat), turns))
+    advantages = np.where(scored, np.reshape(np.asarray(advantages, np.float32), (len(flat), turns)), 0.0)
+    tokens = np.zeros((len(flat), length), np.int32)
+    mask = np.zeros((len(flat), length), bool)
+    logprobs = np.zeros((len(flat), length), np.float32)
+    credit = np.zeros((len(flat), length), np.float32)
+    for b, dialogue in enumerate(flat):
+        row = dialogue.row
+        ids, turn = np.asarray(row.ids, np.int32), np.asarray(row.turn, np.int32)
+        size = len(ids)
+        if size > length:
+            raise ValueError(f"a row of {size} tokens does not fit the length {length}")
+        learned = np.asarray(row.sampled, bool) & (turn >= 0)
+        learned[learned] = scored[b, turn[learned]]
+        if size and learned[0]:
+            raise ValueError("a row's first token is marked as sampled, but nothing stands before it")
+        tokens[b, :size] = ids
+        mask[b, :size] = learned
+        logprobs[b, :size][learned] = np.asarray(row.logprob, np.float32)[learned]
+        credit[b, :size][learned] = advantages[b, turn[learned]]
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    return Batch(tokens, positions, mask, logprobs, logprobs, credit)
+
+
+def row_lengths(max_tokens: int) -> tuple[int, ...]:
+    """The few lengths that rows are padded to, ascending; the update is compiled once for each that occurs.
+
+    Numbers of two significant bits (2^k and 3 2^(k-1)) from half of `max_tokens` on, and `max_tokens` itself:
+    at most three. A longest row of more than half of `max_tokens` is padded by less than half of its length; a
+    shorter one to about that half.
+    """
+    lengths = {max_tokens}
+    power = 1
+    while power < max_tokens:
+        lengths |= {size for size in (power, power * 3 // 2) if max_tokens / 2 <= size < max_tokens}
+        power *= 2
+    return tuple(sorted(lengths))
+
+
+def row_length(dialogues: Sequence[Sequence[Dialogue]], lengths: Sequence[int]) -> int:
+    """The smallest of `lengths` that holds every row of a step.
+
+    Raises:
+      ValueError: none does.
+    """
+    longest = max(len(dialogue.row.ids) for group in dialogues for dialogue in group)
+    for length in lengths:
+        if longest <= length:
+            return length
+    raise ValueError(f"a row has {longest} tokens; the longest length is {lengths[-1]}")
+
+
+def scenario_order(
+    seed: int, step: int, epoch: int, scenarios: int, minibatch_scenarios: int
+) -> Int[np.ndarray, "mini scenarios"]:
+    """Which scenarios form each mini-batch of one pass: a shuffle that (seed, step, epoch) fixes.
+
+    Raises:
+      ValueError: the mini-batch does not divide the scenarios.
+    """
+    if scenarios % minibatch_scenarios:
+        raise ValueError(f"{scenarios} scenarios do not divide into mini-batches of {minibatch_scenarios}")
+    generator = np.random.default_rng((seed, step, epoch, _SHUFFLE_STREAM))
+    return generator.permutation(scenarios).reshape(-1, minibatch_scenarios)
+
+
+def take_scenarios(batch: Batch, chosen: Int[np.ndarray, "scenarios"], rollouts: int) -> Batch:
+    """The rows of whole scenarios, in the order given."""
+    rows = (np.asarray(chosen)[:, None] * rollouts + np.arange(rollouts)).reshape(-1)
+    return jax.tree.map(lambda array: array[rows], batch)

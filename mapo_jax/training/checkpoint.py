@@ -1,0 +1,436 @@
+"""Nothing is lost: complete checkpoints, and a run folder that is cut back to the one it restarts from.
+
+A run that is killed at any moment and started again with the same command goes on from its last whole
+checkpoint. The order that makes this exact: first a step's metrics and dialogues are written, then the step is
+saved. So whatever a checkpoint's step wrote is there, and what came after it is cut off (`cut_back`) and
+written again, the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import yaml
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from mapo_jax.config import Config, differing_keys, to_yaml
+from mapo_jax.errors import UserError
+from mapo_jax.files import write_whole
+from mapo_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE, full_disk_is_a_user_error
+from mapo_jax.training.step import TrainState
+
+CHECKPOINTS_FOLDER = "checkpoints"
+CONFIG_FILE = "config.yaml"
+STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
+# Keys that change no number of a run: a run continues under other values of them.
+HARMLESS_KEYS = ("run.", "logging.", "checkpoint.", "environment.concurrency")
+
+
+class Checkpoints:
+    """The checkpoints of one run: asynchronous, complete, restored into any sharding.
+
+    A checkpoint holds the parameters, the optimizer's state, the frozen reference if there is one, and a JSON
+    mapping with everything else that the run continues from (step, seeds, position in the data,
+    configuration). An interrupted save leaves a folder under a temporary name, which is never read and is
+    removed when the manager opens.
+    """
+
+    def __init__(self, run_folder: Path | str, *, keep: int = 2) -> None:
+        """Opens `run_folder/checkpoints`, and removes what an interrupted save left there.
+
+        Args:
+          keep: newest checkpoints kept; the best one by `score` is kept beside them.
+        """
+        # Its errors all reach us as exceptions; the library's own tracebacks would bury the one sentence.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self.folder = Path(run_folder).absolute() / CHECKPOINTS_FOLDER
+        kept = [preservation_policy.LatestN(keep)]
+        kept.append(
+            preservation_policy.BestN(
+                get_metric_fn=_score, n=1, reverse=False, keep_checkpoints_without_metrics=False
+            )
+        )
+        with full_disk_is_a_user_error(self.folder):
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+                    best_fn=_score,
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                ),
+            )
+            self._manager.reload()  # waits for the removal
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the highest `score`; None if no checkpoint has one."""
+        return self._manager.best_step()
+
+    def save(
+        self, step: int, state: TrainState, progress: Mapping[str, Any], *, score: float | None = None
+    ) -> None:
+        """Starts to save; returns when the state is copied, so that its buffers may be donated.
+
+        A step that is already saved is left as it is.
+
+        Args:
+          step: finished steps.
+          state: what is trained.
+          progress: JSON values: everything else that the run continues from.
+          score: higher is better; the best checkpoint is kept.
+
+        Raises:
+          UserError: the disk is full, at this save or at the one before. Earlier checkpoints are whole.
+        """
+        with full_disk_is_a_user_error(self.folder):
+            self._manager.wait_until_finished()
+            if step in self._manager.all_steps():
+                return
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(_to_saved(state)),
+                    progress=ocp.args.JsonSave({**progress, "step": step}),
+                ),
+                metrics=None if score is None else {"score": float(score)},
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved any more. Raises as `save` does."""
+        with full_disk_is_a_user_error(self.folder):
+            self._manager.wait_until_finished()
+
+    def restore_latest(self, template: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the latest whole checkpoint.
+
+        Args:
+          template: arrays or `jax.ShapeDtypeStruct`s with shardings: where every array goes. Shardings may
+            differ from those that were saved.
+
+        Returns:
+          The state and the progress mapping (its `step` says where the run stands); None without a
+          checkpoint.
+
+        Raises:
+          UserError: the saved state does not fit the template, or cannot be read.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        folder = self.folder / str(step)
+        target = _to_saved(template)
+        saved = _restore(folder, target)
+        return _from_saved(saved, template), read_progress(folder)
+
+    def close(self) -> None:
+        """Finishes the save under way and closes the manager. Raises as `save` does."""
+        with full_disk_is_a_user_error(self.folder):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def checkpoint_folder(run_folder: Path | str, step: int | None = None) -> Path:
+    """The folder of one whole checkpoint of a run, the latest by default. Reads only.
+
+    Raises:
+      UserError: the run has none, or none of that step.
+    """
+    folder = Path(run_folder) / CHECKPOINTS_FOLDER
+    entries = folder.iterdir() if folder.is_dir() else ()
+    steps = sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
+    if not steps:
+        raise UserError(f"{run_folder} holds no whole checkpoint; train there first, or name another run")
+    if step is not None and step not in steps:
+        known = ", ".join(map(str, steps))
+        raise UserError(f"{run_folder} holds no checkpoint of step {step}; it has {known}")
+    return folder / str(steps[-1] if step is None else step)
+
+
+def read_progress(checkpoint: Path | str) -> dict[str, Any]:
+    """The JSON mapping saved with a checkpoint.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(Path(checkpoint).absolute() / "progress")
+    except Exception as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def restore_params(run_folder: Path | str, template: Any, *, step: int | None = None) -> Any:
+    """The parameters alone of a run's checkpoint: to start another run from, to export or to serve.
+
+    Args:
+      template: the parameters' tree as arrays or `jax.ShapeDtypeStruct`s, with shardings if they matter.
+      step: which checkpoint; the latest by default.
+
+    Raises:
+      UserError: there is no such checkpoint, it cannot be read, or a parameter is missing, surplus or of
+        another shape.
+    """
+    return _restore(checkpoint_folder(run_folder, step), {"params": template})["params"]
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
+
+
+def _to_saved(state: TrainState) -> dict[str, Any]:
+    # The optimizer's named tuples become a flat dict, so that the format is names and arrays only.
+    saved = {
+        "params": state.params,
+        "optimizer": {_dotted(path): leaf for path, leaf in _leaves(state.opt_state)},
+        "step": state.step,
+    }
+    if state.reference is not None:
+        saved["reference"] = state.reference
+    return saved
+
+
+def _from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:
+    moments = [saved["optimizer"][_dotted(path)] for path, _ in _leaves(template.opt_state)]
+    return TrainState(
+        params=saved["params"],
+        opt_state=jax.tree.unflatten(jax.tree.structure(template.opt_state), moments),
+        step=saved["step"],
+        reference=saved.get("reference"),
+    )
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _dotted(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _restore(folder: Path, target: Mapping[str, Any]) -> Any:
+    """Restores the parts of a checkpoint that `target` names, shapes checked (orbax would cut or pad)."""
+    abstract = jax.tree.map(_abstract, target)
+    handler = ocp.PyTreeCheckpointHandler()
+    state = folder.absolute() / "state"
+    try:
+        saved = handler.metadata(state).tree
+        _check(folder, {part: saved.get(part, {}) for part in target}, abstract)
+        return handler.restore(
+            state,
+            args=ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,
+            ),
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check(folder: Path, saved: Any, wanted: Any) -> None:
+    have = {_dotted(path): tuple(leaf.shape) for path, leaf in _leaves(saved)}
+    want = {_dotted(path): tuple(leaf.shape) for path, leaf in _leaves(wanted)}
+    remedy = "use the configuration that the run was started with"
+    for name, shape in want.items():
+        if name not in have:
+            raise UserError(f"the checkpoint {folder} has no {name}; {remedy}")
+        if have[name] != shape:
+            raise UserError(
+                f"{name} has shape {have[name]} in the checkpoint {folder} and {shape} here; {remedy}"
+            )
+    for name in have:
+        if name not in want:
+            raise UserError(f"the checkpoint {folder} has {name}, which this model does not; {remedy}")
+
+
+def _unreadable(folder: Path | str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"the checkpoint {folder} cannot be read ({type(error).__name__}: {reason}); "
+        "remove that folder to go on from the one before it"
+    )
+
+
+@contextmanager
+def claim(run_folder: Path | str, config: Config) -> Iterator[bool]:
+    """Takes a run folder for this process, or refuses a foreign one before anything is touched.
+
+    Writes `config.yaml` into a new folder. While the context is open no other process can claim the folder;
+    a killed process frees it.
+
+    Yields:
+      Whether the folder holds an earlier part of this very run, to be continued.
+
+    Raises:
+      UserError: it is no folder, holds something else than a run, holds a run of another configuration, or
+        another process is at work in it; the sentence says which, and what to do.
+    """
+    folder = Path(run_folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"`run.directory` {folder} is a file; choose a folder")
+    file = folder / CONFIG_FILE
+    if file.exists():
+        _same_configuration(file, config)
+    elif folder.exists():
+        foreign = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        if foreign:
+            raise UserError(
+                f"`run.directory` {folder} holds files but no run ({foreign[0]}, ...); "
+                "choose a new or empty folder"
+            )
+    with full_disk_is_a_user_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  (held open below)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is training in {folder}; wait for it, stop it, or choose another run.directory"
+            ) from error
+        continues = file.exists()
+        if continues:
+            _same_configuration(file, config)  # it may have been written while we were waiting
+        else:
+            with full_disk_is_a_user_error(file):
+                write_whole(file, to_yaml(config))
+        yield continues
+
+
+def _same_configuration(file: Path, config: Config) -> None:
+    try:
+        there = yaml.safe_load(file.read_text())
+        keys = [key for key in differing_keys(there, asdict(config)) if not key.startswith(HARMLESS_KEYS)]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} is no configuration of a run; choose another run.directory, or remove that folder"
+        ) from error
+    if not keys:
+        return
+    key = keys[0]
+    others = f" (and {len(keys) - 1} more keys: {', '.join(keys[1:4])})" if len(keys) > 1 else ""
+    raise UserError(
+        f"{file.parent} holds a run with {key}={_at(there, key)!r}, not {_at(asdict(config), key)!r}{others}; "
+        "choose another run.directory, or the run's own configuration to continue it"
+    )
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def cut_back(run_folder: Path | str, step: int) -> None:
+    """Removes from a run folder everything that was written after `step`, and what a kill left half written.
+
+    `metrics.jsonl` keeps its whole lines up to the step; `dialogues/` and `evaluations/` their files
+    `step_N.*` with N up to it; event files their records up to it. Each file is replaced as a whole, so a
+    kill in here harms nothing; once more gives the same.
+
+    Args:
+      step: finished steps of the checkpoint that the run goes on from; -1 to begin again.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    folder = Path(run_folder)
+    with full_disk_is_a_user_error(folder):
+        for place in (folder, *(folder / name for name in (*STEP_FOLDERS, EVENTS_FOLDER))):
+            for leftover in place.glob(".*.*.*"):  # temporary names of files.write_whole: .NAME.SUFFIX.RANDOM
+                leftover.unlink()
+        _replace(folder / METRICS_FILE, lambda data: _cut_lines(data, step))
+        for name in STEP_FOLDERS:
+            for file in (folder / name).glob("step_*"):
+                number = re.match(r"step_(\d+)", file.name)
+                if number and int(number.group(1)) > step:
+                    file.unlink()
+        for file in (folder / EVENTS_FOLDER).glob("events.out.tfevents.*"):
+            _replace(file, lambda data: _cut_events(data, step))
+
+
+def _replace(file: Path, cut: Any) -> None:
+    if not file.exists():
+        return
+    data = file.read_bytes()
+    kept = cut(data)
+    if not kept:
+        file.unlink()
+    elif kept != data:
+        write_whole(file, kept)
+
+
+def _cut_lines(data: bytes, step: int) -> bytes:
+    kept = []
+    for line in data.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            continue  # torn by a kill
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step:
+            kept.append(line)
+    return b"".join(kept)
+
+
+def _cut_events(data: bytes, step: int) -> bytes:
+    kept = [
+        (record, event)
+        for record, event in read_events(data)
+        if event.step <= step or not event.summary.value  # the file's header has no step
+    ]
+    if not any(event.summary.value for _, event in kept):
+        return b""
+    return b"".join(record for record, _ in kept)
+
+
+def read_events(data: bytes) -> Iterator[tuple[bytes, Any]]:
+    """The whole records of an event file, each with its parsed event; a torn tail is left out.
+
+    A record is: length (8 bytes), checksum of the length (4), the event, checksum of the event (4).
+    """
+    from tensorboardX.proto.event_pb2 import Event
+
+    start = 0
+    while start + 12 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        end = start + 12 + length + 4
+        if end > len(data):
+            return
+        event = Event()
+        event.ParseFromString(data[start + 12 : end - 4])
+        yield data[start:end], event
+        start = end

@@ -1,0 +1,198 @@
+"""What a run writes about itself: one JSON line per step, event files, and the count of compiled programs.
+
+Metric names are the field's own (docs list them): `reward/*`, `actor/*`, `sampler/*`, `advantages/*`,
+`response_length/*`, `turns/*`, `timing_s/*`, `perf/*`, `judge/*`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from mapo_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FOLDER = "tensorboard"
+_BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+@contextmanager
+def full_disk_is_a_user_error(path: Path | str) -> Iterator[None]:
+    """Turns "no space left" into a UserError that names `path`; other errors pass through."""
+    try:
+        yield
+    except Exception as error:
+        if not _says_disk_full(error):
+            raise
+        raise UserError(
+            f"the disk that holds {path} is full; free some space and start the same command again: "
+            "the run goes on from its last whole checkpoint"
+        ) from error
+
+
+def _says_disk_full(error: BaseException | None) -> bool:
+    # The checkpoint library wraps the system's error, or carries only its text.
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def to_json_line(step: int, metrics: Mapping[str, Any]) -> str:
+    """One strict JSON line: `step` first, then the metrics; what is not finite becomes null."""
+    row: dict[str, Any] = {"step": int(step)}
+    for name, value in metrics.items():
+        if not isinstance(value, (str, bool)) and value is not None:
+            value = value.item() if hasattr(value, "item") else value
+            if not math.isfinite(value):
+                value = None
+        row[name] = value
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+class MetricWriter:
+    """Appends each step's metrics to `metrics.jsonl`, and to event files and Weights & Biases if asked for.
+
+    A step's row is one `write`, so that a kill leaves whole lines and at most one torn last one, which
+    `checkpoint.cut_back` removes.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        tensorboard: bool = True,
+        wandb: bool = False,
+        configuration: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Opens the writers.
+
+        Args:
+          folder: the run folder, which exists.
+          tensorboard: write event files below `tensorboard/`.
+          wandb: log to Weights & Biases as well.
+          configuration: what Weights & Biases shows as the run's configuration.
+
+        Raises:
+          UserError: `wandb` without the package.
+        """
+        folder = Path(folder)
+        self._path = folder / METRICS_FILE
+        self._wandb = _start_wandb(folder, configuration) if wandb else None
+        self._events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # half a second that a run without it need not pay
+
+            self._events = SummaryWriter(logdir=str(folder / EVENTS_FOLDER))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one step's metrics everywhere.
+
+        Raises:
+          UserError: the disk is full. Rows written before are whole.
+        """
+        with full_disk_is_a_user_error(self._path):
+            _append(self._path, to_json_line(step, metrics).encode())
+            if self._events is not None:
+                for name, value in metrics.items():
+                    self._events.add_scalar(name, float(value), global_step=step)
+                self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Flushes and closes what is open."""
+        if self._events is not None:
+            with full_disk_is_a_user_error(self._path.parent / EVENTS_FOLDER):
+                self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _append(path: Path, line: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        try:
+            written = os.write(handle, line)
+            if written < len(line):  # the disk filled up in the middle of the line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            os.ftruncate(handle, size)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _start_wandb(folder: Path, configuration: Mapping[str, Any] | None) -> ModuleType:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "`logging.wandb` is true but the package wandb is not installed; "
+            "`pip install wandb`, or set logging.wandb=false"
+        ) from error
+    wandb.init(project="mapo_jax", name=folder.name, dir=str(folder), config=dict(configuration or {}))
+    return wandb
+
+
+class CompileCounter:
+    """Counts the programs that XLA is asked for, by name, while it is open.
+
+    A program found in the persistent compilation cache counts too: the figure says how many distinct
+    programs a run has, whatever an earlier run left behind. Programs already in this process's memory do
+    not count, so a steady step adds nothing:
+
+        with CompileCounter() as counter:
+            ... warm up ...
+            with counter.steady("step 3"):
+                ... one step ...
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @property
+    def count(self) -> int:
+        """Programs requested so far."""
+        return len(self.names)
+
+    def _listen(self, event: str, duration: float, **details: Any) -> None:
+        if event == _BACKEND_COMPILE:
+            self.names.append(str(details.get("fun_name", "?")))
+
+    def __enter__(self) -> CompileCounter:
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    @contextmanager
+    def steady(self, what: str = "a steady step") -> Iterator[None]:
+        """Asserts that nothing is compiled inside.
+
+        Raises:
+          AssertionError: something was; it is named.
+        """
+        before = self.count
+        yield
+        assert self.count == before, f"{what} compiled {self.count - before}: {self.names[before:]}"
