@@ -1,4 +1,4 @@
-"""The director, as the rest of the program sees it: decides how the story goes on, and tells only the user."""
+"""The director, as the rest of the program sees it: decides how the story goes on; only the user hears."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripted director: tells the next part once the need of this one is met, and helps a stuck story along."""
+"""The scripted director: tells the next part once the need of this one is met, and unsticks a stuck story."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mapo_jax.environment.dialogue import Action, DialogueState
 from mapo_jax.environment.scenario import AXES, PERIODS
 from mapo_jax.environment.scripted.mind import Mind, mind_at
 
-_MEMORY_SHARE = 0.25  # share of transitions at which a memory comes up first
+_MEMORY_SHARE = 0.2  # share of transitions at which a memory comes up first
 _MOST_MEMORIES = 4
 _PATIENCE = 3  # replies beside the need after which the story moves on anyway
 _LAST_STAGE = 3
@@ -42,9 +42,9 @@ class ScriptedDirector:
 
 
 def _onward(state: DialogueState, mind: Mind, rng: random.Random) -> Action:
-    if mind.stage and mind.memories < _MOST_MEMORIES and mind.episode.origin != "memory":
-        if rng.random() < _MEMORY_SHARE:
-            return _memory(mind, "An earlier part of the story comes back to you.")
+    ripe = mind.stage > 0 and mind.memories < _MOST_MEMORIES and mind.episode.origin != "memory"
+    if ripe and rng.random() < _MEMORY_SHARE:
+        return _memory(mind, "An earlier part of the story comes back to you.")
     if mind.stage < _LAST_STAGE:
         stage = mind.stage + 1
         return Action("reveal_stage", str(stage), mind.scenario.story.stages[stage].telling)

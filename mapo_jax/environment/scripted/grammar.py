@@ -6,6 +6,7 @@ coherence alone. So a bag of cue words is never an act.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -230,6 +231,7 @@ def slots_of(frame: str) -> tuple[str, ...]:
     return tuple(_SLOT.findall(frame))
 
 
+@lru_cache(maxsize=65536)
 def bare(text: str) -> str:
     """Lower case, single spaces, no punctuation: the form in which sentences are compared."""
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
@@ -298,8 +300,7 @@ def read(reply: str) -> Reading:
 
 
 def _chain(words: Iterable[str]) -> set[tuple[str, str]]:
-    words = list(words)
-    return set(zip(words, words[1:], strict=False))
+    return set(itertools.pairwise(words))
 
 
 def _phrases(scenario: Scenario) -> dict[str, list[str]]:
@@ -395,4 +396,4 @@ def coherent(scenario: Scenario, words: str, *, whole: bool = True) -> bool:
     """
     world, own = _world_pairs(), _own_pairs(scenario)
     chain = [START, *words.split(), END] if whole else words.split()
-    return all(pair in world or pair in own for pair in zip(chain, chain[1:], strict=False))
+    return all(pair in world or pair in own for pair in itertools.pairwise(chain))

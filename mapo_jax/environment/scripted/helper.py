@@ -1,4 +1,4 @@
-"""Scripted speakers: the good helper, who marks the ceiling, and one of mixed quality for synthetic dialogues."""
+"""Scripted speakers: the good helper, who marks the ceiling, and one of mixed quality for synthetic data."""
 
 from __future__ import annotations
 
@@ -52,15 +52,17 @@ def say(mind: Mind, kind: str, rng: random.Random, filler: str | None = None, wo
       filler: what to name; empty: something the user has said, where the wording has a slot.
       worn: choose among all wordings, not only those that are still fresh.
     """
+    used = frozenset().union(*mind.frames)
     frames = list(CONSTRUCTIONS[kind])
-    if not worn:
-        used = frozenset().union(*mind.frames)
-        frames = [f for f in frames if f not in used and bare(f) not in mind.sentences] or frames
-    frame = rng.choice(frames)
-    slots = {slot: rng.choice(_at_hand(mind, slot)) for slot in slots_of(frame)}
-    if filler is not None:
-        slots[SLOT_OF.get(kind, "p")] = filler
-    return realise(frame, slots)
+    rng.shuffle(frames)
+    for frame in frames:
+        slots = {slot: rng.choice(_at_hand(mind, slot)) for slot in slots_of(frame)}
+        if filler is not None:
+            slots[SLOT_OF.get(kind, "p")] = filler
+        sentence = realise(frame, slots)
+        if worn or (frame not in used and bare(sentence) not in mind.sentences):
+            break
+    return sentence
 
 
 def _at_hand(mind: Mind, slot: str) -> Sequence[str]:
@@ -81,7 +83,7 @@ _PLAN = {
     "heard": ("reflect_situation", "name_feeling"),
     "weight": ("name_unstated", "reflect_situation", "name_feeling"),
     "meaning": ("reframe", "affirm_strength"),
-    "way": ("offer_step", "name_feeling", "affirm_strength"),
+    "way": ("offer_step", "name_feeling", "reflect_situation", "affirm_strength"),
 }
 
 
@@ -110,13 +112,13 @@ _STRAY = {
     "ask": 2.0,
     "repair": 1.5,
     "presence": 1.5,
-    **dict.fromkeys(HARMFUL, 1.0),
+    **dict.fromkeys(HARMFUL, 0.8),
 }
 
 
 _RIGHT = 0.87  # chance that the mixed speaker names something right where it could
 _WORN = 0.1  # chance that it takes any wording, used up or not
-_UNFOUNDED = 0.15  # chance that it names something although nothing of the kind has been said
+_UNFOUNDED = 0.05  # chance that it names something although nothing of the kind has been said
 
 
 def speaker(
@@ -199,7 +201,7 @@ def synthetic_dialogue(
     scenario: Scenario,
     seed: int,
     turns: int = 8,
-    skill: tuple[float, float] = (0.2, 0.8),
+    skill: tuple[float, float] = (0.3, 0.9),
     delayed_opening: bool = True,
 ) -> list[dict[str, str]]:
     """A dialogue of mixed quality as chat messages, for the warm start.

@@ -1,4 +1,4 @@
-"""What the scripted user says: sentence frames with slots, small and regular, so that a tiny model can read it.
+"""What the scripted user says: sentence frames with slots, small and regular, for a tiny model to read.
 
 Slots: {p} a particular of the situation, {f} a stated feeling, {v} the value, {s} a strength, {t} a step.
 A slot never opens a sentence, so that a phrase looks the same wherever it stands and can be copied.

@@ -3,13 +3,13 @@
 `Mind` is everything that judge, user and director know beyond the text. It is never stored: `mind_at(state)`
 folds it from the dialogue's own turns (and caches the fold), so a dialogue stays a plain value.
 
-The story is told in episodes. The first four are the card's stages, in order; each wants its own kind of help:
+The story is told in episodes. The first four are the card's stages, in order; each wants its own help:
 
   need      what helps                                                    progress
   heard     say back the situation; name the stated feeling              C +1; A +1
   weight    name the unstated feeling; the situation; the stated feeling  A +2; C +1; A +1
   meaning   tie it to what the person values; affirm a strength           C +2; P +1
-  way       offer a step as a choice; a strength; the stated feeling      P +2; P +1; A +1
+  way       offer a step as a choice; a strength; situation, feeling      P +2; P +1; C +1, A +1
 
 After them the director dwells on memories (heard), or on the axis that lacks most (weight, meaning or way).
 """
@@ -90,7 +90,7 @@ class Mind:
     said: frozenset[str] = frozenset()  # phrases of the card said so far, in bare form
     said_now: frozenset[str] = frozenset()  # those said in this episode, hinted feelings included
     hinted: frozenset[str] = frozenset()  # unstated feelings hinted at so far
-    user_triples: frozenset[tuple[str, ...]] = frozenset()  # word triples of the user's messages
+    heard_words: tuple[str, ...] = ()  # the user's messages in bare form
     credited: frozenset[tuple[str, str]] = frozenset()  # (act, filler) that brought progress in this episode
     points: tuple[int, int, int] = (0, 0, 0)  # points per axis earned in this episode
     met: bool = False  # the episode's need is met
@@ -169,7 +169,7 @@ def hear(mind: Mind, message: str) -> Mind:
         said=mind.said | found,
         said_now=mind.said_now | found | hints,
         hinted=mind.hinted | hints,
-        user_triples=mind.user_triples | _triples(words.split()),
+        heard_words=(*mind.heard_words, words),
     )
 
 
@@ -312,8 +312,13 @@ def _classify(mind: Mind, sentence: Sentence, clean: bool) -> str:
         fits = all(coherent(mind.scenario, filler, whole=False) for _, filler in sentence.slots)
         return sentence.kind if fits else "incoherent"
     words = sentence.words.split()
-    triples = _triples(words) or {tuple(words)}
-    if len(triples & mind.user_triples) >= ECHO_SHARE * len(triples):
+    heard = [message.split() for message in mind.heard_words]
+    if len(words) < 3:
+        copied = any(f" {sentence.words} " in f" {message} " for message in mind.heard_words)
+    else:
+        triples, theirs = _triples(words), set().union(*map(_triples, heard))
+        copied = len(triples & theirs) >= ECHO_SHARE * len(triples)
+    if copied:
         return "echo"
     return "other" if coherent(mind.scenario, sentence.words) else "incoherent"
 
@@ -501,10 +506,10 @@ def _judge_help(mind: Mind, kind, sentence, tally: _Tally, reactions, named, cre
         return True
 
     if kind == "reflect_situation":
-        if need in ("heard", "weight"):
+        if need != "meaning":
             reactions.add("situation")
             fresh = gain("C", 1, f"takes up the situation: `{filler}`")
-            return fresh and (need == "heard" or not mind.unstated_hinted)
+            return fresh and (need == "heard" or (need == "weight" and not mind.unstated_hinted))
         return False
     if kind == "name_feeling":
         if need != "meaning":

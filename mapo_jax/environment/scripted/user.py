@@ -1,4 +1,4 @@
-"""The scripted user: speaks from the card, by stage, mood, what was just said, and the director's guidance."""
+"""The scripted user: speaks from the card, by stage, mood, what was just said, and guidance."""
 
 from __future__ import annotations
 
