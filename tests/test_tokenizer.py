@@ -1,0 +1,91 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mapo_jax.errors import UserError
+from mapo_jax.tokenizer import END, SPECIAL_TOKENS, START, load_tokenizer, save_tokenizer, train_tokenizer
+
+TEXTS = [
+    f"{start} about the {adjective} {noun}. I feel tired."
+    for start in ("I keep thinking", "Tell me more", "We argued")
+    for adjective in ("old", "new", "quiet")
+    for noun in ("kettle", "garden", "night shifts", "piano")
+] * 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder, train_tokenizer(TEXTS, 320), max_tokens=512)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+def test_the_vocabulary_has_no_holes_and_the_asked_size(tokenizer):
+    assert sorted(tokenizer.get_vocab().values()) == list(range(320))
+    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS] == [0, 1, 2]
+
+
+def test_special_tokens_play_qwens_parts(tokenizer):
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (END, "<|endoftext|>", None)
+    assert tokenizer.model_max_length == 512
+    assert tokenizer.encode(START + "user") == [1, *tokenizer.encode("user")]
+
+
+def test_frequent_words_are_one_token(tokenizer):
+    assert len(tokenizer.encode(" the")) == 1
+    assert len(tokenizer.encode(" feel")) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8"), max_size=40))
+def test_every_text_comes_back(tokenizer, text):
+    import unicodedata
+
+    plain = unicodedata.normalize("NFC", text)  # the only change that Qwen's format makes
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == plain
+
+
+def test_the_chat_template_is_chatml(tokenizer):
+    messages = [{"role": "user", "content": "I feel tired."}, {"role": "assistant", "content": "Tell me."}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<|im_start|>user\nI feel tired.<|im_end|>\n<|im_start|>assistant\nTell me.<|im_end|>\n"
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nI feel tired.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_same_texts_give_the_same_files(folder, tmp_path):
+    save_tokenizer(tmp_path, train_tokenizer(TEXTS, 320), max_tokens=512)
+    for file in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_merges_and_vocabulary_alone_give_the_same_tokens(folder, tokenizer):
+    """What tools read that take vocab.json and merges.txt instead of tokenizer.json."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    plain = Tokenizer(model)
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = TEXTS[0]
+    assert plain.encode(text).ids == tokenizer.encode(text)
+    assert len(json.loads((folder / "vocab.json").read_text())) == 320
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+    with pytest.raises(UserError, match=r"vocabulary.*258.*at least 259"):
+        train_tokenizer(TEXTS, 258)
+
+
+def test_a_missing_or_foreign_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        load_tokenizer(tmp_path)
