@@ -12,7 +12,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
+
+from mapo_jax.environment.dialogue import DialogueState
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # a braille cell: four rows, two columns
 
@@ -75,6 +78,10 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the live panel off; its last state stays on the screen."""
         if self._live:
             self._screen.stop()
 
@@ -95,6 +102,14 @@ class Display:
         if not self._live:
             self.console.print(self._last, markup=False)
 
+    def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Says what the validation dialogues came to."""
+        self.note(
+            f"validation after {done:>4} steps: return {metrics['return/mean']:+7.3f}  "
+            f"reward {metrics['reward/mean']:+6.3f}  EPM-Q {metrics['epm_q']:5.1f}  "
+            f"turns {metrics['turns/mean']:4.1f}"
+        )
+
     def note(self, text: str) -> None:
         """Prints a line above the panel."""
         self.console.print(text, markup=False)
@@ -104,3 +119,45 @@ class Display:
         if self._returns:
             parts += [Text("mean return per step", style="dim"), Text(plot(self._returns)), Text(self._last)]
         return Panel(Group(*parts), title=escape(self._title))
+
+
+def transcript(state: DialogueState, label: str) -> str:
+    """A dialogue as text, with what the judge made of each reply."""
+    lines = [f"--- {label}: {state.scenario.id} ({state.scenario.topic}) ---"]
+    for turn, reward in zip(state.turns, state.rewards, strict=True):
+        score = "unscored" if reward is None else f"{reward:+.2f}"
+        lines += [f"  user   {turn.user}", f"  policy {turn.reply or '(nothing)'}   [{score}]"]
+    return "\n".join([*lines, f"  ({state.outcome} after {state.turn_count} turns)"])
+
+
+_RESULTS = (  # what a person asks first: label, metric, format
+    ("return of a dialogue", "return/mean", "{:+.2f}"),
+    ("reward per turn", "reward/mean", "{:+.2f}"),
+    ("EPM-Q", "epm_q", "{:.1f}"),
+    ("turns", "turns/mean", "{:.1f}"),
+)
+
+
+def results_table(
+    first: Mapping[str, float], last: Mapping[str, float], helper: Mapping[str, float]
+) -> Table:
+    """Validation before and after training beside the good helper: the way made is after minus before."""
+    table = Table(title="validation dialogues", title_justify="left")
+    for heading in ("", "before", "after", "good helper", "way made"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    rows = list(_RESULTS)
+    for name in sorted({*first, *last, *helper}):
+        group, _, rest = name.partition("/")
+        if group == "naming" and not rest.endswith(("_chance", "_rate")):
+            rows.append((f"{rest} named right", name, "{:.0%}"))
+        if group == "kind":
+            rows.append(
+                ("largest share of one kind" if rest == "most" else f"share of {rest}", name, "{:.0%}")
+            )
+    for label, name, form in rows:
+        values = [figures.get(name) for figures in (first, last, helper)]
+        way = ""
+        if name in ("return/mean", "reward/mean", "epm_q") and None not in values and values[2] > values[0]:
+            way = f"{(values[1] - values[0]) / (values[2] - values[0]):.0%}"
+        table.add_row(label, *("" if value is None else form.format(value) for value in values), way)
+    return table

@@ -1,0 +1,55 @@
+"""What the commands share: one clear sentence and an exit status instead of a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mapo_jax.errors import UserError
+
+
+class Stopped(Exception):
+    """The command was asked to stop by a signal, and has left everything whole."""
+
+    def __init__(self, signal_name: str, message: str):
+        super().__init__(message)
+        self.signal_name = signal_name
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs a command's body and returns its exit status.
+
+    0: done. 2: bad input; the sentence goes to standard error. 128 + n: stopped by signal n. Anything else
+    is a defect of ours and keeps its traceback.
+    """
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + signal.Signals[stop.signal_name]
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def cache_folder(name: str) -> Path:
+    """The user's cache folder for one kind of thing: $XDG_CACHE_HOME/mapo_jax/NAME, or below ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mapo_jax" / name
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """Keeps compiled programs on the disk, so that the next run of the same shapes starts faster.
+
+    Args:
+      folder: where; None for the user's cache folder.
+    """
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder or cache_folder("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

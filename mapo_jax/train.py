@@ -1,0 +1,447 @@
+"""The main job: collect dialogues, give every turn its credit, update, and again.
+
+    python -m mapo_jax.train [--config configs/NAME.yaml] [key=value ...] [--dry-run]
+
+One step, as in docs/design.md: scenarios -> dialogues -> rewards -> advantages -> rows -> new weights. The
+same command started again continues the run from its newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from mapo_jax.commands import Stopped, run_command, use_compilation_cache
+from mapo_jax.config import Config, load_config
+from mapo_jax.environment.dialogue import Roles
+from mapo_jax.environment.scenario import Scenario, load_scenarios
+from mapo_jax.environment.scripted import scripted_roles
+from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
+from mapo_jax.environment.scripted.metrics import reading_metrics
+from mapo_jax.environment.state import Limits
+from mapo_jax.errors import UserError
+from mapo_jax.evaluation.summary import summarize
+from mapo_jax.files import write_whole
+from mapo_jax.model.sharding import make_mesh, param_shardings
+from mapo_jax.rollout.collect import Dialogue, collect
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.training import batch as rows
+from mapo_jax.training.checkpoint import Checkpoints, claim, cut_back
+from mapo_jax.training.display import Display, results_table, transcript
+from mapo_jax.training.forecast import forecast
+from mapo_jax.training.interruption import Interrupted, StopRequest
+from mapo_jax.training.metrics import CompileCounter, MetricWriter
+from mapo_jax.training.policy import MODEL_FOLDER, Policy, load_policy, save_model_files
+from mapo_jax.training.step import (
+    Optimizer,
+    Scoring,
+    TrainState,
+    Update,
+    create_state,
+    fetch,
+    make_optimizer,
+    make_scorer,
+    make_update,
+    place,
+)
+from mapo_jax.warmstart import run_warmstart
+
+EVALUATION_STREAM = 1_000_003  # added to the seed: evaluation's dialogues are never training's
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays as it is while a run goes on."""
+
+    config: Config
+    folder: Path
+    mesh: Mesh
+    policy: Policy
+    roles: Roles
+    limits: Limits
+    validation: list[Scenario]
+    engine: Engine  # samples for training
+    evaluator: Engine  # samples for evaluation
+    credit: Callable[..., Any]  # cells -> rewards, advantages
+    update: Update
+    scorer: Callable[..., Any]  # the trainer's own log-probabilities
+    optimizer: Optimizer
+    row_lengths: tuple[int, ...]
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    display: Display
+    compiles: CompileCounter
+    stop: StopRequest
+
+
+def train(config: Config, console: Console | None = None) -> None:
+    """Makes, or continues, the run that `config` describes; all it writes is below `run.directory`.
+
+    Raises:
+      UserError: bad input, a full disk, an update that is not finite; what was saved stays whole.
+      Stopped: a signal came; the last finished step is saved.
+    """
+    console = console or Console(highlight=False)
+    use_compilation_cache(config.run.compilation_cache)
+    with ExitStack() as stack:
+        run, params = prepare(config, stack, console)
+        state = create_state(
+            params,
+            run.optimizer,
+            shardings=param_shardings(run.policy.config, run.mesh),
+            reference=config.algorithm.kl_coefficient > 0,
+        )
+        deck = scenario_deck(config)
+        done, state = restore(run, state, deck)
+        deck_state = deck.get_state()
+        try:
+            while True:
+                if done % config.evaluation.every == 0 or done == config.training.steps:
+                    evaluate(run, state, done)
+                if done == config.training.steps:
+                    break
+
+                started = time.monotonic()
+                dialogues, rollout_metrics = gather(run, state, next(deck), done)
+                state, update_metrics = learn(run, state, dialogues, done)
+                done, deck_state = done + 1, deck.get_state()
+                record(run, done, dialogues, rollout_metrics | update_metrics, started)
+
+                if done % config.checkpoint.every == 0 or done == config.training.steps:
+                    run.checkpoints.save(done, state, {"deck": deck_state})
+                run.stop.check()
+        except Interrupted as interruption:
+            run.checkpoints.save(done, state, {"deck": deck_state})
+            run.checkpoints.wait()
+            raise Stopped(
+                str(interruption),
+                f"stopped by {interruption}: {run.folder} is saved after step {done} of "
+                f"{config.training.steps}; the same command goes on from there",
+            ) from interruption
+        run.checkpoints.wait()
+        run.display.close()
+        conclude(run, console)
+
+
+# --- One step. ---
+
+
+def gather(
+    run: Run, state: TrainState, scenarios: list[Scenario], step: int
+) -> tuple[list[list[Dialogue]], dict[str, float]]:
+    """The policy as it stands talks R times in each scenario: dialogues [S][R]."""
+    started = time.monotonic()
+    run.engine.load(state.params, step)
+    dialogues = converse(
+        run, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, step
+    )
+    seconds = time.monotonic() - started
+    lengths = [sum(d.row.sampled) / max(1, d.state.turn_count) for group in dialogues for d in group]
+    sampled = sum(sum(dialogue.row.sampled) for group in dialogues for dialogue in group)
+    cut = [turn.truncated for group in dialogues for d in group for turn in d.state.turns]
+    return dialogues, measure(run, dialogues) | {
+        "response_length/mean": float(np.mean(lengths)),
+        "response_length/truncated": float(np.mean(cut)) if cut else 0.0,
+        "timing_s/rollout": seconds,
+        "perf/tokens_per_second": sampled / seconds,
+    }
+
+
+def learn(
+    run: Run, state: TrainState, dialogues: list[list[Dialogue]], step: int
+) -> tuple[TrainState, dict[str, float]]:
+    """Every turn gets its advantage, every token its turn's, and the weights move: one or more updates."""
+    started = time.monotonic()
+    config = run.config
+    cells = rows.make_cells(
+        dialogues, config.rollout.max_turns, max_failed_share=config.environment.max_failed_share
+    )
+    _, advantages = run.credit(cells.positions, cells.valid, cells.scored)
+    advantages = np.asarray(advantages)
+    batch = rows.make_batch(dialogues, advantages, cells.scored, rows.row_length(dialogues, run.row_lengths))
+    if config.algorithm.old_logprobs == "trainer":
+        batch = replace(batch, old_logprobs=run.scorer(state.params, place(batch, run.mesh)))
+    updates = []
+    for epoch in range(config.training.epochs):
+        order = rows.scenario_order(
+            config.training.seed, step, epoch, config.rollout.scenarios, config.training.minibatch_scenarios
+        )
+        for chosen in order:
+            minibatch = rows.take_scenarios(batch, chosen, config.rollout.rollouts)
+            state, metrics = run.update(state, place(minibatch, run.mesh))
+            updates.append(metrics)
+    metrics = fetch(updates)
+    if metrics["actor/skipped"]:
+        raise UserError(
+            f"the loss or gradient of step {step + 1} is not finite, so its update was not applied; lower "
+            "optimizer.learning_rate, or look at the dialogues of that step, and start the same command again"
+        )
+    scored = advantages[cells.scored] if cells.scored.any() else np.zeros(1)
+    return state, metrics | {
+        "advantages/mean": float(scored.mean()),
+        "advantages/std": float(scored.std()),
+        "advantages/min": float(scored.min()),
+        "advantages/max": float(scored.max()),
+        "timing_s/update": time.monotonic() - started,
+    }
+
+
+def record(
+    run: Run, done: int, dialogues: list[list[Dialogue]], metrics: dict[str, float], started: float
+) -> None:
+    """Puts a finished step on the disk and on the screen."""
+    metrics |= {
+        "timing_s/step": time.monotonic() - started,
+        "perf/compiled_programs": float(run.compiles.count),
+    }
+    if done % run.config.logging.dialogues_every == 0:
+        write_dialogues(run.folder / "dialogues" / f"step_{done:06d}.jsonl", dialogues)
+    run.writer.write(done, metrics)
+    run.display.step(done, metrics)
+
+
+def evaluate(run: Run, state: TrainState, done: int) -> None:
+    """Holds the validation dialogues with the weights after `done` steps; the same seeds every time.
+
+    Written whole to evaluations/step_N.json, so that a run which is killed here repeats or skips it exactly.
+    """
+    file = run.folder / "evaluations" / f"step_{done:06d}.json"
+    if file.exists():
+        return
+    config = run.config
+    run.evaluator.load(state.params, done)
+    seed = config.training.seed + EVALUATION_STREAM
+    dialogues = converse(run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0)
+    metrics = measure(run, dialogues)
+    write_dialogues(file.with_suffix(".jsonl"), dialogues)
+    run.writer.write(done, {f"evaluation/{name}": value for name, value in metrics.items()})
+    write_whole(file, json.dumps(metrics, indent=1))
+    run.display.evaluation(done, metrics)
+    if done in (0, config.training.steps):
+        run.display.note(transcript(dialogues[0][0].state, "before" if done == 0 else "after"))
+
+
+def converse(
+    run: Run, engine: Engine, scenarios: Sequence[Scenario], rollouts: int, seed: int, step: int
+) -> list[list[Dialogue]]:
+    """Dialogues of the policy with the world, [S][rollouts]."""
+    total = len(scenarios) * rollouts * run.limits.max_turns
+    name = "dialogues" if engine is run.engine else "validation"
+
+    def progress(turns: int) -> None:
+        run.stop.check()
+        run.display.phase(name, turns, total)
+
+    return asyncio.run(
+        collect(
+            scenarios,
+            rollouts,
+            engine,
+            run.policy.chat,
+            run.roles,
+            run.limits,
+            seed=seed,
+            step=step,
+            concurrency=run.config.environment.concurrency,
+            on_turn=progress,
+        )
+    )
+
+
+def measure(run: Run, dialogues: list[list[Dialogue]]) -> dict[str, float]:
+    """The figures of some dialogues: what they came to, and what the replies were."""
+    states = [dialogue.state for group in dialogues for dialogue in group]
+    return summarize(states, run.config.algorithm.discount) | reading_metrics(states)
+
+
+def write_dialogues(file: Path, dialogues: list[list[Dialogue]]) -> None:
+    """One JSON row per dialogue: enough to read it, re-score it, or replay its update."""
+    lines = [json.dumps(dialogue.to_json()) for group in dialogues for dialogue in group]
+    write_whole(file, "\n".join(lines) + "\n")
+
+
+# --- Before the first step, and after the last. ---
+
+
+def prepare(config: Config, stack: ExitStack, console: Console) -> tuple[Run, Any]:
+    """Everything a run needs, bad input refused before anything is written; the start weights beside it."""
+    folder = Path(config.run.directory)
+    stop = stack.enter_context(StopRequest())
+    compiles = stack.enter_context(CompileCounter())
+    training = load_scenarios(config.environment.scenarios, "train")
+    validation = load_scenarios(config.environment.scenarios, "validation")[: config.evaluation.scenarios]
+    if config.rollout.scenarios > len(training):
+        raise UserError(
+            f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
+            "training scenarios there are"
+        )
+    mesh = make_mesh(config.mesh)
+    stack.enter_context(claim(folder, config))
+    policy, params = starting_policy(config, folder, mesh, stop, console)
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.training.steps
+        * config.training.epochs
+        * (config.rollout.scenarios // config.training.minibatch_scenarios),
+    )
+    scoring = Scoring(
+        policy.config,
+        temperature=config.rollout.temperature,
+        vocabulary_size=policy.chat.vocabulary_size,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        loss_tokens=config.rollout.max_turns * config.rollout.max_reply_tokens,
+    )
+    slots = config.rollout.scenarios * config.rollout.rollouts
+    engine = make_engine(config, policy, mesh, slots, config.rollout.temperature)
+    evaluated = len(validation) * config.evaluation.rollouts
+    same = (evaluated, config.evaluation.temperature) == (slots, config.rollout.temperature)
+    evaluator = (
+        engine if same else make_engine(config, policy, mesh, evaluated, config.evaluation.temperature)
+    )
+    display = Display(
+        f"{config.algorithm.estimator} · {folder}",
+        config.training.steps,
+        live=config.logging.progress,
+        console=console,
+    )
+    run = Run(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        policy=policy,
+        roles=scripted_roles(config.environment),
+        limits=Limits(
+            config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance
+        ),
+        validation=validation,
+        engine=engine,
+        evaluator=evaluator,
+        credit=rows.make_credit(config.algorithm),
+        update=make_update(
+            scoring,
+            optimizer,
+            config.algorithm,
+            microbatch_rows=config.training.microbatch_rows,
+            constant_length=config.rollout.max_turns * config.rollout.max_reply_tokens,
+            shardings=param_shardings(policy.config, mesh),
+        ),
+        scorer=make_scorer(scoring, microbatch_rows=config.training.microbatch_rows),
+        optimizer=optimizer,
+        row_lengths=rows.row_lengths(config.rollout.max_tokens),
+        checkpoints=stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep)),
+        writer=stack.enter_context(
+            MetricWriter(folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb)
+        ),
+        display=stack.enter_context(display),
+        compiles=compiles,
+        stop=stop,
+    )
+    return run, params
+
+
+def starting_policy(
+    config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console
+) -> tuple[Policy, Any]:
+    """The policy that the run starts from; its model files go into the run folder."""
+    path = config.model.path or run_warmstart(config, console=console, check=stop.check)
+    policy, params = load_policy(path, config.rollout, mesh=mesh)
+    if not (folder / MODEL_FOLDER / "config.json").exists():
+        save_model_files(folder, policy)
+    return policy, params
+
+
+def make_engine(config: Config, policy: Policy, mesh: Mesh, slots: int, temperature: float) -> Engine:
+    """The sampler for `slots` dialogues at once."""
+    return Engine(
+        policy.config,
+        slots=slots,
+        length=config.rollout.max_tokens,
+        temperature=temperature,
+        max_reply_tokens=config.rollout.max_reply_tokens,
+        stop_ids=policy.chat.stop_ids,
+        vocabulary_size=policy.chat.vocabulary_size,
+        dtype=config.model.dtype,
+        mesh=mesh,
+    )
+
+
+def scenario_deck(config: Config) -> grain.DatasetIterator:
+    """Endless batches of S training scenarios, reshuffled every epoch; its position can be saved."""
+    cards = load_scenarios(config.environment.scenarios, "train")
+    return iter(
+        grain.MapDataset.source(cards)
+        .seed(config.training.seed)
+        .shuffle()
+        .repeat()
+        .batch(config.rollout.scenarios, batch_fn=list)
+        .to_iter_dataset()
+    )
+
+
+def restore(run: Run, state: TrainState, deck: grain.DatasetIterator) -> tuple[int, TrainState]:
+    """Steps done and the state: those of the newest whole checkpoint, or a beginning."""
+    saved = run.checkpoints.restore_latest(state)
+    cut_back(run.folder, saved[1]["step"] if saved else -1)
+    if saved is None:
+        return 0, state
+    state, progress = saved
+    deck.set_state(progress["deck"])
+    run.display.note(f"continuing {run.folder} after step {progress['step']}")
+    return progress["step"], state
+
+
+def conclude(run: Run, console: Console) -> None:
+    """Prints what was learnt, against where it started and the good helper, and where everything lies."""
+    first, last = (
+        json.loads((run.folder / "evaluations" / f"step_{step:06d}.json").read_text())
+        for step in (0, run.config.training.steps)
+    )
+    states = [
+        hold_dialogue(scenario, seed, good_helper, run.roles, run.limits)
+        for scenario in run.validation
+        for seed in range(run.config.evaluation.rollouts)
+    ]
+    helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
+    console.print(results_table(first, last, helper))
+    console.print(f"everything lies in {run.folder}/: metrics.jsonl, tensorboard/, dialogues/, evaluations/,")
+    console.print("checkpoints/. Take the weights along with:")
+    console.print(f"  python -m mapo_jax.export --run {run.folder} --output FOLDER", markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status (see commands.run_command)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mapo_jax.train",
+        description="Trains a dialogue policy with MAPO or one of its baselines. Without arguments: a tiny "
+        "model in the scripted world, on the CPU, in minutes. The same command continues an unfinished run.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
+    parser.add_argument("--dry-run", action="store_true", help="print what a run would be, and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=20")
+    options = parser.parse_args(arguments)
+
+    def command() -> None:
+        config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            Console(highlight=False).print(forecast(config), markup=False)
+        else:
+            train(config)
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""A policy as it lies on the disk: a Hugging Face folder, or a run's checkpoint with its model files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+from jax.sharding import Mesh
+
+from mapo_jax.config import RolloutConfig
+from mapo_jax.errors import UserError
+from mapo_jax.model.huggingface import load_params, read_config, write_config
+from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
+from mapo_jax.model.sharding import param_shardings
+from mapo_jax.rollout.chat import ChatFormat
+from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER, restore_params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODEL_FOLDER = "model"  # of a run: config.json and tokenizer, everything but weights
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What talks: architecture, tokenizer, and how dialogues become token rows. Weights are kept apart."""
+
+    config: QwenConfig
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
+
+
+def load_policy(
+    path: Path | str, rollout: RolloutConfig, *, mesh: Mesh | None = None, step: int | None = None
+) -> tuple[Policy, Params]:
+    """Loads a policy and its weights, float32, each array onto its own devices.
+
+    Args:
+      path: a Hugging Face folder, or a run folder.
+      rollout: how dialogues are rendered.
+      mesh: where the weights go.
+      step: of a run: which checkpoint; the latest by default.
+
+    Raises:
+      UserError: neither kind of folder, or one that cannot be read; names the file and what is wrong.
+    """
+    path = Path(path)
+    is_run = (path / CHECKPOINTS_FOLDER).is_dir()
+    folder = path / MODEL_FOLDER if is_run else path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
+    config = read_config(folder)
+    policy = Policy(config, *_tokenizer_and_chat(folder, rollout))
+    _check_fit(policy, rollout, path)
+    if not is_run:
+        return policy, load_params(folder, config, mesh)
+    template = parameter_shapes(config)
+    if mesh is not None:
+        template = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            template,
+            param_shardings(config, mesh),
+        )
+    return policy, restore_params(path, template, step=step)
+
+
+def save_model_files(run_folder: Path | str, policy: Policy) -> None:
+    """Writes what a run's checkpoints lack to be a model: its shape and its tokenizer."""
+    folder = Path(run_folder) / MODEL_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.tokenizer.save_pretrained(folder)
+    write_config(folder, policy.config)  # last: its presence says that the rest is there
+
+
+def _tokenizer_and_chat(folder: Path, rollout: RolloutConfig) -> tuple[PreTrainedTokenizerBase, ChatFormat]:
+    from transformers import AutoTokenizer  # seconds that a --help need not pay
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no tokenizer can be loaded from {folder}: {reason}") from error
+    return tokenizer, ChatFormat(tokenizer, rollout.history, rollout.system_prompt)
+
+
+def _check_fit(policy: Policy, rollout: RolloutConfig, path: Path) -> None:
+    if rollout.max_tokens > policy.config.max_position_embeddings:
+        raise UserError(
+            f"`rollout.max_tokens` is {rollout.max_tokens}; it must be at most the "
+            f"{policy.config.max_position_embeddings} positions of the model {path}"
+        )
+    if policy.chat.vocabulary_size > policy.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {path} has {policy.chat.vocabulary_size} ids but the model only "
+            f"{policy.config.vocab_size}; they do not belong together"
+        )
