@@ -15,6 +15,7 @@ from mapo_jax.model.huggingface import load_params, read_config, write_config
 from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
 from mapo_jax.rollout.chat import ChatFormat
+from mapo_jax.tokenizer import load_tokenizer
 from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER, restore_params
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def load_policy(
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
     config = read_config(folder)
-    policy = Policy(config, *_tokenizer_and_chat(folder, rollout))
+    tokenizer = load_tokenizer(folder)
+    policy = Policy(config, tokenizer, ChatFormat(tokenizer, rollout.history, rollout.system_prompt))
     _check_fit(policy, rollout, path)
     if not is_run:
         return policy, load_params(folder, config, mesh)
@@ -72,17 +74,6 @@ def save_model_files(run_folder: Path | str, policy: Policy) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     policy.tokenizer.save_pretrained(folder)
     write_config(folder, policy.config)  # last: its presence says that the rest is there
-
-
-def _tokenizer_and_chat(folder: Path, rollout: RolloutConfig) -> tuple[PreTrainedTokenizerBase, ChatFormat]:
-    from transformers import AutoTokenizer  # seconds that a --help need not pay
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no tokenizer can be loaded from {folder}: {reason}") from error
-    return tokenizer, ChatFormat(tokenizer, rollout.history, rollout.system_prompt)
 
 
 def _check_fit(policy: Policy, rollout: RolloutConfig, path: Path) -> None:

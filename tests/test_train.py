@@ -1,0 +1,249 @@
+"""The main job as a whole: it runs, it survives every kind of death, and it refuses bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mapo_jax.environment.scenario import load_scenarios
+from mapo_jax.model.huggingface import save_params
+from mapo_jax.model.qwen import QwenConfig, init_params
+from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
+from mapo_jax.training.checkpoint import checkpoint_folder
+from mapo_jax.training.metrics import METRICS_FILE
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny untrained Qwen3 with its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
+    tokenizer = train_tokenizer(texts, 320)
+    save_tokenizer(folder, tokenizer, max_tokens=512)
+    config = QwenConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+    )
+    save_params(folder, init_params(config, seed=3), config, dtype="float32")
+    return folder
+
+
+def overrides(model_folder, folder, cache, **changes):
+    settings = {
+        "run.directory": folder,
+        "run.compilation_cache": cache,
+        "model.path": model_folder,
+        "rollout.scenarios": 2,
+        "rollout.rollouts": 3,
+        "rollout.max_turns": 3,
+        "rollout.min_turns": 2,
+        "rollout.max_reply_tokens": 6,
+        "rollout.max_tokens": 512,
+        "environment.fault_rate": 0.1,
+        "training.steps": STEPS,
+        "training.seed": 5,
+        "training.minibatch_scenarios": 1,
+        "evaluation.every": 2,
+        "evaluation.scenarios": 3,
+        "evaluation.rollouts": 2,
+        "checkpoint.every": 1,
+        "optimizer.learning_rate": 0.003,
+    }
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+# Runs the command with a trap: the process kills itself in the middle of what the trap names.
+DRIVER = """
+import os, signal, sys
+import mapo_jax.train as train
+trap, number = sys.argv[1], getattr(signal, sys.argv[2])
+
+def strike():
+    os.kill(os.getpid(), number)
+
+def after_calls(function, calls):
+    count = 0
+    def wrapped(*args, **options):
+        nonlocal count
+        count += 1
+        result = function(*args, **options)
+        if count == calls:
+            strike()
+        return result
+    return wrapped
+
+if trap == "rollout":  # in the second step's dialogues
+    train.Display.phase = after_calls(train.Display.phase, 40)
+elif trap == "update":  # between the two updates of a step
+    train.place = after_calls(train.place, 3)
+elif trap == "save":  # while the checkpoint is being written
+    train.Checkpoints.save = after_calls(train.Checkpoints.save, 2)
+elif trap == "evaluation":
+    train.measure = after_calls(train.measure, 1)
+sys.exit(train.main(sys.argv[3:]))
+"""
+
+
+def run(arguments, trap="none", number="SIGKILL"):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, trap, number, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+
+
+def content(folder):
+    """Everything of a run that must not depend on its interruptions: parameters, metrics, dialogues."""
+    import orbax.checkpoint as ocp
+
+    state = ocp.PyTreeCheckpointHandler().restore(checkpoint_folder(folder, STEPS).absolute() / "state")
+    rows = []
+    for line in (folder / METRICS_FILE).read_text().splitlines():
+        row = json.loads(line)
+        rows.append({k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))})
+    files = {
+        file.relative_to(folder): file.read_bytes()
+        for kind in ("dialogues", "evaluations")
+        for file in sorted((folder / kind).iterdir())
+    }
+    return state, rows, files
+
+
+def assert_same(one, other):
+    import jax
+
+    left, right = jax.tree.leaves_with_path(one[0]), jax.tree.leaves_with_path(other[0])
+    assert [path for path, _ in left] == [path for path, _ in right]
+    for (path, a), (_, b) in zip(left, right, strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b)), path
+    assert one[1] == other[1]
+    assert one[2] == other[2]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model_folder, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    result = run(overrides(model_folder, folder, cache))
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_a_run_leaves_everything_that_the_design_promises(undisturbed):
+    folder, result = undisturbed
+    assert (folder / "config.yaml").is_file() and list((folder / "tensorboard").iterdir())
+    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    steps = [row["step"] for row in rows if "reward/mean" in row]
+    evaluations = [row["step"] for row in rows if "evaluation/reward/mean" in row]
+    assert steps == [1, 2, 3, 4] and evaluations == [0, 2, 4]
+    for row in rows:
+        if "reward/mean" in row:
+            assert row["sampler/logprob_diff_max"] < 1e-4  # float32: one forward graph, other order of sums
+            assert row["actor/skipped"] == 0
+    for step in steps:
+        dialogues = (folder / "dialogues" / f"step_{step:06d}.jsonl").read_text().splitlines()
+        assert len(dialogues) == 6
+    assert "good helper" in result.stdout and str(folder) in result.stdout
+
+
+def test_killed_in_rollout_update_and_save_it_ends_the_same(undisturbed, model_folder, cache, tmp_path):
+    folder = tmp_path / "killed"
+    arguments = overrides(model_folder, folder, cache)
+    for trap in ("rollout", "update", "save"):
+        assert run(arguments, trap).returncode == -signal.SIGKILL
+    result = run(arguments)
+    assert result.returncode == 0, result.stderr
+    assert "continuing" in result.stdout
+    assert_same(content(undisturbed[0]), content(folder))
+
+
+@pytest.mark.parametrize(
+    ("trap", "number", "status"), [("rollout", "SIGTERM", 143), ("evaluation", "SIGINT", 130)]
+)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    undisturbed, model_folder, cache, tmp_path, trap, number, status
+):
+    folder = tmp_path / "stopped"
+    arguments = overrides(model_folder, folder, cache)
+    result = run(arguments, trap, number)
+    assert result.returncode == status, result.stderr
+    assert "the same command goes on" in result.stderr and "Traceback" not in result.stderr
+    assert run(arguments).returncode == 0
+    assert_same(content(undisturbed[0]), content(folder))
+
+
+def test_a_finished_run_is_left_alone(undisturbed, model_folder, cache):
+    folder, _ = undisturbed
+    before = content(folder)
+    result = run(overrides(model_folder, folder, cache))
+    assert result.returncode == 0 and "finished" in result.stdout
+    assert_same(before, content(folder))
+
+
+def test_a_run_continues_from_another_runs_weights(undisturbed, cache, tmp_path):
+    folder = tmp_path / "second"
+    result = run(overrides(undisturbed[0], folder, cache, training__steps=1, checkpoint__every=5))
+    assert result.returncode == 0, result.stderr
+    first = json.loads((folder / "evaluations" / "step_000000.json").read_text())
+    last = json.loads((undisturbed[0] / "evaluations" / f"step_{STEPS:06d}.json").read_text())
+    assert first == last  # the same weights hold the same validation dialogues
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training__seed": 6}, ["training.seed", "run.directory"]),
+        ({"model__path": "/nowhere"}, ["/nowhere"]),
+    ],
+)
+def test_a_run_folder_is_not_taken_over(undisturbed, model_folder, cache, changes, words):
+    before = content(undisturbed[0])
+    result = run(overrides(model_folder, undisturbed[0], cache, **changes))
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and all(word in lines[0] for word in words)
+    assert_same(before, content(undisturbed[0]))
+
+
+def test_bad_models_and_impossible_sizes_are_one_sentence(model_folder, cache, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for changes, words in [
+        ({"model__path": broken}, [weights.name]),
+        ({"model__path": tmp_path}, ["config.json"]),
+        ({"rollout__max_tokens": 1024}, ["rollout.max_tokens", "512"]),
+        ({"rollout__scenarios": 65, "training__minibatch_scenarios": 65}, ["rollout.scenarios", "64"]),
+        ({"mesh__data": 3, "mesh__fsdp": 1}, ["mesh.data=3"]),
+    ]:
+        folder = tmp_path / "run"
+        result = run(overrides(model_folder, folder, cache, **changes))
+        assert result.returncode == 2, (changes, result.stderr)
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert all(word in lines[0] for word in words), lines
+        shutil.rmtree(folder, ignore_errors=True)
