@@ -222,6 +222,25 @@ def test_what_stands_outside_the_mask_has_no_influence():
             assert not np.asarray(two)[~mask].any()
 
 
+def test_the_gradient_flows_through_the_trained_policy_alone():
+    new, old, advantages, mask = batch(5)
+
+    def loss(old, advantages, weights, reference):
+        return objective.policy_loss(
+            new,
+            old,
+            advantages,
+            mask,
+            weights=weights,
+            reference_logprobs=reference,
+            kl_coefficient=0.1,
+        )[0]
+
+    constants = (old, advantages, np.ones_like(old), old)
+    for gradient in jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*constants):
+        assert not gradient.any()
+
+
 def test_no_loss_tokens_at_all():
     new, old, advantages, mask = batch()
     (loss, metrics), gradient = compiled()(new, old, advantages, np.zeros_like(mask))
