@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Sequence
 
@@ -186,7 +185,10 @@ def _any_fillers(mind: Mind, kind: str) -> Sequence[str]:
 def hold_dialogue(
     scenario: Scenario, seed: int, policy: Policy, roles: Roles, limits: Limits
 ) -> DialogueState:
-    """A whole dialogue with a scripted policy (any function from the state to a reply)."""
+    """A whole dialogue with a scripted policy (any function from the state to a reply).
+
+    Scripted roles never wait, so this needs no event loop and also runs inside one.
+    """
 
     async def hold() -> DialogueState:
         state = DialogueState(scenario, seed, (), await open_dialogue(scenario, seed, roles))
@@ -194,7 +196,13 @@ def hold_dialogue(
             state = await take_turn(state, policy(state), roles, limits)
         return state
 
-    return asyncio.run(hold())
+    dialogue = hold()
+    try:
+        dialogue.send(None)
+    except StopIteration as finished:
+        return finished.value
+    dialogue.close()
+    raise RuntimeError("a role waited for something; hold_dialogue is for scripted roles")
 
 
 def synthetic_dialogue(

@@ -42,8 +42,8 @@ _ADJECTIVES = _words(
     """
     old new last first empty broken late early quiet loud small big long short cold warm dark bright heavy
     light closed open lost missing second third final unpaid unsent hidden shared rented borrowed yellow
-    blue green red grey white black wooden narrow wide dusty silent sudden weekly monthly annual morning evening
-    night summer winter local public private family
+    blue green red grey white black wooden narrow wide dusty silent sudden weekly monthly annual
+    morning evening night summer winter local public private family
     """
 )
 _LINES = (

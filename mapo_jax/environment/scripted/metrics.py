@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from mapo_jax.environment.dialogue import DialogueState
@@ -55,6 +56,7 @@ def reading_metrics(states: Sequence[DialogueState]) -> dict[str, float]:
     return metrics
 
 
+@lru_cache(maxsize=1)
 def chance() -> dict[str, float]:
     """How often a phrase of the right sort, drawn at random, would be right.
 

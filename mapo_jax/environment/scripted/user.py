@@ -13,7 +13,8 @@ from mapo_jax.environment.scripted.mind import Mind, begin, mind_at
 
 _DISTRACT = 0.25  # share of fresh stages in which the user also waves an earlier matter aside
 _FEELING_TOO = 0.5  # share of weight and way messages that also state the feeling
-_ATTEMPTS = 40  # draws before idle sentences are added to keep a message new
+_ATTEMPTS = 40  # draws for a message that is new; the later ones add an idle sentence
+_LONGEST = 30  # words that a message should not exceed, as long as other words are left
 
 
 class ScriptedUser:
@@ -42,7 +43,7 @@ def _speak(rng: random.Random, mind: Mind, spoken: str, earlier: frozenset[str])
             # Everything near has been said: time passes, and the person says so.
             sentences.insert(rng.randrange(len(sentences) + 1), _fresh(rng, lexicon.IDLE, spoken))
         message = " ".join(sentences)
-        if message not in earlier:
+        if message not in earlier and (attempt >= _ATTEMPTS // 2 or message.count(" ") < _LONGEST):
             return message
     extra = [rng.choice(lexicon.IDLE) for _ in range(2)]
     while " ".join([*sentences, *extra]) in earlier:
@@ -122,7 +123,7 @@ def _compose(rng: random.Random, mind: Mind, spoken: str) -> list[str]:
         if said:
             opening[-1:] = [_fresh(rng, lexicon.ASIDE, spoken, p=rng.choice(said))]
     if mind.last_action == "turning_point" and first:
-        opening.append(_fresh(rng, lexicon.TURNING, spoken))
+        opening = [_fresh(rng, lexicon.TURNING, spoken)]
     if not first:
         rng.shuffle(body)
     return opening + body
