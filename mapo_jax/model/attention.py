@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 MASKED = -1e30  # finite, so that a row of masked scores gives a (meaningless) average instead of NaN
 MAX_QUERY_BLOCKS = 8
-MIN_QUERY_BLOCK = 64
+MIN_QUERY_BLOCK = 128
 
 
 def rotary_angles(
@@ -85,10 +85,18 @@ def _attend(
     allowed: Array,
 ) -> Float[Array, "B L H E"]:
     batch, length, heads, size = query.shape
-    groups = key.shape[1]
-    query = query.reshape(batch, length, groups, heads // groups, size) * size**-0.5
-    scores = jnp.einsum("blgqe,bgce->bgqlc", query, key, preferred_element_type=jnp.float32)
+    groups, share = key.shape[1], heads // key.shape[1]
+    # The query heads of a group become rows of one matrix product per key/value head.
+    query = (query * size**-0.5).reshape(batch, length, groups, share, size)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, groups, share * length, size)
+    scores = jnp.einsum("bgqe,bgce->bgqc", query, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, groups, share, length, -1)
     scores = jnp.where(allowed[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    output = jnp.einsum("bgqlc,bgce->blgqe", weights, value)
-    return output.reshape(batch, length, heads, size)
+    # Softmax whose division comes after the product with the values: one pass over [L, C] less, and a
+    # shorter backward pass. The maximum cancels, so no gradient goes through it.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1).reshape(batch, groups, share * length, 1)
+    weights = weights.reshape(batch, groups, share * length, -1).astype(value.dtype)
+    output = jnp.einsum("bgqc,bgce->bgqe", weights, value, preferred_element_type=jnp.float32) / total
+    output = output.reshape(batch, groups, share, length, size).transpose(0, 3, 1, 2, 4)
+    return output.reshape(batch, length, heads, size).astype(value.dtype)

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from mapo_jax.errors import UserError
 from mapo_jax.model.attention import cached_attention, causal_attention, rotary_angles, rotate
 
 Params = dict[str, Any]  # nested dict of float32 arrays, layers stacked on axis 0
@@ -45,6 +46,24 @@ class QwenConfig:
     qk_norm: bool = True  # Qwen3
     max_position_embeddings: int = 32_768
     family: str = "qwen3"  # qwen2 or qwen3
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"the model's {name} is {value!r}; it must be a whole number of at least 1")
+        if self.head_dim % 2:
+            raise UserError(f"the model's head_dim is {self.head_dim}; rotary embedding needs an even one")
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"the model's num_kv_heads is {self.num_kv_heads}; it must divide num_heads ({self.num_heads})"
+            )
+        expected = {"qwen2": (True, False), "qwen3": (False, True)}
+        if expected.get(self.family) != (self.qkv_bias, self.qk_norm):
+            raise UserError(
+                f"a model of family {self.family!r} with qkv_bias={self.qkv_bias} and qk_norm={self.qk_norm} "
+                "does not exist; qwen2 has qkv_bias only, qwen3 has qk_norm only"
+            )
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:

@@ -1,0 +1,404 @@
+"""Hugging Face folders: config.json and safetensors weights, both ways through one table of names."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mapo_jax.errors import UserError
+from mapo_jax.files import write_whole
+from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
+from mapo_jax.model.sharding import param_shardings
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# Our path -> Hugging Face's name, and which of our axes (the stacked layer axis not counted) make up each of
+# its axes. ((1, 2), (0,)) reads: its axis 0 is our axes 1 and 2 flattened, its axis 1 is our axis 0.
+NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
+    "embed/embedding": ("model.embed_tokens.weight", ((0,), (1,))),
+    "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", ((0,),)),
+    "layers/attention/q/kernel": ("model.layers.{}.self_attn.q_proj.weight", ((1, 2), (0,))),
+    "layers/attention/q/bias": ("model.layers.{}.self_attn.q_proj.bias", ((0, 1),)),
+    "layers/attention/q_norm/scale": ("model.layers.{}.self_attn.q_norm.weight", ((0,),)),
+    "layers/attention/k/kernel": ("model.layers.{}.self_attn.k_proj.weight", ((1, 2), (0,))),
+    "layers/attention/k/bias": ("model.layers.{}.self_attn.k_proj.bias", ((0, 1),)),
+    "layers/attention/k_norm/scale": ("model.layers.{}.self_attn.k_norm.weight", ((0,),)),
+    "layers/attention/v/kernel": ("model.layers.{}.self_attn.v_proj.weight", ((1, 2), (0,))),
+    "layers/attention/v/bias": ("model.layers.{}.self_attn.v_proj.bias", ((0, 1),)),
+    "layers/attention/o/kernel": ("model.layers.{}.self_attn.o_proj.weight", ((2,), (0, 1))),
+    "layers/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", ((0,),)),
+    "layers/mlp/gate/kernel": ("model.layers.{}.mlp.gate_proj.weight", ((1,), (0,))),
+    "layers/mlp/up/kernel": ("model.layers.{}.mlp.up_proj.weight", ((1,), (0,))),
+    "layers/mlp/down/kernel": ("model.layers.{}.mlp.down_proj.weight", ((1,), (0,))),
+    "norm/scale": ("model.norm.weight", ((0,),)),
+    "head/kernel": ("lm_head.weight", ((1,), (0,))),
+}
+
+
+# --- config.json -------------------------------------------------------------------------------------------
+
+
+def read_config(folder: str | Path) -> QwenConfig:
+    """The model's shape from `config.json`, in the spelling of transformers 4 or 5.
+
+    Raises:
+      UserError: the file cannot be read, lacks a key, or asks for what is not supported (another
+        architecture, rope scaling, an active sliding window, experts, quantisation); the key is named.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; a model folder needs its config.json"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object")
+
+    def require(key: str) -> Any:
+        if content.get(key) is None:
+            raise UserError(f"{path} lacks `{key}`")
+        return content[key]
+
+    def refuse(key: str, value: Any, supported: str) -> None:
+        raise UserError(f"{path}: `{key}` is {json.dumps(value)}, which is not supported; {supported}")
+
+    family = require("model_type")
+    if family not in ("qwen2", "qwen3"):
+        refuse("model_type", family, "dense qwen2 (Qwen2.5) and qwen3 models are")
+    rope = {
+        **(content.get("rope_scaling") or {}),
+        **(content.get("rope_parameters") or {}),
+    }
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        key = "rope_parameters.rope_type" if "rope_parameters" in content else "rope_scaling"
+        refuse(key, kind, "only plain rotary embedding is; remove the scaling to use the model unscaled")
+    theta = rope.get("rope_theta", content.get("rope_theta"))
+    if theta is None:
+        raise UserError(f"{path} lacks `rope_theta` (or `rope_parameters.rope_theta`)")
+
+    layers = require("num_hidden_layers")
+    windowed = content.get("use_sliding_window", False) and content.get("sliding_window") is not None
+    if windowed and content.get("max_window_layers", 0) < layers:
+        refuse("use_sliding_window", True, "only full attention is")
+    if any(kind != "full_attention" for kind in content.get("layer_types") or []):
+        refuse("layer_types", content["layer_types"], "only full_attention is")
+    for key in ("num_experts", "quantization_config"):
+        if content.get(key):
+            refuse(key, content[key], "only dense, unquantised models are")
+    if content.get("attention_bias") and family == "qwen3":
+        refuse("attention_bias", True, "Qwen3's attention has no biases")
+    if content.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", content["hidden_act"], "only silu is")
+
+    hidden, heads = require("hidden_size"), require("num_attention_heads")
+    # transformers' own defaults for a missing head_dim
+    default_head = 128 if family == "qwen3" else hidden // heads
+    return QwenConfig(
+        vocab_size=require("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=require("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=require("num_key_value_heads"),
+        head_dim=content.get("head_dim") or default_head,
+        rope_theta=float(theta),
+        rms_norm_eps=float(content.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        max_position_embeddings=require("max_position_embeddings"),
+        family=family,
+    )
+
+
+def write_config(
+    folder: str | Path,
+    config: QwenConfig,
+    *,
+    dtype: str = "bfloat16",
+    token_ids: Mapping[str, int | list[int]] | None = None,
+) -> None:
+    """Writes `config.json` so that transformers 4 and 5 both read it.
+
+    Args:
+      dtype: of the weights beside it.
+      token_ids: further entries, such as {"eos_token_id": 2, "pad_token_id": 0}.
+    """
+    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config.family]
+    content = {
+        "architectures": [architecture],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "use_cache": True,
+        # The spelling of transformers 4, then that of 5.
+        "rope_theta": config.rope_theta,
+        "torch_dtype": dtype,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "dtype": dtype,
+        **({"attention_bias": False} if config.family == "qwen3" else {}),
+        **(token_ids or {}),
+    }
+    write_whole(Path(folder) / "config.json", json.dumps(content, indent=2) + "\n")
+
+
+# --- names and layouts -------------------------------------------------------------------------------------
+
+
+def _leaves(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
+def tensor_names(config: QwenConfig) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
+    """Hugging Face name -> (our path, layer or None, its shape there), in the order of a forward pass."""
+    before, layered, after = [], [], []
+    for path, leaf in _leaves(parameter_shapes(config)):
+        template, groups = NAMES[path]
+        if path.startswith("layers/"):
+            shape = tuple(math.prod(leaf.shape[1:][axis] for axis in group) for group in groups)
+            layered.append((path, template, shape))
+        else:
+            shape = tuple(math.prod(leaf.shape[axis] for axis in group) for group in groups)
+            (before if path.startswith("embed/") else after).append((template, (path, None, shape)))
+    layers = [
+        (template.format(layer), (path, layer, shape))
+        for layer in range(config.num_layers)
+        for path, template, shape in layered
+    ]
+    # The norm comes before the head, as it is applied.
+    return dict([*before, *layers, *sorted(after, key=lambda item: item[1][0], reverse=True)])
+
+
+def to_huggingface(params: Params, config: QwenConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor under its Hugging Face name and in its layout, one at a time on the host."""
+    leaves = dict(_leaves(params))
+    for name, (path, layer, shape) in tensor_names(config).items():
+        array = leaves[path] if layer is None else leaves[path][layer]
+        groups = NAMES[path][1]
+        yield name, np.asarray(array).transpose(sum(groups, ())).reshape(shape)
+
+
+# --- loading -----------------------------------------------------------------------------------------------
+
+
+def load_params(folder: str | Path, config: QwenConfig, mesh: Mesh | None = None) -> Params:
+    """Float32 parameters from the safetensors files of a folder.
+
+    The files are memory-mapped, and each device's part of each tensor is read on its own: with a mesh, a
+    host's memory holds its own shards and one part of one tensor more.
+
+    Raises:
+      UserError: no weights, an unreadable or truncated file, or a tensor that is missing, surplus, of
+        another shape, or quantised; the tensor or file is named.
+    """
+    folder = Path(folder)
+    shapes = parameter_shapes(config)
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
+    else:
+        shardings = param_shardings(config, mesh)
+    with ExitStack() as stack:
+        tensors = _open_tensors(folder, stack)
+        _check_tensors(folder, tensors, config)
+
+        def load(path, leaf, sharding):
+            name = "/".join(entry.key for entry in path)
+            return jax.make_array_from_callback(
+                leaf.shape, sharding, lambda index: _read_part(tensors, name, leaf.shape, index)
+            )
+
+        return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The files with weights, and the tensors that the index promises in each (None: no index)."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files: dict[Path, set[str] | None] = {}
+            for tensor, file in weight_map.items():
+                files.setdefault(folder / file, set()).add(tensor)
+            return files
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is no valid index of weights; fetch the file again") from error
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
+    raise UserError(
+        f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; only safetensors files are read"
+    )
+
+
+def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for file, promised in _weight_files(folder).items():
+        try:
+            handle = stack.enter_context(safe_open(file, framework="numpy"))
+        except FileNotFoundError as error:
+            raise UserError(f"the weights file {file} is missing, though {INDEX} lists it") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"the weights file {file} is truncated or damaged ({error}); fetch or export it again"
+            ) from error
+        names = set(handle.keys())
+        if promised is not None and names != promised:
+            odd = sorted(names ^ promised)[0]
+            where = "lists it there" if odd in promised else "does not list it there"
+            having = "lacks" if odd in promised else "holds"
+            raise UserError(f"the weights file {file} {having} the tensor {odd}, but {INDEX} {where}")
+        tensors.update((name, handle.get_slice(name)) for name in names)
+    return tensors
+
+
+def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig) -> None:
+    expected = tensor_names(config)
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(
+            f"the weights in {folder} lack the tensor {missing[0]}{more}, which config.json calls for"
+        )
+    surplus = sorted(name for name in tensors if name not in expected)
+    if surplus:
+        more = f" (and {len(surplus) - 1} more)" if len(surplus) > 1 else ""
+        hint = (
+            "; config.json ties the head to the embedding (`tie_word_embeddings`)"
+            if surplus == ["lm_head.weight"]
+            else ""
+        )
+        raise UserError(
+            f"the weights in {folder} hold the tensor {surplus[0]}{more}, "
+            f"which config.json does not call for{hint}"
+        )
+    for name, (_, _, shape) in expected.items():
+        found = tuple(tensors[name].get_shape())
+        if found != shape:
+            raise UserError(
+                f"the tensor {name} in {folder} has shape {list(found)}, but config.json calls for {list(shape)}"
+            )
+        if tensors[name].get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(
+                f"the tensor {name} in {folder} has dtype {tensors[name].get_dtype()}; "
+                "only unquantised weights (BF16, F16, F32) are read"
+            )
+
+
+def _read_part(
+    tensors: Mapping[str, Any], path: str, shape: tuple[int, ...], index: tuple[slice, ...]
+) -> np.ndarray:
+    """The part `index` of our array `path`, read from the layers that it touches."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    template, groups = NAMES[path]
+    if not path.startswith("layers/"):
+        return _read_tensor(tensors[template], groups, shape, bounds)
+    layers = range(*bounds[0])
+    part = np.empty((len(layers), *(end - start for start, end in bounds[1:])), np.float32)
+    for row, layer in enumerate(layers):
+        part[row] = _read_tensor(tensors[template.format(layer)], groups, shape[1:], bounds[1:])
+    return part
+
+
+def _read_tensor(tensor: Any, groups, shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> np.ndarray:
+    """Reads `bounds` of one tensor (ours: `shape`) from the file, and only them."""
+    window = []
+    for group in groups:
+        inner = math.prod(shape[axis] for axis in group[1:])
+        # A flattened axis is one range only if all but its first part are whole (RULES never cut head_dim).
+        assert all(bounds[axis] == (0, shape[axis]) for axis in group[1:])
+        start, end = bounds[group[0]]
+        window.append(slice(start * inner, end * inner))
+    order = sum(groups, ())
+    data = np.asarray(tensor[tuple(window)]).astype(np.float32)
+    data = data.reshape([bounds[axis][1] - bounds[axis][0] for axis in order])
+    return np.ascontiguousarray(data.transpose(np.argsort(order)))
+
+
+# --- saving ------------------------------------------------------------------------------------------------
+
+
+def save_params(
+    folder: str | Path,
+    params: Params,
+    config: QwenConfig,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Writes the weights as safetensors, in several files with an index where one would be too large.
+
+    At most one file's worth of weights is on the host at a time. Each file is written under a temporary
+    name and renamed; weights of an earlier save in the same folder are removed last.
+
+    Args:
+      dtype: "bfloat16" or "float32".
+      max_shard_bytes: a file holds at most this much (and at least one tensor).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = jnp.dtype(dtype)
+    sizes = {name: math.prod(shape) * kind.itemsize for name, (_, _, shape) in tensor_names(config).items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    count = len(shards)
+    files = (
+        [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    )
+
+    tensors = to_huggingface(params, config)
+    for file, names in zip(files, shards, strict=True):
+        content = {}
+        for expected in names:
+            name, array = next(tensors)
+            assert name == expected
+            content[name] = np.ascontiguousarray(array.astype(kind))
+        temporary = folder / f".{file}.{os.getpid()}"
+        try:
+            save_file(content, temporary, metadata={"format": "pt"})
+            os.replace(temporary, folder / file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    if count > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors"):
+        if old.name not in files:
+            old.unlink()
