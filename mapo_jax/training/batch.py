@@ -154,9 +154,9 @@ def make_batch(
 def row_lengths(max_tokens: int) -> tuple[int, ...]:
     """The few lengths that rows are padded to, ascending; the update is compiled once for each that occurs.
 
-    Numbers of two significant bits (2^k and 3 2^(k-1)) from half of `max_tokens` on, and `max_tokens` itself:
-    at most three. A longest row of more than half of `max_tokens` is padded by less than half of its length; a
-    shorter one to about that half.
+    Numbers of two significant bits (2^k and 3 2^(k-1)) from half of `max_tokens` on, and `max_tokens`
+    itself: at most three. A longest row of more than half of `max_tokens` is padded by less than half of its
+    length; a shorter one to about that half.
     """
     lengths = {max_tokens}
     power = 1
@@ -193,7 +193,7 @@ def scenario_order(
     return generator.permutation(scenarios).reshape(-1, minibatch_scenarios)
 
 
-def take_scenarios(batch: Batch, chosen: Int[np.ndarray, "scenarios"], rollouts: int) -> Batch:
+def take_scenarios(batch: Batch, chosen: Int[np.ndarray, " scenarios"], rollouts: int) -> Batch:
     """The rows of whole scenarios, in the order given."""
     rows = (np.asarray(chosen)[:, None] * rollouts + np.arange(rollouts)).reshape(-1)
     return jax.tree.map(lambda array: array[rows], batch)

@@ -1,8 +1,8 @@
 """Nothing is lost: complete checkpoints, and a run folder that is cut back to the one it restarts from.
 
 A run that is killed at any moment and started again with the same command goes on from its last whole
-checkpoint. The order that makes this exact: first a step's metrics and dialogues are written, then the step is
-saved. So whatever a checkpoint's step wrote is there, and what came after it is cut off (`cut_back`) and
+checkpoint. The order that makes this exact: first a step's metrics and dialogues are written, then the step
+is saved. So whatever a checkpoint's step wrote is there, and what came after it is cut off (`cut_back`) and
 written again, the same.
 """
 
@@ -55,12 +55,8 @@ class Checkpoints:
         # Its errors all reach us as exceptions; the library's own tracebacks would bury the one sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = Path(run_folder).absolute() / CHECKPOINTS_FOLDER
-        kept = [preservation_policy.LatestN(keep)]
-        kept.append(
-            preservation_policy.BestN(
-                get_metric_fn=_score, n=1, reverse=False, keep_checkpoints_without_metrics=False
-            )
-        )
+        best = preservation_policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        kept = [preservation_policy.LatestN(keep), best]
         with full_disk_is_a_user_error(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -75,7 +71,8 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Steps of the whole checkpoints, ascending; waits for a save under way."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
     @property
@@ -132,13 +129,10 @@ class Checkpoints:
         Raises:
           UserError: the saved state does not fit the template, or cannot be read.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        if not (steps := self.steps):
             return None
-        folder = self.folder / str(step)
-        target = _to_saved(template)
-        saved = _restore(folder, target)
-        return _from_saved(saved, template), read_progress(folder)
+        folder = self.folder / str(steps[-1])
+        return _from_saved(_restore(folder, _to_saved(template)), template), read_progress(folder)
 
     def close(self) -> None:
         """Finishes the save under way and closes the manager. Raises as `save` does."""
@@ -151,8 +145,12 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self.close()
+        except UserError:
+            if error is None:  # else it has most likely been said already
+                raise
 
 
 def checkpoint_folder(run_folder: Path | str, step: int | None = None) -> Path:
@@ -318,7 +316,8 @@ def claim(run_folder: Path | str, config: Config) -> Iterator[bool]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"another process is training in {folder}; wait for it, stop it, or choose another run.directory"
+                f"another process is training in {folder}; wait for it, stop it, or choose another "
+                "run.directory"
             ) from error
         continues = file.exists()
         if continues:
@@ -340,9 +339,10 @@ def _same_configuration(file: Path, config: Config) -> None:
     if not keys:
         return
     key = keys[0]
-    others = f" (and {len(keys) - 1} more keys: {', '.join(keys[1:4])})" if len(keys) > 1 else ""
+    others = f" (and {len(keys) - 1} more: {', '.join(keys[1:4])})" if len(keys) > 1 else ""
+    saved, wanted = _at(there, key), _at(asdict(config), key)
     raise UserError(
-        f"{file.parent} holds a run with {key}={_at(there, key)!r}, not {_at(asdict(config), key)!r}{others}; "
+        f"{file.parent} holds a run with {key}={saved!r}, not {wanted!r}{others}; "
         "choose another run.directory, or the run's own configuration to continue it"
     )
 

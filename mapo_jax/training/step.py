@@ -87,9 +87,7 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
     rate = learning_rate_schedule(
         config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
     )
-    adamw = optax.adamw(
-        rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed
-    )
+    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
     if config.gradient_clip == 0:
         return Optimizer(adamw, rate)
     return Optimizer(optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw), rate)
@@ -317,7 +315,9 @@ def _apply(
     Nothing changes where the loss or the gradient's norm is not finite, nor where there is no loss token
     (weight decay and old moments would move the weights on no evidence).
     """
-    if shardings is not None:  # the compiler would pick other ones, an embedding's without its vocabulary axis
+    if (
+        shardings is not None
+    ):  # the compiler would pick other ones, an embedding's without its vocabulary axis
         gradient = jax.lax.with_sharding_constraint(gradient, shardings)
     norm = optax.global_norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -373,14 +373,12 @@ def make_update(
     """
 
     def update(state: TrainState, batch: Batch):
-        totals = objective.denominator(
+        totals = objective.loss_denominator(
             batch.mask, aggregation=algorithm.aggregation, constant_length=constant_length
         )
 
         def loss(params: Params, part: Batch):
-            return _policy_loss(
-                params, state.reference, part, totals, scoring, algorithm, constant_length
-            )
+            return _policy_loss(params, state.reference, part, totals, scoring, algorithm, constant_length)
 
         value, metrics, gradient = _gradient(loss, state.params, batch, microbatch_rows)
         tokens = jnp.sum(batch.mask, dtype=jnp.float32)
