@@ -306,7 +306,8 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig)
         found = tuple(tensors[name].get_shape())
         if found != shape:
             raise UserError(
-                f"the tensor {name} in {folder} has shape {list(found)}, but config.json calls for {list(shape)}"
+                f"the tensor {name} in {folder} has shape {list(found)}, "
+                f"but config.json calls for {list(shape)}"
             )
         if tensors[name].get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise UserError(
