@@ -373,7 +373,7 @@ def _card_pairs(scenario: Scenario) -> set[tuple[str, str]]:
 
 
 @lru_cache(maxsize=1)
-def _world_pairs() -> frozenset[tuple[str, str]]:
+def world_pairs() -> frozenset[tuple[str, str]]:
     pairs = set(_frame_chains()[0])
     for scenario in load_scenarios():
         pairs |= _card_pairs(scenario)
@@ -383,17 +383,17 @@ def _world_pairs() -> frozenset[tuple[str, str]]:
 @lru_cache(maxsize=4096)
 def _own_pairs(scenario: Scenario) -> frozenset[tuple[str, str]]:
     """What the card adds to the world's word pairs (nothing for an embedded card)."""
-    return frozenset(_card_pairs(scenario) - _world_pairs())
+    return frozenset(_card_pairs(scenario) - world_pairs())
 
 
-def coherent(scenario: Scenario, words: str, *, whole: bool = True) -> bool:
-    """Whether every neighbouring pair of words occurs somewhere in the world's texts or on this card.
+def coherent(scenario: Scenario, words: str) -> bool:
+    """Whether every pair of neighbouring words occurs somewhere in the world's texts or on this card.
+
+    The start and the end of the sentence count as words, so a sentence that breaks off is not coherent.
 
     Args:
       scenario: the card of the dialogue.
-      words: a sentence, or a filler, in bare form.
-      whole: count the start and the end of the sentence as words.
+      words: a sentence in bare form.
     """
-    world, own = _world_pairs(), _own_pairs(scenario)
-    chain = [START, *words.split(), END] if whole else words.split()
-    return all(pair in world or pair in own for pair in itertools.pairwise(chain))
+    world, own = world_pairs(), _own_pairs(scenario)
+    return all(pair in world or pair in own for pair in itertools.pairwise((START, *words.split(), END)))

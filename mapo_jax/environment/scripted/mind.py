@@ -16,6 +16,7 @@ After them the director dwells on memories (heard), or on the axis that lacks mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -25,11 +26,13 @@ from mapo_jax.environment.scripted import lexicon
 from mapo_jax.environment.scripted.grammar import (
     HARMFUL,
     HELPFUL,
+    Reading,
     Sentence,
     bare,
     coherent,
     read,
 )
+from mapo_jax.environment.state import PROGRESS_POINTS
 
 # Order of needs over the four stages: a person short of meaning or of a way wants that one sooner.
 NEEDS = {
@@ -65,7 +68,9 @@ EPISODE_POINTS = 4  # most points per axis and episode
 CLOSED_TURNS = 2  # a careless turn closes the person for so many turns
 ECHO_SHARE = 0.5  # share of word triples that stem from the user: copying
 
-_POINTS = {0: 0, 1: 1, 2: 3}
+EXCERPT = 200  # most characters of a reply quoted as evidence
+
+Pairs = Sequence[tuple[str, Sentence]]  # the sentences of a reply, each with its kind
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,8 @@ class _Tally:
     def __init__(self) -> None:
         self.progress: dict[str, tuple[int, str, str]] = {}
         self.harm: dict[str, tuple[int, str, str]] = {}
-        self.cancelled = False
+        self.cancelled = False  # nothing in this reply counts as progress
+        self.barred: set[str] = set()  # axes on which nothing does
 
     def gain(self, axis: str, level: int, evidence: str, reason: str) -> None:
         if level > self.progress.get(axis, (0, "", ""))[0]:
@@ -232,9 +238,6 @@ class _Tally:
             if level < self.harm.get(axis, (0, "", ""))[0]:
                 self.harm[axis] = (level, evidence, reason)
         self.cancelled = self.cancelled or cancel
-
-    def drop(self, axis: str) -> None:
-        self.progress.pop(axis, None)
 
 
 _HARM_OF = {
@@ -309,14 +312,14 @@ def _classify(mind: Mind, sentence: Sentence, clean: bool) -> str:
     if not clean:
         return "incoherent"
     if sentence.kind is not None:
-        fits = all(coherent(mind.scenario, filler, whole=False) for _, filler in sentence.slots)
-        return sentence.kind if fits else "incoherent"
+        # A construction filled with words that are no phrase of this world is no sentence either.
+        return sentence.kind if coherent(mind.scenario, sentence.words) else "incoherent"
     words = sentence.words.split()
-    heard = [message.split() for message in mind.heard_words]
     if len(words) < 3:
         copied = any(f" {sentence.words} " in f" {message} " for message in mind.heard_words)
     else:
-        triples, theirs = _triples(words), set().union(*map(_triples, heard))
+        triples = _triples(words)
+        theirs = set().union(*(_triples(message.split()) for message in mind.heard_words))
         copied = len(triples & theirs) >= ECHO_SHARE * len(triples)
     if copied:
         return "echo"
@@ -333,14 +336,13 @@ def assess(mind: Mind, reply: str) -> Assessment:
     credited: set[tuple[str, str]] = set()
     kinds = [_classify(mind, sentence, reading.clean) for sentence in reading.sentences]
     pairs = list(zip(kinds, reading.sentences, strict=True))
-    acts = frozenset(kinds)
 
     if not pairs:
         again = bool(mind.kinds) and not mind.kinds[-1]
-        tally.hurt({"C": -1, "A": -2 if again else -1}, "(nothing)", "says nothing", cancel=True)
+        tally.hurt({"C": -1, "A": -2 if again else -1}, _excerpt(reply), "says nothing", cancel=True)
         reactions.add("silent")
-    _judge_form(mind, reading, pairs, acts, tally, reactions)
-    _judge_repetition(mind, pairs, acts, tally, reactions)
+    _judge_form(reading, pairs, tally, reactions)
+    _judge_repetition(mind, pairs, tally, reactions)
 
     # A closed person takes in nothing but an honest repair.
     repair = next((s for kind, s in pairs if kind == "repair"), None)
@@ -352,17 +354,15 @@ def assess(mind: Mind, reply: str) -> Assessment:
             tally.hurt({"A": -1}, repair.text, "apologises for nothing")
             reactions.add("lost")
     for kind, sentence in pairs:
-        if kind not in HELPFUL:
-            continue
-        right = _judge_help(mind, kind, sentence, tally, reactions, named, credited)
-        served = served or right
-    if "ask" in acts:
-        reactions.add("asked")
-        sentence = next(s for kind, s in pairs if kind == "ask")
-        filler = dict(sentence.slots)["p"]
-        if _standing(mind, "p", filler) != "right":
-            tally.hurt({"C": -1}, sentence.text, f"asks about `{filler}`, which is not at hand")
-            reactions.add("misread")
+        if kind in HELPFUL:
+            right = _judge_help(mind, kind, sentence, tally, reactions, named, credited)
+            served = served or right
+        elif kind == "ask":
+            reactions.add("asked")
+            filler = dict(sentence.slots)["p"]
+            if _standing(mind, "p", filler) != "right":
+                tally.hurt({"C": -1}, sentence.text, f"asks about `{filler}`, which is not at hand")
+                reactions.add("misread")
 
     served = served and not tally.cancelled
     idle = mind.idle
@@ -371,22 +371,28 @@ def assess(mind: Mind, reply: str) -> Assessment:
         if idle >= 2:
             axis = NEED_AXIS[mind.episode.need]
             level = -1 if idle == 2 else -2
-            tally.hurt(
-                {axis: level}, reply.strip() or "(nothing)", "leaves the need of this moment unanswered"
-            )
+            tally.hurt({axis: level}, _excerpt(reply), "leaves the need of this moment unanswered")
             tally.cancelled = True
             reactions.add("shallow")
+    for axis in tally.barred:
+        tally.progress.pop(axis, None)
     if tally.cancelled:
         tally.progress.clear()
         credited.clear()
     elif mind.closed:
         tally.progress = {a: g for a, g in tally.progress.items() if g[2] == "owns the misstep"}
         credited.clear()
-    return _conclude(mind, reply, tally, reactions, pairs, acts, named, credited, served, idle)
+    return _conclude(mind, reply, tally, reactions, pairs, named, credited, idle)
 
 
-def _judge_form(mind: Mind, reading, pairs, acts, tally: _Tally, reactions: set[str]) -> None:
+def _excerpt(reply: str) -> str:
+    """What of a reply is quoted as evidence when no one sentence stands out."""
+    return " ".join(reply.split())[:EXCERPT] or "(nothing)"
+
+
+def _judge_form(reading: Reading, pairs: Pairs, tally: _Tally, reactions: set[str]) -> None:
     """Harm that lies in the form of the reply, whatever it names."""
+    acts = {kind for kind, _ in pairs}
     for kind, sentence in pairs:
         if kind == "incoherent":
             tally.hurt({"C": -1, "A": -1, "P": -1}, sentence.text, "is no coherent sentence", cancel=True)
@@ -407,7 +413,7 @@ def _judge_form(mind: Mind, reading, pairs, acts, tally: _Tally, reactions: set[
             reactions.add(_REACTION_TO[kind])
     if not pairs:
         return
-    whole = " ".join(sentence.text for _, sentence in pairs)
+    whole = _excerpt(" ".join(sentence.text for _, sentence in pairs))
     if acts == {"presence"}:
         tally.hurt({"C": -1}, whole, "is there, but takes nothing up")
         reactions.add("ignored")
@@ -423,7 +429,7 @@ def _judge_form(mind: Mind, reading, pairs, acts, tally: _Tally, reactions: set[
         reactions.add("hurtful")
 
 
-def _judge_repetition(mind: Mind, pairs, acts, tally: _Tally, reactions: set[str]) -> None:
+def _judge_repetition(mind: Mind, pairs: Pairs, tally: _Tally, reactions: set[str]) -> None:
     """Harm of sentences, constructions and acts that come again and again."""
     for i, (kind, sentence) in enumerate(pairs):
         earlier = {other.words for _, other in pairs[:i]}
@@ -432,7 +438,7 @@ def _judge_repetition(mind: Mind, pairs, acts, tally: _Tally, reactions: set[str
             reactions.add("routine")
         elif sentence.frame is not None and any(sentence.frame in frames for frames in mind.frames):
             tally.hurt({"A": -1}, sentence.text, "wears out the same wording")
-            tally.drop("A")
+            tally.barred.add("A")
             reactions.add("routine")
         recent = mind.kinds[-(KIND_MEMORY - 1) :]
         running = mind.kinds[-(KIND_RUNNING - 1) :]
@@ -441,9 +447,9 @@ def _judge_repetition(mind: Mind, pairs, acts, tally: _Tally, reactions: set[str
         if often or row:
             tally.hurt({"A": -2}, sentence.text, "the same routine again", cancel=True)
             reactions.add("routine")
-    if mind.kinds and "ask" in acts & mind.kinds[-1]:
-        tally.hurt({"A": -1}, "", "questions the user one time after another", cancel=True)
-        reactions.add("routine")
+        if kind == "ask" and mind.kinds and "ask" in mind.kinds[-1]:
+            tally.hurt({"A": -1}, sentence.text, "questions the user one time after another", cancel=True)
+            reactions.add("routine")
 
 
 def _standing(mind: Mind, letter: str, filler: str) -> str:
@@ -472,7 +478,15 @@ def _own_phrases(scenario: Scenario, kind: str) -> tuple[str, ...]:
     return tuple(bare(text) for text in texts)
 
 
-def _judge_help(mind: Mind, kind, sentence, tally: _Tally, reactions, named, credited) -> bool:
+def _judge_help(
+    mind: Mind,
+    kind: str,
+    sentence: Sentence,
+    tally: _Tally,
+    reactions: set[str],
+    named: list[tuple[str, str, bool]],
+    credited: set[tuple[str, str]],
+) -> bool:
     """Scores one helpful act; returns whether it serves the need of the episode."""
     slots = dict(sentence.slots)
     letter = SLOT_OF[kind]
@@ -491,7 +505,8 @@ def _judge_help(mind: Mind, kind, sentence, tally: _Tally, reactions, named, cre
             filler = slots["p"]
 
     if standing != "right":
-        return _judge_misnaming(mind, kind, filler, standing, text, tally, reactions)
+        _judge_misnaming(mind, kind, filler, standing, text, tally, reactions)
+        return False
 
     def gain(axis: str, level: int, reason: str) -> bool:
         if (kind, filler) in mind.credited:
@@ -544,7 +559,9 @@ def _judge_help(mind: Mind, kind, sentence, tally: _Tally, reactions, named, cre
     return False
 
 
-def _judge_misnaming(mind: Mind, kind, filler, standing, text, tally: _Tally, reactions) -> bool:
+def _judge_misnaming(
+    mind: Mind, kind: str, filler: str, standing: str, text: str, tally: _Tally, reactions: set[str]
+) -> None:
     """A name that is not what the user said: misread, left behind, or guessed too early."""
     if kind in ("reflect_situation", "reframe"):
         harm = {"C": -1 if standing in ("stale", "unsaid") else -2}
@@ -559,20 +576,28 @@ def _judge_misnaming(mind: Mind, kind, filler, standing, text, tally: _Tally, re
     why = {"stale": "belongs to an earlier part", "unsaid": "has not been said yet", "wrong": "is not theirs"}
     tally.hurt(harm, text, f"`{filler}` {why[standing]}")
     reactions.add({"stale": "stale", "unsaid": "early", "wrong": "misread"}[standing])
-    return False
 
 
 def _conclude(
-    mind: Mind, reply, tally: _Tally, reactions, pairs, acts, named, credited, served, idle
+    mind: Mind,
+    reply: str,
+    tally: _Tally,
+    reactions: set[str],
+    pairs: Pairs,
+    named: list[tuple[str, str, bool]],
+    credited: set[tuple[str, str]],
+    idle: int,
 ) -> Assessment:
-    excerpt = reply.strip() or "(nothing)"
+    """Levels with their reasons, and the mind after the reply."""
+    acts = frozenset(kind for kind, _ in pairs)
+    excerpt = _excerpt(reply)
     levels, evidence, reasons = [], [], []
     points = list(mind.points)
     for i, axis in enumerate(AXES):
         level, proof, reason = tally.progress.get(axis, (0, excerpt, f"brings nothing new on {axis}"))
-        while level and points[i] + _POINTS[level] > EPISODE_POINTS:
+        while level and points[i] + PROGRESS_POINTS[level] > EPISODE_POINTS:
             level, reason = level - 1, "more of the same; this part of the story has had its share"
-        points[i] += _POINTS[level]
+        points[i] += PROGRESS_POINTS[level]
         harm, harm_proof, harm_reason = tally.harm.get(axis, (0, excerpt, f"does no harm on {axis}"))
         levels += [level, harm]
         evidence += [proof, harm_proof or excerpt]
@@ -647,10 +672,11 @@ def mind_at(state: DialogueState, delayed_opening: bool = True) -> Mind:
     return hear(mind, state.user) if state.user else mind
 
 
+Told = tuple[tuple[str, str, Action | None], ...]  # (user, reply, action) of each turn
+
+
 @lru_cache(maxsize=16384)
-def _after(
-    scenario: Scenario, delayed_opening: bool, turns: tuple[tuple[str, str, Action | None], ...]
-) -> Mind:
+def _after(scenario: Scenario, delayed_opening: bool, turns: Told) -> Mind:
     if not turns:
         return begin(scenario, delayed_opening)
     user, reply, action = turns[-1]
@@ -660,7 +686,7 @@ def _after(
 
 
 @lru_cache(maxsize=16384)
-def _assessed(scenario: Scenario, delayed_opening: bool, turns, user: str, reply: str) -> Assessment:
+def _assessed(scenario: Scenario, delayed_opening: bool, turns: Told, user: str, reply: str) -> Assessment:
     return assess(hear(_after(scenario, delayed_opening, turns), user), reply)
 
 

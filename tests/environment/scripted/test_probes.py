@@ -7,6 +7,7 @@ do, not by a slip.
 
 import itertools
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -16,10 +17,14 @@ from mapo_jax.environment.scenario import FEELINGS, UNSTATED, load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.grammar import (
     CONSTRUCTIONS,
+    END,
     HELPFUL,
     KINDS,
+    START,
     bare,
+    read,
     realise,
+    world_pairs,
 )
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue, right_fillers, say
 from mapo_jax.environment.scripted.mind import mind_at
@@ -240,6 +245,65 @@ def random_pair(state):
     return " ".join(oracle(kind, state, rng) for kind in rng.sample(HELPFUL, 2))
 
 
+def random_walk(state):
+    """Sentences whose every pair of neighbouring words occurs in the world's texts."""
+    rng, sentences = rng_of(state), []
+    for _ in range(2):
+        words = [START]
+        while len(words) < 14 and (word := rng.choice(word_pairs()[words[-1]])) != END:
+            words.append(word)
+        sentences.append(" ".join(words[1:]).capitalize() + ".")
+    return " ".join(sentences)
+
+
+@cache
+def word_pairs():
+    following = {}
+    for left, right in sorted(world_pairs()):
+        following.setdefault(left, []).append(right)
+    return following
+
+
+def one_turn_late(state):
+    """What would have been right one message ago."""
+    if not state.turns:
+        return "Thank you for telling me."
+    last = state.turns[-1]
+    return good_helper(replace(state, turns=state.turns[:-1], user=last.user))
+
+
+def always_the_same_wording(state):
+    """The helper's acts and names, each act in one construction only."""
+    mind, sentences = mind_at(state), []
+    for sentence in read(good_helper(state)).sentences:
+        frame = CONSTRUCTIONS[sentence.kind][0]
+        content = mind.content
+        sentences.append(realise(frame, {"p": content.particulars[0], **dict(sentence.slots)}))
+    return " ".join(sentences)
+
+
+def good_start(turns, then):
+    """Earns with the helper for some turns, and then lives on it."""
+    return lambda state: good_helper(state) if state.turn_count < turns else then(state)
+
+
+def mistyped(state):
+    reply = good_helper(state)
+    place = rng_of(state).randrange(len(reply) - 1)
+    return reply[:place] + "x" + reply[place + 1 :]
+
+
+def cut_short(state):
+    reply = good_helper(state)
+    return reply[: len(reply) * 2 // 3]
+
+
+PLAN = (
+    ("reflect_situation", "name_feeling"),
+    ("name_unstated", "reflect_situation"),
+    ("reframe", "affirm_strength"),
+    ("offer_step", "name_feeling"),
+)
 LOVELY = "I can hear how much this means to you, and I am with you."
 PROBES = {
     "silence": constant(""),
@@ -274,6 +338,19 @@ PROBES = {
     "the helper without spaces": lambda state: good_helper(state).replace(" ", ""),
     "the helper, three times over": lambda state: " ".join([good_helper(state)] * 3),
     "one good sentence twice in a reply": said_twice,
+    "a walk along the world's word pairs": random_walk,
+    "the helper, one turn late": one_turn_late,
+    "the helper, always in the same wording": always_the_same_wording,
+    "the helper, mistyped": mistyped,
+    "the helper, cut short": cut_short,
+    "the helper, every other turn": lambda state: "" if state.turn_count % 2 else good_helper(state),
+    "the helper, then silence": good_start(3, constant("")),
+    "the helper, then praise": good_start(3, praise_spam),
+    "the helper's first reply again and again": lambda s: s.turns[0].reply if s.turns else good_helper(s),
+    "the helper with a presence": lambda s: f"{good_helper(s)} {oracle('presence', s, rng_of(s))}",
+    "the helper with a question": lambda s: f"{good_helper(s)} {oracle('ask', s, rng_of(s))}",
+    "the four stages by turn": forever(*PLAN),
+    "the four stages by turn, unhurried": forever(*(acts for acts in PLAN for _ in range(2))),
     "all acts at once": all_acts,
     "three acts at once": three_acts,
     "shotgun of feelings": shotgun_feelings,
