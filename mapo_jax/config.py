@@ -20,7 +20,7 @@ from mapo_jax.errors import UserError
 class FreshModelConfig:
     """The small Qwen3 that the warm start builds when `model.path` is empty."""
 
-    vocabulary: int = 1024  # tokens of the byte-level BPE, its special tokens included
+    vocabulary: int = 2048  # tokens of the byte-level BPE, its special tokens included
     hidden: int = 128  # model width
     intermediate: int = 384  # width of the gated MLP
     layers: int = 4  # transformer blocks
@@ -131,7 +131,9 @@ class WarmstartConfig:
     """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
 
     steps: int = 300  # optimizer updates
-    rows: int = 16  # dialogues per update
+    rows: int = 8  # packed rows per update
+    row_tokens: int = 208  # length of a packed row
+    turns: int = 3  # dialogues are cut into pieces of so many turns; 0: as many as fit a row
     learning_rate: float = 2e-3  # peak of a cosine schedule with warm-up
     dialogues: int = 2000  # synthetic dialogues when `data` is empty
     data: str | None = None  # JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality
@@ -476,6 +478,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "training.epochs": (1, None),
     "warmstart.steps": (1, None),
     "warmstart.rows": (1, None),
+    "warmstart.row_tokens": (2, None),
+    "warmstart.turns": (0, None),
     "warmstart.learning_rate": (0, None),
     "warmstart.dialogues": (1, None),
     "warmstart.min_naming_ratio": (0, None),

@@ -1,12 +1,16 @@
-"""Imagined cards: made of a lexicon of ordinary words, so that synthetic dialogues show thousands of phrases.
+"""Imagined cards: the words of the real ones in new phrases, so that synthetic dialogues show thousands.
 
 A model that has only read the phrases of 64 cards learns these by heart; one that has read thousands learns
-to take them from the user's message.
+to take them from the user's message. The words are those of all cards, so that a small model knows every word
+of its world; the phrases of the validation and test cards occur only by chance.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
 from mapo_jax.environment.scenario import (
     DOMAINS,
@@ -18,34 +22,9 @@ from mapo_jax.environment.scenario import (
     Scenario,
     Stage,
     Story,
+    load_scenarios,
 )
 
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-_NOUNS = _words(
-    """
-    letter kitchen rota garden meeting bus phone office window uncle choir piano bench station teacher debt
-    winter doctor ward house door team manager contract coat car exam school playground river bridge dog
-    street neighbour sister brother father mother wedding funeral concert match club coach ticket train map
-    camera album photo room bed desk chair report deadline budget invoice shop market bakery oven recipe
-    table guest party cake song stage rehearsal script book library course grade form clinic scan needle
-    knee ankle heart pill diet scale mirror run race bike helmet tent trail lake boat harbour storm roof
-    cellar stairs lease landlord boiler key lock fence gate field farm barn horse harvest tractor orchard
-    church council vote speech promise secret rumour insult apology silence visit call message photograph
-    rent wage shift uniform badge tool workshop machine engine noise smoke fire alarm ladder paint wall
-    """
-)
-_ADJECTIVES = _words(
-    """
-    old new last first empty broken late early quiet loud small big long short cold warm dark bright heavy
-    light closed open lost missing second third final unpaid unsent hidden shared rented borrowed yellow
-    blue green red grey white black wooden narrow wide dusty silent sudden weekly monthly annual
-    morning evening night summer winter local public private family
-    """
-)
 _LINES = (
     "I keep staring at {p}.",
     "I can hear {p} at night.",
@@ -80,76 +59,42 @@ _LINES = (
     "We never speak of {p}.",
     "I was proud of {p} once.",
 )
-_GERUNDS = _words(
-    """
-    keeping mending counting carrying cleaning writing watching sharing checking holding painting fixing
-    feeding reading learning teaching calling visiting cooking building saving planning opening washing
-    guarding serving sorting drawing growing driving
-    """
-)
-_TAILS = (
-    "each morning",
-    "every night",
-    "for years",
-    "without help",
-    "after work",
-    "on Sundays",
-    "all winter",
-    "with care",
-    "every week",
-    "in secret",
-)
-_STEP_NOUNS = _words(
-    """
-    walk talk letter call visit lunch evening morning hour list note question photo song swim plan pause
-    trip coffee lesson weekend message rest drive
-    """
-)
-_STEP_ADJECTIVES = _words("short small quiet long free slow simple friendly careful brief")
-_NAMES = _words(
-    """
-    Mara Jonas Elif Tom Ana Viktor Lena Omar Ruth Pavel Nina Karl Ines Hugo Sara Milan Dora Felix Aisha Ben
-    Clara Anton Yara Leo Greta Samir
-    """
-)
-_VALUES = (
-    "honesty",
-    "being fair",
-    "loyalty",
-    "kindness",
-    "freedom",
-    "good craft",
-    "keeping faith",
-    "patience",
-    "respect",
-    "standing by people",
-    "being useful",
-    "your word",
-    "courage",
-    "family",
-    "order",
-    "independence",
-    "doing it properly",
-    "trust",
-    "hard work",
-    "being there",
-    "a good name",
-    "modesty",
-    "truth",
-    "care",
-    "equal chances",
-    "learning",
-    "friendship",
-    "finishing things",
-    "a clean conscience",
-    "generosity",
-    "self respect",
-    "being open",
-    "keeping peace",
-    "curiosity",
-    "tradition",
-    "giving back",
-)
+_TWO_WORDS = 0.8  # share of particulars of two words
+_NAMES = ("Mara", "Jonas", "Elif", "Tom", "Ana", "Viktor", "Lena", "Omar", "Ruth", "Pavel", "Nina", "Karl")
+
+
+@dataclass(frozen=True)
+class _Lexicon:
+    """Parts of the cards' phrases, to be put together anew."""
+
+    before: tuple[str, ...]  # the words of particulars that stand before another
+    nouns: tuple[str, ...]  # their last words
+    doing: tuple[str, ...]  # gerunds that open strengths
+    after_doing: tuple[str, ...]  # what follows them
+    step_heads: tuple[str, ...]  # the first two words of steps
+    step_tails: tuple[str, ...]  # what follows them
+    values: tuple[str, ...]
+
+
+@lru_cache(maxsize=1)
+def _lexicon() -> _Lexicon:
+    cards = load_scenarios()
+    particulars = [p.split()[1:] for card in cards for stage in card.story.stages for p in stage.particulars]
+    strengths = [strength.split(" ", 1) for card in cards for strength in card.story.strengths]
+    steps = [step.split(" ", 2) for card in cards for step in card.story.steps]
+
+    def distinct(words: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(set(words)))
+
+    return _Lexicon(
+        before=distinct(words[0] for words in particulars if len(words) > 1),
+        nouns=distinct(words[-1] for words in particulars),
+        doing=distinct(words[0] for words in strengths),
+        after_doing=distinct(words[1] for words in strengths if len(words) > 1),
+        step_heads=distinct(" ".join(words[:2]) for words in steps),
+        step_tails=distinct(words[2] for words in steps if len(words) > 2),
+        values=distinct(card.value for card in cards),
+    )
 
 
 def imagined_scenario(rng: random.Random) -> Scenario:
@@ -192,7 +137,7 @@ def imagined_scenario(rng: random.Random) -> Scenario:
         situation=text,
         goal=text,
         motive=text,
-        value=rng.choice(_VALUES),
+        value=rng.choice(_lexicon().values),
         story=Story(
             trigger=text,
             stages=tuple(stages),  # type: ignore[arg-type]
@@ -205,30 +150,14 @@ def imagined_scenario(rng: random.Random) -> Scenario:
 
 
 def _particular(rng: random.Random) -> str:
-    draw = rng.random()
-    if draw < 0.1:
-        return f"the {rng.choice(_NOUNS)}"
-    if draw < 0.75:
-        return f"the {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
-    return f"the {rng.choice(_NOUNS)} {rng.choice(_NOUNS)}"
+    words = _lexicon()
+    before = f"{rng.choice(words.before)} " if rng.random() < _TWO_WORDS else ""
+    return f"the {before}{rng.choice(words.nouns)}"
 
 
 def _strength(rng: random.Random) -> str:
-    words = f"{rng.choice(_GERUNDS)} the {rng.choice(_NOUNS)}"
-    return f"{words} {rng.choice(_TAILS)}" if rng.random() < 0.5 else words
+    return f"{rng.choice(_lexicon().doing)} {rng.choice(_lexicon().after_doing)}"
 
 
 def _step(rng: random.Random) -> str:
-    head = f"one {rng.choice(_STEP_NOUNS)}"
-    if rng.random() < 0.6:
-        head = f"a {rng.choice(_STEP_ADJECTIVES)} {rng.choice(_STEP_NOUNS)}"
-    tail = rng.choice(
-        (
-            f"with {rng.choice(_NAMES)}",
-            f"without the {rng.choice(_NOUNS)}",
-            f"about the {rng.choice(_NOUNS)}",
-            f"near the {rng.choice(_NOUNS)}",
-            f"for {rng.choice(_NAMES)}",
-        )
-    )
-    return f"{head} {tail}"
+    return f"{rng.choice(_lexicon().step_heads)} {rng.choice(_lexicon().step_tails)}"
