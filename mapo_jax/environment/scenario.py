@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +122,12 @@ class Scenario:
         """By id: cards are keys of caches, and equal cards have equal ids."""
         return hash(self.id)
 
-    @property
+    @cached_property
     def start_position(self) -> tuple[float, float, float]:
         """(C, A, P) at the start, in points (all <= 0)."""
         return start_position(self.start)
 
-    @property
+    @cached_property
     def strongest_axis(self) -> str:
         """The axis with the largest deficit; C before A before P when equal."""
         deficits = dict(zip(AXES, self.start_position, strict=True))
