@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mapo_jax.algorithm import objective
 from mapo_jax.config import AlgorithmConfig, OptimizerConfig
 from mapo_jax.model.head import token_logprobs
-from mapo_jax.model.qwen import Params, QwenConfig, hidden_states
+from mapo_jax.model.qwen import Params, QwenConfig, hidden_states, parameter_shapes
 from mapo_jax.model.sharding import batch_sharding
 from mapo_jax.training.batch import Batch
 
@@ -107,28 +107,30 @@ def create_state(
       shardings: `model.sharding.param_shardings`, if there is a mesh; the moments are cut like the weights.
       reference: keep a frozen copy of `params` for the KL term.
     """
-    initial = jax.jit(optimizer.transform.init, out_shardings=_moment_shardings(optimizer, params, shardings))
+    placed = _state_shardings(optimizer, params, shardings, reference)
+    initial = jax.jit(optimizer.transform.init, out_shardings=placed and placed.opt_state)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
     step = jnp.zeros((), jnp.int32)
-    if shardings is not None:
-        step = jax.device_put(step, _replicated(shardings))
+    if placed is not None:
+        step = jax.device_put(step, placed.step)
     return TrainState(params, initial(params), step, copy(params) if reference else None)
 
 
-def _replicated(shardings: Any) -> NamedSharding:
-    return NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
-
-
-def _moment_shardings(optimizer: Optimizer, params: Params, shardings: Any) -> Any:
+def _state_shardings(
+    optimizer: Optimizer, params: Params, shardings: Any, reference: bool
+) -> TrainState | None:
+    """A TrainState of shardings: the moments are cut like the weights, the counts are everywhere."""
     if shardings is None:
         return None
-    return optax.tree_utils.tree_map_params(
+    everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    moments = optax.tree_utils.tree_map_params(
         optimizer.transform,
         lambda _, sharding: sharding,
         jax.eval_shape(optimizer.transform.init, params),
         shardings,
-        transform_non_params=lambda _: _replicated(shardings),
+        transform_non_params=lambda _: everywhere,
     )
+    return TrainState(shardings, moments, everywhere, shardings if reference else None)
 
 
 @dataclass(frozen=True)
@@ -327,11 +329,6 @@ def _apply(
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(accept, new, old), (params, opt_state), (state.params, state.opt_state)
     )
-    if shardings is not None:
-        params = jax.lax.with_sharding_constraint(params, shardings)
-        opt_state = jax.lax.with_sharding_constraint(
-            opt_state, _moment_shardings(optimizer, state.params, shardings)
-        )
     metrics = {
         "loss": loss,
         "grad_norm": norm,
@@ -387,7 +384,15 @@ def make_update(
 
     if algorithm.aggregation == "constant-length" and constant_length is None:
         raise ValueError("the aggregation constant-length needs a constant_length")
-    return jax.jit(update, donate_argnums=0)
+    return _compile(update, scoring, optimizer, shardings, reference=algorithm.kl_coefficient > 0)
+
+
+def _compile(
+    update: Update, scoring: Scoring, optimizer: Optimizer, shardings: Any, reference: bool
+) -> Update:
+    # With a mesh the new state's shardings are exactly the old one's: else the next call compiles again.
+    state = _state_shardings(optimizer, parameter_shapes(scoring.config), shardings, reference)
+    return jax.jit(update, donate_argnums=0, out_shardings=state and (state, None))
 
 
 def make_supervised_update(
@@ -412,7 +417,7 @@ def make_supervised_update(
         value, _, gradient = _gradient(loss, state.params, batch, microbatch_rows)
         return _apply(state, optimizer, value, gradient, tokens, shardings)
 
-    return jax.jit(supervised_update, donate_argnums=0)
+    return _compile(supervised_update, scoring, optimizer, shardings, reference=False)
 
 
 def make_scorer(scoring: Scoring, *, microbatch_rows: int = 0) -> Callable[[Params, Batch], Array]:
