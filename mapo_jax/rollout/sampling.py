@@ -1,0 +1,123 @@
+"""Sampling a token: keyed by its place in the run, and by inverting the cumulative distribution.
+
+The random number of a token follows from (seed, step, dialogue, turn, position) alone, so that neither the
+slot a dialogue lies in, nor its neighbours, nor the order in which users answer changes what it says.
+
+One uniform number and two short cumulative sums choose the token; Gumbel noise would draw a random number
+for every entry of the vocabulary (measured on a CPU, 64 rows of 1,024: 0.08 ms against 1.25 ms).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from mapo_jax.errors import UserError
+
+KEY_WORDS = 4  # seed, step, dialogue, turn
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which distribution is sampled from, given the logits. Filters apply in the order of the fields."""
+
+    temperature: float = 1.0  # logits are divided by it; 0: always the most probable token
+    top_k: int = 0  # only the k most probable tokens (more if the k-th is tied); 0: all
+    top_p: float = 1.0  # only the fewest most probable tokens that hold this probability; 1: all
+    min_p: float = 0.0  # only tokens at least this many times as probable as the most probable; 0: all
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value outside its range."""
+        for name, right in (
+            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature)),
+            ("top_k", self.top_k >= 0),
+            ("top_p", 0 < self.top_p <= 1),
+            ("min_p", 0 <= self.min_p <= 1),
+        ):
+            if not right:
+                raise UserError(f"sampling: `{name}` is {getattr(self, name)!r}, which is out of range")
+
+
+def uniforms(words: UInt32[Array, "K 4"], positions: Int[Array, "K N"]) -> Float[Array, "K N"]:
+    """One number in [0, 1) for each position of each dialogue.
+
+    Args:
+      words: (seed, step, dialogue, turn) of each row.
+      positions: index of the token in its row.
+    """
+
+    def row(words, positions):
+        key = jax.random.key(words[0])
+        for word in words[1:]:
+            key = jax.random.fold_in(key, word)
+        return jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position)))(positions)
+
+    return jax.vmap(row)(words, positions)
+
+
+def shape(logits: Float[Array, "K V"], sampling: Sampling) -> Float[Array, "K V"]:
+    """Logits of the distribution that is sampled from (temperature above 0): tempered, then filtered."""
+    logits = logits.astype(jnp.float32) / sampling.temperature
+    size = logits.shape[-1]
+    if 0 < sampling.top_k < size:
+        smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+    if sampling.top_p < 1:
+        descending = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # held by the more probable ones
+        kept = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True)
+        logits = jnp.where(logits >= jnp.take_along_axis(descending, kept - 1, axis=-1), logits, -jnp.inf)
+    if sampling.min_p > 0:
+        highest = jnp.max(logits, axis=-1, keepdims=True)
+        logits = jnp.where(logits >= highest + math.log(sampling.min_p), logits, -jnp.inf)
+    return logits
+
+
+def sample(
+    logits: Float[Array, "K V"], uniform: Float[Array, " K"], sampling: Sampling
+) -> tuple[Int[Array, " K"], Float[Array, " K"]]:
+    """Draws a token for each row.
+
+    Args:
+      logits: entries of -1e30 or less have probability 0; a row must have one that is more.
+      uniform: a number in [0, 1) for each row.
+
+    Returns:
+      (ids, log-probabilities of the ids in the distribution sampled from, float32). With temperature 0 that
+      distribution is a point: the log-probability is 0.
+
+    The vocabulary is cut into about sqrt(V) blocks; the number first picks a block by the blocks' masses,
+    then a token within it. A token of probability 0 is never picked, whatever the rounding; a float32 number
+    has 2^23 values, so probabilities are exact to about 1e-7.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
+    logits = shape(logits, sampling)
+    rows, size = logits.shape
+    width = max(1, math.isqrt(size))
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - highest)
+    blocks = jnp.pad(weights, ((0, 0), (0, -size % width))).reshape(rows, -1, width)
+    masses = jnp.sum(blocks, axis=-1)
+    totals = jnp.cumsum(masses, axis=-1)
+    target = uniform * totals[:, -1]
+    block = _first_above(totals, masses, target)[:, None]
+    inside = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
+    reached = jnp.take_along_axis(totals - masses, block, axis=1)[:, 0]
+    offset = _first_above(jnp.cumsum(inside, axis=-1), inside, target - reached)
+    ids = block[:, 0] * width + offset
+    chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
+    return ids.astype(jnp.int32), chosen - highest[:, 0] - jnp.log(totals[:, -1])
+
+
+def _first_above(
+    totals: Float[Array, "K N"], weights: Float[Array, "K N"], target: Float[Array, " K"]
+) -> Int[Array, " K"]:
+    """The first entry whose running total exceeds the target and whose weight is not 0; else the heaviest."""
+    fits = (totals > target[:, None]) & (weights > 0)
+    return jnp.where(jnp.any(fits, axis=-1), jnp.argmax(fits, axis=-1), jnp.argmax(weights, axis=-1))

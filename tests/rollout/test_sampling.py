@@ -1,0 +1,153 @@
+"""Distributions against scipy-free numpy arithmetic; keys; and what must never be sampled."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mapo_jax.errors import UserError
+from mapo_jax.rollout.sampling import Sampling, sample, shape, uniforms
+
+ROWS, VOCABULARY = 4096, 23  # one shape for all: compilation is most of these tests' cost
+
+
+@functools.cache
+def compiled(sampling):
+    return jax.jit(functools.partial(sample, sampling=sampling))
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return np.random.default_rng(0).normal(scale=2, size=VOCABULARY).astype(np.float32)
+
+
+def draw(scores, sampling, seed=1):
+    uniform = np.random.default_rng(seed).random(ROWS, np.float32)
+    ids, logprobs = compiled(sampling)(np.tile(scores, (ROWS, 1)), uniform)
+    return np.asarray(ids), np.asarray(logprobs)
+
+
+def softmax(scores):
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def reference(scores, sampling):
+    """The filters one after the other on float64 probabilities, written as their definitions read."""
+    p = softmax(scores.astype(np.float64) / sampling.temperature)
+    if sampling.top_k:
+        p = np.where(p >= np.sort(p)[-sampling.top_k], p, 0)
+        p /= p.sum()
+    if sampling.top_p < 1:
+        kept, held = np.zeros_like(p), 0.0
+        for i in np.argsort(-p):
+            kept[i], held = p[i], held + p[i]
+            if held >= sampling.top_p:
+                break
+        p = kept / kept.sum()
+    if sampling.min_p:
+        p = np.where(p >= sampling.min_p * p.max(), p, 0)
+        p /= p.sum()
+    return p
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(top_k=5),
+        Sampling(top_p=0.8),
+        Sampling(min_p=0.1),
+        Sampling(temperature=1.5, top_k=12, top_p=0.9, min_p=0.05),
+    ],
+    ids=str,
+)
+def test_distribution(scores, sampling):
+    """Pearson's chi-square over the tokens with an expected count of 5 or more, and the log-probabilities."""
+    ids, logprobs = draw(scores, sampling)
+    expected = reference(scores, sampling)
+    counts = np.bincount(ids, minlength=VOCABULARY)
+    assert not counts[expected == 0].any()
+    likely = expected * ROWS >= 5
+    statistic = np.sum((counts - expected * ROWS)[likely] ** 2 / (expected * ROWS)[likely])
+    freedom = likely.sum()
+    # Mean f, variance 2f: five standard deviations are exceeded by chance once in some 10^5 seeds; this
+    # seed is fixed.
+    assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+    # float32 softmax against float64: both logits and logsumexp carry a few units of the last place.
+    np.testing.assert_allclose(logprobs, np.log(expected[ids]), atol=2e-6)
+
+
+def test_greedy(scores):
+    ids, logprobs = draw(scores, Sampling(temperature=0))
+    assert (ids == scores.argmax()).all() and (logprobs == 0).all()
+
+
+@pytest.mark.parametrize("masked", ["tail", "head", "all but one"])
+def test_masked_ids_are_never_sampled(scores, masked):
+    """Also at the ends of the unit interval, where rounding could step over the last possible token."""
+    scores = scores.copy()
+    forbidden = {"tail": slice(17, None), "head": slice(0, 6), "all but one": slice(1, None)}[masked]
+    scores[forbidden] = -1e30
+    uniform = np.random.default_rng(2).random(ROWS, np.float32)
+    uniform[:2] = 0.0, np.float32(1 - 2**-24)
+    ids, logprobs = compiled(Sampling())(np.tile(scores, (ROWS, 1)), uniform)
+    assert np.isin(np.asarray(ids), np.arange(VOCABULARY)[scores > -1e30]).all()
+    assert np.isfinite(logprobs).all()
+
+
+def test_inverse_is_monotone(scores):
+    """The quantile function itself: never steps back, and every token has its share."""
+    uniform = (np.arange(ROWS) / ROWS).astype(np.float32)
+    ids = np.asarray(compiled(Sampling())(np.tile(scores, (ROWS, 1)), uniform)[0])
+    assert (np.diff(ids) >= 0).all()
+    edges = np.searchsorted(np.cumsum(softmax(scores.astype(np.float64))), uniform, side="right")
+    assert np.mean(ids != edges) < 2e-3  # a number within rounding of an edge may fall on either side
+
+
+def test_keys():
+    """Every word of the key and the position matter; the row and its neighbours do not."""
+    numbers = jax.jit(uniforms)
+    words = np.array(list(itertools.product((0, 7), repeat=4)), np.uint32)
+    positions = np.tile(np.arange(40, 48), (16, 1))
+    values = np.asarray(numbers(words, positions))
+    assert len(np.unique(values)) == values.size
+    assert ((values >= 0) & (values < 1)).all()
+    np.testing.assert_array_equal(np.asarray(numbers(words[::-1], positions))[::-1], values)
+    np.testing.assert_array_equal(np.asarray(numbers(words, positions + 1))[:, :-1], values[:, 1:])
+
+
+def test_uniform():
+    """Kolmogorov-Smirnov: the largest gap to the uniform distribution, against its 0.1 % point."""
+    words = np.zeros((64, 4), np.uint32)
+    words[:, 2] = np.arange(64)
+    values = np.sort(np.asarray(jax.jit(uniforms)(words, np.tile(np.arange(64), (64, 1)))).ravel())
+    gap = np.abs(values - (np.arange(values.size) + 0.5) / values.size).max()
+    assert gap < 1.95 / np.sqrt(values.size)
+
+
+def test_filters_keep_the_most_probable():
+    """However small the share asked for, one token stays."""
+    scores = jnp.array([[0.0, 3.0, 1.0]])
+    for sampling in (Sampling(top_p=1e-6), Sampling(top_k=1), Sampling(min_p=1.0)):
+        assert np.isfinite(np.asarray(shape(scores, sampling))).tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", 2),
+    ],
+)
+def test_bad_values(name, value):
+    with pytest.raises(UserError, match=name):
+        Sampling(**{name: value})
