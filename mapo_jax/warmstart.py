@@ -1,0 +1,441 @@
+"""The warm start: supervised training that gives reinforcement learning a policy which speaks.
+
+    python -m mapo_jax.warmstart [--config FILE] [key=value ...]
+
+Without `model.path` a small Qwen3 and its tokenizer are built; with it, that model folder is trained. Without
+`warmstart.data` the texts are synthetic dialogues of mixed quality with the scripted user. Afterwards the
+policy talks to the validation cards, and what came of it is shown and kept. The result is a Hugging Face
+folder in a cache, under a name that follows from everything that determines it: who asks again gets it so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import tokenizers
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mapo_jax.commands import Stopped, cache_folder, run_command, use_compilation_cache
+from mapo_jax.config import Config, OptimizerConfig, load_config
+from mapo_jax.environment.scenario import load_scenarios
+from mapo_jax.environment.scripted import scripted_roles
+from mapo_jax.environment.scripted.grammar import KINDS
+from mapo_jax.environment.scripted.metrics import reading_metrics, readings
+from mapo_jax.environment.state import Limits
+from mapo_jax.errors import UserError
+from mapo_jax.evaluation.summary import summarize
+from mapo_jax.files import write_whole
+from mapo_jax.model.qwen import Params, init_params
+from mapo_jax.model.sharding import make_mesh, param_shardings
+from mapo_jax.rollout.chat import ChatFormat
+from mapo_jax.rollout.collect import collect
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from mapo_jax.training.forecast import fresh_model
+from mapo_jax.training.interruption import Interrupted, StopRequest
+from mapo_jax.training.model_folder import whole_folder, write_model_folder
+from mapo_jax.training.policy import Policy, load_policy
+from mapo_jax.training.step import Scoring, create_state, make_optimizer, make_supervised_update, place
+from mapo_jax.warmstarting.chats import Chat, read_chats, synthetic_chats
+from mapo_jax.warmstarting.induction import with_induction_heads
+from mapo_jax.warmstarting.rows import PackedRows, Renderer, batches, pack
+
+RECORD = "warmstart.json"  # in the result's folder: what it was made from, how it went, what it can do
+REPORT_EVERY = 10  # updates between looks at the loss: each look waits for the device
+MEASURE_STREAM = 2_000_003  # keeps the measurement's random numbers apart from training's and evaluation's
+TOKENIZER_CHATS = 1000  # chats that the tokenizer is built from: more change nothing but the time
+# Second moments over few updates: a short training of a small model moves too fast for long memories.
+OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0, b1=0.9, b2=0.95)
+
+_PACKAGE = Path(__file__).parent
+_SOURCES = ("environment", "model", "warmstarting", "rollout/chat.py", "tokenizer.py", "training/step.py")
+
+
+def run_warmstart(
+    config: Config, *, console: Console | None = None, check: Callable[[], None] = lambda: None
+) -> Path:
+    """Makes the warm start that `config` describes, or finds it finished, and checks that it is good enough.
+
+    Args:
+      config: `model`, `warmstart`, `environment`, `rollout`, `mesh` and `training.seed` matter.
+      console: where progress and figures are shown.
+      check: called at safe points; may raise to stop. Nothing is left behind then.
+
+    Returns:
+      A Hugging Face folder with float32 weights and the record `warmstart.json`.
+
+    Raises:
+      UserError: bad data or a bad model folder, a full disk, or a result that is too weak to start from.
+    """
+    console = console or Console(highlight=False)
+    folder = Path(config.warmstart.cache or cache_folder("warmstart")) / _key(config)
+    if (folder / RECORD).is_file():
+        record = json.loads((folder / RECORD).read_text())
+        console.print(f"warm start: found finished in {folder}", soft_wrap=True)
+    else:
+        record = _make(config, folder, console, check)
+    console.print(measurement_table(record["measured"]))
+    gate(record["measured"], config.warmstart.min_naming_ratio)
+    return folder
+
+
+def _make(config: Config, folder: Path, console: Console, check: Callable[[], None]) -> dict[str, Any]:
+    started = time.monotonic()
+    mesh = make_mesh(config.mesh)
+    chats = _chats(config)
+    policy, params = _start(config, chats, mesh)
+    rows = _rows(config, policy, chats)
+    console.print(
+        f"warm start: {len(chats):,} dialogues in {len(rows):,} rows of {rows.tokens.shape[1]} tokens, "
+        f"{rows.fill:.0%} full; {policy.chat.vocabulary_size:,} tokens in the vocabulary",
+        soft_wrap=True,
+    )
+    prepared = time.monotonic()
+    params, curve, speed = _train(config, policy, params, rows, mesh, console, check)
+    trained = time.monotonic()
+    measured = measure(config, policy, params, mesh, check)
+    ended = time.monotonic()
+    record = {
+        "made_of": _determinants(config),
+        "rows": len(rows),
+        "loss": curve,
+        "tokens_per_second": speed,
+        "measured": measured,
+        "seconds": {
+            "prepare": prepared - started,
+            "train": trained - prepared,
+            "measure": ended - trained,
+            "total": ended - started,
+        },
+    }
+    with whole_folder(folder) as temporary:
+        write_model_folder(temporary, policy, params, config.rollout)
+        write_whole(temporary / RECORD, json.dumps(record, indent=1) + "\n")
+    console.print(
+        f"warm start: {ended - started:.0f} s, {speed:,.0f} tokens/s; kept in {folder}", soft_wrap=True
+    )
+    return record
+
+
+# --- Texts, model, rows. ---
+
+
+def _chats(config: Config) -> list[Chat]:
+    if config.warmstart.data is not None:
+        return read_chats(config.warmstart.data)
+    return synthetic_chats(
+        load_scenarios(config.environment.scenarios, "train"),
+        config.warmstart.dialogues,
+        config.training.seed,
+        turns=config.rollout.max_turns,
+        delayed_opening=config.environment.delayed_opening,
+    )
+
+
+def _start(config: Config, chats: Sequence[Chat], mesh: Mesh) -> tuple[Policy, Params]:
+    """The model that is trained: the folder `model.path`, or a fresh one with a tokenizer of its own."""
+    if config.model.path is not None:
+        return load_policy(config.model.path, config.rollout, mesh=mesh)
+    positions = max(config.rollout.max_tokens, config.warmstart.row_tokens)
+    texts = (message["content"] for chat in chats[:TOKENIZER_CHATS] for message in chat)
+    with tempfile.TemporaryDirectory(prefix="mapo_jax_tokenizer.") as folder:
+        built = train_tokenizer(texts, config.model.fresh.vocabulary)
+        save_tokenizer(folder, built, max_tokens=positions)
+        tokenizer = load_tokenizer(folder)
+    chat = ChatFormat(tokenizer, config.rollout.history, config.rollout.system_prompt)
+    model = fresh_model(config.model.fresh, chat.vocabulary_size, positions)
+    seed = config.training.seed
+    params = with_induction_heads(init_params(model, seed), model, seed)
+    return Policy(model, tokenizer, chat), jax.device_put(params, param_shardings(model, mesh))
+
+
+def _rows(config: Config, policy: Policy, chats: Sequence[Chat]) -> PackedRows:
+    length = config.warmstart.row_tokens
+    if length > policy.config.max_position_embeddings:
+        raise UserError(
+            f"`warmstart.row_tokens` is {length}; it must be at most the model's "
+            f"{policy.config.max_position_embeddings} positions"
+        )
+    renderer = Renderer(policy.tokenizer, config.rollout.history, config.rollout.system_prompt)
+    source = config.warmstart.data or "synthetic dialogues"
+    pieces = [
+        piece
+        for number, chat in enumerate(chats, start=1)
+        for piece in renderer.pieces(
+            chat, length, config.warmstart.turns or None, f"{source}, dialogue {number}"
+        )
+    ]
+    return pack(pieces, length)
+
+
+# --- Training. ---
+
+
+def _train(
+    config: Config,
+    policy: Policy,
+    params: Params,
+    rows: PackedRows,
+    mesh: Mesh,
+    console: Console,
+    check: Callable[[], None],
+) -> tuple[Params, list[list[float]], float]:
+    """The trained weights, the loss curve as [update, loss] pairs, and tokens per second once compiled."""
+    settings, shards = config.warmstart, mesh.shape["data"] * mesh.shape["fsdp"]
+    if settings.rows % shards:
+        raise UserError(
+            f"`warmstart.rows` is {settings.rows}; it must be a multiple of the {shards} shards "
+            "(mesh.data x mesh.fsdp) that the rows are cut over"
+        )
+    optimizer = make_optimizer(_replace_rate(settings.learning_rate), settings.steps)
+    scoring = Scoring(
+        policy.config,
+        vocabulary_size=policy.chat.vocabulary_size,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        loss_tokens=int(rows.mask.sum(axis=1).max()),
+    )
+    shardings = param_shardings(policy.config, mesh)
+    update = make_supervised_update(scoring, optimizer, shardings=shardings)
+    state = create_state(params, optimizer, shardings=shardings)
+    deck = batches(rows, settings.rows, config.training.seed)
+    curve: list[list[float]] = []
+    tokens = settings.rows * rows.tokens.shape[1]
+    began, speed = time.monotonic(), 0.0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    live = config.logging.progress and console.is_terminal
+    with Progress(*columns, console=console, disable=not live, transient=True) as progress:
+        task = progress.add_task("warm start: compiling", total=settings.steps, figures="")
+        for step in range(1, settings.steps + 1):
+            check()
+            state, metrics = update(state, place(next(deck), mesh))
+            if step > 1 and step % REPORT_EVERY and step != settings.steps:
+                continue
+            loss = float(metrics["loss"])
+            if float(metrics["skipped"]):
+                raise UserError(
+                    f"the loss or gradient of warm-start update {step} is not finite; "
+                    f"lower `warmstart.learning_rate` ({settings.learning_rate})"
+                )
+            if step == 1:
+                began = time.monotonic()  # compilation is no training speed
+            else:
+                speed = (step - 1) * tokens / (time.monotonic() - began)
+            curve.append([step, round(loss, 4)])
+            figures = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
+            progress.update(task, completed=step, description="warm start", figures=figures)
+            if not live and step % (10 * REPORT_EVERY) == 0:
+                console.print(f"warm start: update {step} of {settings.steps}, {figures}")
+    return state.params, curve, speed
+
+
+def _replace_rate(learning_rate: float) -> OptimizerConfig:
+    return OptimizerConfig(**{**asdict(OPTIMIZER), "learning_rate": learning_rate})
+
+
+# --- What the result can do. ---
+
+
+def measure(
+    config: Config, policy: Policy, params: Params, mesh: Mesh, check: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Holds dialogues with the validation cards and returns the figures of what came of them.
+
+    As many dialogues as a training step has, so that the sampler's compiled programs are the same.
+
+    Returns:
+      Those of `summarize` and `reading_metrics`, `truncated` (share of replies cut by the token limit), and
+      `act/KIND`: the share of replies that hold an act of this kind, every kind.
+    """
+    rollout = config.rollout
+    slots = rollout.scenarios * rollout.rollouts
+    cards = load_scenarios(config.environment.scenarios, "validation")[:slots]
+    engine = Engine(
+        policy.config,
+        slots=slots,
+        length=rollout.max_tokens,
+        temperature=rollout.temperature,
+        max_reply_tokens=rollout.max_reply_tokens,
+        stop_ids=policy.chat.stop_ids,
+        vocabulary_size=policy.chat.vocabulary_size,
+        dtype=config.model.dtype,
+        mesh=mesh,
+    )
+    engine.load(params, 0)
+    dialogues = asyncio.run(
+        collect(
+            cards,
+            slots // len(cards),
+            engine,
+            policy.chat,
+            scripted_roles(config.environment),
+            Limits(rollout.min_turns, rollout.max_turns, config.environment.success_tolerance),
+            seed=config.training.seed + MEASURE_STREAM,
+            step=0,
+            concurrency=config.environment.concurrency,
+            on_turn=lambda turns: check(),
+        )
+    )
+    states = [dialogue.state for group in dialogues for dialogue in group]
+    turns = [turn for state in states for turn in state.turns]
+    acts = [set(reading["acts"]) for reading in readings(states)]
+    return {
+        **summarize(states, config.algorithm.discount),
+        **reading_metrics(states),
+        "truncated": sum(turn.truncated for turn in turns) / len(turns),
+        **{f"act/{kind}": sum(kind in found for found in acts) / max(1, len(acts)) for kind in KINDS},
+    }
+
+
+def measurement_table(measured: Mapping[str, float]) -> Table:
+    """The figures a person asks for before reinforcement learning starts."""
+    table = Table(title="the warm start with the validation cards", title_justify="left")
+    for heading, justify in (("", "left"), ("", "right"), ("chance", "right")):
+        table.add_column(heading, justify=justify)
+
+    def row(label: str, name: str, form: str) -> None:
+        if name in measured:
+            chance = measured.get(f"{name}_chance")
+            table.add_row(label, form.format(measured[name]), "" if chance is None else form.format(chance))
+
+    row("reward per turn (mean IDR)", "reward/mean", "{:+.2f}")
+    row("return of a dialogue", "return/mean", "{:+.2f}")
+    row("EPM-Q", "epm_q", "{:.1f}")
+    for what in ("situation", "feeling", "unstated", "strength", "step", "value"):
+        row(f"{what} named right", f"naming/{what}", "{:.0%}")
+    row("replies cut by the token limit", "truncated", "{:.0%}")
+    table.add_section()
+    for name in sorted(name for name in measured if name.startswith("kind/")):
+        label = "largest share of one kind" if name == "kind/most" else f"share of {name[5:]}"
+        row(label, name, "{:.0%}")
+    return table
+
+
+def gate(measured: Mapping[str, float], min_naming_ratio: float) -> None:
+    """Stops where reinforcement learning would flee to replies that name nothing.
+
+    Situation and feeling must be named right `min_naming_ratio` times as often as by chance, and every kind
+    of reply must occur. A ratio of 0 lets everything through.
+
+    Raises:
+      UserError: says what is too weak and what to do.
+    """
+    if min_naming_ratio == 0:
+        return
+    remedy = "raise warmstart.steps or warmstart.dialogues, or lower warmstart.min_naming_ratio (0: no check)"
+    for what in ("situation", "feeling"):
+        accuracy = measured.get(f"naming/{what}")
+        if accuracy is None:
+            raise UserError(f"the warm start is too weak: it never names the user's {what}; {remedy}")
+        wanted = min(1.0, min_naming_ratio * measured[f"naming/{what}_chance"])
+        if accuracy < wanted:
+            raise UserError(
+                f"the warm start is too weak: it names the user's {what} right {accuracy:.0%} of the time, "
+                f"where {wanted:.0%} ({min_naming_ratio:g} times chance) are asked for; {remedy}"
+            )
+    missing = [kind for kind in KINDS if not measured.get(f"act/{kind}")]
+    if missing:
+        raise UserError(
+            f"the warm start is too narrow: no reply of the kind {', '.join(missing)} was measured; {remedy}"
+        )
+
+
+# --- The name in the cache. ---
+
+
+def _key(config: Config) -> str:
+    text = json.dumps(_determinants(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _determinants(config: Config) -> dict[str, Any]:
+    """Everything that the result follows from, as JSON: settings, texts, and the code that makes it."""
+    rollout, settings = asdict(config.rollout), asdict(config.warmstart)
+    del settings["cache"], settings["min_naming_ratio"]
+    if settings["data"] is not None:
+        settings["data"] = _digest([Path(settings["data"])])
+    model = asdict(config.model)
+    if model["path"] is not None:
+        model["fresh"] = None
+        model["path"] = _listing(Path(model["path"]))
+    cards = Path(config.environment.scenarios or _PACKAGE / "environment" / "scenarios")
+    return {
+        "model": model,
+        "warmstart": settings,
+        "rollout": {name: rollout[name] for name in ("history", "system_prompt", "max_turns", "max_tokens")},
+        "delayed_opening": config.environment.delayed_opening,
+        "seed": config.training.seed,
+        "cards": _digest(sorted(cards.glob("*.yaml")) if cards.is_dir() else [cards]),
+        "code": _digest(
+            [
+                file
+                for source in _SOURCES
+                for file in sorted([_PACKAGE / source, *(_PACKAGE / source).rglob("*.py")])
+                if file.is_file()
+            ]
+        ),
+        "versions": {"jax": jax.__version__, "tokenizers": tokenizers.__version__},
+    }
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from error
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def _listing(folder: Path) -> list[str]:
+    """Names, sizes and times of a model folder's files: reading gigabytes of weights would be too dear."""
+    if not folder.is_dir():
+        raise UserError(f"`model.path` is {folder}, which is no folder; give a model folder")
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [f"{f.relative_to(folder)} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 bad input or too weak, 128 + n for signal n."""
+    parser = argparse.ArgumentParser(prog="python -m mapo_jax.warmstart", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. warmstart.steps=100")
+    options = parser.parse_args(arguments)
+
+    def command() -> None:
+        config = load_config(options.config, options.overrides)
+        use_compilation_cache(config.run.compilation_cache)
+        with StopRequest() as stop:
+            try:
+                run_warmstart(config, check=stop.check)
+            except Interrupted as interruption:
+                message = f"stopped by {interruption}: nothing is kept of an unfinished warm start"
+                raise Stopped(str(interruption), message) from interruption
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
