@@ -63,10 +63,9 @@ def make_cells(
             path = dialogue.state.positions
             positions[s, r, : len(path)] = path
             positions[s, r, len(path) :] = path[-1]
-            has_score = [turn.judgement is not None for turn in turns]
-            if any(has_score) and dialogue.usable(max_failed_share):
+            if dialogue.usable(max_failed_share):
                 valid[s, r, : len(turns)] = True
-                scored[s, r, : len(turns)] = has_score
+                scored[s, r, : len(turns)] = [turn.scored for turn in turns]
     return Cells(positions, valid, scored)
 
 
@@ -113,41 +112,47 @@ def make_batch(
     advantages: Float[np.ndarray, "S R T"],
     scored: Bool[np.ndarray, "S R T"],
     length: int,
+    *,
+    rows_per_dialogue: int = 1,
 ) -> Batch:
-    """Rows of a step's dialogues, B = S R, scenario by scenario.
+    """Rows of a step's dialogues, scenario by scenario: B = S R `rows_per_dialogue`.
 
     Args:
       dialogues: [S][R].
       advantages: of each turn; anything (NaN included) where not `scored`.
       scored: cells that count, as `make_cells` says; tokens of other turns are not in the loss.
       length: L, at least the longest row's length (`row_length` says which).
+      rows_per_dialogue: 1 if a dialogue is one growing row (`history: append`); T if each turn has its own
+        (`history: per_turn`), then rows that a shorter dialogue does not have are empty.
 
     Raises:
-      ValueError: a row longer than `length`, or a sampled token without anything before it.
+      ValueError: more or longer rows than there is room for, or a sampled token without anything before it.
     """
     flat = [dialogue for group in dialogues for dialogue in group]
     turns = np.shape(scored)[-1]
     scored = np.reshape(np.asarray(scored), (len(flat), turns))
     advantages = np.where(scored, np.reshape(np.asarray(advantages, np.float32), (len(flat), turns)), 0.0)
-    tokens = np.zeros((len(flat), length), np.int32)
-    mask = np.zeros((len(flat), length), bool)
-    logprobs = np.zeros((len(flat), length), np.float32)
-    credit = np.zeros((len(flat), length), np.float32)
-    for b, dialogue in enumerate(flat):
-        row = dialogue.row
-        ids, turn = np.asarray(row.ids, np.int32), np.asarray(row.turn, np.int32)
-        size = len(ids)
-        if size > length:
-            raise ValueError(f"a row of {size} tokens does not fit the length {length}")
-        learned = np.asarray(row.sampled, bool) & (turn >= 0)
-        learned[learned] = scored[b, turn[learned]]
-        if size and learned[0]:
-            raise ValueError("a row's first token is marked as sampled, but nothing stands before it")
-        tokens[b, :size] = ids
-        mask[b, :size] = learned
-        logprobs[b, :size][learned] = np.asarray(row.logprob, np.float32)[learned]
-        credit[b, :size][learned] = advantages[b, turn[learned]]
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    shape = (len(flat) * rows_per_dialogue, length)
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    logprobs, credit = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    for d, dialogue in enumerate(flat):
+        if len(dialogue.rows) > rows_per_dialogue:
+            raise ValueError(
+                f"a dialogue has {len(dialogue.rows)} rows; there is room for {rows_per_dialogue}"
+            )
+        for b, row in enumerate(dialogue.rows, start=d * rows_per_dialogue):
+            size, turn = len(row.ids), np.asarray(row.turn, np.int32)
+            if size > length:
+                raise ValueError(f"a row of {size} tokens does not fit the length {length}")
+            learned = np.asarray(row.sampled, bool) & (turn >= 0)
+            learned[learned] = scored[d, turn[learned]]
+            if size and learned[0]:
+                raise ValueError("a row's first token is marked as sampled, but nothing stands before it")
+            tokens[b, :size] = row.ids
+            mask[b, :size] = learned
+            logprobs[b, :size][learned] = np.asarray(row.logprob, np.float32)[learned]
+            credit[b, :size][learned] = advantages[d, turn[learned]]
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     return Batch(tokens, positions, mask, logprobs, logprobs, credit)
 
 
@@ -172,7 +177,8 @@ def row_length(dialogues: Sequence[Sequence[Dialogue]], lengths: Sequence[int]) 
     Raises:
       ValueError: none does.
     """
-    longest = max(len(dialogue.row.ids) for group in dialogues for dialogue in group)
+    flat = [dialogue for group in dialogues for dialogue in group]
+    longest = max(len(row.ids) for dialogue in flat for row in dialogue.rows)
     for length in lengths:
         if longest <= length:
             return length
@@ -193,7 +199,7 @@ def scenario_order(
     return generator.permutation(scenarios).reshape(-1, minibatch_scenarios)
 
 
-def take_scenarios(batch: Batch, chosen: Int[np.ndarray, " scenarios"], rollouts: int) -> Batch:
-    """The rows of whole scenarios, in the order given."""
-    rows = (np.asarray(chosen)[:, None] * rollouts + np.arange(rollouts)).reshape(-1)
-    return jax.tree.map(lambda array: array[rows], batch)
+def take_scenarios(batch: Batch, chosen: Int[np.ndarray, " scenarios"], rows_per_scenario: int) -> Batch:
+    """The rows of whole scenarios, in the order given, as numpy arrays; each has as many rows (R, or R T)."""
+    rows = (np.asarray(chosen)[:, None] * rows_per_scenario + np.arange(rows_per_scenario)).reshape(-1)
+    return jax.tree.map(lambda array: np.asarray(array)[rows], batch)

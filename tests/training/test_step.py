@@ -74,6 +74,15 @@ def make_params(seed):
     return jax.tree_util.tree_map_with_path(leaf, parameter_shapes(CONFIG))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Half the compile time, which is most of these tests' cost; the tiny programs need no speed."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def params():
     return make_params(0)
@@ -438,7 +447,11 @@ def test_update_on_a_mesh_of_eight_equals_that_of_one(tmp_path):
         for name in one:
             assert abs(one[name] - other[name]) <= 1e-4 * abs(other[name]) + 1e-6, name
     """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
