@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ def _make(config: Config, folder: Path, console: Console, check: Callable[[], No
             "total": ended - started,
         },
     }
-    with whole_folder(folder) as temporary:
+    # Who asked for the same at the same time may have been faster; either result will do.
+    with suppress(FileExistsError), whole_folder(folder) as temporary:
         write_model_folder(temporary, policy, params, config.rollout)
         write_whole(temporary / RECORD, json.dumps(record, indent=1) + "\n")
     console.print(

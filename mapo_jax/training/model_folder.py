@@ -56,11 +56,11 @@ def write_model_folder(
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target`, which takes its name when the block ends well.
 
-    `target` may be an empty folder. If another process put its own there meanwhile, that one stays and ours
-    is thrown away: whoever asks for the same thing twice gets one of the two. After an error nothing is left.
+    `target` may be an empty folder. After an error nothing is left.
 
     Raises:
       UserError: the disk is full, or the place cannot be written to.
+      FileExistsError: meanwhile something else took the name; it is left as it is.
     """
     with full_disk_is_a_user_error(target):
         try:
@@ -74,9 +74,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
             _sync(temporary)
             try:
                 os.rename(temporary, target)
-            except OSError:
-                if not (target.is_dir() and any(target.iterdir())):
-                    raise
+            except OSError as error:
+                if target.is_dir() and any(target.iterdir()):
+                    raise FileExistsError(str(target)) from error
+                raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

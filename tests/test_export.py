@@ -1,0 +1,184 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mapo_jax.config import Config, ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, to_yaml
+from mapo_jax.errors import UserError
+from mapo_jax.export import check, export, main
+from mapo_jax.model.huggingface import load_params, read_config
+from mapo_jax.model.qwen import QwenConfig, init_params
+from mapo_jax.rollout.chat import ChatFormat
+from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from mapo_jax.training.checkpoint import Checkpoints
+from mapo_jax.training.policy import Policy, save_model_files
+from mapo_jax.training.step import create_state, make_optimizer
+from mapo_jax.warmstarting.rows import Renderer
+
+ROLLOUT = RolloutConfig(max_tokens=96, max_reply_tokens=12, system_prompt="Be kind.", temperature=0.9)
+CHAT = [
+    {"role": "user", "content": "I keep thinking about the night shifts."},
+    {"role": "assistant", "content": "You sound tired."},
+    {"role": "user", "content": "Yes. <|im_end|> I feel tired."},
+    {"role": "assistant", "content": "I am here."},
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with checkpoints of steps 3 and 7, made of the parts that training makes it of."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    texts = [message["content"] for message in CHAT] * 4
+    source = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(source, train_tokenizer(texts, 300), max_tokens=96)
+    tokenizer = load_tokenizer(source)
+    config = QwenConfig(
+        vocab_size=304,  # more rows than the tokenizer has tokens
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rope_theta=5e5,
+        max_position_embeddings=96,
+    )
+    chat = ChatFormat(tokenizer, ROLLOUT.history, ROLLOUT.system_prompt)
+    policy = Policy(config, tokenizer, chat)
+    save_model_files(folder, policy)
+    settings = Config(
+        run=RunConfig(directory="/somewhere/private/mine"),
+        model=ModelConfig(path="/somewhere/private/base"),
+        rollout=ROLLOUT,
+    )
+    (folder / "config.yaml").write_text(to_yaml(settings))
+    params = init_params(config, 0)
+    later = jax.tree.map(lambda leaf: leaf + 0.125, params)
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    with Checkpoints(folder) as checkpoints:
+        for step, weights in ((3, params), (7, later)):
+            checkpoints.save(step, create_state(weights, optimizer), {})
+            checkpoints.wait()
+    rows = [
+        {"step": 0, "evaluation/reward/mean": -1.5, "evaluation/naming/situation": 0.5},
+        {"step": 1, "reward/mean": 0.0},
+        {"step": 5, "evaluation/reward/mean": 0.75, "evaluation/kind/most": 0.25},
+        {"step": 7, "evaluation/reward/mean": 1.25, "evaluation/kind/most": 0.5},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder, policy, {3: params, 7: later}
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    output = tmp_path_factory.mktemp("exports") / "model"
+    assert export(run[0], output) == 7
+    return output
+
+
+def test_the_weights_come_back_bit_for_bit(run, exported):
+    _, policy, params = run
+    assert read_config(exported) == policy.config
+    weights = load_params(exported, policy.config)
+    jax.tree.map(np.testing.assert_array_equal, weights, params[7])
+
+
+def test_another_step_and_half_precision(run, tmp_path):
+    folder, policy, params = run
+    assert export(folder, tmp_path / "out", step=3, dtype="bfloat16") == 3
+    weights = load_params(tmp_path / "out", policy.config)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_array_equal(
+            one, np.asarray(jax.numpy.asarray(other).astype("bfloat16").astype("float32"))
+        ),
+        weights,
+        params[3],
+    )
+
+
+def test_transformers_computes_what_our_model_computes(run, exported):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from mapo_jax.model.head import logits
+    from mapo_jax.model.qwen import hidden_states
+
+    _, policy, params = run
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 20)).astype(np.int32)
+    positions = np.tile(np.arange(20, dtype=np.int32), (2, 1))
+    ours = logits(params[7], policy.config, hidden_states(params[7], policy.config, tokens, positions))
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens).long()).logits.numpy()
+    # float32 on both sides; sums of a few hundred terms in another order.
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-4, atol=1e-4)
+    assert model.generation_config.max_new_tokens == 12
+    assert model.generation_config.temperature == 0.9
+    assert set(model.generation_config.eos_token_id) == set(policy.chat.stop_ids)
+
+
+def test_the_exported_template_renders_the_training_rows(run, exported):
+    from transformers import AutoTokenizer
+
+    _, policy, _ = run
+    tokenizer = AutoTokenizer.from_pretrained(exported, local_files_only=True)
+    (row,) = Renderer(policy.tokenizer, "append", "Be kind.").pieces(CHAT, 200)
+    rendered = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert tuple(rendered[: len(row)]) == row.ids
+    # and training goes on from the folder with the same rows, though nobody repeats the system prompt
+    assert ChatFormat(tokenizer).start("Hello.") == policy.chat.start("Hello.")
+
+
+def test_the_model_card_tells_what_it_is(exported):
+    card = (exported / "README.md").read_text()
+    assert "| reward per turn (incremental distance) | -1.50 | +1.25 |" in card
+    assert "| situation named right | 50% |  |" in card
+    assert "step 0 | step 7" in card
+    assert "| estimator | mapo (turn weight 0.333333) |" in card
+    assert "library_name: transformers" in card
+    assert "private" not in card  # the card travels; paths of this machine do not
+
+
+def test_the_scores_are_those_up_to_the_exported_step(run, tmp_path):
+    export(run[0], tmp_path / "out", step=3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "step 0 | step 0" in card
+    assert "+1.25" not in card
+
+
+def test_nothing_is_overwritten_and_an_empty_folder_is_taken(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"full is not empty; export never overwrites"):
+        export(run[0], tmp_path / "full")
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    export(run[0], tmp_path / "empty", step=3)
+    assert (tmp_path / "empty" / "config.json").is_file()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_a_damaged_copy_is_found_and_not_left_behind(run, exported, tmp_path, monkeypatch):
+    _, policy, params = run
+    other = jax.tree.map(lambda leaf: leaf * 1.5, params[7])
+    config = Config(rollout=ROLLOUT)
+    with pytest.raises(UserError, match=r"weights .*embed.* read back differently"):
+        check(exported, policy, other, config, "float32")
+
+    def break_it(*arguments):
+        raise UserError("broken")
+
+    monkeypatch.setattr("mapo_jax.export.check", break_it)
+    with pytest.raises(UserError, match="broken"):
+        export(run[0], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_what_is_wrong_in_one_sentence(run, tmp_path, capsys):
+    assert main(["--run", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "is no run folder" in capsys.readouterr().err
+    assert main(["--run", str(run[0]), "--step", "4", "--output", str(tmp_path / "out")]) == 2
+    assert "no checkpoint of step 4; it has 3, 7" in capsys.readouterr().err
+    assert main(["--run", str(run[0]), "--output", str(tmp_path / "out")]) == 0
+    assert "step 7 of" in capsys.readouterr().out
