@@ -20,10 +20,10 @@ from mapo_jax.errors import UserError
 class FreshModelConfig:
     """The small Qwen3 that the warm start builds when `model.path` is empty."""
 
-    vocabulary: int = 2048  # tokens of the byte-level BPE, its special tokens included
+    vocabulary: int = 4096  # tokens of the byte-level BPE, its special tokens included
     hidden: int = 128  # model width
     intermediate: int = 384  # width of the gated MLP
-    layers: int = 4  # transformer blocks
+    layers: int = 3  # transformer blocks
     heads: int = 4  # query heads
     kv_heads: int = 2  # key/value heads
     head_size: int = 32  # width of one head
@@ -61,7 +61,7 @@ class RolloutConfig:
     top_p: float = 1.0  # must stay 1 in training: the trained distribution is the sampled one
     top_k: int = 0  # must stay 0 in training
     max_reply_tokens: int = 32  # a reply longer than this is cut and marked truncated
-    max_tokens: int = 640  # longest dialogue in tokens; also the length of the KV cache
+    max_tokens: int = 512  # longest dialogue in tokens; also the length of the KV cache
     history: str = "append"  # append: one growing row per dialogue; per_turn: one rendered row per turn
     system_prompt: str | None = None  # first message of every dialogue, if any
 
@@ -122,7 +122,7 @@ class TrainingConfig:
     steps: int = 40  # collect-and-update steps
     seed: int = 0  # everything random follows from it
     minibatch_scenarios: int = 4  # scenarios per optimizer update; divides rollout.scenarios
-    microbatch_rows: int = 0  # rows per forward/backward pass; 0: the whole mini-batch
+    microbatch_rows: int = 4  # rows per forward/backward pass; 0: the whole mini-batch
     epochs: int = 1  # passes over a step's dialogues
 
 
@@ -130,11 +130,11 @@ class TrainingConfig:
 class WarmstartConfig:
     """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
 
-    steps: int = 300  # optimizer updates
-    rows: int = 8  # packed rows per update
-    row_tokens: int = 208  # length of a packed row
+    steps: int = 600  # optimizer updates
+    rows: int = 4  # packed rows per update
+    row_tokens: int = 448  # length of a packed row
     turns: int = 3  # dialogues are cut into pieces of so many turns; 0: as many as fit a row
-    learning_rate: float = 2e-3  # peak of a cosine schedule with warm-up
+    learning_rate: float = 3e-3  # peak of a cosine schedule with warm-up
     dialogues: int = 2000  # synthetic dialogues when `data` is empty
     data: str | None = None  # JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality
     cache: str | None = None  # folder of finished warm starts; empty: the user's cache folder

@@ -170,7 +170,14 @@ def learn(
     )
     _, advantages = run.credit(cells.positions, cells.valid, cells.scored)
     advantages = np.asarray(advantages)
-    batch = rows.make_batch(dialogues, advantages, cells.scored, rows.row_length(dialogues, run.row_lengths))
+    rows_per_dialogue = config.rollout.max_turns if config.rollout.history == "per_turn" else 1
+    batch = rows.make_batch(
+        dialogues,
+        advantages,
+        cells.scored,
+        rows.row_length(dialogues, run.row_lengths),
+        rows_per_dialogue=rows_per_dialogue,
+    )
     if config.algorithm.old_logprobs == "trainer":
         batch = replace(batch, old_logprobs=run.scorer(state.params, place(batch, run.mesh)))
     updates = []
@@ -179,7 +186,7 @@ def learn(
             config.training.seed, step, epoch, config.rollout.scenarios, config.training.minibatch_scenarios
         )
         for chosen in order:
-            minibatch = rows.take_scenarios(batch, chosen, config.rollout.rollouts)
+            minibatch = rows.take_scenarios(batch, chosen, config.rollout.rollouts * rows_per_dialogue)
             state, metrics = run.update(state, place(minibatch, run.mesh))
             updates.append(metrics)
     metrics = fetch(updates)

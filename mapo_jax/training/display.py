@@ -100,7 +100,7 @@ class Display:
             f"{metrics['timing_s/step']:5.1f} s"
         )
         if not self._live:
-            self.console.print(self._last, markup=False)
+            self.console.print(self._last, markup=False, soft_wrap=True)
 
     def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
         """Says what the validation dialogues came to."""
@@ -112,7 +112,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Prints a line above the panel."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def _render(self) -> Panel:
         parts = [self._progress]

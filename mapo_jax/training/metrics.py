@@ -100,11 +100,17 @@ class MetricWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one step's metrics everywhere.
 
+        A row equal to the file's last one is not written again: that is an evaluation repeated because the
+        run was killed right behind it.
+
         Raises:
           UserError: the disk is full. Rows written before are whole.
         """
         with full_disk_is_a_user_error(self._path):
-            _append(self._path, to_json_line(step, metrics).encode())
+            line = to_json_line(step, metrics).encode()
+            if _ends_with_line(self._path, line):
+                return
+            _append(self._path, line)
             if self._events is not None:
                 for name, value in metrics.items():
                     self._events.add_scalar(name, float(value), global_step=step)
@@ -125,6 +131,15 @@ class MetricWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _ends_with_line(path: Path, line: bytes) -> bool:
+    if not path.exists() or path.stat().st_size < len(line):
+        return False
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(line) - 1))
+        end = file.read()
+    return end in (line, b"\n" + line)
 
 
 def _append(path: Path, line: bytes) -> None:
