@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def _train(
             f"`warmstart.rows` is {settings.rows}; it must be a multiple of the {shards} shards "
             "(mesh.data x mesh.fsdp) that the rows are cut over"
         )
-    optimizer = make_optimizer(_replace_rate(settings.learning_rate), settings.steps)
+    optimizer = make_optimizer(replace(OPTIMIZER, learning_rate=settings.learning_rate), settings.steps)
     scoring = Scoring(
         policy.config,
         vocabulary_size=policy.chat.vocabulary_size,
@@ -249,10 +249,6 @@ def _train(
             if not live and step % (10 * REPORT_EVERY) == 0:
                 console.print(f"warm start: update {step} of {settings.steps}, {figures}")
     return state.params, curve, speed
-
-
-def _replace_rate(learning_rate: float) -> OptimizerConfig:
-    return OptimizerConfig(**{**asdict(OPTIMIZER), "learning_rate": learning_rate})
 
 
 # --- What the result can do. ---
