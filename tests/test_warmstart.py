@@ -35,6 +35,7 @@ TINY = [
     "rollout.max_tokens=256",
     "rollout.max_reply_tokens=4",
     "training.minibatch_scenarios=2",
+    "training.microbatch_rows=0",
     "logging.progress=false",
     "algorithm.estimator=reinforce_plus_plus",
     "run.directory=unused",
