@@ -43,11 +43,11 @@ class Checkpoints:
     A checkpoint holds the parameters, the optimizer's state, the frozen reference if there is one, and a JSON
     mapping with everything else that the run continues from (step, seeds, position in the data,
     configuration). An interrupted save leaves a folder under a temporary name, which is never read and is
-    removed when the manager opens.
+    removed before the next save.
     """
 
     def __init__(self, run_folder: Path | str, *, keep: int = 2) -> None:
-        """Opens `run_folder/checkpoints`, and removes what an interrupted save left there.
+        """Opens `run_folder/checkpoints`, and begins to remove what an interrupted save left there.
 
         Args:
           keep: newest checkpoints kept; the best one by `score` is kept beside them.
@@ -67,7 +67,6 @@ class Checkpoints:
                     enable_async_checkpointing=True,
                 ),
             )
-            self._manager.reload()  # waits for the removal
 
     @property
     def steps(self) -> list[int]:

@@ -108,11 +108,11 @@ def test_an_interrupted_save_is_ignored_and_cleaned_away(tmp_path):
     assert checkpoint_folder(tmp_path).name == "1"
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [1]
-        assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["1"]
         restored, _ = checkpoints.restore_latest(make_state(1))
         checkpoints.save(2, make_state(2), {})
     assert_same_bits(restored, make_state())
-    assert checkpoint_folder(tmp_path).name == "2"
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    assert_same_bits(restore_params(tmp_path, make_state().params), make_state(2).params)
 
 
 def test_restores_into_the_templates_shardings(tmp_path):
