@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from mapo_jax.commands import Stopped, run_command, use_compilation_cache
-from mapo_jax.config import Config, load_config
+from mapo_jax.config import Config, load_config, to_yaml
 from mapo_jax.environment.dialogue import Roles
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
@@ -106,6 +106,7 @@ def train(config: Config, console: Console | None = None) -> None:
         deck = scenario_deck(config)
         done, state = restore(run, state, deck)
         deck_state = deck.get_state()
+        warm_up(run, state)
         try:
             while True:
                 if done % config.evaluation.every == 0 or done == config.training.steps:
@@ -120,10 +121,10 @@ def train(config: Config, console: Console | None = None) -> None:
                 record(run, done, dialogues, rollout_metrics | update_metrics, started)
 
                 if done % config.checkpoint.every == 0 or done == config.training.steps:
-                    run.checkpoints.save(done, state, {"deck": deck_state})
+                    run.checkpoints.save(done, state, progress(config, deck_state))
                 run.stop.check()
         except Interrupted as interruption:
-            run.checkpoints.save(done, state, {"deck": deck_state})
+            run.checkpoints.save(done, state, progress(config, deck_state))
             run.checkpoints.wait()
             raise Stopped(
                 str(interruption),
@@ -192,8 +193,9 @@ def learn(
     metrics = fetch(updates)
     if metrics["actor/skipped"]:
         raise UserError(
-            f"the loss or gradient of step {step + 1} is not finite, so its update was not applied; lower "
-            "optimizer.learning_rate, or look at the dialogues of that step, and start the same command again"
+            f"the loss or gradient of step {step + 1} is not finite, so its update was not applied; start a "
+            "new run from the last good weights with a lower optimizer.learning_rate: "
+            f"model.path={run.folder} run.directory=NEW"
         )
     scored = advantages[cells.scored] if cells.scored.any() else np.zeros(1)
     return state, metrics | {
@@ -314,7 +316,7 @@ def prepare(config: Config, stack: ExitStack, console: Console) -> tuple[Run, An
     slots = config.rollout.scenarios * config.rollout.rollouts
     engine = make_engine(config, policy, mesh, slots, config.rollout.temperature)
     evaluated = len(validation) * config.evaluation.rollouts
-    same = (evaluated, config.evaluation.temperature) == (slots, config.rollout.temperature)
+    same = evaluated <= slots and config.evaluation.temperature == config.rollout.temperature
     evaluator = (
         engine if same else make_engine(config, policy, mesh, evaluated, config.evaluation.temperature)
     )
@@ -385,6 +387,15 @@ def make_engine(config: Config, policy: Policy, mesh: Mesh, slots: int, temperat
     )
 
 
+def warm_up(run: Run, state: TrainState) -> None:
+    """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
+    for engine in dict.fromkeys((run.engine, run.evaluator)):
+        run.display.phase("compiling")
+        engine.load(state.params, -1)
+        engine.warm_up()
+        run.stop.check()
+
+
 def scenario_deck(config: Config) -> grain.DatasetIterator:
     """Endless batches of S training scenarios, reshuffled every epoch; its position can be saved."""
     cards = load_scenarios(config.environment.scenarios, "train")
@@ -404,10 +415,15 @@ def restore(run: Run, state: TrainState, deck: grain.DatasetIterator) -> tuple[i
     cut_back(run.folder, saved[1]["step"] if saved else -1)
     if saved is None:
         return 0, state
-    state, progress = saved
-    deck.set_state(progress["deck"])
-    run.display.note(f"continuing {run.folder} after step {progress['step']}")
-    return progress["step"], state
+    state, reached = saved
+    deck.set_state(reached["deck"])
+    run.display.note(f"continuing {run.folder} after step {reached['step']}")
+    return reached["step"], state
+
+
+def progress(config: Config, deck_state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds beside the state. Every random number follows from the seed and the step."""
+    return {"deck": deck_state, "seed": config.training.seed, "configuration": to_yaml(config)}
 
 
 def conclude(run: Run, console: Console) -> None:

@@ -115,7 +115,7 @@ _STRAY = {
 }
 
 
-_RIGHT = 0.87  # chance that the mixed speaker names something right where it could
+_RIGHT = 0.92  # chance that the mixed speaker names something right where it could
 _WORN = 0.1  # chance that it takes any wording, used up or not
 _UNFOUNDED = 0.05  # chance that it names something although nothing of the kind has been said
 
@@ -209,7 +209,7 @@ def synthetic_dialogue(
     scenario: Scenario,
     seed: int,
     turns: int = 8,
-    skill: tuple[float, float] = (0.4, 1.0),
+    skill: tuple[float, float] = (0.5, 1.0),
     delayed_opening: bool = True,
 ) -> list[dict[str, str]]:
     """A dialogue of mixed quality as chat messages, for the warm start.

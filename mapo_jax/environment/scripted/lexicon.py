@@ -80,54 +80,14 @@ STEP = (
 )
 # Said instead of the feeling itself; never contains its word.
 HINTS = {
-    "ashamed": (
-        "I could not look anyone in the eye.",
-        "I hope nobody ever finds out.",
-        "I wanted the floor to swallow me.",
-        "I hide it even from my friends.",
-    ),
-    "guilty": (
-        "I should have done more for them.",
-        "It is because of what I did.",
-        "I keep saying sorry in my head.",
-        "Others pay for my mistake now.",
-    ),
-    "unseen": (
-        "Nobody noticed that I was there.",
-        "They talk as if I were air.",
-        "Nobody asks how I am.",
-        "I could vanish and they would go on.",
-    ),
-    "powerless": (
-        "Whatever I do changes nothing.",
-        "It all gets decided over my head.",
-        "My hands are tied.",
-        "I push and nothing moves.",
-    ),
-    "unworthy": (
-        "Others deserve it more than me.",
-        "I am not good enough for this.",
-        "Why would anyone pick me?",
-        "I take a place I did not earn.",
-    ),
-    "abandoned": (
-        "They all left when it got hard.",
-        "I waited and nobody came.",
-        "There is no one left to call.",
-        "They went on without me.",
-    ),
-    "betrayed": (
-        "They promised and then broke it.",
-        "They went behind my back.",
-        "I trusted them and they used it.",
-        "They lied to my face.",
-    ),
-    "afraid": (
-        "I lie there and my heart races.",
-        "What if it all falls apart?",
-        "I check the door again and again.",
-        "I can not breathe when I think ahead.",
-    ),
+    "ashamed": ("I wanted the floor to swallow me.", "I hope nobody ever finds out."),
+    "guilty": ("I keep saying sorry in my head.", "Others pay for my mistake now."),
+    "unseen": ("They talk as if I were air.", "I could vanish and they would go on."),
+    "powerless": ("My hands are tied.", "I push and nothing moves."),
+    "unworthy": ("Others deserve it more than me.", "I am not good enough for this."),
+    "abandoned": ("They all left when it got hard.", "There is no one left to call."),
+    "betrayed": ("They went behind my back.", "They lied to my face."),
+    "afraid": ("What if it all falls apart?", "I lie there and my heart races."),
 }
 # How the user takes the last reply: the first words of the next message.
 REACTIONS = {

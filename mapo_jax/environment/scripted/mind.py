@@ -363,6 +363,10 @@ def assess(mind: Mind, reply: str) -> Assessment:
             if _standing(mind, "p", filler) != "right":
                 tally.hurt({"C": -1}, sentence.text, f"asks about `{filler}`, which is not at hand")
                 reactions.add("misread")
+        elif kind == "incoherent" and sentence.kind in HELPFUL:
+            # Names something that is no phrase of this world: no act, but a name that was wrong.
+            filler = dict(sentence.slots)[SLOT_OF[sentence.kind]]
+            named.append((WHAT[sentence.kind], filler, False))
 
     served = served and not tally.cancelled
     idle = mind.idle

@@ -1,6 +1,7 @@
 """The scripted world from outside: determinism, the user's manners, the judge's scale, the long horizon."""
 
 import asyncio
+import itertools
 import random
 import time
 from dataclasses import replace
@@ -121,8 +122,8 @@ def test_user_answers_what_was_just_said():
 
 def test_judgements_are_complete_and_in_range():
     seen = set()
-    for card in CARDS:
-        for turn in hold_dialogue(card, 1, mixed(5, 0.5), ROLES, Limits(8, 8)).turns:
+    for card, seed in itertools.product(CARDS, range(8)):
+        for turn in hold_dialogue(card, seed, mixed(5, 0.3), ROLES, Limits(8, 8)).turns:
             judgement = turn.judgement
             seen.update(enumerate(judgement.levels))
             assert all(judgement.evidence) and all(judgement.reasons) and len(judgement.reasons) == 6
@@ -135,12 +136,12 @@ def test_judgements_are_complete_and_in_range():
 def test_careless_turn_closes_the_person_until_it_is_repaired():
     def policy(state):
         if state.turn_count == 0:
-            return "It is your own fault."
+            return "You brought this on yourself."
         return good_helper(state) if state.turn_count != 1 else "I moved too fast there."
 
     def stubborn(state):
         if state.turn_count == 0:
-            return "It is your own fault."
+            return "You brought this on yourself."
         mind = mind_at(state)
         filler = right_fillers(mind, "reflect_situation")
         return say(mind, "reflect_situation", random.Random(0), filler[0])
