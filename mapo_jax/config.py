@@ -61,7 +61,7 @@ class RolloutConfig:
     top_p: float = 1.0  # must stay 1 in training: the trained distribution is the sampled one
     top_k: int = 0  # must stay 0 in training
     max_reply_tokens: int = 32  # a reply longer than this is cut and marked truncated
-    max_tokens: int = 512  # longest dialogue in tokens; also the length of the KV cache
+    max_tokens: int = 480  # longest dialogue in tokens; also the length of the KV cache
     history: str = "append"  # append: one growing row per dialogue; per_turn: one rendered row per turn
     system_prompt: str | None = None  # first message of every dialogue, if any
 
@@ -106,7 +106,7 @@ class AlgorithmConfig:
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    learning_rate: float = 3e-4  # peak
+    learning_rate: float = 4e-4  # peak
     schedule: str = "cosine"  # after the warm-up: cosine (to 0), or constant
     warmup: float = 0.05  # share of the updates with a rising rate
     weight_decay: float = 0.1  # decoupled; not on norms and biases
@@ -119,7 +119,7 @@ class OptimizerConfig:
 class TrainingConfig:
     """The length of the run and the shape of an update."""
 
-    steps: int = 40  # collect-and-update steps
+    steps: int = 60  # collect-and-update steps
     seed: int = 0  # everything random follows from it
     minibatch_scenarios: int = 4  # scenarios per optimizer update; divides rollout.scenarios
     microbatch_rows: int = 4  # rows per forward/backward pass; 0: the whole mini-batch
@@ -130,15 +130,15 @@ class TrainingConfig:
 class WarmstartConfig:
     """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
 
-    steps: int = 600  # optimizer updates
+    steps: int = 1000  # optimizer updates
     rows: int = 4  # packed rows per update
     row_tokens: int = 448  # length of a packed row
     turns: int = 3  # dialogues are cut into pieces of so many turns; 0: as many as fit a row
     learning_rate: float = 3e-3  # peak of a cosine schedule with warm-up
-    dialogues: int = 2000  # synthetic dialogues when `data` is empty
+    dialogues: int = 2500  # synthetic dialogues when `data` is empty
     data: str | None = None  # JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality
     cache: str | None = None  # folder of finished warm starts; empty: the user's cache folder
-    min_naming_ratio: float = 2.0  # gate: naming accuracy must be this many times chance before RL starts
+    min_naming_ratio: float = 1.5  # gate: naming accuracy must be this many times chance before RL starts
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class LoggingConfig:
 class EvaluationConfig:
     """Validation during training."""
 
-    every: int = 10  # steps between evaluations; before the first and after the last step always
+    every: int = 20  # steps between evaluations; before the first and after the last step always
     scenarios: int = 16  # validation cards, from the first
     rollouts: int = 2  # dialogues per card
     temperature: float = 1.0  # sampling temperature
