@@ -24,7 +24,7 @@ TINY = [
     "model.fresh.head_size=8",
     "warmstart.steps=12",
     "warmstart.rows=2",
-    "warmstart.row_tokens=128",
+    "warmstart.row_tokens=240",
     "warmstart.turns=1",
     "warmstart.dialogues=6",
     "warmstart.min_naming_ratio=0",
@@ -165,6 +165,7 @@ GOOD = {
 
 def test_the_gate_lets_a_good_warm_start_through():
     warmstart.gate(GOOD, 2.0)
+    warmstart.gate({**GOOD, **{f"act/{kind}": 0.0 for kind in KINDS[: warmstart.MOST_UNSEEN]}}, 2.0)
     warmstart.gate({}, 0)
     perfect = {**GOOD, "naming/situation": 1.0, "naming/feeling": 1.0}
     warmstart.gate(perfect, 20)  # nobody can be right more often than always
@@ -176,7 +177,10 @@ def test_the_gate_lets_a_good_warm_start_through():
         ({"naming/situation": 0.49}, "the user's situation right 49% of the time, where 50%"),
         ({"naming/feeling": 0.19}, "the user's feeling right 19% of the time, where 20%"),
         ({"naming/feeling": None}, "it never names the user's feeling"),
-        ({"act/ask": 0.0}, "no reply of the kind ask was measured"),
+        (
+            {f"act/{kind}": 0.0 for kind in KINDS[: warmstart.MOST_UNSEEN + 1]},
+            f"no reply of the kind {', '.join(KINDS[: warmstart.MOST_UNSEEN + 1])} was measured",
+        ),
     ],
 )
 def test_the_gate_names_what_is_too_weak(change, message):

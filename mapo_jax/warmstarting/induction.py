@@ -31,10 +31,8 @@ OTHERS = 0.2  # factor on the output of all heads, so that the untrained ones do
 WRITE_BEFORE = 2.0  # gain with which "what came before" is written, in deviations
 WRITE_NEXT = 12.0  # gain with which the copied embedding is written
 SHARPNESS = 2.0  # scale of query and key norms in both layers
-FAST, SLOW = (
-    0.15,
-    0.02,
-)  # radians per token: rotary pairs above tell neighbours apart, those below bear content
+# Radians per token: rotary pairs above FAST tell neighbours apart, those below SLOW bear content.
+FAST, SLOW = 0.15, 0.02
 
 
 def with_induction_heads(params: Params, config: QwenConfig, seed: int) -> Params:
