@@ -99,14 +99,14 @@ class AlgorithmConfig:
     importance_cap: float = 2.0  # old_logprobs=trainer only: truncation of the trainer/sampler weight
     kl_coefficient: float = 0.0  # KL to the frozen start weights, in the loss
     kl_estimator: str = "k3"  # k1, k2 or k3
-    entropy_coefficient: float = 0.0  # bonus for entropy of the policy
+    entropy_coefficient: float = 0.01  # bonus for entropy of the policy
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    learning_rate: float = 4e-4  # peak
+    learning_rate: float = 5e-4  # peak
     schedule: str = "cosine"  # after the warm-up: cosine (to 0), or constant
     warmup: float = 0.05  # share of the updates with a rising rate
     weight_decay: float = 0.1  # decoupled; not on norms and biases
@@ -119,9 +119,9 @@ class OptimizerConfig:
 class TrainingConfig:
     """The length of the run and the shape of an update."""
 
-    steps: int = 60  # collect-and-update steps
+    steps: int = 55  # collect-and-update steps
     seed: int = 0  # everything random follows from it
-    minibatch_scenarios: int = 4  # scenarios per optimizer update; divides rollout.scenarios
+    minibatch_scenarios: int = 2  # scenarios per optimizer update; divides rollout.scenarios
     microbatch_rows: int = 4  # rows per forward/backward pass; 0: the whole mini-batch
     epochs: int = 1  # passes over a step's dialogues
 
@@ -130,12 +130,12 @@ class TrainingConfig:
 class WarmstartConfig:
     """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
 
-    steps: int = 1000  # optimizer updates
+    steps: int = 1300  # optimizer updates
     rows: int = 4  # packed rows per update
     row_tokens: int = 448  # length of a packed row
     turns: int = 3  # dialogues are cut into pieces of so many turns; 0: as many as fit a row
     learning_rate: float = 3e-3  # peak of a cosine schedule with warm-up
-    dialogues: int = 2500  # synthetic dialogues when `data` is empty
+    dialogues: int = 3000  # synthetic dialogues when `data` is empty
     data: str | None = None  # JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality
     cache: str | None = None  # folder of finished warm starts; empty: the user's cache folder
     min_naming_ratio: float = 1.5  # gate: naming accuracy must be this many times chance before RL starts

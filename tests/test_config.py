@@ -58,7 +58,7 @@ def test_fewer_than_a_hundred_fields_and_each_has_a_doc_line():
         (["rollout.rollouts=1"], ["rollout.rollouts", "at least 2", "mapo"]),
         (["algorithm.estimator=gpro"], ["grpo", "one of"]),
         (["training.minibatch_scenarios=3"], ["divisor of rollout.scenarios (8)"]),
-        (["training.microbatch_rows=5"], ["divisor", "32"]),
+        (["training.microbatch_rows=5"], ["divisor", "16"]),
         (["rollout.min_turns=9"], ["rollout.max_turns (8)"]),
         (["rollout.max_reply_tokens=480"], ["rollout.max_tokens (480)"]),
         (["mesh.data=-1"], ["at most one axis"]),
@@ -98,3 +98,11 @@ def test_differing_keys_are_dotted():
     config = Config()
     other = replace(config, training=replace(config.training, seed=4))
     assert differing_keys(config, asdict(other)) == ["training.seed"]
+
+
+def test_tiny_yaml_spells_out_the_defaults():
+    file = Path(configuration.__file__).resolve().parents[1] / "configs" / "tiny.yaml"
+    assert load_config(file) == Config()
+    text = file.read_text()
+    for key in known_keys():
+        assert f"{key.rsplit('.', 1)[1]}: " in text, key
