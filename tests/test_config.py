@@ -91,7 +91,12 @@ def test_a_missing_file_is_one_clear_error(tmp_path):
 
 
 def test_one_rollout_is_enough_where_nothing_compares_rollouts():
-    assert load_config(None, ["rollout.rollouts=1", "algorithm.estimator=batch"]).rollout.rollouts == 1
+    assert (
+        load_config(
+            None, ["rollout.rollouts=1", "algorithm.estimator=batch", "training.microbatch_rows=1"]
+        ).rollout.rollouts
+        == 1
+    )
 
 
 def test_differing_keys_are_dotted():
