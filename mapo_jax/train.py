@@ -38,7 +38,7 @@ from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.training import batch as rows
-from mapo_jax.training.checkpoint import Checkpoints, claim, cut_back
+from mapo_jax.training.checkpoint import Checkpoints, claim, cut_back, whole_steps
 from mapo_jax.training.display import Display, results_table, transcript
 from mapo_jax.training.forecast import forecast
 from mapo_jax.training.interruption import Interrupted, StopRequest
@@ -96,7 +96,12 @@ def train(config: Config, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     use_compilation_cache(config.run.compilation_cache)
     with ExitStack() as stack:
-        run, params = prepare(config, stack, console)
+        stop = stack.enter_context(StopRequest())
+        try:
+            run, params = prepare(config, stack, stop, console)
+        except Interrupted as interruption:
+            message = f"stopped by {interruption} before the first step; the same command starts again"
+            raise Stopped(str(interruption), message) from interruption
         state = create_state(
             params,
             run.optimizer,
@@ -106,8 +111,9 @@ def train(config: Config, console: Console | None = None) -> None:
         deck = scenario_deck(config)
         done, state = restore(run, state, deck)
         deck_state = deck.get_state()
-        warm_up(run, state)
         try:
+            if done < config.training.steps:
+                warm_up(run, state)
             while True:
                 if done % config.evaluation.every == 0 or done == config.training.steps:
                     evaluate(run, state, done)
@@ -126,11 +132,11 @@ def train(config: Config, console: Console | None = None) -> None:
         except Interrupted as interruption:
             run.checkpoints.save(done, state, progress(config, deck_state))
             run.checkpoints.wait()
-            raise Stopped(
-                str(interruption),
+            message = (
                 f"stopped by {interruption}: {run.folder} is saved after step {done} of "
-                f"{config.training.steps}; the same command goes on from there",
-            ) from interruption
+                f"{config.training.steps}; the same command goes on from there"
+            )
+            raise Stopped(str(interruption), message) from interruption
         run.checkpoints.wait()
         run.display.close()
         conclude(run, console)
@@ -284,10 +290,9 @@ def write_dialogues(file: Path, dialogues: list[list[Dialogue]]) -> None:
 # --- Before the first step, and after the last. ---
 
 
-def prepare(config: Config, stack: ExitStack, console: Console) -> tuple[Run, Any]:
+def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Console) -> tuple[Run, Any]:
     """Everything a run needs, bad input refused before anything is written; the start weights beside it."""
     folder = Path(config.run.directory)
-    stop = stack.enter_context(StopRequest())
     compiles = stack.enter_context(CompileCounter())
     training = load_scenarios(config.environment.scenarios, "train")
     validation = load_scenarios(config.environment.scenarios, "validation")[: config.evaluation.scenarios]
@@ -365,7 +370,10 @@ def starting_policy(
     config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console
 ) -> tuple[Policy, Any]:
     """The policy that the run starts from; its model files go into the run folder."""
-    path = config.model.path or run_warmstart(config, console=console, check=stop.check)
+    if (folder / MODEL_FOLDER / "config.json").exists() and whole_steps(folder):
+        path: str | Path = folder  # the run has begun: it needs nothing from outside any more
+    else:
+        path = config.model.path or run_warmstart(config, console=console, check=stop.check)
     policy, params = load_policy(path, config.rollout, mesh=mesh)
     if not (folder / MODEL_FOLDER / "config.json").exists():
         save_model_files(folder, policy)
@@ -417,7 +425,10 @@ def restore(run: Run, state: TrainState, deck: grain.DatasetIterator) -> tuple[i
         return 0, state
     state, reached = saved
     deck.set_state(reached["deck"])
-    run.display.note(f"continuing {run.folder} after step {reached['step']}")
+    if reached["step"] == run.config.training.steps:
+        run.display.note(f"the run in {run.folder} is finished; for another choose another run.directory")
+    else:
+        run.display.note(f"continuing {run.folder} after step {reached['step']}")
     return reached["step"], state
 
 

@@ -1,5 +1,6 @@
 """The main job as a whole: it runs, it survives every kind of death, and it refuses bad input."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,13 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from mapo_jax import train
+from mapo_jax.config import load_config
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.model.huggingface import save_params
 from mapo_jax.model.qwen import QwenConfig, init_params
+from mapo_jax.model.sharding import param_shardings
+from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 from mapo_jax.training.checkpoint import checkpoint_folder
+from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import METRICS_FILE
+from mapo_jax.training.step import create_state
 
 STEPS = 4
 
@@ -166,7 +174,36 @@ def test_a_run_leaves_everything_that_the_design_promises(undisturbed):
     for step in steps:
         dialogues = (folder / "dialogues" / f"step_{step:06d}.jsonl").read_text().splitlines()
         assert len(dialogues) == 6
+    programs = [row["perf/compiled_programs"] for row in rows if "reward/mean" in row]
+    assert len(set(programs)) == 1  # whatever is compiled, is compiled in the first step
+    assert programs[0] <= 60
     assert "good helper" in result.stdout and str(folder) in result.stdout
+
+
+def test_a_saved_step_replays_to_the_same_weights(undisturbed, tmp_path):
+    """The dialogues on the disk are enough: with the checkpoint before, they give the one after."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    folder = tmp_path / "copy"
+    shutil.copytree(undisturbed[0], folder)
+    saved = ocp.PyTreeCheckpointHandler().restore(checkpoint_folder(folder, STEPS).absolute() / "state")
+    shutil.rmtree(checkpoint_folder(folder, STEPS))
+    lines = (folder / "dialogues" / f"step_{STEPS:06d}.jsonl").read_text().splitlines()
+    flat = [Dialogue.from_json(json.loads(line)) for line in lines]
+    config = load_config(folder / "config.yaml", [f"run.directory={folder}"])
+    rollouts = config.rollout.rollouts
+    dialogues = [flat[start : start + rollouts] for start in range(0, len(flat), rollouts)]
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        run, params = train.prepare(config, stack, stop, Console(quiet=True))
+        state = create_state(params, run.optimizer, shardings=param_shardings(run.policy.config, run.mesh))
+        done, state = train.restore(run, state, train.scenario_deck(config))
+        assert done == STEPS - 1
+        state, _ = train.learn(run, state, dialogues, done)
+    for one, other in zip(jax.tree.leaves(saved["params"]), jax.tree.leaves(state.params), strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_killed_in_rollout_update_and_save_it_ends_the_same(undisturbed, model_folder, cache, tmp_path):
@@ -246,4 +283,4 @@ def test_bad_models_and_impossible_sizes_are_one_sentence(model_folder, cache, t
         lines = result.stderr.strip().splitlines()
         assert len(lines) == 1, lines
         assert all(word in lines[0] for word in words), lines
-        shutil.rmtree(folder, ignore_errors=True)
+        assert not (folder / "config.yaml").exists()  # the folder is free for the mended command

@@ -22,6 +22,7 @@ from mapo_jax.config import AlgorithmConfig
 if TYPE_CHECKING:
     from mapo_jax.rollout.collect import Dialogue
 
+ONE_LENGTH = 512  # most tokens of rows that are all padded alike
 _SHUFFLE_STREAM = 0x5EED  # keeps the shuffle's numbers apart from other uses of the same seed
 
 
@@ -161,8 +162,11 @@ def row_lengths(max_tokens: int) -> tuple[int, ...]:
 
     Numbers of two significant bits (2^k and 3 2^(k-1)) from half of `max_tokens` on, and `max_tokens`
     itself: at most three. A longest row of more than half of `max_tokens` is padded by less than half of its
-    length; a shorter one to about that half.
+    length; a shorter one to about that half. Up to ONE_LENGTH only `max_tokens` itself: there another program
+    costs more than the padding.
     """
+    if max_tokens <= ONE_LENGTH:
+        return (max_tokens,)
     lengths = {max_tokens}
     power = 1
     while power < max_tokens:

@@ -152,6 +152,13 @@ class Checkpoints:
                 raise
 
 
+def whole_steps(run_folder: Path | str) -> list[int]:
+    """Steps of a run's whole checkpoints, ascending. Reads only: an unfinished save has another name."""
+    folder = Path(run_folder) / CHECKPOINTS_FOLDER
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
+
+
 def checkpoint_folder(run_folder: Path | str, step: int | None = None) -> Path:
     """The folder of one whole checkpoint of a run, the latest by default. Reads only.
 
@@ -159,8 +166,7 @@ def checkpoint_folder(run_folder: Path | str, step: int | None = None) -> Path:
       UserError: the run has none, or none of that step.
     """
     folder = Path(run_folder) / CHECKPOINTS_FOLDER
-    entries = folder.iterdir() if folder.is_dir() else ()
-    steps = sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
+    steps = whole_steps(run_folder)
     if not steps:
         raise UserError(f"{run_folder} holds no whole checkpoint; train there first, or name another run")
     if step is not None and step not in steps:
@@ -284,8 +290,8 @@ def _unreadable(folder: Path | str, error: Exception) -> UserError:
 def claim(run_folder: Path | str, config: Config) -> Iterator[bool]:
     """Takes a run folder for this process, or refuses a foreign one before anything is touched.
 
-    Writes `config.yaml` into a new folder. While the context is open no other process can claim the folder;
-    a killed process frees it.
+    Writes `config.yaml` into a new folder, and takes it away again if the context fails before anything else
+    was written. While the context is open no other process can claim the folder; a killed process frees it.
 
     Yields:
       Whether the folder holds an earlier part of this very run, to be continued.
@@ -324,7 +330,13 @@ def claim(run_folder: Path | str, config: Config) -> Iterator[bool]:
         else:
             with full_disk_is_a_user_error(file):
                 write_whole(file, to_yaml(config))
-        yield continues
+        try:
+            yield continues
+        except BaseException:
+            written = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+            if written == {CONFIG_FILE} and not continues:
+                file.unlink()  # nothing had begun: the folder is free for another configuration
+            raise
 
 
 def _same_configuration(file: Path, config: Config) -> None:
