@@ -13,7 +13,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 COLUMNS = (  # heading, metric, format
@@ -32,36 +31,34 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"), help="where the runs go")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed on to every run")
     options = parser.parse_args()
-    rows, seconds = [], []
+    rows = []
     for seed in range(options.seeds):
         folder = options.folder / f"seed_{seed}"
         command = [sys.executable, "-m", "mapo_jax.train", f"run.directory={folder}", f"training.seed={seed}"]
-        started = time.monotonic()
         subprocess.run([*command, *options.overrides], check=True)
-        seconds.append(time.monotonic() - started)
         files = sorted((folder / "evaluations").glob("step_*.json"))
         rows.append([json.loads(file.read_text()) for file in (files[0], files[-1])])
-    print(table(rows, seconds))
+    print(table(rows))
     return 0
 
 
-def table(rows: list[list[dict[str, float]]], seconds: list[float]) -> str:
+def table(rows: list[list[dict[str, float]]]) -> str:
     """Markdown: a line per seed with before -> after, and a line with the worst and the best of each."""
-    lines = ["| seed | " + " | ".join(name for name, _, _ in COLUMNS) + " | seconds |"]
-    lines.append("|---" * (len(COLUMNS) + 2) + "|")
+    lines = ["| seed | " + " | ".join(name for name, _, _ in COLUMNS) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 1) + "|")
 
     def cell(form: str, before: float | None, after: float | None) -> str:
         return " → ".join("-" if value is None else form.format(value) for value in (before, after))
 
     for seed, (before, after) in enumerate(rows):
         cells = [cell(form, before.get(metric), after.get(metric)) for _, metric, form in COLUMNS]
-        lines.append(f"| {seed} | " + " | ".join(cells) + f" | {seconds[seed]:.0f} |")
+        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
     spread = []
     for _, metric, form in COLUMNS:
         before = [first[metric] for first, _ in rows if metric in first]
         after = [last[metric] for _, last in rows if metric in last]
         spread.append(f"at most {form.format(max(before))} → at least {form.format(min(after))}")
-    lines.append("| all | " + " | ".join(spread) + " | |")
+    lines.append("| all | " + " | ".join(spread) + " |")
     return "\n".join(lines)
 
 

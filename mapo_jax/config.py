@@ -119,10 +119,10 @@ class OptimizerConfig:
 class TrainingConfig:
     """The length of the run and the shape of an update."""
 
-    steps: int = 55  # collect-and-update steps
+    steps: int = 45  # collect-and-update steps
     seed: int = 0  # everything random follows from it
     minibatch_scenarios: int = 2  # scenarios per optimizer update; divides rollout.scenarios
-    microbatch_rows: int = 4  # rows per forward/backward pass; 0: the whole mini-batch
+    microbatch_rows: int = 4  # most rows per forward/backward pass; 0: the whole mini-batch
     epochs: int = 1  # passes over a step's dialogues
 
 
@@ -163,7 +163,7 @@ class LoggingConfig:
 class EvaluationConfig:
     """Validation during training."""
 
-    every: int = 20  # steps between evaluations; before the first and after the last step always
+    every: int = 15  # steps between evaluations; before the first and after the last step always
     scenarios: int = 16  # validation cards, from the first
     rollouts: int = 2  # dialogues per card
     temperature: float = 1.0  # sampling temperature
@@ -349,14 +349,6 @@ def validate(config: Config) -> None:
         "training.minibatch_scenarios",
         training.minibatch_scenarios,
         f"a divisor of rollout.scenarios ({rollout.scenarios})",
-    )
-    minibatch_rows = training.minibatch_scenarios * rollout.rollouts
-    _require(
-        training.microbatch_rows == 0 or minibatch_rows % training.microbatch_rows == 0,
-        "training.microbatch_rows",
-        training.microbatch_rows,
-        f"0 or a divisor of the mini-batch's {minibatch_rows} rows "
-        "(training.minibatch_scenarios x rollout.rollouts)",
     )
     _require(
         rollout.min_turns <= rollout.max_turns,

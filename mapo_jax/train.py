@@ -177,13 +177,13 @@ def learn(
     )
     _, advantages = run.credit(cells.positions, cells.valid, cells.scored)
     advantages = np.asarray(advantages)
-    rows_per_dialogue = config.rollout.max_turns if config.rollout.history == "per_turn" else 1
+    rows_each = rows_per_dialogue(config)
     batch = rows.make_batch(
         dialogues,
         advantages,
         cells.scored,
         rows.row_length(dialogues, run.row_lengths),
-        rows_per_dialogue=rows_per_dialogue,
+        rows_per_dialogue=rows_each,
     )
     if config.algorithm.old_logprobs == "trainer":
         batch = replace(batch, old_logprobs=run.scorer(state.params, place(batch, run.mesh)))
@@ -193,7 +193,7 @@ def learn(
             config.training.seed, step, epoch, config.rollout.scenarios, config.training.minibatch_scenarios
         )
         for chosen in order:
-            minibatch = rows.take_scenarios(batch, chosen, config.rollout.rollouts * rows_per_dialogue)
+            minibatch = rows.take_scenarios(batch, chosen, config.rollout.rollouts * rows_each)
             state, metrics = run.update(state, place(minibatch, run.mesh))
             updates.append(metrics)
     metrics = fetch(updates)
@@ -319,6 +319,8 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
         loss_tokens=config.rollout.max_turns * config.rollout.max_reply_tokens,
     )
     slots = config.rollout.scenarios * config.rollout.rollouts
+    rows_each = rows_per_dialogue(config)
+    minibatch_rows = config.training.minibatch_scenarios * config.rollout.rollouts * rows_each
     engine = make_engine(config, policy, mesh, slots, config.rollout.temperature)
     evaluated = len(validation) * config.evaluation.rollouts
     same = evaluated <= slots and config.evaluation.temperature == config.rollout.temperature
@@ -348,11 +350,13 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
             scoring,
             optimizer,
             config.algorithm,
-            microbatch_rows=config.training.microbatch_rows,
+            microbatch_rows=rows.microbatch_rows(minibatch_rows, config.training.microbatch_rows),
             constant_length=config.rollout.max_turns * config.rollout.max_reply_tokens,
             shardings=param_shardings(policy.config, mesh),
         ),
-        scorer=make_scorer(scoring, microbatch_rows=config.training.microbatch_rows),
+        scorer=make_scorer(
+            scoring, microbatch_rows=rows.microbatch_rows(slots * rows_each, config.training.microbatch_rows)
+        ),
         optimizer=optimizer,
         row_lengths=rows.row_lengths(config.rollout.max_tokens),
         checkpoints=stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep)),
@@ -430,6 +434,11 @@ def restore(run: Run, state: TrainState, deck: grain.DatasetIterator) -> tuple[i
     else:
         run.display.note(f"continuing {run.folder} after step {reached['step']}")
     return reached["step"], state
+
+
+def rows_per_dialogue(config: Config) -> int:
+    """One growing row, or one for each turn."""
+    return config.rollout.max_turns if config.rollout.history == "per_turn" else 1
 
 
 def progress(config: Config, deck_state: dict[str, Any]) -> dict[str, Any]:

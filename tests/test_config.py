@@ -58,7 +58,6 @@ def test_fewer_than_a_hundred_fields_and_each_has_a_doc_line():
         (["rollout.rollouts=1"], ["rollout.rollouts", "at least 2", "mapo"]),
         (["algorithm.estimator=gpro"], ["grpo", "one of"]),
         (["training.minibatch_scenarios=3"], ["divisor of rollout.scenarios (8)"]),
-        (["training.microbatch_rows=5"], ["divisor", "16"]),
         (["rollout.min_turns=9"], ["rollout.max_turns (8)"]),
         (["rollout.max_reply_tokens=480"], ["rollout.max_tokens (480)"]),
         (["mesh.data=-1"], ["at most one axis"]),
@@ -91,12 +90,7 @@ def test_a_missing_file_is_one_clear_error(tmp_path):
 
 
 def test_one_rollout_is_enough_where_nothing_compares_rollouts():
-    assert (
-        load_config(
-            None, ["rollout.rollouts=1", "algorithm.estimator=batch", "training.microbatch_rows=1"]
-        ).rollout.rollouts
-        == 1
-    )
+    assert load_config(None, ["rollout.rollouts=1", "algorithm.estimator=batch"]).rollout.rollouts == 1
 
 
 def test_differing_keys_are_dotted():

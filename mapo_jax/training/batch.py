@@ -189,6 +189,11 @@ def row_length(dialogues: Sequence[Sequence[Dialogue]], lengths: Sequence[int]) 
     raise ValueError(f"a row has {longest} tokens; the longest length is {lengths[-1]}")
 
 
+def microbatch_rows(total: int, most: int) -> int:
+    """The largest divisor of `total` rows that is at most `most`; 0 (no cut) where `most` is 0."""
+    return max((size for size in range(1, most + 1) if total % size == 0), default=0)
+
+
 def scenario_order(
     seed: int, step: int, epoch: int, scenarios: int, minibatch_scenarios: int
 ) -> Int[np.ndarray, "mini scenarios"]:

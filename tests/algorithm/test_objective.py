@@ -323,7 +323,7 @@ def test_options_of_the_configuration():
     options = objective.objective_options(AlgorithmConfig(clip_low=0.1, kl_coefficient=0.05))
     assert options["clip_low"] == 0.1 and options["kl_coefficient"] == 0.05
     new, old, advantages, mask = batch()
-    options = objective.objective_options(AlgorithmConfig())
+    options = objective.objective_options(AlgorithmConfig(entropy_coefficient=0.0))
     assert objective.policy_loss(new, old, advantages, mask, **options)[0] == pytest.approx(
         float(objective.policy_loss(new, old, advantages, mask)[0])
     )

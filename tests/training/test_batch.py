@@ -16,6 +16,7 @@ from mapo_jax.training.batch import (
     make_batch,
     make_cells,
     make_credit,
+    microbatch_rows,
     row_length,
     row_lengths,
     scenario_order,
@@ -158,11 +159,16 @@ def test_a_saved_step_gives_the_same_batch_bit_for_bit(dialogues):
         assert one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
+def test_microbatches_divide_the_minibatch():
+    assert [microbatch_rows(total, 4) for total in (16, 6, 7, 3)] == [4, 3, 1, 3]
+    assert microbatch_rows(16, 0) == 0
+
+
 def test_few_lengths_hold_every_row(dialogues):
     assert row_lengths(640) == (384, 512, 640)
     assert row_lengths(512) == (512,)
     assert row_lengths(25_000) == (16_384, 24_576, 25_000)
-    for longest in range(2, 700):
+    for longest in range(513, 1200):
         lengths = row_lengths(longest)
         assert len(lengths) <= 3 and lengths[-1] == longest and lengths == tuple(sorted(lengths))
         for size in range(longest // 2 + 1, longest + 1):

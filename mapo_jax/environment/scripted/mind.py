@@ -61,7 +61,7 @@ WHAT = {
 
 LONGEST_SENTENCES, LONGEST_WORDS = 3, 45
 MOST_ACTS = 2  # different helpful acts in one reply; more is scattershot
-FRAME_MEMORY = 5  # replies within which a construction counts as used up
+FRAME_MEMORY = 3  # replies within which a construction counts as used up
 KIND_MEMORY, KIND_MOST = 6, 3  # an act in more than KIND_MOST of KIND_MEMORY replies is a routine
 KIND_RUNNING = 3  # and so is one in this many replies running
 EPISODE_POINTS = 4  # most points per axis and episode
@@ -105,6 +105,7 @@ class Mind:
     heard: bool = False  # the first need has been met
     deep: bool = False  # in the first stage both situation and feeling were named right
     sentences: frozenset[str] = frozenset()  # sentences of earlier replies
+    repeats: int = 0  # replies that repeated one of them
     frames: tuple[frozenset[str], ...] = ()  # constructions of recent replies, newest last
     kinds: tuple[frozenset[str], ...] = ()  # acts of recent replies, newest last
     memories: int = 0
@@ -438,7 +439,9 @@ def _judge_repetition(mind: Mind, pairs: Pairs, tally: _Tally, reactions: set[st
     for i, (kind, sentence) in enumerate(pairs):
         earlier = {other.words for _, other in pairs[:i]}
         if sentence.words in mind.sentences or sentence.words in earlier:
-            tally.hurt({"A": -2}, sentence.text, "repeats an earlier sentence", cancel=True)
+            # Once is a slip; again, or within one reply, is a routine.
+            slip = not mind.repeats and sentence.words not in earlier
+            tally.hurt({"A": -1 if slip else -2}, sentence.text, "repeats an earlier sentence", cancel=True)
             reactions.add("routine")
         elif sentence.frame is not None and any(sentence.frame in frames for frames in mind.frames):
             tally.hurt({"A": -1}, sentence.text, "wears out the same wording")
@@ -634,6 +637,7 @@ def _conclude(
         heard=mind.heard or met,
         deep=deep,
         sentences=mind.sentences | {sentence.words for _, sentence in pairs},
+        repeats=mind.repeats + any(sentence.words in mind.sentences for _, sentence in pairs),
         frames=(*mind.frames, frozenset(s.frame for _, s in pairs if s.frame))[-FRAME_MEMORY:],
         kinds=(*mind.kinds, acts)[-KIND_MEMORY:],
         reaction=next((name for name in _REACTION_ORDER if name in reactions), None),
