@@ -333,6 +333,9 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
         live=config.logging.progress,
         console=console,
     )
+    checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
+    # Before anything is appended: what was written after the newest whole checkpoint is written again.
+    cut_back(folder, max(checkpoints.steps, default=-1))
     run = Run(
         config=config,
         folder=folder,
@@ -359,7 +362,7 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
         ),
         optimizer=optimizer,
         row_lengths=rows.row_lengths(config.rollout.max_tokens),
-        checkpoints=stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep)),
+        checkpoints=checkpoints,
         writer=stack.enter_context(
             MetricWriter(folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb)
         ),
@@ -424,7 +427,6 @@ def scenario_deck(config: Config) -> grain.DatasetIterator:
 def restore(run: Run, state: TrainState, deck: grain.DatasetIterator) -> tuple[int, TrainState]:
     """Steps done and the state: those of the newest whole checkpoint, or a beginning."""
     saved = run.checkpoints.restore_latest(state)
-    cut_back(run.folder, saved[1]["step"] if saved else -1)
     if saved is None:
         return 0, state
     state, reached = saved

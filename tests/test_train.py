@@ -16,7 +16,7 @@ from rich.console import Console
 from mapo_jax import train
 from mapo_jax.config import load_config
 from mapo_jax.environment.scenario import load_scenarios
-from mapo_jax.model.huggingface import save_params
+from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.model.sharding import param_shardings
 from mapo_jax.rollout.collect import Dialogue
@@ -47,6 +47,7 @@ def model_folder(tmp_path_factory):
         max_position_embeddings=512,
     )
     save_params(folder, init_params(config, seed=3), config, dtype="float32")
+    write_config(folder, config)
     return folder
 
 
