@@ -390,6 +390,7 @@ def save_params(
         temporary = folder / f".{file}.{os.getpid()}"
         try:
             save_file(content, temporary, metadata={"format": "pt"})
+            os.chmod(temporary, 0o644)  # safetensors writes for the owner alone
             os.replace(temporary, folder / file)
         finally:
             temporary.unlink(missing_ok=True)

@@ -57,11 +57,13 @@ def forecast(config: Config) -> str:
     }
     memory["together, without activations"] = sum(memory.values())
     updates = training.epochs * rollout.scenarios // training.minibatch_scenarios
+    most = "" if config.model.path else "at most "  # the tokenizer may find fewer tokens than it may have
     lines = [
         to_yaml(config),
         f"devices   {mesh.size} x {mesh.devices.flat[0].device_kind}: "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        f"model     {count:,} parameters ({model.family}, {model.num_layers} layers x {model.hidden_size})",
+        f"model     {most}{count:,} parameters "
+        f"({model.family}, {model.num_layers} layers x {model.hidden_size})",
         "memory    per device",
         *(f"  {name:<30} {size / GIB:9.3f} GiB" for name, size in memory.items() if size),
         "a step",
