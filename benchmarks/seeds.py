@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def table(rows: list[list[dict[str, float]]]) -> str:
-    """Markdown: a line per seed with before -> after, and a line with the worst and the best of each."""
+    """Markdown: a line per seed with before -> after, and a line with the best before and the worst after."""
     lines = ["| seed | " + " | ".join(name for name, _, _ in COLUMNS) + " |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
 
@@ -57,7 +57,12 @@ def table(rows: list[list[dict[str, float]]]) -> str:
     for _, metric, form in COLUMNS:
         before = [first[metric] for first, _ in rows if metric in first]
         after = [last[metric] for _, last in rows if metric in last]
-        spread.append(f"at most {form.format(max(before))} → at least {form.format(min(after))}")
+        worst = (
+            f"at most {form.format(max(after))}"
+            if metric == "kind/most"
+            else f"at least {form.format(min(after))}"
+        )
+        spread.append(f"at most {form.format(max(before))} → {worst}")
     lines.append("| all | " + " | ".join(spread) + " |")
     return "\n".join(lines)
 
