@@ -57,11 +57,10 @@ def table(rows: list[list[dict[str, float]]]) -> str:
     for _, metric, form in COLUMNS:
         before = [first[metric] for first, _ in rows if metric in first]
         after = [last[metric] for _, last in rows if metric in last]
-        worst = (
-            f"at most {form.format(max(after))}"
-            if metric == "kind/most"
-            else f"at least {form.format(min(after))}"
-        )
+        if metric == "kind/most":
+            worst = f"at most {form.format(max(after))}"
+        else:
+            worst = f"at least {form.format(min(after))}"
         spread.append(f"at most {form.format(max(before))} → {worst}")
     lines.append("| all | " + " | ".join(spread) + " |")
     return "\n".join(lines)
