@@ -12,78 +12,32 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import grain
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
 from mapo_jax.commands import Stopped, run_command, use_compilation_cache
-from mapo_jax.config import Config, load_config, to_yaml
-from mapo_jax.environment.dialogue import Roles
-from mapo_jax.environment.scenario import Scenario, load_scenarios
-from mapo_jax.environment.scripted import scripted_roles
+from mapo_jax.config import Config, load_config
+from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.metrics import reading_metrics
-from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.summary import summarize
 from mapo_jax.files import write_whole
-from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
+from mapo_jax.run import Run, begin, prepare, progress, rows_per_dialogue, scenario_deck
 from mapo_jax.training import batch as rows
-from mapo_jax.training.checkpoint import Checkpoints, claim, cut_back, whole_steps
-from mapo_jax.training.display import Display, results_table, transcript
+from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
 from mapo_jax.training.interruption import Interrupted, StopRequest
-from mapo_jax.training.metrics import CompileCounter, MetricWriter
-from mapo_jax.training.policy import MODEL_FOLDER, Policy, load_policy, save_model_files
-from mapo_jax.training.step import (
-    Optimizer,
-    Scoring,
-    TrainState,
-    Update,
-    create_state,
-    fetch,
-    make_optimizer,
-    make_scorer,
-    make_update,
-    place,
-)
-from mapo_jax.warmstart import run_warmstart
+from mapo_jax.training.step import TrainState, fetch, place
 
 EVALUATION_STREAM = 1_000_003  # added to the seed: evaluation's dialogues are never training's
-
-
-@dataclass(frozen=True)
-class Run:
-    """What stays as it is while a run goes on."""
-
-    config: Config
-    folder: Path
-    mesh: Mesh
-    policy: Policy
-    roles: Roles
-    limits: Limits
-    validation: list[Scenario]
-    engine: Engine  # samples for training
-    evaluator: Engine  # samples for evaluation
-    credit: Callable[..., Any]  # cells -> rewards, advantages
-    update: Update
-    scorer: Callable[..., Any]  # the trainer's own log-probabilities
-    optimizer: Optimizer
-    row_lengths: tuple[int, ...]
-    checkpoints: Checkpoints
-    writer: MetricWriter
-    display: Display
-    compiles: CompileCounter
-    stop: StopRequest
 
 
 def train(config: Config, console: Console | None = None) -> None:
@@ -102,14 +56,8 @@ def train(config: Config, console: Console | None = None) -> None:
         except Interrupted as interruption:
             message = f"stopped by {interruption} before the first step; the same command starts again"
             raise Stopped(str(interruption), message) from interruption
-        state = create_state(
-            params,
-            run.optimizer,
-            shardings=param_shardings(run.policy.config, run.mesh),
-            reference=config.algorithm.kl_coefficient > 0,
-        )
         deck = scenario_deck(config)
-        done, state = restore(run, state, deck)
+        done, state = begin(run, params, deck)
         deck_state = deck.get_state()
         try:
             if done < config.training.steps:
@@ -155,12 +103,12 @@ def gather(
         run, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, step
     )
     seconds = time.monotonic() - started
-    lengths = [sum(d.row.sampled) / max(1, d.state.turn_count) for group in dialogues for d in group]
-    sampled = sum(sum(dialogue.row.sampled) for group in dialogues for dialogue in group)
-    cut = [turn.truncated for group in dialogues for d in group for turn in d.state.turns]
+    flat = [dialogue for group in dialogues for dialogue in group]
+    sampled = sum(sum(row.sampled) for dialogue in flat for row in dialogue.rows)
+    cut = [turn.truncated for dialogue in flat for turn in dialogue.state.turns]
     return dialogues, measure(run, dialogues) | {
-        "response_length/mean": float(np.mean(lengths)),
-        "response_length/truncated": float(np.mean(cut)) if cut else 0.0,
+        "response_length/mean": sampled / max(1, len(cut)),
+        "response_length/truncated": sum(cut) / max(1, len(cut)),
         "timing_s/rollout": seconds,
         "perf/tokens_per_second": sampled / seconds,
     }
@@ -290,118 +238,6 @@ def write_dialogues(file: Path, dialogues: list[list[Dialogue]]) -> None:
 # --- Before the first step, and after the last. ---
 
 
-def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Console) -> tuple[Run, Any]:
-    """Everything a run needs, bad input refused before anything is written; the start weights beside it."""
-    folder = Path(config.run.directory)
-    compiles = stack.enter_context(CompileCounter())
-    training = load_scenarios(config.environment.scenarios, "train")
-    validation = load_scenarios(config.environment.scenarios, "validation")[: config.evaluation.scenarios]
-    if config.rollout.scenarios > len(training):
-        raise UserError(
-            f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
-            "training scenarios there are"
-        )
-    mesh = make_mesh(config.mesh)
-    stack.enter_context(claim(folder, config))
-    policy, params = starting_policy(config, folder, mesh, stop, console)
-    optimizer = make_optimizer(
-        config.optimizer,
-        config.training.steps
-        * config.training.epochs
-        * (config.rollout.scenarios // config.training.minibatch_scenarios),
-    )
-    scoring = Scoring(
-        policy.config,
-        temperature=config.rollout.temperature,
-        vocabulary_size=policy.chat.vocabulary_size,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        loss_tokens=config.rollout.max_turns * config.rollout.max_reply_tokens,
-    )
-    slots = config.rollout.scenarios * config.rollout.rollouts
-    rows_each = rows_per_dialogue(config)
-    minibatch_rows = config.training.minibatch_scenarios * config.rollout.rollouts * rows_each
-    engine = make_engine(config, policy, mesh, slots, config.rollout.temperature)
-    evaluated = len(validation) * config.evaluation.rollouts
-    same = evaluated <= slots and config.evaluation.temperature == config.rollout.temperature
-    evaluator = (
-        engine if same else make_engine(config, policy, mesh, evaluated, config.evaluation.temperature)
-    )
-    display = Display(
-        f"{config.algorithm.estimator} · {folder}",
-        config.training.steps,
-        live=config.logging.progress,
-        console=console,
-    )
-    checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
-    # Before anything is appended: what was written after the newest whole checkpoint is written again.
-    cut_back(folder, max(checkpoints.steps, default=-1))
-    run = Run(
-        config=config,
-        folder=folder,
-        mesh=mesh,
-        policy=policy,
-        roles=scripted_roles(config.environment),
-        limits=Limits(
-            config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance
-        ),
-        validation=validation,
-        engine=engine,
-        evaluator=evaluator,
-        credit=rows.make_credit(config.algorithm),
-        update=make_update(
-            scoring,
-            optimizer,
-            config.algorithm,
-            microbatch_rows=rows.microbatch_rows(minibatch_rows, config.training.microbatch_rows),
-            constant_length=config.rollout.max_turns * config.rollout.max_reply_tokens,
-            shardings=param_shardings(policy.config, mesh),
-        ),
-        scorer=make_scorer(
-            scoring, microbatch_rows=rows.microbatch_rows(slots * rows_each, config.training.microbatch_rows)
-        ),
-        optimizer=optimizer,
-        row_lengths=rows.row_lengths(config.rollout.max_tokens),
-        checkpoints=checkpoints,
-        writer=stack.enter_context(
-            MetricWriter(folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb)
-        ),
-        display=stack.enter_context(display),
-        compiles=compiles,
-        stop=stop,
-    )
-    return run, params
-
-
-def starting_policy(
-    config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console
-) -> tuple[Policy, Any]:
-    """The policy that the run starts from; its model files go into the run folder."""
-    if (folder / MODEL_FOLDER / "config.json").exists() and whole_steps(folder):
-        path: str | Path = folder  # the run has begun: it needs nothing from outside any more
-    else:
-        path = config.model.path or run_warmstart(config, console=console, check=stop.check)
-    policy, params = load_policy(path, config.rollout, mesh=mesh)
-    if not (folder / MODEL_FOLDER / "config.json").exists():
-        save_model_files(folder, policy)
-    return policy, params
-
-
-def make_engine(config: Config, policy: Policy, mesh: Mesh, slots: int, temperature: float) -> Engine:
-    """The sampler for `slots` dialogues at once."""
-    return Engine(
-        policy.config,
-        slots=slots,
-        length=config.rollout.max_tokens,
-        temperature=temperature,
-        max_reply_tokens=config.rollout.max_reply_tokens,
-        stop_ids=policy.chat.stop_ids,
-        vocabulary_size=policy.chat.vocabulary_size,
-        dtype=config.model.dtype,
-        mesh=mesh,
-    )
-
-
 def warm_up(run: Run, state: TrainState) -> None:
     """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
     for engine in dict.fromkeys((run.engine, run.evaluator)):
@@ -409,43 +245,6 @@ def warm_up(run: Run, state: TrainState) -> None:
         engine.load(state.params, -1)
         engine.warm_up()
         run.stop.check()
-
-
-def scenario_deck(config: Config) -> grain.DatasetIterator:
-    """Endless batches of S training scenarios, reshuffled every epoch; its position can be saved."""
-    cards = load_scenarios(config.environment.scenarios, "train")
-    return iter(
-        grain.MapDataset.source(cards)
-        .seed(config.training.seed)
-        .shuffle()
-        .repeat()
-        .batch(config.rollout.scenarios, batch_fn=list)
-        .to_iter_dataset()
-    )
-
-
-def restore(run: Run, state: TrainState, deck: grain.DatasetIterator) -> tuple[int, TrainState]:
-    """Steps done and the state: those of the newest whole checkpoint, or a beginning."""
-    saved = run.checkpoints.restore_latest(state)
-    if saved is None:
-        return 0, state
-    state, reached = saved
-    deck.set_state(reached["deck"])
-    if reached["step"] == run.config.training.steps:
-        run.display.note(f"the run in {run.folder} is finished; for another choose another run.directory")
-    else:
-        run.display.note(f"continuing {run.folder} after step {reached['step']}")
-    return reached["step"], state
-
-
-def rows_per_dialogue(config: Config) -> int:
-    """One growing row, or one for each turn."""
-    return config.rollout.max_turns if config.rollout.history == "per_turn" else 1
-
-
-def progress(config: Config, deck_state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds beside the state. Every random number follows from the seed and the step."""
-    return {"deck": deck_state, "seed": config.training.seed, "configuration": to_yaml(config)}
 
 
 def conclude(run: Run, console: Console) -> None:

@@ -18,13 +18,12 @@ from mapo_jax.config import load_config
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params
-from mapo_jax.model.sharding import param_shardings
 from mapo_jax.rollout.collect import Dialogue
+from mapo_jax.run import begin, prepare, scenario_deck
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 from mapo_jax.training.checkpoint import checkpoint_folder
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import METRICS_FILE
-from mapo_jax.training.step import create_state
 
 STEPS = 4
 
@@ -80,6 +79,8 @@ def overrides(model_folder, folder, cache, **changes):
 DRIVER = """
 import os, signal, sys
 import mapo_jax.train as train
+from mapo_jax.training.checkpoint import Checkpoints
+from mapo_jax.training.display import Display
 trap, number = sys.argv[1], getattr(signal, sys.argv[2])
 
 def strike():
@@ -97,11 +98,11 @@ def after_calls(function, calls):
     return wrapped
 
 if trap == "rollout":  # in the second step's dialogues
-    train.Display.phase = after_calls(train.Display.phase, 40)
+    Display.phase = after_calls(Display.phase, 40)
 elif trap == "update":  # between the two updates of a step
     train.place = after_calls(train.place, 3)
 elif trap == "save":  # while the checkpoint is being written
-    train.Checkpoints.save = after_calls(train.Checkpoints.save, 2)
+    Checkpoints.save = after_calls(Checkpoints.save, 2)
 elif trap == "evaluation":
     train.measure = after_calls(train.measure, 1)
 sys.exit(train.main(sys.argv[3:]))
@@ -198,9 +199,9 @@ def test_a_saved_step_replays_to_the_same_weights(undisturbed, tmp_path):
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        run, params = train.prepare(config, stack, stop, Console(quiet=True))
-        state = create_state(params, run.optimizer, shardings=param_shardings(run.policy.config, run.mesh))
-        done, state = train.restore(run, state, train.scenario_deck(config))
+        run, params = prepare(config, stack, stop, Console(quiet=True))
+        assert params is None  # a run goes on from its checkpoint alone
+        done, state = begin(run, params, scenario_deck(config))
         assert done == STEPS - 1
         state, _ = train.learn(run, state, dialogues, done)
     for one, other in zip(jax.tree.leaves(saved["params"]), jax.tree.leaves(state.params), strict=True):
@@ -231,6 +232,26 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert "the same command goes on" in result.stderr and "Traceback" not in result.stderr
     assert run(arguments).returncode == 0
     assert_same(content(undisturbed[0]), content(folder))
+
+
+def test_with_one_row_per_turn_every_turn_is_trained_on(model_folder, cache, tmp_path):
+    """history=per_turn: a dialogue is as many rows as turns, and all of them count."""
+    folder = tmp_path / "per_turn"
+    changes = {"rollout.history": "per_turn", "training.steps": 2, "environment.fault_rate": 0.0}
+    result = run(overrides(model_folder, folder, cache, **changes))
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    updates = [row for row in rows if "reward/mean" in row]
+    for row in updates:
+        lines = (folder / "dialogues" / f"step_{row['step']:06d}.jsonl").read_text().splitlines()
+        dialogues = [Dialogue.from_json(json.loads(line)) for line in lines]
+        turns = sum(dialogue.state.turn_count for dialogue in dialogues)
+        assert turns > len(dialogues) and turns == sum(len(dialogue.rows) for dialogue in dialogues)
+        tokens = sum(sum(part.sampled) for dialogue in dialogues for part in dialogue.rows)
+        assert row["response_length/mean"] == pytest.approx(tokens / turns)
+        assert row["sampler/logprob_diff_max"] < 1e-4  # float32: one forward graph, other order of sums
+        assert row["actor/grad_norm"] > 0 and row["actor/skipped"] == 0
+    assert len(updates) == 2 and len({row["perf/compiled_programs"] for row in updates}) == 1
 
 
 def test_a_finished_run_is_left_alone(undisturbed, model_folder, cache):

@@ -47,17 +47,10 @@ def load_policy(
     Raises:
       UserError: neither kind of folder, or one that cannot be read; names the file and what is wrong.
     """
-    path = Path(path)
-    is_run = (path / CHECKPOINTS_FOLDER).is_dir()
-    folder = path / MODEL_FOLDER if is_run else path
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder)
-    policy = Policy(config, tokenizer, ChatFormat(tokenizer, rollout.history, rollout.system_prompt))
-    _check_fit(policy, rollout, path)
-    if not is_run:
-        return policy, load_params(folder, config, mesh)
+    policy = read_policy(path, rollout)
+    config = policy.config
+    if not _is_run(path):
+        return policy, load_params(path, config, mesh)
     template = parameter_shapes(config)
     if mesh is not None:
         template = jax.tree.map(
@@ -66,6 +59,23 @@ def load_policy(
             param_shardings(config, mesh),
         )
     return policy, restore_params(path, template, step=step)
+
+
+def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
+    """A policy without its weights; arguments and errors as of `load_policy`."""
+    path = Path(path)
+    folder = path / MODEL_FOLDER if _is_run(path) else path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
+    tokenizer = load_tokenizer(folder)
+    chat = ChatFormat(tokenizer, rollout.history, rollout.system_prompt)
+    policy = Policy(read_config(folder), tokenizer, chat)
+    _check_fit(policy, rollout, path)
+    return policy
+
+
+def _is_run(path: Path | str) -> bool:
+    return (Path(path) / CHECKPOINTS_FOLDER).is_dir()
 
 
 def save_model_files(run_folder: Path | str, policy: Policy) -> None:

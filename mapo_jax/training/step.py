@@ -116,6 +116,29 @@ def create_state(
     return TrainState(params, initial(params), step, copy(params) if reference else None)
 
 
+def abstract_state(
+    params: Any, optimizer: Optimizer, *, shardings: Any, reference: bool = False
+) -> TrainState:
+    """The shapes, types and shardings of `create_state`'s result, without an array: what a restore fills.
+
+    Args:
+      params: the weights' tree, arrays or `jax.ShapeDtypeStruct`s.
+      shardings: `model.sharding.param_shardings`.
+      reference: whether a frozen copy of the weights is kept.
+    """
+    shapes = TrainState(
+        params,
+        jax.eval_shape(optimizer.transform.init, params),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        params if reference else None,
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        _state_shardings(optimizer, params, shardings, reference),
+    )
+
+
 def _state_shardings(
     optimizer: Optimizer, params: Params, shardings: Any, reference: bool
 ) -> TrainState | None:

@@ -111,13 +111,14 @@ _STRAY = {
     "ask": 2.0,
     "repair": 1.5,
     "presence": 1.5,
-    **dict.fromkeys(HARMFUL, 0.8),
+    **dict.fromkeys(HARMFUL, 1.0),
 }
 
 
 _RIGHT = 0.92  # chance that the mixed speaker names something right where it could
 _WORN = 0.1  # chance that it takes any wording, used up or not
 _UNFOUNDED = 0.05  # chance that it names something although nothing of the kind has been said
+_HASTY = 0.6  # and that it offers a step then: what is short of time is offered before its time
 
 
 def speaker(
@@ -151,7 +152,8 @@ def _choose(mind: Mind, rng: random.Random, skill: float) -> str:
             return rng.choice(plan)
     while True:
         kind = rng.choices(list(_STRAY), list(_STRAY.values()))[0]
-        if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or rng.random() < _UNFOUNDED:
+        unfounded = _HASTY if kind == "offer_step" else _UNFOUNDED
+        if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or rng.random() < unfounded:
             return kind
 
 

@@ -1,0 +1,223 @@
+"""A run and what it is made of: set up from its configuration, then begun or continued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+from jax.sharding import Mesh
+from rich.console import Console
+
+from mapo_jax.config import Config, to_yaml
+from mapo_jax.environment.dialogue import Roles
+from mapo_jax.environment.scenario import Scenario, load_scenarios
+from mapo_jax.environment.scripted import scripted_roles
+from mapo_jax.environment.state import Limits
+from mapo_jax.errors import UserError
+from mapo_jax.model.qwen import Params, parameter_shapes
+from mapo_jax.model.sharding import make_mesh, param_shardings
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.training import batch as rows
+from mapo_jax.training.checkpoint import Checkpoints, claim, cut_back, whole_steps
+from mapo_jax.training.display import Display
+from mapo_jax.training.interruption import StopRequest
+from mapo_jax.training.metrics import CompileCounter, MetricWriter
+from mapo_jax.training.policy import MODEL_FOLDER, Policy, load_policy, read_policy, save_model_files
+from mapo_jax.training.step import (
+    Optimizer,
+    Scoring,
+    TrainState,
+    Update,
+    abstract_state,
+    create_state,
+    make_optimizer,
+    make_scorer,
+    make_update,
+)
+from mapo_jax.warmstart import run_warmstart
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays as it is while a run goes on."""
+
+    config: Config
+    folder: Path
+    mesh: Mesh
+    policy: Policy
+    roles: Roles
+    limits: Limits
+    validation: list[Scenario]
+    engine: Engine  # samples for training
+    evaluator: Engine  # samples for evaluation
+    credit: Callable[..., Any]  # cells -> rewards, advantages
+    update: Update
+    scorer: Callable[..., Any]  # the trainer's own log-probabilities
+    optimizer: Optimizer
+    row_lengths: tuple[int, ...]
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    display: Display
+    compiles: CompileCounter
+    stop: StopRequest
+
+
+def prepare(
+    config: Config, stack: ExitStack, stop: StopRequest, console: Console
+) -> tuple[Run, Params | None]:
+    """Everything that a run needs; bad input is refused before anything is written.
+
+    Returns:
+      The run, and the weights that it starts from: None where it continues from a checkpoint of its own.
+    """
+    folder = Path(config.run.directory)
+    compiles = stack.enter_context(CompileCounter())
+    training = load_scenarios(config.environment.scenarios, "train")
+    validation = load_scenarios(config.environment.scenarios, "validation")[: config.evaluation.scenarios]
+    if config.rollout.scenarios > len(training):
+        raise UserError(
+            f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
+            "training scenarios there are"
+        )
+    mesh = make_mesh(config.mesh)
+    stack.enter_context(claim(folder, config))
+    policy, params = starting_policy(config, folder, mesh, stop, console)
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.training.steps
+        * config.training.epochs
+        * (config.rollout.scenarios // config.training.minibatch_scenarios),
+    )
+    scoring = Scoring(
+        policy.config,
+        temperature=config.rollout.temperature,
+        vocabulary_size=policy.chat.vocabulary_size,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        loss_tokens=config.rollout.max_turns * config.rollout.max_reply_tokens,
+    )
+    slots = config.rollout.scenarios * config.rollout.rollouts
+    rows_each = rows_per_dialogue(config)
+    minibatch_rows = config.training.minibatch_scenarios * config.rollout.rollouts * rows_each
+    engine = make_engine(config, policy, mesh, slots, config.rollout.temperature)
+    evaluated = len(validation) * config.evaluation.rollouts
+    same = evaluated <= slots and config.evaluation.temperature == config.rollout.temperature
+    evaluator = (
+        engine if same else make_engine(config, policy, mesh, evaluated, config.evaluation.temperature)
+    )
+    display = Display(
+        f"{config.algorithm.estimator} · {folder}",
+        config.training.steps,
+        live=config.logging.progress,
+        console=console,
+    )
+    checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
+    # Before anything is appended: what was written after the newest whole checkpoint is written again.
+    cut_back(folder, max(checkpoints.steps, default=-1))
+    run = Run(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        policy=policy,
+        roles=scripted_roles(config.environment),
+        limits=Limits(
+            config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance
+        ),
+        validation=validation,
+        engine=engine,
+        evaluator=evaluator,
+        credit=rows.make_credit(config.algorithm),
+        update=make_update(
+            scoring,
+            optimizer,
+            config.algorithm,
+            microbatch_rows=rows.microbatch_rows(minibatch_rows, config.training.microbatch_rows),
+            constant_length=config.rollout.max_turns * config.rollout.max_reply_tokens,
+            shardings=param_shardings(policy.config, mesh),
+        ),
+        scorer=make_scorer(
+            scoring, microbatch_rows=rows.microbatch_rows(slots * rows_each, config.training.microbatch_rows)
+        ),
+        optimizer=optimizer,
+        row_lengths=rows.row_lengths(config.rollout.max_tokens),
+        checkpoints=checkpoints,
+        writer=stack.enter_context(
+            MetricWriter(folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb)
+        ),
+        display=stack.enter_context(display),
+        compiles=compiles,
+        stop=stop,
+    )
+    return run, params
+
+
+def starting_policy(
+    config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console
+) -> tuple[Policy, Params | None]:
+    """The policy that the run starts from; its model files go into the run folder."""
+    if (folder / MODEL_FOLDER / "config.json").exists() and whole_steps(folder):
+        # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
+        return read_policy(folder, config.rollout), None
+    path = config.model.path or run_warmstart(config, console=console, check=stop.check)
+    policy, params = load_policy(path, config.rollout, mesh=mesh)
+    save_model_files(folder, policy)
+    return policy, params
+
+
+def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple[int, TrainState]:
+    """Steps done, and the state after them: a beginning with `params`, or the newest whole checkpoint."""
+    shardings = param_shardings(run.policy.config, run.mesh)
+    reference = run.config.algorithm.kl_coefficient > 0
+    if params is not None:
+        return 0, create_state(params, run.optimizer, shardings=shardings, reference=reference)
+    shapes = parameter_shapes(run.policy.config)
+    template = abstract_state(shapes, run.optimizer, shardings=shardings, reference=reference)
+    state, reached = run.checkpoints.restore_latest(template)
+    deck.set_state(reached["deck"])
+    if reached["step"] == run.config.training.steps:
+        run.display.note(f"the run in {run.folder} is finished; for another choose another run.directory")
+    else:
+        run.display.note(f"continuing {run.folder} after step {reached['step']}")
+    return reached["step"], state
+
+
+def make_engine(config: Config, policy: Policy, mesh: Mesh, slots: int, temperature: float) -> Engine:
+    """The sampler for `slots` dialogues at once."""
+    return Engine(
+        policy.config,
+        slots=slots,
+        length=config.rollout.max_tokens,
+        temperature=temperature,
+        max_reply_tokens=config.rollout.max_reply_tokens,
+        stop_ids=policy.chat.stop_ids,
+        vocabulary_size=policy.chat.vocabulary_size,
+        dtype=config.model.dtype,
+        mesh=mesh,
+    )
+
+
+def scenario_deck(config: Config) -> grain.DatasetIterator:
+    """Endless batches of S training scenarios, reshuffled every epoch; its position can be saved."""
+    cards = load_scenarios(config.environment.scenarios, "train")
+    return iter(
+        grain.MapDataset.source(cards)
+        .seed(config.training.seed)
+        .shuffle()
+        .repeat()
+        .batch(config.rollout.scenarios, batch_fn=list)
+        .to_iter_dataset()
+    )
+
+
+def rows_per_dialogue(config: Config) -> int:
+    """One growing row, or one for each turn."""
+    return config.rollout.max_turns if config.rollout.history == "per_turn" else 1
+
+
+def progress(config: Config, deck_state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds beside the state. Every random number follows from the seed and the step."""
+    return {"deck": deck_state, "seed": config.training.seed, "configuration": to_yaml(config)}
