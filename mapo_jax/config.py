@@ -138,7 +138,7 @@ class WarmstartConfig:
     dialogues: int = 3000  # synthetic dialogues when `data` is empty
     data: str | None = None  # JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality
     cache: str | None = None  # folder of finished warm starts; empty: the user's cache folder
-    min_naming_ratio: float = 1.5  # gate: naming accuracy must be this many times chance before RL starts
+    min_naming_ratio: float = 2.0  # gate: naming accuracy must be this many times chance before RL starts
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 
 from mapo_jax.environment.dialogue import DialogueState, Roles, open_dialogue, take_turn
 from mapo_jax.environment.scenario import FEELINGS, UNSTATED, Scenario
+from mapo_jax.environment.scripted.assessment import KIND_MEMORY, KIND_MOST, KIND_RUNNING, SLOT_OF
 from mapo_jax.environment.scripted.director import ScriptedDirector
+from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import CONSTRUCTIONS, HARMFUL, HELPFUL, bare, realise, slots_of
 from mapo_jax.environment.scripted.judge import ScriptedJudge
-from mapo_jax.environment.scripted.mind import KIND_MEMORY, KIND_MOST, KIND_RUNNING, SLOT_OF, Mind, mind_at
+from mapo_jax.environment.scripted.mind import Mind
 from mapo_jax.environment.scripted.user import ScriptedUser
 from mapo_jax.environment.state import Limits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from mapo_jax.environment.dialogue import FAILURE_KINDS, DialogueState, Judgement, RoleFailure
-from mapo_jax.environment.scripted.mind import assess_reply
+from mapo_jax.environment.scripted.fold import assess_reply
 
 
 class ScriptedJudge:

@@ -6,6 +6,7 @@ import pytest
 
 from mapo_jax.environment.scenario import FEELINGS, UNSTATED, load_scenarios
 from mapo_jax.environment.scripted import lexicon
+from mapo_jax.environment.scripted.assessment import FRAME_MEMORY
 from mapo_jax.environment.scripted.grammar import (
     CONSTRUCTIONS,
     HELPFUL,
@@ -16,7 +17,6 @@ from mapo_jax.environment.scripted.grammar import (
     recognise,
     slots_of,
 )
-from mapo_jax.environment.scripted.mind import FRAME_MEMORY
 
 CARDS = load_scenarios()
 

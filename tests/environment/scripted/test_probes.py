@@ -15,6 +15,7 @@ import pytest
 from mapo_jax.config import EnvironmentConfig
 from mapo_jax.environment.scenario import FEELINGS, UNSTATED, load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
+from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import (
     CONSTRUCTIONS,
     END,
@@ -27,7 +28,6 @@ from mapo_jax.environment.scripted.grammar import (
     world_pairs,
 )
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue, right_fillers, say
-from mapo_jax.environment.scripted.mind import mind_at
 from mapo_jax.environment.state import Limits
 
 CARDS = load_scenarios(split="validation")

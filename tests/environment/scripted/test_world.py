@@ -12,6 +12,7 @@ from mapo_jax.config import EnvironmentConfig
 from mapo_jax.environment.dialogue import DialogueState, open_dialogue, take_turn
 from mapo_jax.environment.scenario import UNSTATED, load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
+from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import bare
 from mapo_jax.environment.scripted.helper import (
     good_helper,
@@ -23,7 +24,6 @@ from mapo_jax.environment.scripted.helper import (
 )
 from mapo_jax.environment.scripted.imagine import imagined_scenario
 from mapo_jax.environment.scripted.metrics import reading_metrics
-from mapo_jax.environment.scripted.mind import mind_at
 from mapo_jax.environment.state import Limits
 
 CARDS = load_scenarios(split="validation")
