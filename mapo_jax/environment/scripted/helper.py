@@ -120,7 +120,6 @@ _STRAY = {
 _RIGHT = 0.92  # chance that the mixed speaker names something right where it could
 _WORN = 0.1  # chance that it takes any wording, used up or not
 _UNFOUNDED = 0.05  # chance that it names something although nothing of the kind has been said
-_HASTY = 0.6  # and that it offers a step then: what is short of time is offered before its time
 
 
 def speaker(
@@ -154,8 +153,7 @@ def _choose(mind: Mind, rng: random.Random, skill: float) -> str:
             return rng.choice(plan)
     while True:
         kind = rng.choices(list(_STRAY), list(_STRAY.values()))[0]
-        unfounded = _HASTY if kind == "offer_step" else _UNFOUNDED
-        if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or rng.random() < unfounded:
+        if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or rng.random() < _UNFOUNDED:
             return kind
 
 
