@@ -50,14 +50,16 @@ def say(mind: Mind, kind: str, rng: random.Random, filler: str | None = None, wo
       mind: the hidden state, for what may be named and which wordings are used up.
       kind: one of grammar.KINDS.
       rng: source of the choice of words.
-      filler: what to name; empty: something the user has said, where the wording has a slot.
+      filler: what to name; empty: something the user has said, if there is any for a wording's slot.
       worn: choose among all wordings, not only those that are still fresh.
     """
     used = frozenset().union(*mind.frames)
     frames = list(CONSTRUCTIONS[kind])
+    if filler is None:  # wordings about what has been said, if there are any
+        frames = [frame for frame in frames if all(_said(mind, slot) for slot in slots_of(frame))] or frames
     rng.shuffle(frames)
     for frame in frames:
-        slots = {slot: rng.choice(_at_hand(mind, slot)) for slot in slots_of(frame)}
+        slots = {slot: rng.choice(_said(mind, slot) or _fillers(mind, slot)) for slot in slots_of(frame)}
         if filler is not None:
             slots[SLOT_OF.get(kind, "p")] = filler
         sentence = realise(frame, slots)
@@ -66,8 +68,12 @@ def say(mind: Mind, kind: str, rng: random.Random, filler: str | None = None, wo
     return sentence
 
 
-def _at_hand(mind: Mind, slot: str) -> Sequence[str]:
-    """Fillers for a slot: what the user has said where possible, else what the card holds."""
+def _said(mind: Mind, slot: str) -> Sequence[str]:
+    return [phrase for phrase in _fillers(mind, slot) if bare(phrase) in mind.said]
+
+
+def _fillers(mind: Mind, slot: str) -> Sequence[str]:
+    """What the card holds for a slot."""
     story, content = mind.scenario.story, mind.content
     pools: dict[str, Sequence[str]] = {
         "p": content.particulars,
@@ -76,7 +82,7 @@ def _at_hand(mind: Mind, slot: str) -> Sequence[str]:
         "t": story.steps,
         "v": (mind.scenario.value,),
     }
-    return [phrase for phrase in pools[slot] if bare(phrase) in mind.said] or pools[slot]
+    return pools[slot]
 
 
 # For each need: the acts that serve it, best first, and those that go well beside.
@@ -110,6 +116,7 @@ def good_helper(state: DialogueState, delayed_opening: bool = True) -> str:
 # How often the mixed speaker picks an act when it does not pick by the need.
 _STRAY = {
     **dict.fromkeys(HELPFUL, 3.0),
+    "offer_step": 6.0,  # the lapse of those who mean well, and what takes most examples to name
     "ask": 2.0,
     "repair": 1.5,
     "presence": 1.5,
