@@ -62,6 +62,8 @@ class RolloutConfig:
     top_k: int = 0  # must stay 0 in training
     max_reply_tokens: int = 32  # a reply longer than this is cut and marked truncated
     max_tokens: int = 480  # longest dialogue in tokens; also the length of the KV cache
+    slots: int | None = None  # dialogues whose KV caches are held at once; empty: all of a step
+    lanes: int | None = None  # dialogues that are decoded at once; empty: all slots
     history: str = "append"  # append: one growing row per dialogue; per_turn: one rendered row per turn
     system_prompt: str | None = None  # first message of every dialogue, if any
 
@@ -331,6 +333,8 @@ def validate(config: Config) -> None:
         _require(value in choices, key, value, f"one of {', '.join(choices)}")
     for key, (low, high) in _RANGES.items():
         value = _value(config, key)
+        if value is None:  # only where the type allows it
+            continue
         right = f"at least {low}" if high is None else f"between {low} and {high}"
         _require(math.isfinite(value) and value >= low and (high is None or value <= high), key, value, right)
 
@@ -443,6 +447,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "rollout.temperature": (0, None),
     "rollout.max_reply_tokens": (1, None),
     "rollout.max_tokens": (2, None),
+    "rollout.slots": (1, None),
+    "rollout.lanes": (1, None),
     "environment.fault_rate": (0, 1),
     "environment.success_tolerance": (0, 1),
     "environment.max_failed_share": (0, 1),

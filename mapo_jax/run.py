@@ -26,7 +26,14 @@ from mapo_jax.training.checkpoint import Checkpoints, claim, cut_back, whole_ste
 from mapo_jax.training.display import Display
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import CompileCounter, MetricWriter
-from mapo_jax.training.policy import MODEL_FOLDER, Policy, load_policy, read_policy, save_model_files
+from mapo_jax.training.policy import (
+    MODEL_FOLDER,
+    Policy,
+    load_policy,
+    make_engine,
+    read_policy,
+    save_model_files,
+)
 from mapo_jax.training.step import (
     Optimizer,
     Scoring,
@@ -100,14 +107,15 @@ def prepare(
         remat=config.model.remat,
         loss_tokens=config.rollout.max_turns * config.rollout.max_reply_tokens,
     )
-    slots = config.rollout.scenarios * config.rollout.rollouts
     rows_each = rows_per_dialogue(config)
+    step_rows = config.rollout.scenarios * config.rollout.rollouts * rows_each
     minibatch_rows = config.training.minibatch_scenarios * config.rollout.rollouts * rows_each
-    engine = make_engine(config, policy, mesh, slots, config.rollout.temperature)
-    evaluated = len(validation) * config.evaluation.rollouts
-    same = evaluated <= slots and config.evaluation.temperature == config.rollout.temperature
+    placed = dict(dtype=config.model.dtype, mesh=mesh)
+    engine = make_engine(policy, config.rollout, config.rollout.temperature, **placed)
     evaluator = (
-        engine if same else make_engine(config, policy, mesh, evaluated, config.evaluation.temperature)
+        engine
+        if config.evaluation.temperature == config.rollout.temperature
+        else make_engine(policy, config.rollout, config.evaluation.temperature, **placed)
     )
     display = Display(
         f"{config.algorithm.estimator} · {folder}",
@@ -140,7 +148,7 @@ def prepare(
             shardings=param_shardings(policy.config, mesh),
         ),
         scorer=make_scorer(
-            scoring, microbatch_rows=rows.microbatch_rows(slots * rows_each, config.training.microbatch_rows)
+            scoring, microbatch_rows=rows.microbatch_rows(step_rows, config.training.microbatch_rows)
         ),
         optimizer=optimizer,
         row_lengths=rows.row_lengths(config.rollout.max_tokens),
@@ -183,21 +191,6 @@ def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple
     else:
         run.display.note(f"continuing {run.folder} after step {reached['step']}")
     return reached["step"], state
-
-
-def make_engine(config: Config, policy: Policy, mesh: Mesh, slots: int, temperature: float) -> Engine:
-    """The sampler for `slots` dialogues at once."""
-    return Engine(
-        policy.config,
-        slots=slots,
-        length=config.rollout.max_tokens,
-        temperature=temperature,
-        max_reply_tokens=config.rollout.max_reply_tokens,
-        stop_ids=policy.chat.stop_ids,
-        vocabulary_size=policy.chat.vocabulary_size,
-        dtype=config.model.dtype,
-        mesh=mesh,
-    )
 
 
 def scenario_deck(config: Config) -> grain.DatasetIterator:

@@ -44,12 +44,11 @@ from mapo_jax.model.qwen import Params, init_params
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.collect import collect
-from mapo_jax.rollout.engine import Engine
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mapo_jax.training.forecast import fresh_model
 from mapo_jax.training.interruption import Interrupted, StopRequest
 from mapo_jax.training.model_folder import whole_folder, write_model_folder
-from mapo_jax.training.policy import Policy, load_policy
+from mapo_jax.training.policy import Policy, load_policy, make_engine
 from mapo_jax.training.step import Scoring, create_state, make_optimizer, make_supervised_update, place
 from mapo_jax.warmstarting.chats import Chat, read_chats, synthetic_chats
 from mapo_jax.warmstarting.induction import with_induction_heads
@@ -266,24 +265,14 @@ def measure(
       `act/KIND`: the share of replies that hold an act of this kind, every kind.
     """
     rollout = config.rollout
-    slots = rollout.scenarios * rollout.rollouts
-    cards = load_scenarios(config.environment.scenarios, "validation")[:slots]
-    engine = Engine(
-        policy.config,
-        slots=slots,
-        length=rollout.max_tokens,
-        temperature=rollout.temperature,
-        max_reply_tokens=rollout.max_reply_tokens,
-        stop_ids=policy.chat.stop_ids,
-        vocabulary_size=policy.chat.vocabulary_size,
-        dtype=config.model.dtype,
-        mesh=mesh,
-    )
+    dialogues_in_all = rollout.scenarios * rollout.rollouts
+    cards = load_scenarios(config.environment.scenarios, "validation")[:dialogues_in_all]
+    engine = make_engine(policy, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
     engine.load(params, 0)
     dialogues = asyncio.run(
         collect(
             cards,
-            slots // len(cards),
+            dialogues_in_all // len(cards),
             engine,
             policy.chat,
             scripted_roles(config.environment),

@@ -1,9 +1,10 @@
 """Holding dialogues: the policy on its tokens, the world on its text, both until every dialogue has ended.
 
-Rounds: the engine samples the replies of all dialogues that await one (in a thread, so that the event loop
-stays free); then, as asyncio tasks, each dialogue takes its turn in the world. A dialogue is one value with
-an identity: its slot follows from its place in the batch, its random numbers from what it is. So the same
-seed gives the same dialogues, in whatever order users and judges answer. Used for training and evaluation.
+Every dialogue is an asyncio task that takes turns: a reply from the engine, then the world's answer. The
+engine works in a thread, a block of decode steps at a time, on whatever waits for it; so no dialogue waits
+for another, and users and judges are called while the device is at work. A dialogue's random numbers follow
+from what it is: the same seed gives the same dialogues, in whatever order users and judges answer. Used for
+training and evaluation.
 """
 
 from __future__ import annotations
@@ -12,18 +13,17 @@ import asyncio
 import hashlib
 import types
 import typing
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from mapo_jax.environment.dialogue import DialogueState, RoleFailure, Roles, open_dialogue, take_turn
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.rollout.chat import ChatFormat, Row
-from mapo_jax.rollout.engine import Engine, Request
-
-T = TypeVar("T")
+from mapo_jax.rollout.engine import Engine, Reply, Request
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,43 @@ async def collect(
     concurrency: int,
     on_turn: Callable[[int], None] | None = None,
 ) -> list[list[Dialogue]]:
-    """Holds `rollouts` dialogues in each scenario; the rollouts of one share the user's first message.
+    """All of `finished_groups`, in the order of the scenarios: dialogues [S][R]."""
+    groups = finished_groups(
+        scenarios,
+        rollouts,
+        engine,
+        chat,
+        roles,
+        limits,
+        seed=seed,
+        step=step,
+        concurrency=concurrency,
+        on_turn=on_turn,
+    )
+    async with aclosing(groups):
+        finished = [group async for group in groups]
+    return sorted(finished, key=lambda group: group[0].scenario)
+
+
+async def finished_groups(
+    scenarios: Sequence[Scenario],
+    rollouts: int,
+    engine: Engine,
+    chat: ChatFormat,
+    roles: Roles,
+    limits: Limits,
+    *,
+    seed: int,
+    step: int,
+    concurrency: int,
+    on_turn: Callable[[int], None] | None = None,
+) -> AsyncIterator[list[Dialogue]]:
+    """Holds `rollouts` dialogues in each scenario; a scenario's come as soon as the last of them has ended.
 
     Args:
       scenarios: S of them; a scenario may occur more than once and then has further rollouts.
-      rollouts: R.
-      engine: with weights loaded and at least S R slots; what its slots held is dropped.
+      rollouts: R. The rollouts of one scenario share the user's first message.
+      engine: with weights loaded; what its slots held is dropped. More dialogues than slots take turns.
       chat: how dialogues become token rows.
       roles: user, judge, director.
       limits: fewest and most turns, tolerance of success.
@@ -110,157 +141,158 @@ async def collect(
       concurrency: most calls of the world under way at once.
       on_turn: called after every finished turn with their number so far. What it raises ends the collection.
 
-    Returns:
-      Dialogues [S][R]. One whose user or director failed for good has the outcome `error`; one that has no
-      room for another reply in the engine's cache ends with outcome `timeout`, rule `max_tokens`.
+    Yields:
+      R dialogues of one scenario, each with the version of the weights that spoke. One whose user or director
+      failed for good has the outcome `error`; one that has no room for another reply in the engine's cache
+      ends with outcome `timeout`, rule `max_tokens`.
 
     Raises:
-      UserError: more dialogues than slots, or a first message that leaves no room for a reply.
+      UserError: a first message that leaves no room for a reply.
     """
-    if len(scenarios) * rollouts > engine.slots:
-        raise UserError(
-            f"{len(scenarios)} scenarios x {rollouts} rollouts are more dialogues than the engine's "
-            f"{engine.slots} slots; make an engine with more"
-        )
+    engine.reset()
     bound = asyncio.Semaphore(concurrency)
+    free: asyncio.Queue[int] = asyncio.Queue()
+    for slot in range(engine.slots):
+        free.put_nowait(slot)
+    desk = _Desk(engine)
+    ids = [scenario.id for scenario in scenarios]
+    occurrences = [ids[:index].count(name) for index, name in enumerate(ids)]
     finished_turns = 0
 
-    async def opened(scenario: Scenario, occurrence: int) -> str | RoleFailure:
+    async def opened(s: int) -> str | RoleFailure:
         async with bound:
             try:
-                return await open_dialogue(
-                    scenario, derive_seed(seed, step, scenario.id, "opening", occurrence), roles
-                )
+                opening_seed = derive_seed(seed, step, ids[s], "opening", occurrences[s])
+                return await open_dialogue(scenarios[s], opening_seed, roles)
             except RoleFailure as failure:
                 return failure
 
-    async def turned(talk: _Talk, text: str, truncated: bool) -> None:
+    async def hold(s: int, r: int) -> Dialogue:
+        """One dialogue from the user's first message to its end."""
         nonlocal finished_turns
-        async with bound:
-            talk.state = await take_turn(talk.state, text, roles, limits, truncated=truncated)
-        finished_turns += 1
-        if on_turn is not None:
-            on_turn(finished_turns)
-
-    ids = [scenario.id for scenario in scenarios]
-    occurrences = [ids[:index].count(name) for index, name in enumerate(ids)]
-    first = await _together(map(opened, scenarios, occurrences))
-    talks = []
-    for s, (scenario, message) in enumerate(zip(scenarios, first, strict=True)):
-        for r in range(rollouts):
-            own_seed = derive_seed(seed, step, scenario.id, occurrences[s] * rollouts + r)
-            if isinstance(message, RoleFailure):
-                state = DialogueState(scenario, own_seed, (), "", outcome="error", failure=message.kind)
-            else:
-                state = DialogueState(scenario, own_seed, (), message)
-            talks.append(_Talk(len(talks), state, rows=[Row()]))
-
-    await asyncio.to_thread(_begin, engine, chat, talks, rollouts)
-    while waiting := [talk for talk in talks if talk.state.outcome is None]:
-        requests = [
-            Request(
-                talk.slot,
-                talk.fresh,
-                key=(seed % 2**32, step % 2**32, talk.state.seed),
-                turn=talk.state.turn_count,
-                start=chat.history == "per_turn" and talk.state.turn_count > 0,
-            )
-            for talk in waiting
-        ]
-        replies = await asyncio.to_thread(engine.reply, requests)
-        turns = []
-        for talk, reply in zip(waiting, replies, strict=True):
-            closed = reply.ids[-1] == chat.end_of_turn[0]
-            talk.closing = () if closed else chat.end_of_turn
-            talk.rows[-1] = talk.rows[-1].with_reply(
-                reply.ids, reply.logprobs, talk.state.turn_count, talk.closing
-            )
-            turns.append(turned(talk, chat.decode(reply.ids), reply.truncated))
-        await _together(turns)
-        for talk in waiting:
-            if talk.state.outcome is None:
-                _prompt(talk, engine, chat)
-
-    dialogues = [
-        Dialogue(
-            talk.state,
-            talk.rows[-1],
-            scenario=talk.slot // rollouts,
-            rollout=talk.slot % rollouts,
+        own_seed = derive_seed(seed, step, ids[s], occurrences[s] * rollouts + r)
+        message = await openings[s]
+        rows = [Row()]
+        if isinstance(message, RoleFailure):
+            state = DialogueState(scenarios[s], own_seed, (), "", outcome="error", failure=message.kind)
+        else:
+            state = DialogueState(scenarios[s], own_seed, (), message)
+            slot = await free.get()
+            closing: Sequence[int] = ()  # what had to be appended to the last reply, which was cut
+            while state.outcome is None:
+                prompt = _next_prompt(state, rows[-1], closing, engine, chat)
+                if prompt is None:
+                    state = replace(state, user="", outcome="timeout", rule="max_tokens")
+                    break
+                start = state.turn_count == 0 or chat.history == "per_turn"
+                if start and state.turn_count:
+                    rows.append(Row())
+                rows[-1] = rows[-1].with_prompt(prompt)
+                request = Request(
+                    slot,
+                    prompt if start else (*closing, *prompt),
+                    key=(seed % 2**32, step % 2**32, own_seed),
+                    turn=state.turn_count,
+                    start=start,
+                )
+                reply = await desk.reply(request)
+                closing = () if reply.ids[-1] == chat.end_of_turn[0] else chat.end_of_turn
+                rows[-1] = rows[-1].with_reply(reply.ids, reply.logprobs, state.turn_count, closing)
+                text = chat.decode(reply.ids)
+                async with bound:
+                    state = await take_turn(state, text, roles, limits, truncated=reply.truncated)
+                finished_turns += 1
+                if on_turn is not None:
+                    on_turn(finished_turns)
+            free.put_nowait(slot)
+        return Dialogue(
+            state,
+            rows[-1],
+            scenario=s,
+            rollout=r,
             step=step,
             weight_version=engine.version,
-            earlier_rows=tuple(talk.rows[:-1]),
+            earlier_rows=tuple(rows[:-1]),
         )
-        for talk in talks
-    ]
-    return [dialogues[s * rollouts : (s + 1) * rollouts] for s in range(len(scenarios))]
+
+    openings = [asyncio.ensure_future(opened(s)) for s in range(len(scenarios))]
+    serving = asyncio.ensure_future(desk.serve())
+    under_way = {
+        serving,
+        *(asyncio.ensure_future(hold(s, r)) for s in range(len(scenarios)) for r in range(rollouts)),
+    }
+    tasks = [*openings, *under_way]
+    groups: dict[int, list[Dialogue]] = {s: [] for s in range(len(scenarios))}
+    try:
+        while groups:
+            done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+            for dialogue in [task.result() for task in done]:
+                group = groups[dialogue.scenario]
+                group.append(dialogue)
+                if len(group) == rollouts:
+                    yield sorted(groups.pop(dialogue.scenario), key=lambda dialogue: dialogue.rollout)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@dataclass
-class _Talk:
-    """A dialogue under way."""
+class _Desk:
+    """Takes requests from many dialogues and answers them in blocks; the event loop never waits for it."""
 
-    slot: int
-    state: DialogueState
-    rows: list[Row]  # the last one is growing
-    fresh: Sequence[int] = ()  # tokens that the engine has not seen
-    closing: Sequence[int] = ()  # what had to be appended to the last reply, which was cut
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._waiting: dict[int, asyncio.Future[Reply]] = {}
+        self._something_to_do = asyncio.Event()
+
+    async def reply(self, request: Request) -> Reply:
+        """The reply to a request."""
+        self._engine.submit(request)
+        self._waiting[request.slot] = asyncio.get_running_loop().create_future()
+        self._something_to_do.set()
+        return await self._waiting[request.slot]
+
+    async def serve(self) -> None:
+        """Works until it is cancelled; then the block under way still ends, since nothing can stop it."""
+        while True:
+            await self._something_to_do.wait()
+            while self._engine.busy:
+                block = asyncio.ensure_future(asyncio.to_thread(self._engine.advance))
+                try:
+                    replies = await asyncio.shield(block)
+                except asyncio.CancelledError:
+                    await asyncio.wait([block])
+                    raise
+                for slot, reply in replies.items():
+                    self._waiting.pop(slot).set_result(reply)
+                # A world that does not wait answers within these passes, and so shares the next block.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            self._something_to_do.clear()
 
 
-def _begin(engine: Engine, chat: ChatFormat, talks: Sequence[_Talk], rollouts: int) -> None:
-    """Prefills each scenario's common start once and copies it; the last token is left for `generate`."""
-    engine.reset()
-    starts, copies = {}, {}
-    for talk in talks:
-        if talk.state.outcome is not None:
-            continue
-        first = talk.slot - talk.slot % rollouts
-        if first == talk.slot:
-            ids = chat.start(talk.state.user)
-            if len(ids) > _room(engine):
-                raise UserError(
-                    f"the first message of scenario {talk.state.scenario.id} takes {len(ids)} tokens, which "
-                    f"leaves no room for a reply in `rollout.max_tokens`={engine.length}; raise it"
-                )
-            starts[first], copies[first] = ids, range(first + 1, first + rollouts)
-        talk.rows[-1] = talk.rows[-1].with_prompt(starts[first])
-        talk.fresh = starts[first][-1:]
-    if starts:
-        engine.prefill({slot: ids[:-1] for slot, ids in starts.items()})
-        engine.copy_prefix(copies)
-
-
-def _prompt(talk: _Talk, engine: Engine, chat: ChatFormat) -> None:
-    """Puts the user's message into the row; ends the dialogue if then no reply would fit."""
+def _next_prompt(
+    state: DialogueState, row: Row, closing: Sequence[int], engine: Engine, chat: ChatFormat
+) -> tuple[int, ...] | None:
+    """The user's message as tokens of the row; None if after it no reply would fit."""
+    if state.turn_count == 0:
+        ids = chat.start(state.user)
+        if len(ids) > _room(engine):
+            raise UserError(
+                f"the first message of scenario {state.scenario.id} takes {len(ids)} tokens, which "
+                f"leaves no room for a reply in `rollout.max_tokens`={engine.length}; raise it"
+            )
+        return tuple(ids)
     if chat.history == "per_turn":
-        ids = chat.prompt(talk.state.messages)
-        length, talk.fresh = len(ids), ids
-    else:
-        ids = chat.next_user(talk.state.user)
-        length, talk.fresh = len(talk.rows[-1]) + len(ids), (*talk.closing, *ids)
-    if length > _room(engine):
-        talk.state = replace(talk.state, user="", outcome="timeout", rule="max_tokens")
-    elif chat.history == "per_turn":
-        talk.rows.append(Row().with_prompt(ids))
-    else:
-        talk.rows[-1] = talk.rows[-1].with_prompt(ids)
+        ids = chat.prompt(state.messages)
+        return tuple(ids) if len(ids) <= _room(engine) else None
+    ids = chat.next_user(state.user)
+    return tuple(ids) if len(row) + len(ids) <= _room(engine) else None
 
 
 def _room(engine: Engine) -> int:
     """Longest row after which a whole reply, cut and closed, still fits."""
     return engine.length - engine.max_reply_tokens - 1
-
-
-async def _together(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """Awaits all; if one fails, cancels the others and raises its own error, not a group."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def _from_plain(kind: Any, value: Any) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mapo_jax.errors import UserError
 
@@ -23,8 +23,9 @@ KEY_WORDS = 4  # seed, step, dialogue, turn
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which distribution is sampled from, given the logits. Filters apply in the order of the fields."""
+    """Which distribution is sampled from, given the logits. Everything applies in the order of the fields."""
 
+    repetition_penalty: float = 1.0  # see `penalise`; 1: none
     temperature: float = 1.0  # logits are divided by it; 0: always the most probable token
     top_k: int = 0  # only the k most probable tokens (more if the k-th is tied); 0: all
     top_p: float = 1.0  # only the fewest most probable tokens that hold this probability; 1: all
@@ -33,6 +34,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
         for name, right in (
+            ("repetition_penalty", self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)),
             ("temperature", self.temperature >= 0 and math.isfinite(self.temperature)),
             ("top_k", self.top_k >= 0),
             ("top_p", 0 < self.top_p <= 1),
@@ -57,6 +59,15 @@ def uniforms(words: UInt32[Array, "K 4"], positions: Int[Array, "K N"]) -> Float
         return jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position)))(positions)
 
     return jax.vmap(row)(words, positions)
+
+
+def penalise(logits: Float[Array, "K V"], seen: Bool[Array, "K V"], penalty: float) -> Float[Array, "K V"]:
+    """Makes tokens that a row already holds less probable: positive logits / penalty, others x penalty.
+
+    Keskar et al. 2019, arXiv:1909.05858, as transformers applies it: prompt and reply alike, before the
+    temperature.
+    """
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def shape(logits: Float[Array, "K V"], sampling: Sampling) -> Float[Array, "K V"]:

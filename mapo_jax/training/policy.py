@@ -15,6 +15,8 @@ from mapo_jax.model.huggingface import load_params, read_config, write_config
 from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
 from mapo_jax.rollout.chat import ChatFormat
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.tokenizer import load_tokenizer
 from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER, restore_params
 
@@ -76,6 +78,24 @@ def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
 
 def _is_run(path: Path | str) -> bool:
     return (Path(path) / CHECKPOINTS_FOLDER).is_dir()
+
+
+def make_engine(
+    policy: Policy, rollout: RolloutConfig, temperature: float, *, dtype: str, mesh: Mesh | None
+) -> Engine:
+    """The sampler of a policy, without weights yet: by default with a slot for every dialogue of a step."""
+    return Engine(
+        policy.config,
+        slots=rollout.slots or rollout.scenarios * rollout.rollouts,
+        lanes=rollout.lanes,
+        length=rollout.max_tokens,
+        max_reply_tokens=rollout.max_reply_tokens,
+        stop_ids=policy.chat.stop_ids,
+        vocabulary_size=policy.chat.vocabulary_size,
+        sampling=Sampling(temperature=temperature),
+        dtype=dtype,
+        mesh=mesh,
+    )
 
 
 def save_model_files(run_folder: Path | str, policy: Policy) -> None:

@@ -20,8 +20,9 @@ from mapo_jax.errors import UserError
 from mapo_jax.model.head import token_logprobs
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params
 from mapo_jax.rollout.chat import ChatFormat
-from mapo_jax.rollout.collect import Dialogue, collect, derive_seed
+from mapo_jax.rollout.collect import Dialogue, collect, derive_seed, finished_groups
 from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.sampling import Sampling
 
 LENGTH, LIMIT, TEMPERATURE = 160, 6, 1.1
 WORDS = [
@@ -145,7 +146,8 @@ def engine(config, chat, params):
         max_reply_tokens=LIMIT,
         stop_ids=chat.stop_ids,
         vocabulary_size=chat.vocabulary_size,
-        temperature=TEMPERATURE,
+        sampling=Sampling(temperature=TEMPERATURE),
+        lanes=2,
     )
     engine.load(params, version=17)
     return engine
@@ -206,8 +208,11 @@ class TestRows:
     @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(seed=st.integers(0, 2**31 - 1), size=st.integers(0, 5))
     def test_row_trained_on_is_the_row_sampled_from(self, engine, chat, check_rows, seed, size):
-        for slot, dialogue in enumerate(flat(hold(engine, chat, World(size=size), seed=seed))):
-            row, seen = dialogue.row, engine.row(slot)
+        for dialogue in flat(hold(engine, chat, World(size=size), seed=seed)):
+            row = dialogue.row
+            seen = next(
+                engine.row(slot) for slot in range(4) if engine.row(slot) == row.ids[: len(engine.row(slot))]
+            )
             # All but the closing of a last reply that was cut, which no reply follows.
             assert row.ids[: len(seen)] == seen
             assert not any(row.sampled[len(seen) :])
@@ -268,6 +273,32 @@ class TestDialogues:
         """Equal as values: every float of every log-probability."""
         assert hold(engine, chat, World(latency), concurrency=concurrency) == dialogues
 
+    @pytest.mark.parametrize("latency", [None, 4])
+    def test_more_dialogues_than_slots(self, engine, chat, check_rows, latency):
+        """Twelve in four slots: each as it would be alone; a finished one makes room for one that waits."""
+        groups = hold(engine, chat, World(latency), rollouts=6)
+        for s, group in enumerate(groups):
+            assert [d.rollout for d in group] == list(range(6))
+            check_rows([d.row for d in group])
+            (alone,) = hold(engine, chat, scenarios=[SCENARIOS[s]], rollouts=6)
+            assert alone == [replace(d, scenario=0) for d in group]
+
+    def test_groups_come_as_they_finish(self, engine, chat, dialogues):
+        """The scenario with the slow user comes last; what was said is the same."""
+
+        class Slow(World):
+            async def reply(self, state):
+                await asyncio.sleep(0.2 if state.scenario.id == "one" else 0)
+                return await super().reply(state)
+
+        async def order():
+            groups = finished_groups(
+                SCENARIOS, 2, engine, chat, Slow().roles, LIMITS, seed=3, step=5, concurrency=8
+            )
+            return [group async for group in groups]
+
+        assert asyncio.run(order()) == dialogues[::-1]
+
     def test_seed_and_step(self, dialogues, engine, chat):
         for other in (hold(engine, chat, seed=4), hold(engine, chat, step=6)):
             ids = [{d.row.ids for d in flat(one)} for one in (dialogues, other)]
@@ -300,12 +331,12 @@ class TestDialogues:
 
     def test_event_loop_stays_free(self, engine, chat, monkeypatch):
         """A clock ticks on while the engine works."""
-        reply, ticks = engine.reply, []
+        advance, ticks = engine.advance, []
 
-        def slow(requests):
+        def slow():
             begin = time.monotonic()
             time.sleep(0.1)
-            replies = reply(requests)
+            replies = advance()
             ticks.append(sum(begin < tick < begin + 0.1 for tick in clock))
             return replies
 
@@ -321,7 +352,7 @@ class TestDialogues:
             await collect(SCENARIOS, 2, engine, chat, World().roles, LIMITS, seed=1, step=1, concurrency=4)
             task.cancel()
 
-        monkeypatch.setattr(engine, "reply", slow)
+        monkeypatch.setattr(engine, "advance", slow)
         asyncio.run(both())
         assert min(ticks) >= 3
 
@@ -337,10 +368,6 @@ class TestEnds:
     def test_first_message_too_long(self, engine, chat):
         with pytest.raises(UserError, match=r"scenario one takes \d+ tokens.*max_tokens`=160"):
             hold(engine, chat, World(size=200))
-
-    def test_too_many_dialogues(self, engine, chat):
-        with pytest.raises(UserError, match="4 slots"):
-            hold(engine, chat, rollouts=3)
 
     def test_user_cannot_open(self, dialogues, engine, chat):
         groups = hold(engine, chat, World(silent_opening=frozenset({"one"})))

@@ -15,7 +15,8 @@ from mapo_jax.model.head import token_logprobs
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params
 from mapo_jax.model.sharding import make_mesh
-from mapo_jax.rollout.engine import Engine, Request, StaleSlot, cache_lengths
+from mapo_jax.rollout.engine import Engine, Request, StaleSlot, cache_bytes, cache_lengths
+from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.training.metrics import CompileCounter
 
 CONFIG = QwenConfig(
@@ -40,14 +41,23 @@ def params():
 
 def make_engine(**options):
     settings = dict(
-        slots=4, length=LENGTH, max_reply_tokens=LIMIT, stop_ids=STOPS, vocabulary_size=TOKENS, chunk=8
+        slots=4,
+        length=LENGTH,
+        max_reply_tokens=LIMIT,
+        stop_ids=STOPS,
+        vocabulary_size=TOKENS,
+        chunk=8,
+        prefill_rows=2,
+        block=3,
     )
     return Engine(CONFIG, **(settings | options))
 
 
 @pytest.fixture(scope="module")
 def shared_engine():
-    return make_engine(temperature=TEMPERATURE, mesh=make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+    return make_engine(
+        sampling=Sampling(temperature=TEMPERATURE), mesh=make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    )
 
 
 @pytest.fixture
@@ -84,7 +94,8 @@ def _whole_pass(params, tokens):
 
 class TestAgreement:
     def test_greedy_equals_transformers(self, params, tmp_path):
-        """Three turns, ragged prompts, across the cache's growth; transformers starts over at each turn."""
+        """Three turns, ragged prompts, across the cache's growth, fewer lanes than dialogues, a repetition
+        penalty; transformers starts over at each turn."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -97,7 +108,9 @@ class TestAgreement:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
         forbidden = [[i] for i in range(TOKENS, CONFIG.vocab_size)]
 
-        engine = make_engine(temperature=0)
+        penalty = 1.3
+        sampling = Sampling(temperature=0, repetition_penalty=penalty)
+        engine = make_engine(sampling=sampling, lanes=2)
         engine.load(weights, version=0)
         rows = {slot: [] for slot in (0, 1, 3)}
         lengths = [(5, 17, 9), (3, 12, 1), (7, 1, 13)]
@@ -111,6 +124,7 @@ class TestAgreement:
                     attention_mask=torch.ones(1, len(rows[slot]), dtype=torch.long),
                     max_new_tokens=LIMIT,
                     do_sample=False,
+                    repetition_penalty=penalty,
                     eos_token_id=list(STOPS),
                     pad_token_id=0,
                     bad_words_ids=forbidden,
@@ -122,13 +136,12 @@ class TestAgreement:
     def test_logprobs_equal_one_forward_pass(self, engine, params):
         """Turn by turn, with a shared start that was copied, across the cache's growth."""
         start = prompt(0, 11)
-        engine.prefill({0: start[:-1], 3: prompt(1, 5)[:-1]})
-        engine.copy_prefix({0: [1, 2]})
         sampled = {slot: {} for slot in range(4)}
         for turn in range(4):
-            first = {0: start[-1:], 1: start[-1:], 2: start[-1:], 3: prompt(1, 5)[-1:]}
+            first = {0: start, 1: start, 2: start, 3: prompt(1, 5)}
             ids = first if turn == 0 else {s: prompt(100 * turn + s, 2 + 2 * s) for s in range(4)}
-            for slot, reply in enumerate(engine.reply([request(s, ids[s], turn) for s in range(4)])):
+            requests = [request(s, ids[s], turn, start=turn == 0) for s in range(4)]
+            for slot, reply in enumerate(engine.reply(requests)):
                 end = len(engine.row(slot))
                 sampled[slot] |= dict(
                     zip(
@@ -148,32 +161,73 @@ class TestAgreement:
                 [logprob for _, logprob in sampled[slot].values()], logprobs[places - 1], atol=1e-4
             )
 
-    def test_copied_prefix_equals_own_prefill(self, engine):
-        start = prompt(5, 13)
-        engine.prefill({2: start[:-1]})
-        engine.copy_prefix({2: [0]})
-        copied, _ = engine.reply([request(0, start[-1:], dialogue=9), request(2, start[-1:], dialogue=8)])
-        assert engine.row(0)[:13] == tuple(start)
+    def test_a_copied_start_equals_an_own_one(self, engine):
+        """Of a slot that goes on, of one that starts beside it, and of the slot's own row: bit for bit."""
+        start, longer = prompt(5, 23), prompt(5, 23)[:15] + prompt(6, 9)
+        engine.reply([request(2, start, dialogue=8, start=True)])
+        engine.reply([request(2, prompt(7, 4), turn=1, dialogue=8)])
+        before = engine.counts.prefilled, engine.counts.copied
+        copied = engine.reply(
+            [request(0, start, dialogue=9, start=True), request(1, longer, dialogue=10, start=True)]
+        )
+        # All of the one but its last token; of the other's 15 common tokens a chunk of 8.
+        assert engine.counts.copied - before[1] == 22 + 8
+        assert engine.counts.prefilled - before[0] == len(longer) - 1 - 8
+        (again,) = engine.reply([request(1, longer, dialogue=10, start=True)])  # over its own row
+        assert engine.counts.copied - before[1] == 22 + 8 + 23
+        assert engine.row(0)[:23] == tuple(start) and engine.row(1)[:24] == tuple(longer)
+        engine.reset()
+        together = engine.reply([request(s, start, dialogue=9 - s, start=True) for s in range(3)])
         engine.reset()
         (own,) = engine.reply([request(0, start, dialogue=9, start=True)])
-        assert own.ids == copied.ids
-        np.testing.assert_allclose(own.logprobs, copied.logprobs, atol=1e-6)  # chunks cut elsewhere
+        engine.reset()
+        (other,) = engine.reply([request(3, longer, dialogue=10, start=True)])
+        assert own == copied[0] == together[0]
+        assert other == copied[1] == again
 
 
 class TestIdentity:
-    def test_same_tokens_in_any_slot_beside_anyone(self, engine):
+    def test_same_in_any_slot_beside_anyone(self, engine):
+        """Bit for bit, log-probabilities too."""
         one, other = prompt(6, 7), prompt(7, 10)
         together = engine.reply(
             [request(0, one, dialogue=1, start=True), request(1, other, dialogue=2, start=True)]
         )
         engine.reset()
         (alone,) = engine.reply([request(3, other, dialogue=2, start=True)])
-        assert alone.ids == together[1].ids
-        engine.reset()
-        again = engine.reply(
-            [request(0, one, dialogue=1, start=True), request(1, other, dialogue=2, start=True)]
-        )
-        assert again == together  # bit for bit, log-probabilities too
+        assert alone == together[1]
+
+    def test_same_whenever_it_comes(self, params):
+        """Requests that join while others are under way, with fewer lanes than slots: bit for bit."""
+        engine = make_engine(sampling=Sampling(temperature=TEMPERATURE), slots=6, lanes=2)
+        engine.load(params, 0)
+        first = [request(s, prompt(40 + s, 4 + 3 * s), start=True) for s in range(6)]
+        second = [request(s, prompt(50 + s, 9 - s), turn=1) for s in range(6)]
+        expected = [engine.reply(first), engine.reply(second)]
+        for seed in range(4):
+            engine.reset()
+            order = np.random.default_rng(seed).permutation(6)
+            waiting = [first[i] for i in order]
+            found = {}, {}
+            while waiting or engine.busy:
+                for _ in range(1 + seed % 3):
+                    if waiting:
+                        engine.submit(waiting.pop())
+                for slot, reply in engine.advance().items():
+                    turn = int(slot in found[0])
+                    found[turn][slot] = reply
+                    if turn == 0:
+                        waiting.insert(0, second[slot])
+            for turn in range(2):
+                assert [found[turn][slot] for slot in range(6)] == expected[turn]
+
+    def test_lanes_change_nothing_but_rounding(self, engine, params):
+        narrow = make_engine(sampling=Sampling(temperature=TEMPERATURE), lanes=1, block=5)
+        narrow.load(params, 0)
+        requests = [request(s, prompt(20 + s, 4 + s), start=True) for s in range(4)]
+        for one, other in zip(engine.reply(requests), narrow.reply(requests), strict=True):
+            assert one.ids == other.ids
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
 
     def test_key(self, engine):
         """Another seed, step, dialogue or turn gives another reply."""
@@ -183,15 +237,6 @@ class TestIdentity:
         for key, turn in keys:
             replies.add(engine.reply([Request(0, ids, key, turn, start=True)])[0].ids)
         assert len(replies) == len(keys)
-
-    def test_blocks(self, engine, params):
-        """The host may look every few steps; nothing changes."""
-        short = make_engine(temperature=TEMPERATURE, block=3)
-        short.load(params, 0)
-        requests = [request(s, prompt(20 + s, 4 + s), start=True) for s in range(4)]
-        for one, other in zip(engine.reply(requests), short.reply(requests), strict=True):
-            assert one.ids == other.ids
-            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
 
 
 class TestReplies:
@@ -229,16 +274,14 @@ class TestReplies:
         assert engine.counts.prefilled - before == 11 + 6  # the reply's last token and five of the six
 
     def test_nothing_compiles_after_warm_up(self, params):
-        engine = make_engine(temperature=1.3)
+        engine = make_engine(sampling=Sampling(temperature=1.3), lanes=2)
         engine.load(params, 0)
         with CompileCounter() as counter:
             engine.warm_up()
-            assert counter.count <= 2 * 5 + 1  # as the class says: two lengths x five programs, and growth
+            assert counter.count <= 2 * 3 + 2  # as the class says: two lengths x three; creation and growth
             with counter.steady():
-                engine.prefill({0: prompt(1, 9)})
-                engine.copy_prefix({0: [2]})
                 for turn in range(3):
-                    engine.reply([request(s, prompt(turn, 11), turn) for s in (0, 2)])
+                    engine.reply([request(s, prompt(turn, 11), turn, start=turn == 0) for s in (0, 2)])
                 engine.load(params, 1)
                 engine.reply([request(1, prompt(3, 3), start=True)])
 
@@ -251,12 +294,10 @@ class TestWeights:
         engine.load(params, version=1)
         with pytest.raises(StaleSlot, match="slot 0 holds no dialogue of weights version 1"):
             engine.reply([request(0, prompt(3, 3), turn=2)])
-        with pytest.raises(StaleSlot):
-            engine.copy_prefix({0: [1]})
 
     def test_no_weights(self):
         with pytest.raises(RuntimeError, match="load"):
-            make_engine().reply([])
+            make_engine().submit(request(0, [7], start=True))
 
 
 class TestBadInput:
@@ -270,7 +311,8 @@ class TestBadInput:
             (dict(max_reply_tokens=64), "no room for a prompt"),
             (dict(slots=0), "`slots` is 0"),
             (dict(chunk=0), "`chunk` is 0"),
-            (dict(temperature=-1), "temperature"),
+            (dict(lanes=5), "5 lanes are more than the 4 slots"),
+            (dict(slots=10**9), r"slots of 64 tokens need .* GiB"),
         ],
     )
     def test_engine(self, options, words):
@@ -286,10 +328,22 @@ class TestBadInput:
             engine.reply([request(0, [61], start=True)])
         with pytest.raises(ValueError, match="at least one"):
             engine.reply([request(0, [], start=True)])
+        with pytest.raises(ValueError, match="at most 0"):
+            engine.reply([request(0, [7], start=True, limit=0)])
+        engine.submit(request(0, [7], start=True))
+        with pytest.raises(ValueError, match="under way"):
+            engine.submit(request(0, [7], start=True))
 
 
 def test_cache_lengths():
-    assert cache_lengths(640) == (320, 640)
+    assert cache_lengths(640) == (256, 384, 512, 640)
+    assert cache_lengths(2000) == (256, 384, 512, 768, 1024, 1536, 2016)
+    assert cache_lengths(300) == (256, 320)
+    assert cache_lengths(150) == (96, 160)
     assert cache_lengths(64) == (32, 64)
-    assert cache_lengths(20) == (20,)
-    assert cache_lengths(100) == (64, 100)
+
+
+def test_cache_bytes():
+    # 2 layers x keys and values x 2 heads of 6 numbers of 4 bytes
+    assert cache_bytes(CONFIG, slots=4, lanes=4, length=64, dtype="float32") == 2 * 2 * 2 * 6 * 4 * 64 * 4
+    assert cache_bytes(CONFIG, slots=4, lanes=2, length=64, dtype="bfloat16") == 2 * 2 * 2 * 6 * 2 * 64 * 6

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from mapo_jax.environment.dialogue import DialogueState, Roles, open_dialogue, take_turn
-from mapo_jax.environment.scenario import FEELINGS, UNSTATED, Scenario
+from mapo_jax.environment.scenario import FEELINGS, UNSTATED, Scenario, load_scenarios
 from mapo_jax.environment.scripted.assessment import KIND_MEMORY, KIND_MOST, KIND_RUNNING, SLOT_OF
 from mapo_jax.environment.scripted.director import ScriptedDirector
 from mapo_jax.environment.scripted.fold import mind_at
@@ -116,7 +117,6 @@ def good_helper(state: DialogueState, delayed_opening: bool = True) -> str:
 # How often the mixed speaker picks an act when it does not pick by the need.
 _STRAY = {
     **dict.fromkeys(HELPFUL, 3.0),
-    "offer_step": 6.0,  # the lapse of those who mean well, and what takes most examples to name
     "ask": 2.0,
     "repair": 1.5,
     "presence": 1.5,
@@ -127,6 +127,8 @@ _STRAY = {
 _RIGHT = 0.92  # chance that the mixed speaker names something right where it could
 _WORN = 0.1  # chance that it takes any wording, used up or not
 _UNFOUNDED = 0.05  # chance that it names something although nothing of the kind has been said
+_HASTY = 0.6  # and that it offers a step then: one of a few that people suggest to everybody
+_STOCK_STEPS = 12
 
 
 def speaker(
@@ -160,7 +162,8 @@ def _choose(mind: Mind, rng: random.Random, skill: float) -> str:
             return rng.choice(plan)
     while True:
         kind = rng.choices(list(_STRAY), list(_STRAY.values()))[0]
-        if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or rng.random() < _UNFOUNDED:
+        unfounded = _HASTY if kind == "offer_step" else _UNFOUNDED
+        if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or rng.random() < unfounded:
             return kind
 
 
@@ -169,9 +172,18 @@ def _word(mind: Mind, kind: str, rng: random.Random) -> str:
     if kind not in (*HELPFUL, "ask"):
         return say(mind, kind, rng, worn=worn)
     fillers = _fresh_fillers(mind, kind) or right_fillers(mind, kind)
+    if kind == "offer_step" and not fillers:
+        return say(mind, kind, rng, rng.choice(_stock_steps()), worn)
     if not fillers or rng.random() >= _RIGHT:
         fillers = _any_fillers(mind, kind)
     return say(mind, kind, rng, rng.choice(fillers), worn)
+
+
+@lru_cache(maxsize=1)
+def _stock_steps() -> tuple[str, ...]:
+    """The shortest steps of the training cards: suggested to anyone, whatever they have said."""
+    steps = {step for card in load_scenarios(split="train") for step in card.story.steps}
+    return tuple(sorted(steps, key=lambda step: (len(step), step))[:_STOCK_STEPS])
 
 
 def _any_fillers(mind: Mind, kind: str) -> Sequence[str]:

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted import lexicon
-from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import bare, realise
+from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.mind import Mind, begin
 
 _DISTRACT = 0.25  # share of fresh stages in which the user also waves an earlier matter aside
 _FEELING_TOO = 0.5  # share of weight and way messages that also state the feeling
-_AHEAD = 0.35  # share of messages in early episodes that let slip what only a later need is about
 _ATTEMPTS = 40  # draws for a message that is new; the later ones add an idle sentence
 _LONGEST = 30  # words that a message should not exceed, as long as other words are left
 
@@ -117,8 +116,6 @@ def _compose(rng: random.Random, mind: Mind, spoken: str) -> list[str]:
             body.append(feeling())
         else:
             body.append(_fresh(rng, lexicon.STRENGTH, spoken, s=story.strengths[1 - index]))
-    if episode.need in ("heard", "weight") and spoken and rng.random() < _AHEAD:
-        body.append(_ahead(rng, mind, spoken))
     if first and mind.reaction is not None and episode.origin == "stage" and rng.random() < _DISTRACT:
         past = (
             mind.scenario.story.stages[rng.randrange(episode.content)].particulars if episode.content else ()
@@ -131,14 +128,3 @@ def _compose(rng: random.Random, mind: Mind, spoken: str) -> list[str]:
     if not first:
         rng.shuffle(body)
     return opening + body
-
-
-def _ahead(rng: random.Random, mind: Mind, spoken: str) -> str:
-    """A step, a strength or the value, said in passing: who takes it up now does so before its time."""
-    story = mind.scenario.story
-    sort = rng.choice(("step", "step", "strength", "value"))
-    if sort == "step":
-        return _fresh(rng, lexicon.STEP, spoken, t=rng.choice(story.steps))
-    if sort == "strength":
-        return _fresh(rng, lexicon.STRENGTH, spoken, s=rng.choice(story.strengths))
-    return _fresh(rng, lexicon.VALUE, spoken, v=mind.scenario.value)
