@@ -23,7 +23,8 @@ from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.rollout.chat import ChatFormat, Row
-from mapo_jax.rollout.engine import Engine, Reply, Request
+from mapo_jax.rollout.desk import Desk
+from mapo_jax.rollout.engine import Engine, Request
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ async def finished_groups(
     free: asyncio.Queue[int] = asyncio.Queue()
     for slot in range(engine.slots):
         free.put_nowait(slot)
-    desk = _Desk(engine)
+    desk = Desk(engine)
     ids = [scenario.id for scenario in scenarios]
     occurrences = [ids[:index].count(name) for index, name in enumerate(ids)]
     finished_turns = 0
@@ -235,40 +236,6 @@ async def finished_groups(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Desk:
-    """Takes requests from many dialogues and answers them in blocks; the event loop never waits for it."""
-
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self._waiting: dict[int, asyncio.Future[Reply]] = {}
-        self._something_to_do = asyncio.Event()
-
-    async def reply(self, request: Request) -> Reply:
-        """The reply to a request."""
-        self._engine.submit(request)
-        self._waiting[request.slot] = asyncio.get_running_loop().create_future()
-        self._something_to_do.set()
-        return await self._waiting[request.slot]
-
-    async def serve(self) -> None:
-        """Works until it is cancelled; then the block under way still ends, since nothing can stop it."""
-        while True:
-            await self._something_to_do.wait()
-            while self._engine.busy:
-                block = asyncio.ensure_future(asyncio.to_thread(self._engine.advance))
-                try:
-                    replies = await asyncio.shield(block)
-                except asyncio.CancelledError:
-                    await asyncio.wait([block])
-                    raise
-                for slot, reply in replies.items():
-                    self._waiting.pop(slot).set_result(reply)
-                # A world that does not wait answers within these passes, and so shares the next block.
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
-            self._something_to_do.clear()
 
 
 def _next_prompt(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted import lexicon
-from mapo_jax.environment.scripted.grammar import bare, realise
 from mapo_jax.environment.scripted.fold import mind_at
+from mapo_jax.environment.scripted.grammar import bare, realise
 from mapo_jax.environment.scripted.mind import Mind, begin
 
 _DISTRACT = 0.25  # share of fresh stages in which the user also waves an earlier matter aside
