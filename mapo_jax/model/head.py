@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mapo_jax.model.attention import MASKED
 from mapo_jax.model.qwen import Params, QwenConfig
@@ -39,36 +39,46 @@ def token_logprobs(
     config: QwenConfig,
     hidden: Float[Array, "B L D"],
     targets: Int[Array, "B L"],
+    wanted: Bool[Array, "B L"] | None = None,
     *,
     temperature: float = 1.0,
     vocabulary_size: int | None = None,
-    chunk: int = 512,
+    chunk: int = 256,
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Log-probability of each target, and the entropy of the distribution it comes from.
 
-    The distribution is softmax(logits / temperature). Tokens are taken `chunk` at a time and the logits of a
-    chunk are recomputed in the backward pass: memory is that of one [chunk, V] array.
+    The distribution is softmax(logits / temperature). About `chunk` tokens are taken at a time, the same
+    columns of every row, and their logits are recomputed in the backward pass: memory is that of one
+    [chunk, V] array.
+
+    Args:
+      wanted: columns in which no row wants anything are mostly skipped, a chunk at a time, and give 0; so
+        it pays to have what is wanted in the first columns.
 
     Returns:
       (log-probabilities, entropies), float32, in nats.
     """
-    batch, length, width = hidden.shape
-    count = batch * length
-    padding = -count % chunk
+    batch, length, _ = hidden.shape
+    width = max(1, min(length, chunk // batch))
 
     @jax.checkpoint
-    def score(pair):
-        states, ids = pair
+    def score(states, ids):
         scores = logits(params, config, states, vocabulary_size=vocabulary_size) / temperature
         normaliser = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.take_along_axis(scores, ids[:, None], axis=-1)[:, 0]
-        mean = jnp.sum(jnp.exp(scores - normaliser[:, None]) * scores, axis=-1)
+        chosen = jnp.take_along_axis(scores, ids[..., None], axis=-1)[..., 0]
+        mean = jnp.sum(jnp.exp(scores - normaliser[..., None]) * scores, axis=-1)
         return chosen - normaliser, normaliser - mean
 
-    states = jnp.pad(hidden.reshape(count, width), ((0, padding), (0, 0))).reshape(-1, chunk, width)
-    ids = jnp.pad(targets.reshape(count), (0, padding)).reshape(-1, chunk)
-    logprobs, entropy = jax.lax.map(score, (states, ids))
-    return (
-        logprobs.reshape(-1)[:count].reshape(batch, length),
-        entropy.reshape(-1)[:count].reshape(batch, length),
-    )
+    def skip(states, ids):
+        nothing = jnp.zeros(ids.shape, jnp.float32)
+        return nothing, nothing
+
+    def columns(array):
+        padded = jnp.pad(array, ((0, 0), (0, -length % width), *((0, 0),) * (array.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(batch, -1, width, *array.shape[2:]), 1, 0)
+
+    if wanted is None:
+        wanted = jnp.ones(targets.shape, bool)
+    chunks = (columns(hidden), columns(targets), columns(wanted))
+    found = jax.lax.map(lambda part: jax.lax.cond(jnp.any(part[2]), score, skip, *part[:2]), chunks)
+    return tuple(jnp.moveaxis(part, 0, 1).reshape(batch, -1)[:, :length] for part in found)

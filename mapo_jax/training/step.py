@@ -190,8 +190,12 @@ def _score(
     positions: Int[Array, "B L"],
     segments: Int[Array, "B L"] | None,
     columns: Int[Array, "B N"],
+    wanted: Bool[Array, "B N"],
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
-    """Log-probability of the tokens at `columns`, each given those before it, and the entropies."""
+    """Log-probability of the tokens at `columns`, each given those before it, and the entropies.
+
+    Right where they are wanted; elsewhere anything finite.
+    """
     hidden = hidden_states(
         params,
         scoring.config,
@@ -207,6 +211,7 @@ def _score(
         scoring.config,
         jnp.take_along_axis(hidden, before[:, :, None], axis=1),
         _at(columns, tokens),
+        wanted,
         temperature=scoring.temperature,
         vocabulary_size=scoring.vocabulary_size,
     )
@@ -229,7 +234,7 @@ def _policy_loss(
     old, sampled, advantages = (
         _at(columns, array) for array in (batch.old_logprobs, batch.sampler_logprobs, batch.advantages)
     )
-    rows = (batch.tokens, batch.positions, None, columns)
+    rows = (batch.tokens, batch.positions, None, columns, mask)
     logprobs, entropy = _score(params, scoring, *rows)
     if not algorithm.entropy_coefficient:
         entropy = jax.lax.stop_gradient(entropy)  # only reported: no backward pass for it
@@ -285,8 +290,8 @@ def _supervised_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     wanted = _supervised_mask(batch)
     columns = _loss_columns(wanted, scoring.loss_tokens)
-    logprobs, _ = _score(params, scoring, batch.tokens, batch.positions, batch.segments, columns)
     mask = _at(columns, wanted)
+    logprobs, _ = _score(params, scoring, batch.tokens, batch.positions, batch.segments, columns, mask)
     loss = -jnp.sum(jnp.where(mask, logprobs, 0.0)) / total
     return _refuse_lost_tokens(loss, mask, wanted), {}
 
@@ -452,9 +457,10 @@ def make_scorer(scoring: Scoring, *, microbatch_rows: int = 0) -> Callable[[Para
 
     def score(params: Params, batch: Batch) -> Float[Array, "B L"]:
         columns = _loss_columns(batch.mask, scoring.loss_tokens)
-        logprobs, _ = _score(params, scoring, batch.tokens, batch.positions, None, columns)
+        mask = _at(columns, batch.mask)
+        logprobs, _ = _score(params, scoring, batch.tokens, batch.positions, None, columns, mask)
         rows = jnp.arange(batch.mask.shape[0])[:, None]
-        logprobs = jnp.where(_at(columns, batch.mask), logprobs, 0.0)
+        logprobs = jnp.where(mask, logprobs, 0.0)
         return jnp.zeros(batch.mask.shape, jnp.float32).at[rows, columns].set(logprobs)
 
     def scorer(params: Params, batch: Batch) -> Float[Array, "B L"]:

