@@ -258,14 +258,15 @@ def measure(
 ) -> dict[str, float]:
     """Holds dialogues with the validation cards and returns the figures of what came of them.
 
-    As many dialogues as a training step has, so that the sampler's compiled programs are the same.
+    Twice as many dialogues as a training step has, in the sampler that training uses: enough turns for the
+    rarest kinds of reply to be seen.
 
     Returns:
       Those of `summarize` and `reading_metrics`, `truncated` (share of replies cut by the token limit), and
       `act/KIND`: the share of replies that hold an act of this kind, every kind.
     """
     rollout = config.rollout
-    dialogues_in_all = rollout.scenarios * rollout.rollouts
+    dialogues_in_all = 2 * rollout.scenarios * rollout.rollouts
     cards = load_scenarios(config.environment.scenarios, "validation")[:dialogues_in_all]
     engine = make_engine(policy, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
     engine.load(params, 0)

@@ -121,15 +121,16 @@ _STRAY = {
     "repair": 1.5,
     "presence": 1.5,
     **dict.fromkeys(HARMFUL, 1.0),
-    "advise": 3.0,  # the commonest lapse of those who mean well
+    "advise": 2.0,  # the commonest lapse of those who mean well
 }
 
 
 _RIGHT = 0.92  # chance that the mixed speaker names something right where it could
 _WORN = 0.1  # chance that it takes any wording, used up or not
 _UNFOUNDED = 0.05  # chance that it names something although nothing of the kind has been said
-_HASTY = {"offer_step": 0.6, "affirm_strength": 0.3}  # and the chance that these then come from a stock
-_STOCK = 12  # steps, and strengths, that it has for everybody
+# Chance that it has one of these acts ready for anybody, whatever they have said, and so too soon.
+_HASTY = {"offer_step": 0.6, "affirm_strength": 0.3, "reframe": 0.3}
+_STOCK = 12  # phrases that it has for each of them
 
 
 def speaker(
@@ -180,11 +181,17 @@ def _word(mind: Mind, kind: str, rng: random.Random) -> str:
     return say(mind, kind, rng, rng.choice(fillers), worn)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _stock(kind: str) -> tuple[str, ...]:
-    """The shortest steps or strengths of the training cards: for anyone, whatever they have said."""
-    stories = [card.story for card in load_scenarios(split="train")]
-    phrases = {p for story in stories for p in (story.steps if kind == "offer_step" else story.strengths)}
+    """The shortest steps, strengths or values of the training cards."""
+    phrases = set()
+    for card in load_scenarios(split="train"):
+        pools = {
+            "offer_step": card.story.steps,
+            "affirm_strength": card.story.strengths,
+            "reframe": (card.value,),
+        }
+        phrases.update(pools[kind])
     return tuple(sorted(phrases, key=lambda phrase: (len(phrase), phrase))[:_STOCK])
 
 
