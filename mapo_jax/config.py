@@ -132,12 +132,12 @@ class TrainingConfig:
 class WarmstartConfig:
     """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
 
-    steps: int = 1000  # optimizer updates
+    steps: int = 1300  # optimizer updates
     rows: int = 4  # packed rows per update
     row_tokens: int = 448  # length of a packed row
     turns: int = 3  # dialogues are cut into pieces of so many turns; 0: as many as fit a row
     learning_rate: float = 3e-3  # peak of a cosine schedule with warm-up
-    dialogues: int = 2500  # synthetic dialogues when `data` is empty
+    dialogues: int = 3000  # synthetic dialogues when `data` is empty
     data: str | None = None  # JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality
     cache: str | None = None  # folder of finished warm starts; empty: the user's cache folder
     min_naming_ratio: float = 2.0  # gate: naming accuracy must be this many times chance before RL starts

@@ -62,7 +62,17 @@ TOKENIZER_CHATS = 1000  # chats that the tokenizer is built from: more change no
 OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0, b1=0.9, b2=0.95)
 
 _PACKAGE = Path(__file__).parent
-_SOURCES = ("environment", "model", "warmstarting", "rollout/chat.py", "tokenizer.py", "training/step.py")
+_SOURCES = (
+    "environment/scripted",
+    "environment/dialogue.py",
+    "environment/scenario.py",
+    "environment/state.py",
+    "model",
+    "warmstarting",
+    "rollout/chat.py",
+    "tokenizer.py",
+    "training/step.py",
+)
 
 
 def run_warmstart(

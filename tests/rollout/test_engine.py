@@ -4,6 +4,11 @@ The shape is tiny and nothing in it is a default: 2 layers, 4/2 heads of 6 on a 
 of which 53 are tokens. A cache of 64 tokens grows through 32; rows cross that boundary on purpose.
 """
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +38,14 @@ CONFIG = QwenConfig(
 TOKENS, STOPS, LENGTH, LIMIT, TEMPERATURE = 53, (2, 5), 64, 8, 0.8
 
 
+def scaled(params):
+    """Weights large enough for distributions with a shape; 0.02 would make every token as good as any."""
+    return jax.tree.map(lambda leaf: 12 * leaf if leaf.std() > 0 else leaf, params)
+
+
 @pytest.fixture(scope="module")
 def params():
-    """Weights large enough for distributions with a shape; 0.02 would make every token as good as any."""
-    return jax.tree.map(lambda leaf: 12 * leaf if leaf.std() > 0 else leaf, init_params(CONFIG, seed=3))
+    return scaled(init_params(CONFIG, seed=3))
 
 
 def make_engine(**options):
@@ -347,3 +356,47 @@ def test_cache_bytes():
     # 2 layers x keys and values x 2 heads of 6 numbers of 4 bytes
     assert cache_bytes(CONFIG, slots=4, lanes=4, length=64, dtype="float32") == 2 * 2 * 2 * 6 * 4 * 64 * 4
     assert cache_bytes(CONFIG, slots=4, lanes=2, length=64, dtype="bfloat16") == 2 * 2 * 2 * 6 * 2 * 64 * 6
+
+
+def test_on_a_mesh_of_four_as_on_one_device():
+    """Slots and lanes cut over two devices, heads over two; every slot keeps to its own devices."""
+    script = """
+        import sys, jax, numpy as np
+        sys.path.insert(0, sys.argv[1])
+        import test_engine as tiny
+        from mapo_jax.config import MeshConfig
+        from mapo_jax.model.qwen import init_params
+        from mapo_jax.model.sharding import make_mesh, param_shardings
+        from mapo_jax.rollout.sampling import Sampling
+
+        params = tiny.scaled(init_params(tiny.CONFIG, seed=3))
+        mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+        found = []
+        for options, weights in (
+            ({}, params), (dict(mesh=mesh), jax.device_put(params, param_shardings(tiny.CONFIG, mesh)))
+        ):
+            engine = tiny.make_engine(
+                sampling=Sampling(temperature=tiny.TEMPERATURE), slots=8, lanes=4, prefill_rows=2, **options
+            )
+            engine.load(weights, 0)
+            replies = []
+            for turn in range(3):
+                # Two starts of one kind on each half; the last dialogues wait for a lane.
+                sizes = [(5, 5, 9, 3)[s % 4] for s in range(8)]
+                replies += engine.reply([
+                    tiny.request(s, tiny.prompt(turn if turn else s % 4, sizes[s]), turn, start=turn == 0)
+                    for s in range(8)
+                ])
+            found.append((replies, engine.counts))
+            cache = engine._cache[0][0]
+            assert len(cache.sharding.device_set) == (4 if options else 1)
+        (alone, counts), (cut, cut_counts) = found
+        assert counts.prefilled == cut_counts.prefilled and counts.sampled == cut_counts.sampled
+        for one, other in zip(alone, cut, strict=True):
+            assert one.ids == other.ids
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)  # sums over heads in parts
+    """
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

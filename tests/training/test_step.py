@@ -417,8 +417,8 @@ def test_supervised_update_is_the_mean_negative_log_likelihood_packed_or_not(par
 def test_update_on_a_mesh_of_eight_equals_that_of_one(tmp_path):
     """Weights, moments and rows cut over eight virtual devices; reductions run in another order.
 
-    AdamW divides a gradient by its own size, so the rounding of a tiny one shows in full: weights within 3e-5,
-    which is 0.3 % of one step.
+    AdamW divides a gradient by its own size, so the rounding of a tiny one shows in full: weights within
+    3e-5, which is 0.3 % of one step.
     """
     script = """
         import sys, jax, jax.numpy as jnp, numpy as np

@@ -120,17 +120,15 @@ _STRAY = {
     "ask": 2.0,
     "repair": 1.5,
     "presence": 1.5,
-    **dict.fromkeys(HARMFUL, 1.0),
-    "advise": 2.0,  # the commonest lapse of those who mean well
+    **dict.fromkeys(HARMFUL, 0.8),
 }
 
 
 _RIGHT = 0.92  # chance that the mixed speaker names something right where it could
 _WORN = 0.1  # chance that it takes any wording, used up or not
 _UNFOUNDED = 0.05  # chance that it names something although nothing of the kind has been said
-# Chance that it has one of these acts ready for anybody, whatever they have said, and so too soon.
-_HASTY = {"offer_step": 0.6, "affirm_strength": 0.3, "reframe": 0.3}
-_STOCK = 12  # phrases that it has for each of them
+_HASTY = 0.25  # and that it offers a step then: one of a few that it has for everybody
+_STOCK_STEPS = 12
 
 
 def speaker(
@@ -164,7 +162,7 @@ def _choose(mind: Mind, rng: random.Random, skill: float) -> str:
             return rng.choice(plan)
     while True:
         kind = rng.choices(list(_STRAY), list(_STRAY.values()))[0]
-        unfounded = rng.random() < _HASTY.get(kind, _UNFOUNDED)
+        unfounded = rng.random() < (_HASTY if kind == "offer_step" else _UNFOUNDED)
         if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or unfounded:
             return kind
 
@@ -174,25 +172,18 @@ def _word(mind: Mind, kind: str, rng: random.Random) -> str:
     if kind not in (*HELPFUL, "ask"):
         return say(mind, kind, rng, worn=worn)
     fillers = _fresh_fillers(mind, kind) or right_fillers(mind, kind)
-    if kind in _HASTY and not fillers:
-        return say(mind, kind, rng, rng.choice(_stock(kind)), worn)
+    if kind == "offer_step" and not fillers:
+        return say(mind, kind, rng, rng.choice(_stock_steps()), worn)
     if not fillers or rng.random() >= _RIGHT:
         fillers = _any_fillers(mind, kind)
     return say(mind, kind, rng, rng.choice(fillers), worn)
 
 
-@lru_cache(maxsize=3)
-def _stock(kind: str) -> tuple[str, ...]:
-    """The shortest steps, strengths or values of the training cards."""
-    phrases = set()
-    for card in load_scenarios(split="train"):
-        pools = {
-            "offer_step": card.story.steps,
-            "affirm_strength": card.story.strengths,
-            "reframe": (card.value,),
-        }
-        phrases.update(pools[kind])
-    return tuple(sorted(phrases, key=lambda phrase: (len(phrase), phrase))[:_STOCK])
+@lru_cache(maxsize=1)
+def _stock_steps() -> tuple[str, ...]:
+    """The shortest steps of the training cards: for anyone, whatever they have said."""
+    steps = {step for card in load_scenarios(split="train") for step in card.story.steps}
+    return tuple(sorted(steps, key=lambda step: (len(step), step))[:_STOCK_STEPS])
 
 
 def _any_fillers(mind: Mind, kind: str) -> Sequence[str]:
