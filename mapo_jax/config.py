@@ -79,9 +79,7 @@ class RoleConfig:
     implementation: str | None = None  # a class of your own, package.module:Class; empty: ours
     temperature: float = 1.0  # sampling temperature
     max_tokens: int = 2048  # longest answer, reasoning included
-    extra_body: dict[str, Any] = field(
-        default_factory=dict
-    )  # more fields of a request; engine: slots, tokens
+    extra_body: dict[str, Any] = field(default_factory=dict)  # more request fields; engine: slots, tokens
     requests_per_minute: int = 0  # the server's limit; 0: none
     tokens_per_minute: int = 0  # the server's limit, prompts and answers together; 0: none
     input_price: float = 0.0  # of a million prompt tokens, in your currency

@@ -26,6 +26,7 @@ from mapo_jax.errors import UserError
 DOMAINS = ("life", "health", "leisure", "values", "relations", "career")
 SPLITS = ("train", "validation", "test")
 THRESHOLDS = ("low", "medium", "high")
+LANGUAGES = ("en", "zh")
 AXES = ("C", "A", "P")
 INDICATORS = ("C1", "C2", "C3", "A1", "A2", "A3", "P1", "P2", "P3")
 PERIODS = ("childhood", "youth", "adulthood", "recent")
@@ -117,6 +118,7 @@ class Scenario:
     motive: str
     value: str  # what matters to this person, as in "being fair matters to you"
     story: Story
+    language: str = "en"  # of the card, and so of the prompts: one of LANGUAGES
 
     def __hash__(self) -> int:
         """By id: cards are keys of caches, and equal cards have equal ids."""

@@ -1,4 +1,4 @@
-"""`complete(messages) -> text`, the one thing that a role is given: cached, checked, mended once, recorded."""
+"""`complete(messages) -> text`, all that a role is given: cached, checked, mended once, and recorded."""
 
 from __future__ import annotations
 
@@ -159,6 +159,7 @@ class Caller:
         """See Complete."""
         tally = self.log[self.role]
         tally.calls += 1
+        messages = [_plain(message) for message in messages]
         try:
             return await self._once(tally, messages, seed, schema, check)
         except RoleFailure as failure:
@@ -169,8 +170,8 @@ class Caller:
             tally.repairs += 1
             messages = [
                 *messages,
-                {"role": "assistant", "content": failure.raw or "(nothing)"},
-                {"role": "user", "content": repair(failure.detail)},
+                _plain({"role": "assistant", "content": failure.raw or "(nothing)"}),
+                _plain({"role": "user", "content": repair(failure.detail)}),
             ]
         try:
             return await self._once(tally, messages, seed, schema, check)
@@ -203,3 +204,8 @@ class Caller:
         if self.cache is not None:
             self.cache.put(where, self.role, answer)
         return answer.text
+
+
+def _plain(message: Mapping[str, str]) -> dict[str, str]:
+    """A message that cannot spell a chat template's control token, such as <|im_end|>."""
+    return {"role": message["role"], "content": message["content"].replace("<|", "<\u200b|")}
