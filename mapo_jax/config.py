@@ -281,8 +281,9 @@ def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
 def known_keys(section: type = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the configuration, leaves only."""
     keys = []
+    hints = get_type_hints(section)
     for entry in fields(section):
-        inner = get_type_hints(section)[entry.name]
+        inner = hints[entry.name]
         dotted = f"{prefix}{entry.name}"
         keys += known_keys(inner, f"{dotted}.") if is_dataclass(inner) else [dotted]
     return keys

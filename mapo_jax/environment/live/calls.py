@@ -71,12 +71,13 @@ class CallLog:
         """Args: file: where failures go; None for nowhere."""
         self._file = file
         self._tallies: dict[str, Tally] = {}
+        self.lost: Counter[str] = Counter()  # what a role failed to do for good since the last `take`, by kind
 
     def __getitem__(self, role: str) -> Tally:
         return self._tallies.setdefault(role, Tally())
 
     def failed(self, role: str, failure: RoleFailure, *, final: bool, seed: int) -> None:
-        """Notes a failure: one that a repair may still mend, or a final one."""
+        """Notes a failed call: one that a repair may still mend, or a final one."""
         if final:
             self[role].failures[failure.kind] += 1
         if self._file is None:
@@ -94,10 +95,6 @@ class CallLog:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def failures(self) -> Counter[str]:
-        """Final failures of all roles by kind, since the last `take`."""
-        return sum((tally.failures for tally in self._tallies.values()), Counter())
-
     def take(self, prices: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """The metrics since the last call of this, and a new beginning.
 
@@ -106,8 +103,9 @@ class CallLog:
 
         Returns:
           For each role that was called: `ROLE/{calls,cached,lost_attempts,call_failure_rate,repair_rate,
-          latency_p50,latency_p95,tokens,cost}` and, for a judge with several samples, `judge/spread`; and
-          `failures/KIND` and `environment/cost` over all roles. Cached calls have no latency and no cost.
+          latency_p50,latency_p95,tokens,cost}` and, for a judge with several samples, `judge/spread`; over
+          all roles `environment/cost` and `failures/KIND`, turns and dialogues lost. Cached calls have no
+          latency and no cost.
         """
         metrics: dict[str, float] = {}
         cost = 0.0
@@ -131,9 +129,9 @@ class CallLog:
                     metrics[f"{role}/latency_{name}"] = float(np.percentile(tally.seconds, share))
             if tally.spreads:
                 metrics[f"{role}/spread"] = float(np.mean(tally.spreads))
-        failures = self.failures()
+        metrics |= {f"failures/{kind}": float(count) for kind, count in sorted(self.lost.items())}
         self._tallies.clear()
-        metrics |= {f"failures/{kind}": float(count) for kind, count in sorted(failures.items())}
+        self.lost.clear()
         return metrics | {"environment/cost": cost}
 
 
