@@ -38,9 +38,7 @@ class Entry:
 
     def follows(self, state: DialogueState) -> bool:
         """Whether it is the turn that this dialogue awaits."""
-        return (
-            state.outcome is None and self.index == state.turn_count and self.turn.user == state.user
-        )
+        return state.outcome is None and self.index == state.turn_count and self.turn.user == state.user
 
     def after(self, state: DialogueState) -> DialogueState:
         """The dialogue with this turn."""

@@ -71,7 +71,9 @@ class CallLog:
         """Args: file: where failures go; None for nowhere."""
         self._file = file
         self._tallies: dict[str, Tally] = {}
-        self.lost: Counter[str] = Counter()  # what a role failed to do for good since the last `take`, by kind
+        self.lost: Counter[str] = (
+            Counter()
+        )  # what a role failed to do for good since the last `take`, by kind
 
     def __getitem__(self, role: str) -> Tally:
         return self._tallies.setdefault(role, Tally())

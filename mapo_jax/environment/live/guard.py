@@ -82,7 +82,9 @@ class Guarded:
 
     async def open(self, scenario: Scenario, seed: int) -> str:
         """See User."""
-        return await self._bounded("user", ("opening", scenario.id, seed), self._roles.user.open(scenario, seed))
+        return await self._bounded(
+            "user", ("opening", scenario.id, seed), self._roles.user.open(scenario, seed)
+        )
 
     async def reply(self, state: DialogueState) -> str:
         """See User."""
