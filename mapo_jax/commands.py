@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,16 @@ def run_command(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 0
     return 0
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: what would steer it, or turn the reading direction, is shown as an escape."""
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else ascii(character)[1:-1]
+        for character in text
+    )
 
 
 def cache_folder(name: str) -> Path:

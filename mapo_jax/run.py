@@ -82,8 +82,8 @@ def prepare(
     """
     folder = Path(config.run.directory)
     compiles = stack.enter_context(CompileCounter())
-    training = load_scenarios(config.environment.scenarios, "train")
-    validation = load_scenarios(config.environment.scenarios, "validation")[: config.evaluation.scenarios]
+    training = cards(config, "train")
+    validation = cards(config, "validation")[: config.evaluation.scenarios]
     if config.rollout.scenarios > len(training):
         raise UserError(
             f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
@@ -193,11 +193,16 @@ def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple
     return reached["step"], state
 
 
+def cards(config: Config, split: str) -> list[Scenario]:
+    """The cards of a split that this run's world can play. Raises as `load_scenarios` does."""
+    scripted = config.environment.family == "scripted"
+    return load_scenarios(config.environment.scenarios, split, scripted=scripted)
+
+
 def scenario_deck(config: Config) -> grain.DatasetIterator:
     """Endless batches of S training scenarios, reshuffled every epoch; its position can be saved."""
-    cards = load_scenarios(config.environment.scenarios, "train")
     return iter(
-        grain.MapDataset.source(cards)
+        grain.MapDataset.source(cards(config, "train"))
         .seed(config.training.seed)
         .shuffle()
         .repeat()

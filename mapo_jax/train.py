@@ -22,6 +22,7 @@ from rich.console import Console
 from mapo_jax.commands import Stopped, run_command, use_compilation_cache
 from mapo_jax.config import Config, load_config
 from mapo_jax.environment.live import health
+from mapo_jax.environment.live.forecast import live_forecast
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.metrics import reading_metrics
@@ -31,7 +32,7 @@ from mapo_jax.files import write_whole
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
-from mapo_jax.run import Run, begin, prepare, progress, rows_per_dialogue, scenario_deck
+from mapo_jax.run import Run, begin, cards, prepare, progress, rows_per_dialogue, scenario_deck
 from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
@@ -313,7 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command() -> None:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
-            Console(highlight=False).print(forecast(config), markup=False)
+            console = Console(highlight=False)
+            console.print(forecast(config), markup=False)
+            if config.environment.family == "live":
+                table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))
+                console.print(table, markup=False, soft_wrap=True)
         else:
             train(config)
 

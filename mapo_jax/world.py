@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
+from mapo_jax.commands import printable
 from mapo_jax.config import ENGINE, ROLES, Config, EnvironmentConfig, RoleConfig, RolloutConfig
 from mapo_jax.environment.dialogue import RoleFailure, Roles
 from mapo_jax.environment.live.cache import CACHE_FILE, CallCache
@@ -111,14 +112,15 @@ class World:
             except WorldFailing as failing:
                 self.on_pause()
                 if number == len(self._waits):
-                    minutes = f"{self._config.pause_minutes:g} minutes of pauses did not clear it"
+                    cleared = f"{self._config.pause_minutes:g} minutes of pauses did not clear it"
                     raise UserError(
-                        f"{failing}; {minutes if number else 'no pause is configured'}. The run stopped with "
-                        f"everything saved: see {FAILURES_FILE} in {self._folder}, mend the world, and the "
-                        "same command goes on"
+                        f"{printable(str(failing))}; {cleared if number else 'no pause is configured'}. The "
+                        f"run stopped with everything saved: see {FAILURES_FILE} in {self._folder}, mend the "
+                        "world, and the same command goes on"
                     ) from None
                 wait = self._waits[number]
-                note(f"{failing}; pause {number + 1} of {len(self._waits)}: {wait:.0f} s, then on from there")
+                what = printable(str(failing))
+                note(f"{what}; pause {number + 1} of {len(self._waits)}: {wait:.0f} s, then on from there")
                 _sleep(wait, check)
         raise AssertionError("unreachable")
 
@@ -170,16 +172,29 @@ def open_world(config: Config, folder: Path | None, mesh: Mesh) -> Iterator[Worl
         if environment.family == "scripted":
             yield World(scripted_roles(environment), environment, folder, runner)
             return
+        callers, log = stack.enter_context(open_models(config, folder, mesh, runner, ROLES))
+        yield World(_roles(config, callers, log), environment, folder, runner, live=True, log=log)
+
+
+@contextmanager
+def open_models(
+    config: Config, folder: Path | None, mesh: Mesh, runner: asyncio.Runner, names: Sequence[str]
+) -> Iterator[tuple[dict[str, Complete | None], CallLog]]:
+    """What each of the named roles asks (None where no model is named), and the log of its calls.
+
+    Args and errors as of `open_world`.
+    """
+    environment = config.environment
+    with ExitStack() as stack:
         log = CallLog(None if folder is None else folder / FAILURES_FILE)
         cache = None
         if folder is not None:
             cache = CallCache(folder / CACHE_FILE)
             stack.callback(cache.close)
         engines: dict[Any, EngineModel] = {}
-        callers: dict[str, Complete | None] = {}
-        for name in ROLES:
+        callers: dict[str, Complete | None] = dict.fromkeys(names)
+        for name in names:
             role = getattr(environment, name)
-            callers[name] = None
             if role.model is None:
                 continue
             if role.model.startswith(ENGINE):
@@ -196,7 +211,7 @@ def open_world(config: Config, folder: Path | None, mesh: Mesh) -> Iterator[Worl
             }
             callers[name] = Caller(name, call, settings, log, cache)
         log.take({})  # whether servers are there belongs to no step
-        yield World(_roles(config, callers, log), environment, folder, runner, live=True, log=log)
+        yield callers, log
 
 
 def _roles(config: Config, callers: dict[str, Complete | None], log: CallLog) -> Roles:
