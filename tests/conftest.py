@@ -61,6 +61,7 @@ class ScriptedServer:
 
         ("status", 429, {"retry-after": "0"})   an HTTP error
         ("close",)                               the connection is closed without an answer
+        ("silence",)                             nothing at all, for a minute
         ("cut",)                                 half a body, announced whole
         ("json",)                                a body that is no JSON
         ("stall", seconds)                       headers at once, then silence, then the connection closes
@@ -141,6 +142,8 @@ class ScriptedServer:
         if what[0] == "json":
             await self._send(writer, 200, b'{"id": "c1", "choi')
             return True
+        if what[0] == "silence":
+            await asyncio.sleep(60)
         if what[0] == "cut":
             whole = json.dumps(completion("x" * 400)).encode()
             await self._send(writer, 200, whole[:200], length=len(whole))
@@ -195,3 +198,73 @@ def well_formed():
 def judged():
     """`judged(*levels)`: a well-formed judgement as text."""
     return judgement
+
+
+# --- A model that plays a role. ---
+
+
+def write_speaking_model(folder, lines, texts):
+    """A Qwen3 that answers every chat with one of its lines, at random, and nothing else.
+
+    Its blocks add nothing, so the next token follows from the last one alone: behind the prompt's last token
+    comes one of the lines, each of which is one token of the vocabulary, and behind a line <|im_end|>.
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from mapo_jax.rollout.chat import ChatFormat
+    from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+
+    tokenizer = train_tokenizer(texts, 2000)
+    tokenizer.add_tokens(list(lines))
+    save_tokenizer(folder, tokenizer, max_tokens=8192)
+    chat = ChatFormat(load_tokenizer(folder))
+    last = chat.prompt([{"role": "user", "content": "Hello."}])[-1]
+    config = Qwen3Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        eos_token_id=chat.end_of_turn[0],
+    )
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedding = torch.nn.functional.normalize(torch.randn(config.vocab_size, 64), dim=1)
+        model.model.embed_tokens.weight.copy_(embedding)
+        model.lm_head.weight.zero_()
+        for line in lines:
+            token = tokenizer.token_to_id(line)
+            model.lm_head.weight[token] = 8 * embedding[last]
+            model.lm_head.weight[chat.end_of_turn[0]] += 8 * embedding[token]
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def speaking_models(tmp_path_factory):
+    """Folders of three small Qwen3 models that play user, judge and director, well-formed."""
+    from mapo_jax.environment.live.judge import judge_messages
+    from mapo_jax.environment.live.user import user_messages
+    from mapo_jax.environment.scenario import load_scenarios
+
+    cards = load_scenarios()[:4]
+    texts = [m["content"] for card in cards for m in judge_messages(card, (), "Hm.", "Well.")]
+    texts += [m["content"] for card in cards for m in user_messages(card, ())]
+    lines = {
+        "user": ["I lie awake at four.", "They never asked me.", "It is the quiet that gets me.",
+                 "I counted the stairs again.", "My coffee goes cold.", "Nobody rings in the evening."],
+        "judge": [judgement(1, 0, 2, 0, 0, -1), judgement(0, -1, 1, 0, 2, 0)],
+        "director": [json.dumps({"reason": "r", "function": "observe", "target": None, "guidance": "Wait."})],
+    }  # fmt: skip
+    return {
+        role: write_speaking_model(tmp_path_factory.mktemp(role), said, texts) for role, said in lines.items()
+    }
