@@ -82,8 +82,7 @@ class RoleConfig:
     extra_body: dict[str, Any] = field(default_factory=dict)  # more request fields; engine: slots, tokens
     requests_per_minute: int = 0  # the server's limit; 0: none
     tokens_per_minute: int = 0  # the server's limit, prompts and answers together; 0: none
-    input_price: float = 0.0  # of a million prompt tokens, in your currency
-    output_price: float = 0.0  # of a million answer tokens
+    prices: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of a million prompt and answer tokens
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,7 @@ class EnvironmentConfig:
     user: RoleConfig = field(default_factory=RoleConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     director: RoleConfig = field(default_factory=RoleConfig)
-    call_seconds: float = 60.0  # live only: longest attempt of a call; there are at most four attempts
-    dialogue_seconds: float = 1200.0  # live only: longest time that a dialogue may wait for its world
+    call_seconds: float = 60.0  # live only: longest attempt of a call; a dialogue has twice that a turn
     step_seconds: float = 7200.0  # live only: longest collection; what is unfinished then is left out
     failure_share: float = 0.2  # live only: a larger share of failures in the last 100 calls pauses the run
     pause_minutes: float = 60.0  # live only: pauses, each twice the last, until the run stops
@@ -348,6 +346,8 @@ def _type_name(dotted: str) -> str:
     for name in dotted.split("."):
         section = get_type_hints(section)[name]
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if section == list[float]:
+        return "a list of numbers"
     return names.get(section) or ("a mapping" if dotted.endswith(_FREE_FORM) else "text or null")
 
 
@@ -466,11 +466,15 @@ def _validate_role(name: str, role: RoleConfig) -> None:
         ("max_tokens", 1),
         ("requests_per_minute", 0),
         ("tokens_per_minute", 0),
-        ("input_price", 0),
-        ("output_price", 0),
     ):
         value = getattr(role, field_name)
         _require(math.isfinite(value) and value >= low, f"{key}.{field_name}", value, f"at least {low}")
+    _require(
+        len(role.prices) == 2 and all(math.isfinite(price) and price >= 0 for price in role.prices),
+        f"{key}.prices",
+        role.prices,
+        "two numbers of at least 0: of a million prompt tokens, of a million answer tokens",
+    )
 
 
 ROLES = ("user", "judge", "director")
@@ -531,7 +535,6 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "environment.concurrency": (1, None),
     "environment.judge.samples": (1, None),
     "environment.call_seconds": (0.01, None),
-    "environment.dialogue_seconds": (0.01, None),
     "environment.step_seconds": (0.01, None),
     "environment.failure_share": (0, 1),
     "environment.pause_minutes": (0, None),

@@ -30,6 +30,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.rollout.completion import EngineModel
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal, journal_file, prune
+from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.training.checkpoint import whole_steps
 from mapo_jax.training.policy import load_policy
 
@@ -53,7 +54,7 @@ class World:
     def __init__(
         self,
         roles: Roles,
-        config: EnvironmentConfig,
+        config: Config,
         folder: Path | None,
         runner: asyncio.Runner,
         *,
@@ -63,15 +64,16 @@ class World:
         """Use `open_world`, which also closes it."""
         self.live = live
         self.on_pause: Callable[[], None] = lambda: None
-        self._config, self._folder, self._runner = config, folder, runner
+        self._config, self._folder, self._runner = config.environment, folder, runner
+        self._max_turns = config.rollout.max_turns
         self._log = log or CallLog()
         self._guard = None
         self._unguarded = self.roles = roles
         if live:
-            self._guard = self._guarded(Watch(config.failure_share))
+            self._guard = self._guarded(Watch(self._config.failure_share))
             self.roles = self._guard.roles
-        first = 60 * config.pause_minutes / (2**PAUSES - 1)
-        self._waits = [first * 2**i for i in range(PAUSES)] if config.pause_minutes else []
+        first = 60 * self._config.pause_minutes / (2**PAUSES - 1)
+        self._waits = [first * 2**i for i in range(PAUSES)] if self._config.pause_minutes else []
 
     def run(self, work: Awaitable[T], check: Callable[[], None] = lambda: None) -> T:
         """Awaits `work` on the world's own event loop; `check` may raise to end it early."""
@@ -134,7 +136,7 @@ class World:
             self._unguarded,
             watch,
             self._log,
-            dialogue_seconds=self._config.dialogue_seconds,
+            dialogue_seconds=2 * self._config.call_seconds * self._max_turns,
             step_seconds=self._config.step_seconds,
         )
 
@@ -142,12 +144,7 @@ class World:
         """What calls came to since this was last asked; nothing in the scripted world."""
         if not self.live:
             return {}
-        return self._log.take(
-            {
-                name: (getattr(self._config, name).input_price, getattr(self._config, name).output_price)
-                for name in ROLES
-            }
-        )
+        return self._log.take({name: getattr(self._config, name).prices for name in ROLES})
 
     def status(self) -> str:
         """Failures since `metrics` was last asked, by kind, for the display; empty if there are none."""
@@ -170,10 +167,10 @@ def open_world(config: Config, folder: Path | None, mesh: Mesh) -> Iterator[Worl
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         if environment.family == "scripted":
-            yield World(scripted_roles(environment), environment, folder, runner)
+            yield World(scripted_roles(environment), config, folder, runner)
             return
         callers, log = stack.enter_context(open_models(config, folder, mesh, runner, ROLES))
-        yield World(_roles(config, callers, log), environment, folder, runner, live=True, log=log)
+        yield World(_roles(config, callers, log), config, folder, runner, live=True, log=log)
 
 
 @contextmanager
@@ -308,7 +305,7 @@ def _engine_call(
             policy.config,
             slots=options["slots"],
             length=options["tokens"],
-            temperature=role.temperature,
+            sampling=Sampling(temperature=role.temperature),
             max_reply_tokens=role.max_tokens,
             stop_ids=policy.chat.stop_ids,
             vocabulary_size=policy.chat.vocabulary_size,

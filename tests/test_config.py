@@ -77,6 +77,8 @@ def test_fewer_than_a_hundred_fields_and_each_has_a_doc_line():
         ([*LIVE, "environment.judge.url=judge.example"], ["environment.judge.url", "http"]),
         ([*LIVE, "environment.judge.url=https://me:secret@judge.example/v1"], ["key_variable"]),
         ([*LIVE, "environment.judge.implementation=Judge"], ["package.module:Class"]),
+        ([*LIVE, "environment.judge.prices=[1]"], ["environment.judge.prices", "two numbers"]),
+        (["environment.judge.prices=dear"], ["environment.judge.prices", "a list of numbers"]),
         ([*LIVE, "environment.judge.samples=0"], ["environment.judge.samples", "at least 1"]),
         ([*LIVE, "environment.user.temperature=-1"], ["environment.user.temperature", "at least 0"]),
     ],

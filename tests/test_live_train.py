@@ -71,8 +71,7 @@ def command(folder, model_folder, cache, url, **changes):
         "evaluation.rollouts": 1,
         "checkpoint.every": 4,
         "environment.family": "live",
-        "environment.call_seconds": 2.0,
-        "environment.dialogue_seconds": 40.0,
+        "environment.call_seconds": 3.0,
         "environment.step_seconds": 60.0,
         "environment.pause_minutes": 0.05,
     }
@@ -259,8 +258,7 @@ def test_a_kill_in_mid_step_costs_no_call_and_no_turn(serve, well_formed, model_
 
 def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path, capsys):
     arguments = command(tmp_path / "run", model_folder, cache, "http://127.0.0.1:9/v1")
-    prices = ["environment.judge.input_price=2", "environment.judge.output_price=10"]
-    assert train.main(["--dry-run", *arguments, *prices]) == 0
+    assert train.main(["--dry-run", *arguments, "environment.judge.prices=[2, 10]"]) == 0
     lines = capsys.readouterr().out.splitlines()
     figures = {line.split()[0]: line.replace(",", "").split()[2:] for line in lines if line.count(" m ") == 1}
     # By hand: 10 steps x 6 dialogues and 3 evaluations x 2: 66 dialogues of 3 turns; 2 x 10 + 3 x 2 openings;
@@ -314,8 +312,7 @@ SHORT = {
 def test_our_own_engine_plays_all_roles(speaking_models, model_folder, cache, tmp_path):
     folder = tmp_path / "run"
     arguments = command(folder, model_folder, cache, "null", **engine_roles(speaking_models), **SHORT)
-    arguments = [a.replace("call_seconds=2.0", "call_seconds=60") for a in arguments]
-    arguments = [a.replace("dialogue_seconds=40.0", "dialogue_seconds=500") for a in arguments]
+    arguments = [a.replace("call_seconds=3.0", "call_seconds=60") for a in arguments]
     arguments = [a.replace("step_seconds=60.0", "step_seconds=500") for a in arguments]
     assert train.main(arguments) == 0
     lines = (folder / "dialogues" / "step_000001.jsonl").read_text().splitlines()
@@ -371,8 +368,7 @@ def test_an_independent_server_plays_all_roles(
         for key, value in {"url": url, "model": speaking_models[role], "max_tokens": 16}.items()
     }
     arguments = command(folder, model_folder, cache, "null", **roles, **SHORT)
-    arguments = [a.replace("call_seconds=2.0", "call_seconds=60") for a in arguments]
-    arguments = [a.replace("dialogue_seconds=40.0", "dialogue_seconds=500") for a in arguments]
+    arguments = [a.replace("call_seconds=3.0", "call_seconds=60") for a in arguments]
     arguments = [a.replace("step_seconds=60.0", "step_seconds=500") for a in arguments]
     assert train.main(arguments) == 0
     lines = (folder / "dialogues" / "step_000001.jsonl").read_text().splitlines()

@@ -97,7 +97,7 @@ class CallLog:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def take(self, prices: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    def take(self, prices: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """The metrics since the last call of this, and a new beginning.
 
         Args:

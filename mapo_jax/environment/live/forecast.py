@@ -79,7 +79,7 @@ def live_forecast(config: Config, training: Sequence[Scenario], validation: int)
     total, sum_of = 0.0, Load()
     for name, load in run_load(config, training, validation).items():
         role = getattr(config.environment, name)
-        cost = (load.input_tokens * role.input_price + load.output_tokens * role.output_price) / 1e6
+        cost = (load.input_tokens * role.prices[0] + load.output_tokens * role.prices[1]) / 1e6
         total, sum_of = total + cost, sum_of + load
         model = role.model or role.implementation or ""
         lines.append(f"  {name:<9} {model[-30:]:<30} {_figures(load, cost)}")
