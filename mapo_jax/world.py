@@ -32,6 +32,7 @@ from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal, journal_file, prune
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.training.checkpoint import whole_steps
+from mapo_jax.training.metrics import full_disk_is_a_user_error
 from mapo_jax.training.policy import load_policy
 
 T = TypeVar("T")
@@ -107,7 +108,10 @@ class World:
         for number in range(len(self._waits) + 1):
             self._guard.begin()
             try:
-                with Journal(journal_file(self._folder, stream, step)) as journal:
+                with (
+                    full_disk_is_a_user_error(self._folder),
+                    Journal(journal_file(self._folder, stream, step)) as journal,
+                ):
                     dialogues = self.run(collection(journal), check)
                 _need_one_usable(dialogues)
                 return dialogues
