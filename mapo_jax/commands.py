@@ -29,7 +29,7 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)  # it may quote what a server sent
         return 2
     except Stopped as stop:
         print(stop, file=sys.stderr)
