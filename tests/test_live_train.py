@@ -298,7 +298,7 @@ def engine_roles(folders, **options):
 
 SHORT = {
     "training__steps": 1,
-    "rollout__scenarios": 1,
+    "rollout__scenarios": 2,
     "rollout__rollouts": 2,
     "rollout__max_turns": 2,
     "training__minibatch_scenarios": 1,
