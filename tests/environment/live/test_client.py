@@ -77,12 +77,12 @@ def test_what_no_retry_can_mend_fails_at_once(serve, status):
 def test_attempts_and_time_are_bounded(serve):
     server = serve(lambda request, number: ("stall", 30))
     started = time.monotonic()
-    (failure,), attempts = call(server, seconds=0.2)
-    assert failure.kind == "timeout" and server.count == ATTEMPTS
+    (failure,), attempts = call(server, seconds=1.0)
+    assert failure.kind == "timeout"
     assert [kind for _, kind in attempts] == ["timeout"] * ATTEMPTS
-    # Four attempts of 0.2 s, waits of at most 1.5 x (1 + 2 + 4) x 0.2/60 s; the rest is for a busy
+    # Four attempts of 1 s, waits of at most 1.5 x (1 + 2 + 4) x 1/60 s; the rest is for a busy
     # machine, and far less than the stalls, of which one alone would take 30 s.
-    assert time.monotonic() - started < 4 * 0.2 + 5.0
+    assert time.monotonic() - started < 4 * 1.0 + 12.0
 
 
 def test_a_trickle_does_not_outlast_the_time_limit(serve):
@@ -98,8 +98,8 @@ def test_a_trickle_does_not_outlast_the_time_limit(serve):
 
     server._respond = trickle
     started = time.monotonic()
-    (failure,), _ = call(server, seconds=0.3)
-    assert failure.kind == "timeout" and time.monotonic() - started < 4 * 0.3 + 5.0
+    (failure,), _ = call(server, seconds=1.0)
+    assert failure.kind == "timeout" and time.monotonic() - started < 4 * 1.0 + 12.0
 
 
 def test_retry_after_is_heeded(serve):
@@ -154,7 +154,7 @@ def test_requests_per_minute_hold_a_call_back(serve):
     async def run():
         async with Server(RoleConfig(url=server.url, model="m", requests_per_minute=2)) as client:
             calls = [asyncio.ensure_future(client(CHAT, seed=i, schema=None)) for i in range(3)]
-            done, waiting = await asyncio.wait(calls, timeout=0.5)
+            done, waiting = await asyncio.wait(calls, timeout=3)
             for call in waiting:
                 call.cancel()
             return len(done), len(waiting)

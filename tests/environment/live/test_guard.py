@@ -51,11 +51,11 @@ def test_a_hanging_role_is_cut_off(limit):
     started = time.monotonic()
     with pytest.raises(RoleFailure, match=f"timeout: the time of the {limit}"):
         asyncio.run(guarded.score(state(), "Yes."))
-    assert time.monotonic() - started < 2 and log.lost == {"timeout": 1}
+    assert time.monotonic() - started < 10 and log.lost == {"timeout": 1}
 
 
 def test_a_dialogues_time_adds_up_and_is_its_own():
-    guarded, _ = guard(Slow(0.12), dialogue=0.3)
+    guarded, _ = guard(Slow(0.6), dialogue=1.7)
 
     async def run():
         await guarded.score(state(), "a")
