@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def run_command(command: Callable[[], None]) -> int:
     try:
         command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)  # it may quote what a server sent
         return 2
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -36,6 +37,16 @@ def run_command(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 0
     return 0
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: what would steer it, or turn the reading direction, is shown as an escape."""
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else ascii(character)[1:-1]
+        for character in text
+    )
 
 
 def cache_folder(name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -69,16 +70,46 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class RoleConfig:
+    """Who plays a role of the live world."""
+
+    url: str | None = None  # base URL of an OpenAI-compatible server, such as http://localhost:8000/v1
+    model: str | None = None  # the name that the server knows it by, or engine:FOLDER for our own engine
+    key_variable: str | None = None  # environment variable with the server's key; the key is written nowhere
+    implementation: str | None = None  # a class of your own, package.module:Class; empty: ours
+    temperature: float = 1.0  # sampling temperature
+    max_tokens: int = 2048  # longest answer, reasoning included
+    extra_body: dict[str, Any] = field(default_factory=dict)  # more request fields; engine: slots, tokens
+    requests_per_minute: int = 0  # the server's limit; 0: none
+    tokens_per_minute: int = 0  # the server's limit, prompts and answers together; 0: none
+    prices: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of a million prompt and answer tokens
+
+
+@dataclass(frozen=True)
+class JudgeConfig(RoleConfig):
+    """The judge, who may score a reply more than once."""
+
+    samples: int = 1  # judgements per reply; the median of each level counts
+
+
+@dataclass(frozen=True)
 class EnvironmentConfig:
     """The world the policy talks to."""
 
-    family: str = "scripted"  # scripted: offline and deterministic
+    family: str = "scripted"  # scripted: offline and deterministic; live: roles played by language models
     scenarios: str | None = None  # folder of cards; empty: the embedded ones
     fault_rate: float = 0.0  # scripted only: share of judge calls that fail, drawn by seed
     delayed_opening: bool = True  # scripted only: an early good reflection opens a stage later
     success_tolerance: float = 0.05  # `a` of the success rule (0.1 in the published result sets)
     max_failed_share: float = 0.5  # a dialogue with a larger share of unscored turns is left out
     concurrency: int = 64  # environment calls under way at once
+    user: RoleConfig = field(default_factory=RoleConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    director: RoleConfig = field(default_factory=RoleConfig)
+    call_seconds: float = 60.0  # live only: longest attempt of a call; a dialogue has twice that a turn
+    step_seconds: float = 7200.0  # live only: longest collection; what is unfinished then is left out
+    failure_share: float = 0.2  # live only: a larger share of failures in the last 100 calls pauses the run
+    pause_minutes: float = 60.0  # live only: pauses, each twice the last, until the run stops
 
 
 @dataclass(frozen=True)
@@ -248,8 +279,9 @@ def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
 def known_keys(section: type = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the configuration, leaves only."""
     keys = []
+    hints = get_type_hints(section)
     for entry in fields(section):
-        inner = get_type_hints(section)[entry.name]
+        inner = hints[entry.name]
         dotted = f"{prefix}{entry.name}"
         keys += known_keys(inner, f"{dotted}.") if is_dataclass(inner) else [dotted]
     return keys
@@ -274,7 +306,7 @@ def _nest(dotted: str, value: Any) -> dict:
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
+    if isinstance(tree, dict) and tree and not prefix.endswith(_FREE_FORM):
         for name, inner in tree.items():
             yield from _leaves(inner, f"{prefix}.{name}" if prefix else str(name))
     else:
@@ -314,7 +346,9 @@ def _type_name(dotted: str) -> str:
     for name in dotted.split("."):
         section = get_type_hints(section)[name]
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(section) or "text or null"
+    if section == list[float]:
+        return "a list of numbers"
+    return names.get(section) or ("a mapping" if dotted.endswith(_FREE_FORM) else "text or null")
 
 
 def _require(condition: bool, key: str, value: Any, right: str) -> None:
@@ -385,6 +419,9 @@ def validate(config: Config) -> None:
     _require(sum(size == -1 for size in sizes.values()) <= 1, "mesh", sizes, "at most one axis of size -1")
     for axis, size in sizes.items():
         _require(size == -1 or size >= 1, f"mesh.{axis}", size, "at least 1, or -1 for the devices left")
+    if config.environment.family == "live":
+        for name in ROLES:
+            _validate_role(name, getattr(config.environment, name))
     fresh = config.model.fresh
     _require(
         fresh.heads % fresh.kv_heads == 0,
@@ -400,6 +437,49 @@ def _value(config: Config, dotted: str) -> Any:
         value = getattr(value, name)
     return value
 
+
+def _validate_role(name: str, role: RoleConfig) -> None:
+    key = f"environment.{name}"
+    if role.model is None and role.implementation is None:
+        raise UserError(
+            f"`{key}.model` is empty; with environment.family=live it must be the name of a model at "
+            f"{key}.url, or engine:FOLDER, unless {key}.implementation names a class of your own"
+        )
+    engine = role.model is not None and role.model.startswith(ENGINE)
+    if role.url is not None or (role.model is not None and not engine):
+        _require(
+            role.url is not None and re.match(r"https?://[^/@\s]+(/|$)", role.url) is not None,
+            f"{key}.url",
+            None if role.url and "@" in role.url else role.url,
+            "the http(s) address of an OpenAI-compatible server, without user or password "
+            "(a key belongs into the variable named by key_variable)",
+        )
+    if role.implementation is not None:
+        _require(
+            re.fullmatch(r"[\w.]+:\w+", role.implementation) is not None,
+            f"{key}.implementation",
+            role.implementation,
+            "written as package.module:Class",
+        )
+    for field_name, low in (
+        ("temperature", 0),
+        ("max_tokens", 1),
+        ("requests_per_minute", 0),
+        ("tokens_per_minute", 0),
+    ):
+        value = getattr(role, field_name)
+        _require(math.isfinite(value) and value >= low, f"{key}.{field_name}", value, f"at least {low}")
+    _require(
+        len(role.prices) == 2 and all(math.isfinite(price) and price >= 0 for price in role.prices),
+        f"{key}.prices",
+        role.prices,
+        "two numbers of at least 0: of a million prompt tokens, of a million answer tokens",
+    )
+
+
+ROLES = ("user", "judge", "director")
+ENGINE = "engine:"  # a role's model of this form is a frozen Qwen in a folder
+_FREE_FORM = ("extra_body",)  # keys whose value is a mapping of the user's own
 
 ESTIMATORS = (
     "mapo",
@@ -420,7 +500,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "block"),
     "rollout.history": ("append", "per_turn"),
-    "environment.family": ("scripted",),
+    "environment.family": ("scripted", "live"),
     "algorithm.estimator": ESTIMATORS,
     "algorithm.reward": ("incremental", "absolute", "sum", "potential"),
     "algorithm.batch_scope": ("batch", "group"),
@@ -453,6 +533,11 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "environment.success_tolerance": (0, 1),
     "environment.max_failed_share": (0, 1),
     "environment.concurrency": (1, None),
+    "environment.judge.samples": (1, None),
+    "environment.call_seconds": (0.01, None),
+    "environment.step_seconds": (0.01, None),
+    "environment.failure_share": (0, 1),
+    "environment.pause_minutes": (0, None),
     "algorithm.turn_weight": (0, 1),
     "algorithm.discount": (0, 1),
     "algorithm.min_group": (2, None),

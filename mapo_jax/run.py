@@ -13,9 +13,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from mapo_jax.config import Config, to_yaml
-from mapo_jax.environment.dialogue import Roles
 from mapo_jax.environment.scenario import Scenario, load_scenarios
-from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import Params, parameter_shapes
@@ -46,6 +44,7 @@ from mapo_jax.training.step import (
     make_update,
 )
 from mapo_jax.warmstart import run_warmstart
+from mapo_jax.world import World, open_world
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Run:
     folder: Path
     mesh: Mesh
     policy: Policy
-    roles: Roles
+    world: World
     limits: Limits
     validation: list[Scenario]
     engine: Engine  # samples for training
@@ -83,8 +82,8 @@ def prepare(
     """
     folder = Path(config.run.directory)
     compiles = stack.enter_context(CompileCounter())
-    training = load_scenarios(config.environment.scenarios, "train")
-    validation = load_scenarios(config.environment.scenarios, "validation")[: config.evaluation.scenarios]
+    training = cards(config, "train")
+    validation = cards(config, "validation")[: config.evaluation.scenarios]
     if config.rollout.scenarios > len(training):
         raise UserError(
             f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
@@ -92,6 +91,7 @@ def prepare(
         )
     mesh = make_mesh(config.mesh)
     stack.enter_context(claim(folder, config))
+    world = stack.enter_context(open_world(config, folder, mesh))
     policy, params = starting_policy(config, folder, mesh, stop, console)
     optimizer = make_optimizer(
         config.optimizer,
@@ -131,7 +131,7 @@ def prepare(
         folder=folder,
         mesh=mesh,
         policy=policy,
-        roles=scripted_roles(config.environment),
+        world=world,
         limits=Limits(
             config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance
         ),
@@ -193,11 +193,16 @@ def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple
     return reached["step"], state
 
 
+def cards(config: Config, split: str) -> list[Scenario]:
+    """The cards of a split that this run's world can play. Raises as `load_scenarios` does."""
+    scripted = config.environment.family == "scripted"
+    return load_scenarios(config.environment.scenarios, split, scripted=scripted)
+
+
 def scenario_deck(config: Config) -> grain.DatasetIterator:
     """Endless batches of S training scenarios, reshuffled every epoch; its position can be saved."""
-    cards = load_scenarios(config.environment.scenarios, "train")
     return iter(
-        grain.MapDataset.source(cards)
+        grain.MapDataset.source(cards(config, "train"))
         .seed(config.training.seed)
         .shuffle()
         .repeat()

@@ -9,10 +9,9 @@ same command started again continues the run from its newest whole checkpoint.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from rich.console import Console
 
 from mapo_jax.commands import Stopped, run_command, use_compilation_cache
 from mapo_jax.config import Config, load_config
+from mapo_jax.environment.live import health
+from mapo_jax.environment.live.forecast import live_forecast
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.metrics import reading_metrics
@@ -30,7 +31,8 @@ from mapo_jax.evaluation.summary import summarize
 from mapo_jax.files import write_whole
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
-from mapo_jax.run import Run, begin, prepare, progress, rows_per_dialogue, scenario_deck
+from mapo_jax.rollout.journal import Journal
+from mapo_jax.run import Run, begin, cards, prepare, progress, rows_per_dialogue, scenario_deck
 from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
@@ -59,12 +61,14 @@ def train(config: Config, console: Console | None = None) -> None:
         deck = scenario_deck(config)
         done, state = begin(run, params, deck)
         deck_state = deck.get_state()
+        run.world.on_pause = lambda: run.checkpoints.save(done, state, progress(config, deck_state))
         try:
             if done < config.training.steps:
                 warm_up(run, state)
             while True:
                 if done % config.evaluation.every == 0 or done == config.training.steps:
                     evaluate(run, state, done)
+                    inspect_judge(run, done)
                 if done == config.training.steps:
                     break
 
@@ -106,7 +110,7 @@ def gather(
     flat = [dialogue for group in dialogues for dialogue in group]
     sampled = sum(sum(row.sampled) for dialogue in flat for row in dialogue.rows)
     cut = [turn.truncated for dialogue in flat for turn in dialogue.state.turns]
-    return dialogues, measure(run, dialogues) | {
+    return dialogues, measure(run, dialogues) | run.world.metrics() | {
         "response_length/mean": sampled / max(1, len(cut)),
         "response_length/truncated": sum(cut) / max(1, len(cut)),
         "timing_s/rollout": seconds,
@@ -187,7 +191,7 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     run.evaluator.load(state.params, done)
     seed = config.training.seed + EVALUATION_STREAM
     dialogues = converse(run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0)
-    metrics = measure(run, dialogues)
+    metrics = measure(run, dialogues) | run.world.metrics()
     write_dialogues(file.with_suffix(".jsonl"), dialogues)
     run.writer.write(done, {f"evaluation/{name}": value for name, value in metrics.items()})
     write_whole(file, json.dumps(metrics, indent=1))
@@ -196,30 +200,59 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
         run.display.note(transcript(dialogues[0][0].state, "before" if done == 0 else "after"))
 
 
+def inspect_judge(run: Run, done: int) -> None:
+    """Scores the fixed calibration replies and probes with a live judge; warns of what a policy would learn.
+
+    Written whole to evaluations/step_N_judge.json, as an evaluation is.
+    """
+    folder = run.folder / "evaluations"
+    file = folder / f"step_{done:06d}_judge.json"
+    if not run.world.live or file.exists():
+        return
+    run.display.phase("judge")
+    levels = run.world.score_calibration(run.config.training.seed + EVALUATION_STREAM + done, run.stop.check)
+    beginning = folder / "step_000000_judge.json"
+    first = json.loads(beginning.read_text()) if beginning.exists() else None
+    metrics = health.summary(levels, first) | run.world.metrics()
+    run.writer.write(done, metrics)
+    write_whole(file, json.dumps(levels, indent=1))
+    for warning in health.warnings(metrics):
+        run.display.note(warning)
+
+
 def converse(
     run: Run, engine: Engine, scenarios: Sequence[Scenario], rollouts: int, seed: int, step: int
 ) -> list[list[Dialogue]]:
     """Dialogues of the policy with the world, [S][rollouts]."""
     total = len(scenarios) * rollouts * run.limits.max_turns
-    name = "dialogues" if engine is run.engine else "validation"
+    training = seed == run.config.training.seed
+    name = "dialogues" if training else "validation"
 
     def progress(turns: int) -> None:
         run.stop.check()
-        run.display.phase(name, turns, total)
+        run.display.phase(name + run.world.status(), turns, total)
 
-    return asyncio.run(
-        collect(
+    def collection(journal: Journal | None) -> Awaitable[list[list[Dialogue]]]:
+        return collect(
             scenarios,
             rollouts,
             engine,
             run.policy.chat,
-            run.roles,
+            run.world.roles,
             run.limits,
             seed=seed,
             step=step,
             concurrency=run.config.environment.concurrency,
             on_turn=progress,
+            journal=journal,
         )
+
+    return run.world.hold(
+        collection,
+        stream="train" if training else "evaluation",
+        step=engine.version,
+        check=run.stop.check,
+        note=run.display.note,
     )
 
 
@@ -254,9 +287,10 @@ def conclude(run: Run, console: Console) -> None:
         for step in (0, run.config.training.steps)
     )
     states = [
-        hold_dialogue(scenario, seed, good_helper, run.roles, run.limits)
+        hold_dialogue(scenario, seed, good_helper, run.world.roles, run.limits)
         for scenario in run.validation
         for seed in range(run.config.evaluation.rollouts)
+        if not run.world.live  # the helper speaks the scripted world's language
     ]
     helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
     console.print(results_table(first, last, helper))
@@ -280,7 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command() -> None:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
-            Console(highlight=False).print(forecast(config), markup=False)
+            console = Console(highlight=False)
+            console.print(forecast(config), markup=False)
+            if config.environment.family == "live":
+                table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))
+                console.print(table, markup=False, soft_wrap=True)
         else:
             train(config)
 

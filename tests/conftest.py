@@ -1,4 +1,12 @@
+"""What tests share: third-party data where it is present, and a scripted OpenAI-compatible server."""
+
+import asyncio
+import contextlib
+import json
 import os
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,3 +21,250 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"third-party test data not found at {folder} (set MAPO_SHARED_DATA)")
     return folder
+
+
+# --- A server with every fault that a network has. ---
+
+LEVELS = ("C_progress", "C_harm", "A_progress", "A_harm", "P_progress", "P_harm")
+START = ("C1", "C2", "C3", "A1", "A2", "A3", "P1", "P2", "P3")
+
+
+def judgement(*levels):
+    """A well-formed judgement as text."""
+    return json.dumps(
+        {
+            name: {"evidence": "words of the reply", "reason": "because", "level": level}
+            for name, level in zip(LEVELS, levels, strict=True)
+        }
+    )
+
+
+def completion(text, *, role="assistant", finish="stop", usage=True):
+    """A chat completion as the protocol has it."""
+    body = {
+        "id": "c1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "message": {"role": role, "content": text}, "finish_reason": finish}],
+    }
+    if usage:
+        body["usage"] = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+    return body
+
+
+class ScriptedServer:
+    """Answers POST /v1/chat/completions on a thread of its own.
+
+    `answer(request, number)` returns what to do with the number-th request: text (a completion with it), a
+    mapping (a body), or one of
+
+        ("status", 429, {"retry-after": "0"})   an HTTP error
+        ("close",)                               the connection is closed without an answer
+        ("silence",)                             nothing at all, for a minute
+        ("cut",)                                 half a body, announced whole
+        ("json",)                                a body that is no JSON
+        ("stall", seconds)                       headers at once, then silence, then the connection closes
+    """
+
+    def __init__(self, answer, *, latency=0.0):
+        self.answer, self.latency = answer, latency
+        self.requests, self.headers, self.faults = [], [], Counter()
+        self.keep_requests = True
+        self.count, self.under_way, self.most = 0, 0, 0
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def stop(self):
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+
+    def _serve(self):
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._main())
+
+    async def _main(self):
+        self._stop = asyncio.Event()
+        server = await asyncio.start_server(self._talk, "127.0.0.1", 0, backlog=1024)
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        await self._stop.wait()
+        server.close()
+        for task in asyncio.all_tasks():
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    async def _talk(self, reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            while await self._exchange(reader, writer):
+                pass
+        writer.close()
+
+    async def _exchange(self, reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        headers = dict(
+            line.split(": ", 1) for line in head.decode().lower().split("\r\n")[1:] if ": " in line
+        )
+        body = await reader.readexactly(int(headers["content-length"]))
+        request = json.loads(body)
+        self.count += 1
+        number = self.count
+        if self.keep_requests:
+            self.requests.append(request)
+            self.headers.append(head.decode())
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            if self.latency:
+                await asyncio.sleep(self.latency)
+            return await self._respond(writer, self.answer(request, number))
+        finally:
+            self.under_way -= 1
+
+    async def _respond(self, writer, what):
+        if isinstance(what, str):
+            what = completion(what)
+        if isinstance(what, dict):
+            await self._send(writer, 200, json.dumps(what).encode())
+            return True
+        self.faults[what[0] if what[0] != "status" else what[1]] += 1
+        if what[0] == "status":
+            text = what[3] if len(what) > 3 else "scripted"
+            await self._send(writer, what[1], json.dumps({"error": {"message": text}}).encode(), what[2])
+            return True
+        if what[0] == "json":
+            await self._send(writer, 200, b'{"id": "c1", "choi')
+            return True
+        if what[0] == "silence":
+            await asyncio.sleep(60)
+        if what[0] == "cut":
+            whole = json.dumps(completion("x" * 400)).encode()
+            await self._send(writer, 200, whole[:200], length=len(whole))
+        if what[0] == "stall":
+            await self._send(writer, 200, b"", length=100)
+            await asyncio.sleep(what[1])
+        return False
+
+    async def _send(self, writer, status, body, extra=None, length=None):
+        lines = [f"HTTP/1.1 {status} X", "content-type: application/json"]
+        lines += [f"content-length: {len(body) if length is None else length}"]
+        lines += [f"{name}: {value}" for name, value in (extra or {}).items()]
+        writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+        await writer.drain()
+
+
+@pytest.fixture
+def serve():
+    """`serve(answer, latency=0)`: a scripted server that is stopped when the test ends."""
+    servers = []
+
+    def start(answer, **options):
+        servers.append(ScriptedServer(answer, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def well_formed():
+    """`well_formed(request)`: what a server would say that plays every role well, by the prompt's schema."""
+
+    def answer(request, number=0):
+        schema = (request.get("response_format") or {}).get("json_schema", {}).get("schema", {})
+        names = set(schema.get("properties", ()))
+        if "C_progress" in names:
+            return judgement(1, 0, 1, 0, 0, 0)
+        if "function" in names:
+            return json.dumps(
+                {"reason": "It goes on.", "function": "continue", "target": None, "guidance": "Go on."}
+            )
+        if "C1" in names:
+            return json.dumps({n: {"evidence": "e", "reason": "r", "level": 2} for n in START})
+        return f"I keep thinking about it, for the {number}th time. {time.monotonic_ns()}"
+
+    return answer
+
+
+@pytest.fixture(scope="session")
+def judged():
+    """`judged(*levels)`: a well-formed judgement as text."""
+    return judgement
+
+
+# --- A model that plays a role. ---
+
+
+def write_speaking_model(folder, lines, texts):
+    """A Qwen3 that answers every chat with one of its lines, at random, and nothing else.
+
+    Its blocks add nothing, so the next token follows from the last one alone: behind the prompt's last token
+    comes one of the lines, each of which is one token of the vocabulary, and behind a line <|im_end|>.
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from mapo_jax.rollout.chat import ChatFormat
+    from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+
+    tokenizer = train_tokenizer(texts, 2000)
+    tokenizer.add_tokens(list(lines))
+    save_tokenizer(folder, tokenizer, max_tokens=8192)
+    chat = ChatFormat(load_tokenizer(folder))
+    last = chat.prompt([{"role": "user", "content": "Hello."}])[-1]
+    config = Qwen3Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        eos_token_id=chat.end_of_turn[0],
+    )
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedding = torch.nn.functional.normalize(torch.randn(config.vocab_size, 64), dim=1)
+        model.model.embed_tokens.weight.copy_(embedding)
+        model.lm_head.weight.zero_()
+        for line in lines:
+            token = tokenizer.token_to_id(line)
+            model.lm_head.weight[token] = 8 * embedding[last]
+            model.lm_head.weight[chat.end_of_turn[0]] += 8 * embedding[token]
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def speaking_models(tmp_path_factory):
+    """Folders of three small Qwen3 models that play user, judge and director, well-formed."""
+    from mapo_jax.environment.live.judge import judge_messages
+    from mapo_jax.environment.live.user import user_messages
+    from mapo_jax.environment.scenario import load_scenarios
+
+    cards = load_scenarios()[:4]
+    texts = [m["content"] for card in cards for m in judge_messages(card, (), "Hm.", "Well.")]
+    texts += [m["content"] for card in cards for m in user_messages(card, ())]
+    lines = {
+        "user": ["I lie awake at four.", "They never asked me.", "It is the quiet that gets me.",
+                 "I counted the stairs again.", "My coffee goes cold.", "Nobody rings in the evening."],
+        "judge": [judgement(1, 0, 2, 0, 0, -1), judgement(0, -1, 1, 0, 2, 0)],
+        "director": [json.dumps({"reason": "r", "function": "observe", "target": None, "guidance": "Wait."})],
+    }  # fmt: skip
+    return {
+        role: write_speaking_model(tmp_path_factory.mktemp(role), said, texts) for role, said in lines.items()
+    }

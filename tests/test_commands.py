@@ -35,3 +35,12 @@ def test_success_is_0_and_the_cache_follows_the_environment(monkeypatch, tmp_pat
     assert run_command(lambda: None) == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("programs") == tmp_path / "mapo_jax" / "programs"
+
+
+def test_text_from_models_cannot_steer_a_terminal():
+    from mapo_jax.commands import printable
+
+    hostile = "a\x1b[2Jb\x07\u202ec\r\x9bd\u2028\ud800"
+    assert printable(hostile) == "a\\x1b[2Jb\\x07\\u202ec\\r\\x9bd\\u2028\\ud800"
+    kind = "caf\u00e9 \u4f60\n[bold]x[/bold] \U0001f600"
+    assert printable(kind) == kind

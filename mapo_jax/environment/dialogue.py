@@ -32,12 +32,15 @@ FAILURE_KINDS = ("timeout", "transport", "malformed", "out_of_range")
 
 
 class RoleFailure(Exception):
-    """A call of a user, judge or director that failed for good; `kind` is one of FAILURE_KINDS."""
+    """A call of a user, judge or director that failed for good; `kind` is one of FAILURE_KINDS.
 
-    def __init__(self, kind: str, detail: str = "") -> None:
+    `raw` is what a model answered, if that was the trouble.
+    """
+
+    def __init__(self, kind: str, detail: str = "", raw: str = "") -> None:
         assert kind in FAILURE_KINDS, kind
         super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
+        self.kind, self.detail, self.raw = kind, detail, raw
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """Scenario cards: who talks to the policy, what happened to them, and where they start.
 
-A card is a YAML mapping; a file holds a list of them (METHOD of the EMPA benchmark: person, empathy
-threshold, topic, needs, life history, present, and a story in four stages). The card's prose is for users
-played by a language model; `particulars`, `line`, `strengths`, `steps` and `value` are short phrases that the
-scripted user says word for word.
+A card is a mapping; a YAML file holds a list of them, a JSONL file one on each line (METHOD of the EMPA
+benchmark: person, empathy threshold, topic, needs, life history, present, and a story in four stages). The
+card's prose is for users played by a language model; `value`, `strengths`, `steps` and each stage's
+`particulars`, `line`, `feeling` and `unstated` are phrases that the scripted user says word for word: a card
+has all of them, or none and is for the live world alone. `language` is en if it is not given; a card without
+`start` can be read but not talked to, until a judge has estimated it (`python -m mapo_jax.rate`).
 
 `python -m mapo_jax.environment.scenario check PATH` reads a file or a folder and reports every problem.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections import Counter
@@ -26,6 +29,7 @@ from mapo_jax.errors import UserError
 DOMAINS = ("life", "health", "leisure", "values", "relations", "career")
 SPLITS = ("train", "validation", "test")
 THRESHOLDS = ("low", "medium", "high")
+LANGUAGES = ("en", "zh")
 AXES = ("C", "A", "P")
 INDICATORS = ("C1", "C2", "C3", "A1", "A2", "A3", "P1", "P2", "P3")
 PERIODS = ("childhood", "youth", "adulthood", "recent")
@@ -62,6 +66,7 @@ POINTS_PER_LEVEL = {
 # The same safe loader, ten times as fast where PyYAML was built with libyaml.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _EMBEDDED = Path(__file__).parent / "scenarios"
+_SUFFIXES = (".yaml", ".yml", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,10 @@ class Stage:
     """One of the four steps in which the story comes out."""
 
     telling: str  # what this stage reveals, in prose
-    particulars: tuple[str, str]  # noun phrases that name the situation
-    line: tuple[str, str]  # sentences of the scripted user; the i-th holds the i-th particular
-    feeling: str  # stated feeling, one of FEELINGS
-    unstated: str  # feeling behind it, one of UNSTATED; never said by the scripted user
+    particulars: tuple[str, ...] = ()  # two noun phrases that name the situation
+    line: tuple[str, ...] = ()  # two sentences of the scripted user; the i-th holds the i-th particular
+    feeling: str = ""  # stated feeling, one of FEELINGS
+    unstated: str = ""  # feeling behind it, one of UNSTATED; never said by the scripted user
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ class Story:
 
     trigger: str
     stages: tuple[Stage, Stage, Stage, Stage]
-    strengths: tuple[str, str]  # gerund phrases: what the person did
-    steps: tuple[str, str]  # noun phrases: what they might do next
+    strengths: tuple[str, ...]  # two gerund phrases: what the person did; empty without phrases
+    steps: tuple[str, ...]  # two noun phrases: what they might do next
     outcome: str
     epilogue: str
 
@@ -110,17 +115,23 @@ class Scenario:
     topic: str
     hope: str
     dislike: tuple[str, ...]
-    start: tuple[int, ...]  # level 0..3 of each of INDICATORS
+    start: tuple[int, ...]  # level 0..3 of each of INDICATORS; empty: not estimated yet
     history: tuple[str, str, str, str]  # one sentence for each of PERIODS
     situation: str
     goal: str
     motive: str
     value: str  # what matters to this person, as in "being fair matters to you"
     story: Story
+    language: str = "en"  # of the card, and so of the prompts: one of LANGUAGES
 
     def __hash__(self) -> int:
         """By id: cards are keys of caches, and equal cards have equal ids."""
         return hash(self.id)
+
+    @property
+    def scripted(self) -> bool:
+        """Whether it has the phrases that the scripted user needs."""
+        return bool(self.value)
 
     @cached_property
     def start_position(self) -> tuple[float, float, float]:
@@ -159,12 +170,15 @@ def start_position(levels: Mapping[str, int] | Sequence[int]) -> tuple[float, fl
     return points["C"], points["A"], points["P"]
 
 
-def load_scenarios(folder: str | Path | None = None, split: str | None = None) -> list[Scenario]:
+def load_scenarios(
+    folder: str | Path | None = None, split: str | None = None, *, scripted: bool = True
+) -> list[Scenario]:
     """Reads every card of a folder (or of one file), strictly.
 
     Args:
-      folder: folder with `*.yaml` files, or one file; None for the embedded cards.
+      folder: folder with `*.yaml` and `*.jsonl` files, or one file; None for the embedded cards.
       split: keep the cards of this split only.
+      scripted: refuse cards without the scripted user's phrases.
 
     Returns:
       Scenarios in the order of file name and place in the file.
@@ -179,6 +193,17 @@ def load_scenarios(folder: str | Path | None = None, split: str | None = None) -
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
     kept = [scenario for scenario in scenarios if split is None or scenario.split == split]
+    for scenario in kept:
+        if scripted and not scenario.scripted:
+            raise UserError(
+                f"card {scenario.id} has no phrases for the scripted user (value, strengths, line, ...); add "
+                "them, or use environment.family=live"
+            )
+        if not scenario.start:
+            raise UserError(
+                f"card {scenario.id} has no start; give it one, or let a judge estimate it: "
+                f"python -m mapo_jax.rate {folder} --output FILE --config CONFIG"
+            )
     if not kept:
         raise UserError(f"no scenario cards of split `{split}` in {folder or _EMBEDDED}")
     return kept
@@ -191,20 +216,25 @@ def _embedded_cards() -> tuple[list[Scenario], list[str]]:
 
 def read_cards(path: Path) -> tuple[list[Scenario], list[str]]:
     """Reads what can be read; returns the sound cards and one sentence for each problem."""
-    files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    files = sorted(f for f in path.iterdir() if f.suffix in _SUFFIXES) if path.is_dir() else [path]
     if not files:
-        return [], [f"no scenario cards (*.yaml) in {path}"]
+        return [], [f"no scenario cards (*.yaml, *.jsonl) in {path}"]
     scenarios: list[Scenario] = []
     problems: list[str] = []
     owner: dict[str, str] = {}
     for file in files:
         try:
-            cards = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+            text = file.read_text(encoding="utf-8")
+            if file.suffix == ".jsonl":
+                cards = [json.loads(line) for line in text.splitlines() if line.strip()]
+            else:
+                cards = yaml.load(text, Loader=_Loader)
         except OSError as error:
             problems.append(f"cannot read the cards {file}: {error.strerror}")
             continue
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            problems.append(f"{file} is not valid YAML: {' '.join(str(error).split())}")
+        except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            kind = "JSON" if file.suffix == ".jsonl" else "YAML"
+            problems.append(f"{file} is not valid {kind}: {' '.join(str(error).split())}")
             continue
         if not isinstance(cards, list) or not cards:
             problems.append(f"{file} must hold a list of cards")
@@ -235,7 +265,7 @@ class _Reader:
     def note(self, field: str, text: str) -> None:
         self.problems.append((field, text))
 
-    def section(self, value: Any, field: str, keys: Sequence[str]) -> dict:
+    def section(self, value: Any, field: str, keys: Sequence[str], optional: Sequence[str] = ()) -> dict:
         if not isinstance(value, dict):
             self.note(field or "card", f"must be a mapping with {', '.join(keys)}")
             return {}
@@ -244,8 +274,8 @@ class _Reader:
             if key not in value:
                 self.note(f"{prefix}{key}", "is missing")
         for key in value:
-            if key not in keys:
-                self.note(f"{prefix}{key}", f"is unknown; known here: {', '.join(keys)}")
+            if key not in keys and key not in optional:
+                self.note(f"{prefix}{key}", f"is unknown; known here: {', '.join((*keys, *optional))}")
         return value
 
     def text(
@@ -327,6 +357,7 @@ def _line(text: str) -> str | None:
 
 def _parse(card: Any) -> tuple[Scenario | None, list[tuple[str, str]]]:
     r = _Reader()
+    spoken = _has_phrases(card)
     top = r.section(
         card,
         "",
@@ -339,12 +370,12 @@ def _parse(card: Any) -> tuple[Scenario | None, list[tuple[str, str]]]:
             "topic",
             "hope",
             "dislike",
-            "start",
             "history",
             "present",
-            "value",
             "story",
+            *(("value",) if spoken else ()),
         ),
+        optional=("start", "language"),
     )
     person = _parse_person(r, top)
     history = r.section(top.get("history", {}), "history", PERIODS) if "history" in top else {}
@@ -365,10 +396,11 @@ def _parse(card: Any) -> tuple[Scenario | None, list[tuple[str, str]]]:
         situation=r.text(present, "situation", "present.situation"),
         goal=r.text(present, "goal", "present.goal"),
         motive=r.text(present, "motive", "present.motive"),
-        value=r.text(top, "value", "value", _VALUE),
-        story=_parse_story(r, top),
+        value=r.text(top, "value", "value", _VALUE) if spoken else "",
+        story=_parse_story(r, top, spoken),
+        language=r.choice(top, "language", "language", LANGUAGES) if "language" in top else "en",
     )
-    if not r.problems:
+    if not r.problems and spoken:
         _check_phrases(r, scenario)
     return (None if r.problems else scenario), r.problems
 
@@ -390,11 +422,20 @@ def _parse_start(r: _Reader, top: dict) -> tuple[int, ...]:
             r.note(f"start.{key}", f"must be 0, 1, 2 or 3, not {level!r}")
     if start and not any(start.values()):
         r.note("start", "must lack something; a dialogue cannot start at equilibrium")
-    return tuple(start.get(key) for key in INDICATORS)  # type: ignore[misc]
+    return tuple(start.get(key) for key in INDICATORS) if "start" in top else ()  # type: ignore[misc]
 
 
-def _parse_story(r: _Reader, top: dict) -> Story:
-    keys = ("trigger", "stages", "strengths", "steps", "outcome", "epilogue")
+def _has_phrases(card: Any) -> bool:
+    """Whether a card has any of the scripted user's phrases; then it needs all of them."""
+    story = card.get("story") if isinstance(card, dict) else None
+    stages = story.get("stages") if isinstance(story, dict) else None
+    holders = [card, story, *(stages if isinstance(stages, list) else ())]
+    keys = ("value", "strengths", "steps", *_STAGE_PHRASES)
+    return any(isinstance(holder, dict) and any(key in holder for key in keys) for holder in holders)
+
+
+def _parse_story(r: _Reader, top: dict, spoken: bool) -> Story:
+    keys = ("trigger", "stages", *(("strengths", "steps") if spoken else ()), "outcome", "epilogue")
     story = r.section(top["story"], "story", keys) if "story" in top else {}
     stages = story.get("stages", [])
     if "stages" in story and (not isinstance(stages, list) or len(stages) != 4):
@@ -402,7 +443,7 @@ def _parse_story(r: _Reader, top: dict) -> Story:
         stages = []
     return Story(
         trigger=r.text(story, "trigger", "story.trigger"),
-        stages=tuple(_parse_stage(r, stage, f"story.stages[{i}]") for i, stage in enumerate(stages)),  # type: ignore[arg-type]
+        stages=tuple(_parse_stage(r, stage, f"story.stages[{i}]", spoken) for i, stage in enumerate(stages)),  # type: ignore[arg-type]
         strengths=r.strings(story, "strengths", "story.strengths", 2, _STRENGTH),  # type: ignore[arg-type]
         steps=r.strings(story, "steps", "story.steps", 2, _STEP),  # type: ignore[arg-type]
         outcome=r.text(story, "outcome", "story.outcome"),
@@ -410,8 +451,13 @@ def _parse_story(r: _Reader, top: dict) -> Story:
     )
 
 
-def _parse_stage(r: _Reader, value: Any, field: str) -> Stage:
-    stage = r.section(value, field, ("telling", "particulars", "line", "feeling", "unstated"))
+_STAGE_PHRASES = ("particulars", "line", "feeling", "unstated")
+
+
+def _parse_stage(r: _Reader, value: Any, field: str, spoken: bool) -> Stage:
+    stage = r.section(value, field, ("telling", *(_STAGE_PHRASES if spoken else ())))
+    if not spoken:
+        return Stage(telling=r.text(stage, "telling", f"{field}.telling"))
     particulars = r.strings(stage, "particulars", f"{field}.particulars", 2, _PARTICULAR)
     line = r.strings(stage, "line", f"{field}.line", 2, _line)
     for i, (particular, sentence) in enumerate(zip(particulars, line, strict=False)):
@@ -448,6 +494,43 @@ def _check_phrases(r: _Reader, scenario: Scenario) -> None:
         r.note("story.stages", "two stages share a line; lines must be distinct")
 
 
+def to_mapping(scenario: Scenario) -> dict[str, Any]:
+    """The card as plain data, which `read_cards` reads back to an equal scenario."""
+    person, story = scenario.person, scenario.story
+    card: dict[str, Any] = {
+        "id": scenario.id,
+        "language": scenario.language,
+        "domain": scenario.domain,
+        "split": scenario.split,
+        "person": {key: getattr(person, key) for key in ("name", "age", "social", "inner", "speech")},
+        "empathy_threshold": scenario.empathy_threshold,
+        "topic": scenario.topic,
+        "hope": scenario.hope,
+        "dislike": list(scenario.dislike),
+        "history": dict(zip(PERIODS, scenario.history, strict=True)),
+        "present": {key: getattr(scenario, key) for key in ("situation", "goal", "motive")},
+        "story": {
+            "trigger": story.trigger,
+            "stages": [{"telling": stage.telling} for stage in story.stages],
+            "outcome": story.outcome,
+            "epilogue": story.epilogue,
+        },
+    }
+    if scenario.start:
+        card["start"] = dict(zip(INDICATORS, scenario.start, strict=True))
+    if scenario.scripted:
+        card["value"] = scenario.value
+        card["story"] |= {"strengths": list(story.strengths), "steps": list(story.steps)}
+        for plain, stage in zip(card["story"]["stages"], story.stages, strict=True):
+            plain |= {
+                "particulars": list(stage.particulars),
+                "line": list(stage.line),
+                "feeling": stage.feeling,
+                "unstated": stage.unstated,
+            }
+    return card
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`check PATH`: prints every problem, or a summary of the cards; 0 when all are sound, else 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -457,8 +540,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scenarios, problems = read_cards(Path(arguments[1]))
     for problem in problems:
         print(problem, file=sys.stderr)
-    norms = sorted(sum(x * x for x in scenario.start_position) ** 0.5 for scenario in scenarios)
     print(f"{len(scenarios)} sound cards, {len(problems)} problems")
+    for without, what in (
+        ([s for s in scenarios if not s.start], "no start: estimate it with python -m mapo_jax.rate"),
+        ([s for s in scenarios if not s.scripted], "no scripted phrases: for environment.family=live"),
+    ):
+        if without:
+            print(f"  {len(without)} with {what}")
+    scenarios = [scenario for scenario in scenarios if scenario.start]
+    norms = sorted(sum(x * x for x in scenario.start_position) ** 0.5 for scenario in scenarios)
     if scenarios:
         for title, values in (
             ("domains", [s.domain for s in scenarios]),

@@ -25,6 +25,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.rollout.chat import ChatFormat, Row
 from mapo_jax.rollout.desk import Desk
 from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ async def collect(
     step: int,
     concurrency: int,
     on_turn: Callable[[int], None] | None = None,
+    journal: Journal | None = None,
 ) -> list[list[Dialogue]]:
     """All of `finished_groups`, in the order of the scenarios: dialogues [S][R]."""
     groups = finished_groups(
@@ -109,6 +111,7 @@ async def collect(
         step=step,
         concurrency=concurrency,
         on_turn=on_turn,
+        journal=journal,
     )
     async with aclosing(groups):
         finished = [group async for group in groups]
@@ -127,6 +130,7 @@ async def finished_groups(
     step: int,
     concurrency: int,
     on_turn: Callable[[int], None] | None = None,
+    journal: Journal | None = None,
 ) -> AsyncIterator[list[Dialogue]]:
     """Holds `rollouts` dialogues in each scenario; a scenario's come as soon as the last of them has ended.
 
@@ -141,6 +145,7 @@ async def finished_groups(
       step: of the run.
       concurrency: most calls of the world under way at once.
       on_turn: called after every finished turn with their number so far. What it raises ends the collection.
+      journal: every finished turn is written to it; those that it holds already are not held again.
 
     Yields:
       R dialogues of one scenario, each with the version of the weights that spoke. One whose user or director
@@ -161,12 +166,18 @@ async def finished_groups(
     finished_turns = 0
 
     async def opened(s: int) -> str | RoleFailure:
+        opening_seed = derive_seed(seed, step, ids[s], "opening", occurrences[s])
+        kept = None if journal is None else journal.opening(ids[s], opening_seed)
+        if kept is not None:
+            return kept
         async with bound:
             try:
-                opening_seed = derive_seed(seed, step, ids[s], "opening", occurrences[s])
-                return await open_dialogue(scenarios[s], opening_seed, roles)
+                message = await open_dialogue(scenarios[s], opening_seed, roles)
             except RoleFailure as failure:
                 return failure
+        if journal is not None:
+            journal.note_opening(ids[s], opening_seed, message)
+        return message
 
     async def hold(s: int, r: int) -> Dialogue:
         """One dialogue from the user's first message to its end."""
@@ -178,30 +189,37 @@ async def finished_groups(
             state = DialogueState(scenarios[s], own_seed, (), "", outcome="error", failure=message.kind)
         else:
             state = DialogueState(scenarios[s], own_seed, (), message)
-            slot = await free.get()
             closing: Sequence[int] = ()  # what had to be appended to the last reply, which was cut
+            if journal is not None:
+                state, rows, closing = _take_up(state, journal, chat)
+                finished_turns += state.turn_count
+            taken_up = state.turn_count > 0  # the engine has not seen its row yet
+            slot = await free.get()
             while state.outcome is None:
                 prompt = _next_prompt(state, rows[-1], closing, engine, chat)
                 if prompt is None:
                     state = replace(state, user="", outcome="timeout", rule="max_tokens")
                     break
-                start = state.turn_count == 0 or chat.history == "per_turn"
-                if start and state.turn_count:
+                if state.turn_count and chat.history == "per_turn":
                     rows.append(Row())
                 rows[-1] = rows[-1].with_prompt(prompt)
+                start = state.turn_count == 0 or chat.history == "per_turn" or taken_up
+                taken_up = False
                 request = Request(
                     slot,
-                    prompt if start else (*closing, *prompt),
+                    rows[-1].ids if start else (*closing, *prompt),
                     key=(seed % 2**32, step % 2**32, own_seed),
                     turn=state.turn_count,
                     start=start,
                 )
                 reply = await desk.reply(request)
-                closing = () if reply.ids[-1] == chat.end_of_turn[0] else chat.end_of_turn
+                closing = _closing(reply.ids, chat)
                 rows[-1] = rows[-1].with_reply(reply.ids, reply.logprobs, state.turn_count, closing)
                 text = chat.decode(reply.ids)
                 async with bound:
                     state = await take_turn(state, text, roles, limits, truncated=reply.truncated)
+                if journal is not None:
+                    journal.note(state, reply.ids, reply.logprobs)
                 finished_turns += 1
                 if on_turn is not None:
                     on_turn(finished_turns)
@@ -236,6 +254,31 @@ async def finished_groups(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _take_up(
+    state: DialogueState, journal: Journal, chat: ChatFormat
+) -> tuple[DialogueState, list[Row], Sequence[int]]:
+    """The dialogue with the journal's finished turns, their rows, and what closed the last reply."""
+    rows, closing = [Row()], ()
+    for entry, after in journal.turns(state):
+        if state.turn_count == 0:
+            prompt = chat.start(state.user)
+        elif chat.history == "per_turn":
+            prompt = chat.prompt(state.messages)
+            rows.append(Row())
+        else:
+            prompt = chat.next_user(state.user)
+        closing = _closing(entry.ids, chat)
+        row = rows[-1].with_prompt(prompt)
+        rows[-1] = row.with_reply(entry.ids, entry.logprobs, state.turn_count, closing)
+        state = after
+    return state, rows, closing
+
+
+def _closing(ids: Sequence[int], chat: ChatFormat) -> Sequence[int]:
+    """What has to be appended to a sampled reply that was cut."""
+    return () if ids[-1] == chat.end_of_turn[0] else chat.end_of_turn
 
 
 def _next_prompt(

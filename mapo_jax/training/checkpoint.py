@@ -34,7 +34,18 @@ CHECKPOINTS_FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"
 STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
 # Keys that change no number of a run: a run continues under other values of them.
-HARMLESS_KEYS = ("run.", "logging.", "checkpoint.", "environment.concurrency")
+_ROLE_KEYS = ("url", "key_variable", "requests_per_minute", "tokens_per_minute", "prices")
+
+HARMLESS_KEYS = (
+    "run.",
+    "logging.",
+    "checkpoint.",
+    "environment.concurrency",
+    *(f"environment.{name}_seconds" for name in ("call", "step")),
+    "environment.failure_share",
+    "environment.pause_minutes",
+    *(f"environment.{role}.{key}" for role in ("user", "judge", "director") for key in _ROLE_KEYS),
+)
 
 
 class Checkpoints:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from mapo_jax.commands import printable
 from mapo_jax.environment.dialogue import DialogueState
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # a braille cell: four rows, two columns
@@ -127,7 +128,7 @@ def transcript(state: DialogueState, label: str) -> str:
     for turn, reward in zip(state.turns, state.rewards, strict=True):
         score = "unscored" if reward is None else f"{reward:+.2f}"
         lines += [f"  user   {turn.user}", f"  policy {turn.reply or '(nothing)'}   [{score}]"]
-    return "\n".join([*lines, f"  ({state.outcome} after {state.turn_count} turns)"])
+    return printable("\n".join([*lines, f"  ({state.outcome} after {state.turn_count} turns)"]))
 
 
 _RESULTS = (  # what a person asks first: label, metric, format

@@ -57,6 +57,7 @@ def forecast(config: Config) -> str:
     }
     memory["together, without activations"] = sum(memory.values())
     updates = training.epochs * rollout.scenarios // training.minibatch_scenarios
+    world = "scripted: free of charge" if config.environment.family == "scripted" else "live: see below"
     most = "" if config.model.path else "at most "  # the tokenizer may find fewer tokens than it may have
     lines = [
         to_yaml(config),
@@ -71,7 +72,7 @@ def forecast(config: Config) -> str:
         f"  sampled tokens, at most        {turns * rollout.max_reply_tokens:9,}",
         f"  tokens trained on, at most     {dialogues * rollout.max_tokens * training.epochs:9,}"
         f" in {updates} updates",
-        f"  judge calls, at most           {turns:9,} ({config.environment.family}: free of charge)",
+        f"  judge calls, at most           {turns:9,} ({world})",
         f"the run   {training.steps} steps, {training.steps * turns:,} judge calls at most",
     ]
     return "\n".join(lines)

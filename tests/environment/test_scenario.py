@@ -1,12 +1,20 @@
 """Cards: strict reading, points of the start state, and the embedded set as a whole."""
 
 import copy
+import json
 from collections import Counter
 
 import pytest
 import yaml
 
-from mapo_jax.environment.scenario import DOMAINS, INDICATORS, load_scenarios, main, start_position
+from mapo_jax.environment.scenario import (
+    DOMAINS,
+    INDICATORS,
+    load_scenarios,
+    main,
+    start_position,
+    to_mapping,
+)
 from mapo_jax.errors import UserError
 
 CARD = {
@@ -144,3 +152,64 @@ def test_embedded_cards_are_balanced():
     # Published cases: mean 32.3, sd 4.5.
     assert 29 < sum(norms) / 96 < 35 and min(norms) < 27 and max(norms) > 36
     assert {card.empathy_threshold for card in cards} == {"low", "medium", "high"}
+
+
+def prose_only(card):
+    """A card as one would write it for the live world."""
+    plain = to_mapping(card)
+    del plain["value"], plain["story"]["strengths"], plain["story"]["steps"]
+    for stage in plain["story"]["stages"]:
+        for key in ("particulars", "line", "feeling", "unstated"):
+            del stage[key]
+    return plain
+
+
+def test_cards_survive_as_plain_data_in_both_formats(tmp_path):
+    cards = load_scenarios()[:5]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(to_mapping(card)) + "\n" for card in cards[:3]))
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump([to_mapping(card) for card in cards[3:]]))
+    assert load_scenarios(tmp_path) == cards
+
+
+def test_a_card_without_phrases_is_for_the_live_world(tmp_path):
+    plain = prose_only(load_scenarios()[0]) | {"language": "zh"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(plain))
+    (card,) = load_scenarios(tmp_path, scripted=False)
+    assert card.language == "zh" and not card.scripted and card.story.stages[0].line == ()
+    with pytest.raises(UserError, match=r"no phrases.*environment\.family=live"):
+        load_scenarios(tmp_path)
+
+
+def test_a_card_without_a_start_waits_for_a_judge(tmp_path, capsys):
+    plain = prose_only(load_scenarios()[0])
+    del plain["start"]
+    (tmp_path / "a.jsonl").write_text(json.dumps(plain))
+    with pytest.raises(UserError, match=r"no start.*mapo_jax\.rate"):
+        load_scenarios(tmp_path, scripted=False)
+    assert main(["check", str(tmp_path)]) == 0
+    assert "1 with no start" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"language": "fr"}, ["language", "en, zh"]),
+        ({"value": "craft"}, ["story.strengths", "is missing"]),
+        ({"topic": 3}, ["topic", "must be text"]),
+        ({"colour": "red"}, ["colour", "unknown"]),
+        ({"start": {"C1": 5}}, ["start.C1", "0, 1, 2 or 3"]),
+    ],
+)
+def test_problems_name_file_card_and_field(tmp_path, capsys, change, words):
+    plain = prose_only(load_scenarios()[0])
+    plain |= change
+    (tmp_path / "mine.jsonl").write_text(json.dumps(plain))
+    assert main(["check", str(tmp_path)]) == 2
+    report = capsys.readouterr().err
+    assert "mine.jsonl, card career-white-hat" in report
+    assert all(word in report for word in words)
+
+
+def test_a_broken_line_of_jsonl_is_named(tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text('{"id": 1\n')
+    assert main(["check", str(tmp_path)]) == 2 and "not valid JSON" in capsys.readouterr().err

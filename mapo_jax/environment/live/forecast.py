@@ -1,0 +1,126 @@
+"""What a live run will ask of its servers: calls, tokens and cost, before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mapo_jax.config import ROLES, Config
+from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, Turn
+from mapo_jax.environment.live.client import estimate_tokens
+from mapo_jax.environment.live.director import director_messages
+from mapo_jax.environment.live.health import calibration_set
+from mapo_jax.environment.live.judge import judge_messages
+from mapo_jax.environment.live.user import user_messages
+from mapo_jax.environment.scenario import Scenario
+
+# Tokens of an answer without reasoning: two short sentences; six findings of two sentences each; one call.
+ANSWER_TOKENS = {"user": 45, "judge": 420, "director": 90}
+_SAMPLED_CARDS = 8
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one role is asked."""
+
+    calls: float = 0
+    input_tokens: float = 0
+    output_tokens: float = 0
+
+    def __add__(self, other: Load) -> Load:
+        return Load(
+            self.calls + other.calls,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+        )
+
+    def __mul__(self, count: float) -> Load:
+        return Load(self.calls * count, self.input_tokens * count, self.output_tokens * count)
+
+
+def run_load(config: Config, training: Sequence[Scenario], validation: int) -> dict[str, Load]:
+    """The load of a whole run by role, if every dialogue goes to its last turn and nothing fails.
+
+    Prompts are rendered with messages of the lengths that the configuration allows, for the first cards.
+
+    Args:
+      training: training cards.
+      validation: how many validation cards there are.
+    """
+    steps, every = config.training.steps, config.evaluation.every
+    cards = training[:_SAMPLED_CARDS]
+    opening = _mean([_opening(card) for card in cards])
+    turns = {name: Load() for name in ROLES}
+    for card in cards:
+        for name, load in _dialogue(card, config).items():
+            turns[name] = turns[name] + load * (1 / len(cards))
+    evaluations = len({*range(0, steps, every), steps})
+    evaluated = min(validation, config.evaluation.scenarios)
+    openings = steps * config.rollout.scenarios + evaluations * evaluated
+    dialogues = (
+        steps * config.rollout.scenarios * config.rollout.rollouts
+        + evaluations * evaluated * config.evaluation.rollouts
+    )
+    loads = {name: load * dialogues for name, load in turns.items()}
+    loads["user"] += opening * openings
+    samples = config.environment.judge.samples
+    for item in calibration_set():
+        messages = judge_messages(item.state.scenario, item.state.turns, item.state.user, item.reply)
+        loads["judge"] += _load("judge", messages) * (evaluations * samples)
+    return loads
+
+
+def live_forecast(config: Config, training: Sequence[Scenario], validation: int) -> str:
+    """The load of a run as a table, with its cost at the configuration's prices."""
+    lines = [
+        "the live world, if every dialogue goes to its last turn and nothing fails",
+        f"  {'role':<9} {'model':<30} {'calls':>11} {'prompt tokens':>15} {'answer tokens':>15} {'cost':>11}",
+    ]
+    total, sum_of = 0.0, Load()
+    for name, load in run_load(config, training, validation).items():
+        role = getattr(config.environment, name)
+        cost = (load.input_tokens * role.prices[0] + load.output_tokens * role.prices[1]) / 1e6
+        total, sum_of = total + cost, sum_of + load
+        model = role.model or role.implementation or ""
+        lines.append(f"  {name:<9} {model[-30:]:<30} {_figures(load, cost)}")
+    lines.append(f"  {'together':<40} {_figures(sum_of, total)}")
+    lines.append(
+        "  tokens are estimated from the rendered prompts (about 4 characters each); reasoning comes on top; "
+        "a repair is one more call"
+    )
+    return "\n".join(lines)
+
+
+def _figures(load: Load, cost: float) -> str:
+    return f"{load.calls:11,.0f} {load.input_tokens:15,.0f} {load.output_tokens:15,.0f} {cost:11,.2f}"
+
+
+def _load(role: str, messages: Sequence[dict[str, str]]) -> Load:
+    tokens = sum(estimate_tokens(message["content"]) + 4 for message in messages)
+    return Load(1, tokens, ANSWER_TOKENS[role])
+
+
+def _opening(card: Scenario) -> Load:
+    return _load("user", user_messages(card, ()))
+
+
+def _dialogue(card: Scenario, config: Config) -> dict[str, Load]:
+    message = "w " * (2 * ANSWER_TOKENS["user"])
+    reply = "w " * (2 * config.rollout.max_reply_tokens)
+    judgement = Judgement((0,) * 6, ("",) * 6, ("",) * 6)
+    filler = Turn(message, reply, judgement, None, card.start_position, Action("continue", None, message))
+    state = DialogueState(card, 0, (), message)
+    loads = {name: Load() for name in ROLES}
+    last = config.rollout.max_turns - 1
+    for turn in range(config.rollout.max_turns):
+        asked = _load("judge", judge_messages(card, state.turns, message, reply))
+        loads["judge"] += asked * config.environment.judge.samples
+        state = replace(state, turns=(*state.turns, filler))
+        if turn < last:
+            loads["director"] += _load("director", director_messages(state, config.rollout.max_turns))
+            loads["user"] += _load("user", user_messages(card, state.turns))
+    return loads
+
+
+def _mean(loads: Sequence[Load]) -> Load:
+    return sum(loads, Load()) * (1 / len(loads))

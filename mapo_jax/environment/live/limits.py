@@ -1,0 +1,52 @@
+"""Requests and tokens per minute, as servers count them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+MINUTE = 60.0
+
+
+class PerMinute:
+    """Lets amounts through so that no window of a minute holds more than `limit`; first come, first served.
+
+    A single amount above the limit waits for an empty window and then passes: the server decides about it.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """Args: limit: most per minute; 0 for no limit. clock, sleep: for tests."""
+        self._limit, self._clock, self._sleep = limit, clock, sleep
+        self._passed: deque[list[float]] = deque()  # [time, amount] of the last minute
+        self._sum = 0.0
+        self._turn = asyncio.Lock()
+
+    async def take(self, amount: float = 1.0) -> list[float] | None:
+        """Waits until `amount` fits; returns what `correct` wants, None without a limit."""
+        if not self._limit:
+            return None
+        async with self._turn:
+            while True:
+                now = self._clock()
+                while self._passed and self._passed[0][0] <= now - MINUTE:
+                    self._sum -= self._passed.popleft()[1]
+                if not self._passed or self._sum + amount <= self._limit:
+                    entry = [now, amount]
+                    self._passed.append(entry)
+                    self._sum += amount
+                    return entry
+                await self._sleep(self._passed[0][0] + MINUTE - now)
+
+    def correct(self, entry: list[float] | None, amount: float) -> None:
+        """Puts the true amount in the place of the one that was taken, once it is known."""
+        if entry is not None and any(entry is kept for kept in self._passed):
+            self._sum += amount - entry[1]
+            entry[1] = amount

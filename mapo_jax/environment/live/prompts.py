@@ -1,0 +1,57 @@
+"""The prompts: jinja2 files in English and Chinese, chosen by the card's language.
+
+What models and cards say is only ever a value in a template, never a template; messages of a dialogue appear
+as JSON strings, so that no text can pass for another speaker's, or for the end of what is quoted.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+
+from mapo_jax.environment.scenario import Scenario
+
+Messages = list[dict[str, str]]
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mapo_jax.environment.live", "prompts"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # plain text; values are not parsed again
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,  # of an included file
+    )
+    environment.filters["json"] = _quote
+    return environment
+
+
+def _quote(value: Any) -> str:
+    # Without "<" no text can spell a server's control tokens or a reasoning block.
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def render(language: str, name: str, **values: Any) -> str:
+    """One prompt file with its values.
+
+    Args:
+      language: a folder of prompts/: en or zh.
+      name: of the file, without its ending.
+    """
+    return _environment().get_template(f"{language}/{name}.j2").render(**values).strip()
+
+
+def chat(system: str, turn: str) -> Messages:
+    """A system message and one user message."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": turn}]
+
+
+def needs(card: Scenario) -> list[tuple[str, int]]:
+    """What the person longs for: (axis, level 0..3), most wanted first, from the indicators of priority."""
+    wanted = zip(("C", "A", "P"), (card.start[2], card.start[5], card.start[8]), strict=True)
+    return sorted(wanted, key=lambda need: -need[1])

@@ -1,0 +1,82 @@
+"""Start states for cards that have none, estimated once by the configured judge's model.
+
+    python -m mapo_jax.rate CARDS --output FILE.jsonl --config configs/live.yaml [key=value ...]
+
+Writes every card with its start, and the evidence for each level beside it (FILE.evidence.jsonl). Estimates
+are cached beside the output, so that the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.progress import track
+
+from mapo_jax.commands import run_command
+from mapo_jax.config import load_config
+from mapo_jax.environment.dialogue import RoleFailure
+from mapo_jax.environment.live.start import estimate_start
+from mapo_jax.environment.scenario import read_cards, to_mapping
+from mapo_jax.errors import UserError
+from mapo_jax.files import write_whole
+from mapo_jax.model.sharding import make_mesh
+from mapo_jax.world import open_models
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mapo_jax.rate", description="Lets the judge's model estimate missing start states."
+    )
+    parser.add_argument("cards", type=Path, help="a file or a folder of cards")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with environment.judge")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args(arguments)
+
+    def command() -> None:
+        config = load_config(options.config, options.overrides)
+        scenarios, problems = read_cards(options.cards)
+        if problems:
+            raise UserError(problems[0])
+        if options.output.suffix != ".jsonl":
+            raise UserError(f"--output is {options.output}; its name must end with .jsonl")
+        folder = options.output.parent / f"{options.output.stem}.calls"
+        cards, evidence, failed = [], [], []
+        with (
+            asyncio.Runner() as runner,
+            open_models(config, folder, make_mesh(config.mesh), runner, ("judge",)) as (callers, _),
+        ):
+            if callers["judge"] is None:
+                raise UserError("`environment.judge.model` is empty; name the model that is to estimate")
+            for card in track(scenarios, "start states"):
+                if not card.start:
+                    try:
+                        start = runner.run(estimate_start(card, callers["judge"]))
+                    except RoleFailure as failure:
+                        failed.append(f"{card.id}: {failure}")
+                        continue
+                    card = replace(card, start=start.levels)
+                    evidence.append({"id": card.id, **asdict(start)})
+                cards.append(card)
+        if failed:
+            raise UserError(
+                f"{len(failed)} of {len(scenarios)} cards could not be estimated ({failed[0]}); the others "
+                f"are cached in {folder}, and the same command asks for the missing ones again"
+            )
+        text = "".join(json.dumps(to_mapping(card), ensure_ascii=False) + "\n" for card in cards)
+        write_whole(options.output, text)
+        words = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evidence)
+        write_whole(options.output.with_suffix(".evidence.jsonl"), words)
+        print(f"{len(cards)} cards in {options.output}, {len(evidence)} start states estimated")
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""A frozen model on our own engine that answers chats, so that it can play a user, judge or director."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mapo_jax.environment.dialogue import RoleFailure
+from mapo_jax.rollout.chat import ChatFormat
+from mapo_jax.rollout.engine import Engine, Request
+
+_GATHER_SECONDS = 0.005  # how long a batch waits for further chats
+
+
+class Completion(NamedTuple):
+    """What was sampled, as text."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+
+
+class EngineModel:
+    """Answers chats, as many at once as the engine has slots. To be used within one event loop.
+
+    A chat's random numbers follow from its seed and its tokens, so neither its neighbours nor the order of
+    arrival matter.
+    """
+
+    def __init__(self, engine: Engine, chat: ChatFormat) -> None:
+        """Args: engine: with weights loaded. chat: the model's format."""
+        self._engine, self._chat = engine, chat
+        self._waiting: list[tuple[tuple[int, ...], int, int, asyncio.Future]] = []
+        self._worker: asyncio.Task | None = None
+
+    async def __call__(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        seed: int,
+        schema: Mapping[str, Any] | None,
+        max_tokens: int,
+    ) -> Completion:
+        """The model's answer; a schema is added to the last message.
+
+        Raises:
+          RoleFailure: malformed; the prompt does not fit, or the answer was cut at `max_tokens`.
+        """
+        if schema is not None:
+            *earlier, last = messages
+            text = f"{last['content']}\n\n{json.dumps(schema, ensure_ascii=False)}"
+            messages = [*earlier, {**last, "content": text}]
+        ids = self._chat.prompt(messages)
+        if len(ids) >= self._engine.length:
+            raise RoleFailure(
+                "malformed",
+                f"the prompt has {len(ids)} tokens; raise extra_body.tokens above {self._engine.length}",
+            )
+        answered = asyncio.get_running_loop().create_future()
+        self._waiting.append((ids, seed, max_tokens, answered))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.ensure_future(self._work())
+        reply = await answered
+        text = self._chat.decode(reply.ids)
+        if reply.truncated:
+            raise RoleFailure("malformed", f"the answer was cut after {len(reply.ids)} tokens", text)
+        return Completion(text, len(ids), len(reply.ids))
+
+    async def _work(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(_GATHER_SECONDS)
+            slots = self._engine.slots
+            batch, self._waiting = self._waiting[:slots], self._waiting[slots:]
+            batch = [item for item in batch if not item[3].done()]  # given up meanwhile
+            requests = [
+                Request(slot, ids, key=_key(seed, ids), turn=0, limit=limit, start=True)
+                for slot, (ids, seed, limit, _) in enumerate(batch)
+            ]
+            if not requests:
+                continue
+            try:
+                replies = await asyncio.to_thread(self._engine.reply, requests)
+            except BaseException as error:
+                for *_, answered in batch:
+                    if not answered.done():
+                        answered.set_exception(error)
+                raise
+            for (*_, answered), reply in zip(batch, replies, strict=True):
+                if not answered.done():
+                    answered.set_result(reply)
+
+
+def _key(seed: int, ids: Sequence[int]) -> tuple[int, int, int]:
+    digest = hashlib.blake2b(json.dumps(list(ids)).encode(), digest_size=8).digest()
+    return seed % 2**32, int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")

@@ -1,0 +1,154 @@
+"""Finished turns on the disk, so that a step that was killed in its middle goes on with them.
+
+One file for each collection (`journal/train_000012.jsonl`), one line for each opening message and each
+finished turn: the ids and log-probabilities that were sampled, the judgement, the action, the user's reply.
+A turn at the end of a dialogue that the judge could not score, or with which the dialogue broke off, is not
+taken up again: it is held anew, so that an outage that has passed leaves no hole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from mapo_jax.environment.dialogue import DialogueState, Turn
+
+JOURNAL_FOLDER = "journal"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished turn of one dialogue, and where it left the dialogue."""
+
+    scenario: str  # id of its card
+    seed: int  # of its dialogue
+    index: int  # of the turn
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    turn: Turn
+    user: str  # the next message
+    outcome: str | None
+    failure: str | None
+    rule: str | None
+
+    def follows(self, state: DialogueState) -> bool:
+        """Whether it is the turn that this dialogue awaits."""
+        return state.outcome is None and self.index == state.turn_count and self.turn.user == state.user
+
+    def after(self, state: DialogueState) -> DialogueState:
+        """The dialogue with this turn."""
+        return replace(
+            state,
+            turns=(*state.turns, self.turn),
+            user=self.user,
+            outcome=self.outcome,
+            failure=self.failure,
+            rule=self.rule,
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing failed in it."""
+        return self.turn.scored and self.outcome != "error"
+
+
+_ENTRY = TypeAdapter(Entry)
+
+
+class Journal:
+    """The journal of one collection; what an earlier process wrote there is read first."""
+
+    def __init__(self, file: Path | str) -> None:
+        """Args: file: where; it need not exist."""
+        self._path = Path(file)
+        self._openings: dict[tuple[str, int], str] = {}
+        self._turns: dict[tuple[str, int], list[Entry]] = {}
+        torn = False
+        if self._path.exists():
+            data = self._path.read_bytes()
+            torn = bool(data) and not data.endswith(b"\n")
+            for line in data.splitlines():
+                self._read(line)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("ab", buffering=0)
+        if torn:  # by a kill: what follows must not continue that line
+            self._file.write(b"\n")
+
+    def opening(self, scenario: str, seed: int) -> str | None:
+        """The first message that was written for it."""
+        return self._openings.get((scenario, seed))
+
+    def note_opening(self, scenario: str, seed: int, message: str) -> None:
+        """Writes a first message."""
+        self._write({"scenario": scenario, "seed": seed, "opening": message})
+
+    def turns(self, state: DialogueState) -> Iterator[tuple[Entry, DialogueState]]:
+        """The finished turns that go on from a dialogue's opening, each with the dialogue after it."""
+        entries = list(self._turns.get((state.scenario.id, state.seed), ()))
+        while entries and not entries[-1].complete:
+            entries.pop()
+        for entry in entries:
+            if not entry.follows(state):
+                return
+            state = entry.after(state)
+            yield entry, state
+
+    def note(self, state: DialogueState, ids: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Writes the last turn of a dialogue, with the tokens of its reply."""
+        entry = Entry(
+            state.scenario.id,
+            state.seed,
+            state.turn_count - 1,
+            tuple(ids),
+            tuple(logprobs),
+            state.turns[-1],
+            state.user,
+            state.outcome,
+            state.failure,
+            state.rule,
+        )
+        self._write(asdict(entry))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+            if "opening" in row:
+                self._openings[row["scenario"], row["seed"]] = row["opening"]
+                return
+            entry = _ENTRY.validate_python(row)
+        except (ValueError, ValidationError):
+            return  # torn by a kill: that turn was not finished
+        held = self._turns.setdefault((entry.scenario, entry.seed), [])
+        held[entry.index :] = [entry]  # a turn that was held anew replaces what followed the old one
+
+    def _write(self, row: dict) -> None:
+        # One write, and so whole after a kill of the process; the disk itself is not waited for.
+        self._file.write(json.dumps(row).encode() + b"\n")
+
+
+def journal_file(folder: Path | str, stream: str, step: int) -> Path:
+    """Where the collection of a step is kept. stream: train or evaluation."""
+    return Path(folder) / JOURNAL_FOLDER / f"{stream}_{step:06d}.jsonl"
+
+
+def prune(folder: Path | str, step: int) -> None:
+    """Removes the journals of steps that a whole checkpoint after `step` steps makes needless."""
+    for file in (Path(folder) / JOURNAL_FOLDER).glob("*_*.jsonl"):
+        number = re.fullmatch(r"[a-z]+_(\d+)\.jsonl", file.name)
+        if number and int(number.group(1)) < step:
+            file.unlink()

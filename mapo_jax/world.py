@@ -1,0 +1,347 @@
+"""The world that a run talks to: scripted, or live with its servers, engines, cache, limits and pauses."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jax.sharding import Mesh
+
+from mapo_jax.commands import printable
+from mapo_jax.config import ENGINE, ROLES, Config, EnvironmentConfig, RoleConfig, RolloutConfig
+from mapo_jax.environment.dialogue import RoleFailure, Roles
+from mapo_jax.environment.live.cache import CACHE_FILE, CallCache
+from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete
+from mapo_jax.environment.live.client import Server
+from mapo_jax.environment.live.director import LiveDirector
+from mapo_jax.environment.live.guard import Guarded, Watch, WorldFailing
+from mapo_jax.environment.live.health import score_all
+from mapo_jax.environment.live.judge import LiveJudge
+from mapo_jax.environment.live.user import LiveUser
+from mapo_jax.environment.scripted import scripted_roles
+from mapo_jax.errors import UserError
+from mapo_jax.rollout.completion import EngineModel
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.journal import Journal, journal_file, prune
+from mapo_jax.rollout.sampling import Sampling
+from mapo_jax.training.checkpoint import whole_steps
+from mapo_jax.training.metrics import full_disk_is_a_user_error
+from mapo_jax.training.policy import load_policy
+
+T = TypeVar("T")
+
+PAUSES = 5  # each twice as long as the last; together environment.pause_minutes
+_CHECK_SECONDS = 0.2  # how often a request to stop is looked for while the world is awaited
+_METHODS = {"user": ("open", "reply"), "judge": ("score",), "director": ("act",)}
+_ENGINE_SLOTS, _ENGINE_TOKENS = 8, 4096
+
+
+class World:
+    """Three roles, and how dialogues with them are held.
+
+    Attributes:
+      roles: user, judge, director.
+      live: whether they are played by language models.
+      on_pause: called before every pause, so that what is done can be saved.
+    """
+
+    def __init__(
+        self,
+        roles: Roles,
+        config: Config,
+        folder: Path | None,
+        runner: asyncio.Runner,
+        *,
+        live: bool = False,
+        log: CallLog | None = None,
+    ) -> None:
+        """Use `open_world`, which also closes it."""
+        self.live = live
+        self.on_pause: Callable[[], None] = lambda: None
+        self._config, self._folder, self._runner = config.environment, folder, runner
+        self._max_turns = config.rollout.max_turns
+        self._log = log or CallLog()
+        self._guard = None
+        self._unguarded = self.roles = roles
+        if live:
+            self._guard = self._guarded(Watch(self._config.failure_share))
+            self.roles = self._guard.roles
+        first = 60 * self._config.pause_minutes / (2**PAUSES - 1)
+        self._waits = [first * 2**i for i in range(PAUSES)] if self._config.pause_minutes else []
+
+    def run(self, work: Awaitable[T], check: Callable[[], None] = lambda: None) -> T:
+        """Awaits `work` on the world's own event loop; `check` may raise to end it early."""
+        return self._runner.run(_watched(work, check))
+
+    def hold(
+        self,
+        collection: Callable[[Journal | None], Awaitable[list[list[T]]]],
+        *,
+        stream: str,
+        step: int,
+        check: Callable[[], None],
+        note: Callable[[str], None],
+    ) -> list[list[T]]:
+        """Holds a step's dialogues, in the live world through pauses and with a journal.
+
+        Args:
+          collection: given the journal, holds the dialogues; called again after a pause.
+          stream: train or evaluation.
+          step: finished steps.
+          check: raises to end it all.
+          note: told of pauses.
+
+        Raises:
+          UserError: the world kept failing through all pauses. `on_pause` was called; nothing is lost.
+        """
+        if not self.live:
+            return self.run(collection(None), check)
+        assert self._folder is not None
+        prune(self._folder, max(whole_steps(self._folder), default=0))
+        for number in range(len(self._waits) + 1):
+            self._guard.begin()
+            try:
+                with (
+                    full_disk_is_a_user_error(self._folder),
+                    Journal(journal_file(self._folder, stream, step)) as journal,
+                ):
+                    dialogues = self.run(collection(journal), check)
+                _need_one_usable(dialogues)
+                return dialogues
+            except WorldFailing as failing:
+                self.on_pause()
+                if number == len(self._waits):
+                    cleared = f"{self._config.pause_minutes:g} minutes of pauses did not clear it"
+                    raise UserError(
+                        f"{printable(str(failing))}; {cleared if number else 'no pause is configured'}. The "
+                        f"run stopped with everything saved: see {FAILURES_FILE} in {self._folder}, mend the "
+                        "world, and the same command goes on"
+                    ) from None
+                wait = self._waits[number]
+                what = printable(str(failing))
+                note(f"{what}; pause {number + 1} of {len(self._waits)}: {wait:.0f} s, then on from there")
+                _sleep(wait, check)
+        raise AssertionError("unreachable")
+
+    def score_calibration(self, seed: int, check: Callable[[], None]) -> dict[str, tuple[int, ...] | None]:
+        """The judge's levels for the fixed replies of `health`; a failure is None and pauses nothing."""
+        judge = self._guarded(Watch(1.0)).roles.judge
+        return self.run(score_all(judge, seed, self._config.concurrency), check)
+
+    def _guarded(self, watch: Watch) -> Guarded:
+        return Guarded(
+            self._unguarded,
+            watch,
+            self._log,
+            dialogue_seconds=2 * self._config.call_seconds * self._max_turns,
+            step_seconds=self._config.step_seconds,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """What calls came to since this was last asked; nothing in the scripted world."""
+        if not self.live:
+            return {}
+        return self._log.take({name: getattr(self._config, name).prices for name in ROLES})
+
+    def status(self) -> str:
+        """Failures since `metrics` was last asked, by kind, for the display; empty if there are none."""
+        lost = ", ".join(f"{kind} {count}" for kind, count in sorted(self._log.lost.items()))
+        return f" · lost: {lost}" if lost else ""
+
+
+@contextmanager
+def open_world(config: Config, folder: Path | None, mesh: Mesh) -> Iterator[World]:
+    """The world of a run; a live one is asked whether it is there before anything is spent.
+
+    Args:
+      folder: of the run, where a live world keeps its cache, its journal and its failures; None for nowhere.
+      mesh: where models on our own engine go.
+
+    Raises:
+      UserError: a server does not answer or refuses the key, a model folder or a class cannot be used.
+    """
+    environment = config.environment
+    with ExitStack() as stack:
+        runner = stack.enter_context(asyncio.Runner())
+        if environment.family == "scripted":
+            yield World(scripted_roles(environment), config, folder, runner)
+            return
+        callers, log = stack.enter_context(open_models(config, folder, mesh, runner, ROLES))
+        yield World(_roles(config, callers, log), config, folder, runner, live=True, log=log)
+
+
+@contextmanager
+def open_models(
+    config: Config, folder: Path | None, mesh: Mesh, runner: asyncio.Runner, names: Sequence[str]
+) -> Iterator[tuple[dict[str, Complete | None], CallLog]]:
+    """What each of the named roles asks (None where no model is named), and the log of its calls.
+
+    Args and errors as of `open_world`.
+    """
+    environment = config.environment
+    with ExitStack() as stack:
+        log = CallLog(None if folder is None else folder / FAILURES_FILE)
+        cache = None
+        if folder is not None:
+            cache = CallCache(folder / CACHE_FILE)
+            stack.callback(cache.close)
+        engines: dict[Any, EngineModel] = {}
+        callers: dict[str, Complete | None] = dict.fromkeys(names)
+        for name in names:
+            role = getattr(environment, name)
+            if role.model is None:
+                continue
+            if role.model.startswith(ENGINE):
+                call = _engine_call(role, engines, config, mesh)
+            else:
+                call = _server(name, role, environment, log)
+                stack.callback(lambda server=call: runner.run(server.close()))
+                runner.run(_ready(name, role, call))
+            settings = {
+                "model": role.model,
+                "temperature": role.temperature,
+                "max_tokens": role.max_tokens,
+                "extra_body": role.extra_body,
+            }
+            callers[name] = Caller(name, call, settings, log, cache)
+        log.take({})  # whether servers are there belongs to no step
+        yield callers, log
+
+
+def _roles(config: Config, callers: dict[str, Complete | None], log: CallLog) -> Roles:
+    environment = config.environment
+    ours: dict[str, Callable[[Any], Any]] = {
+        "user": LiveUser,
+        "judge": lambda complete: LiveJudge(
+            complete, environment.judge.samples, lambda spread: log["judge"].spreads.append(spread)
+        ),
+        "director": lambda complete: LiveDirector(complete, config.rollout.max_turns),
+    }
+    made = {}
+    for name in ROLES:
+        path = getattr(environment, name).implementation
+        made[name] = ours[name](callers[name]) if path is None else load_role(name, path)(callers[name])
+    return Roles(**made)
+
+
+def load_role(name: str, path: str) -> Callable[[Complete | None], Any]:
+    """A class of the user's own, from `package.module:Class`.
+
+    Raises:
+      UserError: there is no such class, or it lacks a method of the role.
+    """
+    key = f"environment.{name}.implementation"
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"`{key}` is {path!r}, which cannot be imported: {error}") from error
+    for method in _METHODS[name]:
+        if not asyncio.iscoroutinefunction(getattr(found, method, None)):
+            raise UserError(
+                f"`{key}` is {path!r}, which has no `async def {method}`; see mapo_jax/environment/{name}.py"
+            )
+    return found
+
+
+def _server(name: str, role: RoleConfig, environment: EnvironmentConfig, log: CallLog) -> Server:
+    key = None
+    if role.key_variable is not None:
+        key = os.environ.get(role.key_variable)
+        if not key:
+            raise UserError(
+                f"`environment.{name}.key_variable` names the environment variable {role.key_variable}, "
+                "which is empty or not set; put the server's key there"
+            )
+
+    def attempted(seconds: float | None, failure: str | None) -> None:
+        tally = log[name]
+        tally.attempts += 1
+        if failure is not None:
+            tally.lost_attempts += 1
+        elif seconds is not None:
+            tally.seconds.append(seconds)
+
+    return Server(
+        role,
+        key=key,
+        call_seconds=environment.call_seconds,
+        concurrency=environment.concurrency,
+        on_attempt=attempted,
+    )
+
+
+async def _ready(name: str, role: RoleConfig, server: Server) -> None:
+    try:
+        await server([{"role": "user", "content": "Answer with one word: ready"}], seed=0, schema=None)
+    except RoleFailure as failure:
+        if failure.kind == "malformed" and failure.raw:
+            return  # it talks, perhaps too long for max_tokens: that is for its calls to find out
+        raise UserError(
+            f"the {name}'s server at {role.url} does not serve {role.model!r} ({failure}); check "
+            f"environment.{name}.url, .model and .key_variable"
+        ) from None
+
+
+def _engine_call(
+    role: RoleConfig, engines: dict[Any, EngineModel], config: Config, mesh: Mesh
+) -> Callable[..., Awaitable[Any]]:
+    """A frozen model on our own engine; roles of one model and temperature share it."""
+    options = {"slots": _ENGINE_SLOTS, "tokens": _ENGINE_TOKENS} | role.extra_body
+    surplus = sorted(set(options) - {"slots", "tokens"})
+    if surplus or not all(isinstance(value, int) and value > 0 for value in options.values()):
+        raise UserError(
+            f"`extra_body` of {role.model} is {role.extra_body}; an engine takes slots and tokens there, "
+            "whole numbers above 0"
+        )
+    identity = (role.model, role.temperature, options["slots"], options["tokens"])
+    if identity not in engines:
+        rollout = RolloutConfig(max_tokens=options["tokens"])
+        policy, params = load_policy(role.model.removeprefix(ENGINE), rollout, mesh=mesh)
+        engine = Engine(
+            policy.config,
+            slots=options["slots"],
+            length=options["tokens"],
+            sampling=Sampling(temperature=role.temperature),
+            max_reply_tokens=role.max_tokens,
+            stop_ids=policy.chat.stop_ids,
+            vocabulary_size=policy.chat.vocabulary_size,
+            dtype=config.model.dtype,
+            mesh=mesh,
+        )
+        engine.load(params, 0)
+        engines[identity] = EngineModel(engine, policy.chat)
+    return partial(engines[identity], max_tokens=role.max_tokens)
+
+
+def _need_one_usable(dialogues: Sequence[Sequence[Any]]) -> None:
+    """Raises WorldFailing where a step has nothing to learn from."""
+    states = [dialogue.state for group in dialogues for dialogue in group]
+    if not any(state.outcome != "error" and any(t.scored for t in state.turns) for state in states):
+        raise WorldFailing(f"none of the {len(states)} dialogues has a scored turn and a proper end")
+
+
+async def _watched(work: Awaitable[T], check: Callable[[], None]) -> T:
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_CHECK_SECONDS))[0]:
+            check()
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def _sleep(seconds: float, check: Callable[[], None]) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        check()
+        time.sleep(min(_CHECK_SECONDS, left))

@@ -1,0 +1,124 @@
+"""The cache, the check with its one repair, and the record of failures."""
+
+import asyncio
+import json
+import sqlite3
+
+import pytest
+
+from mapo_jax.environment.dialogue import RoleFailure
+from mapo_jax.environment.live.cache import Answer, CallCache
+from mapo_jax.environment.live.calls import Caller, CallLog
+from mapo_jax.errors import UserError
+
+CHAT = [{"role": "user", "content": "Hello."}]
+
+
+class Model:
+    """Says the next of its lines; an exception is raised."""
+
+    def __init__(self, *lines):
+        self.lines, self.heard = list(lines), []
+
+    async def __call__(self, messages, *, seed, schema):
+        self.heard.append((messages, seed, schema))
+        line = self.lines.pop(0)
+        if isinstance(line, Exception):
+            raise line
+        return Answer(line, 10, 5)
+
+
+def check(text):
+    if text != "good":
+        raise RoleFailure("out_of_range" if text == "far" else "malformed", f"{text} is not good")
+
+
+def repair(problem):
+    return f"Mend: {problem}"
+
+
+def make(tmp_path, model, **settings):
+    log = CallLog(tmp_path / "failures.jsonl")
+    return Caller("judge", model, {"model": "m", **settings}, log, CallCache(tmp_path / "calls.sqlite")), log
+
+
+def rows(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+
+
+def test_the_same_call_is_made_once_and_any_difference_is_another_call(tmp_path):
+    model = Model(*"abcdef")
+    caller, log = make(tmp_path, model)
+    ask = lambda caller, *args, **kw: asyncio.run(caller(*args, **kw))  # noqa: E731
+    assert ask(caller, CHAT, seed=1) == ask(caller, CHAT, seed=1) == "a"
+    assert ask(caller, CHAT, seed=2) == "b"
+    assert ask(caller, [{"role": "user", "content": "Hello!"}], seed=1) == "c"
+    assert ask(caller, CHAT, seed=1, schema={"type": "object"}) == "d"
+    other, _ = make(tmp_path, model, temperature=0.5)
+    assert ask(other, CHAT, seed=1) == "e"
+    user = Caller("user", model, {"model": "m"}, log, caller.cache)
+    assert ask(user, CHAT, seed=1) == "f"
+    again, _ = make(tmp_path, Model())
+    assert ask(again, CHAT, seed=1) == "a"  # from the file
+    metrics = log.take({"judge": (1e6, 2e6)})
+    assert metrics["judge/calls"] == 5 and metrics["judge/cached"] == 1
+    assert metrics["judge/cost"] == 4 * (10 + 2 * 5)  # four calls were paid: a, b, c, d
+    assert log.take({}) == {"environment/cost": 0.0}
+
+
+def test_one_repair_with_the_reason_and_the_answer_before_it(tmp_path):
+    model = Model("bad", "good")
+    caller, log = make(tmp_path, model)
+    assert asyncio.run(caller(CHAT, seed=1, check=check, repair=repair)) == "good"
+    assert model.heard[1][0] == [
+        *CHAT,
+        {"role": "assistant", "content": "bad"},
+        {"role": "user", "content": "Mend: bad is not good"},
+    ]
+    metrics = log.take({})
+    assert metrics["judge/repair_rate"] == 1 and metrics["judge/call_failure_rate"] == 0
+    (row,) = rows(tmp_path)
+    assert (row["kind"], row["raw"], row["final"], row["seed"]) == ("malformed", "bad", False, 1)
+
+
+def test_a_second_bad_answer_fails_for_good_and_is_kept_but_not_cached(tmp_path):
+    caller, log = make(tmp_path, Model("bad", "far", "good"))
+    with pytest.raises(RoleFailure) as caught:
+        asyncio.run(caller(CHAT, check=check, repair=repair))
+    assert (caught.value.kind, caught.value.raw) == ("out_of_range", "far")
+    assert [(r["raw"], r["final"]) for r in rows(tmp_path)] == [("bad", False), ("far", True)]
+    assert log["judge"].failures == {"out_of_range": 1}
+    # Asked again, the model is asked, not the cache.
+    assert asyncio.run(caller(CHAT, check=check, repair=repair)) == "good"
+
+
+def test_a_transport_failure_is_not_repaired(tmp_path):
+    caller, log = make(tmp_path, Model(RoleFailure("timeout", "slow")))
+    with pytest.raises(RoleFailure, match="slow"):
+        asyncio.run(caller(CHAT, check=check, repair=repair))
+    metrics = log.take({})
+    assert metrics["judge/call_failure_rate"] == 1 and "failures/timeout" not in metrics
+    assert metrics["judge/repair_rate"] == 0
+
+
+def test_latencies_and_spread(tmp_path):
+    log = CallLog()
+    tally = log["judge"]
+    tally.calls, tally.seconds, tally.spreads = 1, [float(i) for i in range(1, 101)], [0.0, 3.0]
+    metrics = log.take({})
+    # numpy's linear rule by hand: 1 + 0.5 * 99 and 1 + 0.95 * 99.
+    assert metrics["judge/latency_p50"] == 50.5 and metrics["judge/latency_p95"] == pytest.approx(95.05)
+    assert metrics["judge/spread"] == 1.5
+
+
+def test_a_file_that_is_no_cache_is_one_clear_error(tmp_path):
+    (tmp_path / "calls.sqlite").write_text("not a database, but long enough to be looked at as one" * 20)
+    with pytest.raises(UserError, match="remove the file"):
+        CallCache(tmp_path / "calls.sqlite")
+
+
+def test_the_cache_holds_answers_only(tmp_path):
+    caller, _ = make(tmp_path, Model("good"))
+    asyncio.run(caller([{"role": "user", "content": "a secret prompt"}]))
+    table = sqlite3.connect(tmp_path / "calls.sqlite").execute("SELECT * FROM calls").fetchall()
+    assert len(table) == 1 and table[0][1:] == ("judge", "good", 10, 5) and len(table[0][0]) == 64

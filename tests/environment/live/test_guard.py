@@ -1,0 +1,115 @@
+"""Limits of time around any role, and the watch over failures."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from mapo_jax.environment.dialogue import DialogueState, RoleFailure, Roles
+from mapo_jax.environment.live.calls import CallLog
+from mapo_jax.environment.live.guard import WINDOW, Guarded, Watch, WorldFailing
+from mapo_jax.environment.scenario import load_scenarios
+
+CARD = load_scenarios()[0]
+
+
+class Slow:
+    """All three roles; each call takes `seconds`, or fails."""
+
+    def __init__(self, seconds=0.0, failure=None):
+        self.seconds, self.failure = seconds, failure
+
+    async def score(self, state, reply):
+        await asyncio.sleep(self.seconds)
+        if self.failure:
+            raise RoleFailure(self.failure, "no luck")
+        return "scored"
+
+    open = act = reply = score
+
+
+def guard(role, share=1.0, dialogue=10.0, step=10.0):
+    log = CallLog()
+    return Guarded(
+        Roles(role, role, role), Watch(share), log, dialogue_seconds=dialogue, step_seconds=step
+    ), log
+
+
+def state(seed=1):
+    return DialogueState(CARD, seed, (), "Hm.")
+
+
+def test_what_goes_well_passes():
+    guarded, log = guard(Slow())
+    assert asyncio.run(guarded.score(state(), "Yes.")) == "scored" and not log.lost
+
+
+@pytest.mark.parametrize("limit", ["dialogue", "step"])
+def test_a_hanging_role_is_cut_off(limit):
+    guarded, log = guard(Slow(30), **{limit: 0.1})
+    started = time.monotonic()
+    with pytest.raises(RoleFailure, match=f"timeout: the time of the {limit}"):
+        asyncio.run(guarded.score(state(), "Yes."))
+    assert time.monotonic() - started < 10 and log.lost == {"timeout": 1}
+
+
+def test_a_dialogues_time_adds_up_and_is_its_own():
+    guarded, _ = guard(Slow(0.6), dialogue=1.7)
+
+    async def run():
+        await guarded.score(state(), "a")
+        await guarded.score(state(), "b")
+        with pytest.raises(RoleFailure, match="dialogue"):
+            await guarded.score(state(), "c")
+        assert await guarded.score(state(seed=2), "a") == "scored"
+        guarded.begin()
+        assert await guarded.score(state(), "a") == "scored"
+
+    asyncio.run(run())
+
+
+def test_failures_are_counted_by_kind():
+    guarded, log = guard(Slow(failure="malformed"))
+    with pytest.raises(RoleFailure, match="no luck"):
+        asyncio.run(guarded.score(state(), "Yes."))
+    assert log.lost == {"malformed": 1}
+
+
+def test_the_watch_trips_above_the_share_of_a_window():
+    watch, problem = Watch(0.2), RoleFailure("timeout", "slow")
+    for _ in range(20):
+        watch.note("judge", problem)
+    for _ in range(79):
+        watch.note("user", None)
+    with pytest.raises(WorldFailing, match=r"21 of the last 100 calls .*judge timeout 21.*slow"):
+        watch.note("judge", problem)
+    # Old failures leave the window: with 100 good calls in between, 20 more are borne.
+    watch.clear()
+    for _ in range(20):
+        watch.note("judge", problem)
+    for _ in range(WINDOW):
+        watch.note("user", None)
+    for _ in range(20):
+        watch.note("judge", problem)
+
+
+def test_what_a_limit_cut_off_does_not_trip_the_watch():
+    guarded, log = guard(Slow(30), share=0.0, dialogue=0.01)
+
+    async def run():
+        calls = [guarded.score(state(seed), "a") for seed in range(30)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    assert all(isinstance(failure, RoleFailure) for failure in asyncio.run(run()))
+    assert log.lost == {"timeout": 30}
+
+
+def test_a_defect_of_a_role_is_not_hidden():
+    class Broken(Slow):
+        async def score(self, state, reply):
+            return SimpleNamespace().levels
+
+    guarded, _ = guard(Broken())
+    with pytest.raises(AttributeError):
+        asyncio.run(guarded.score(state(), "Yes."))
