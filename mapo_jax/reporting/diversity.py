@@ -1,0 +1,241 @@
+"""How varied the replies are, which openings and phrases repeat, and what they cost in reward."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mapo_jax.reporting.credit import Credit
+from mapo_jax.reporting.folder import Batch
+
+OPENING_WORDS = 4
+PHRASE_WORDS = (3, 4, 5)
+DISTINCT = (1, 2, 3)
+MOST_WORDS = 20_000  # of a batch that are looked at, so that long replies do not take minutes
+TOP = 8
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A phrase that many replies share."""
+
+    text: str
+    count: int  # replies that have it
+    share: float  # of all replies
+    reward: float | None  # mean reward of the turns that have it
+    cost: float | None  # the same minus the mean of the turns that do not
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Of the replies of one batch."""
+
+    step: int
+    replies: int
+    distinct: tuple[float | None, ...]  # distinct-1, -2, -3 over equally many words in every batch
+    openings: tuple[Repeat, ...]
+    phrases: tuple[Repeat, ...]
+    own_repeats: float  # share of replies that open as an earlier reply of the same dialogue did
+    own_cost: float | None  # mean reward of those minus that of the others
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A phrase that became more, or less, frequent."""
+
+    text: str
+    before: float  # share of replies
+    after: float
+    reward: float | None  # mean reward of the turns that have it, in both
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case."""
+    return _WORD.findall(text.lower())
+
+
+def opening(said: Sequence[str]) -> tuple[str, ...]:
+    """The first four words, or all if there are fewer."""
+    return tuple(said[:OPENING_WORDS])
+
+
+def grams(said: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """Its runs of `size` words."""
+    return list(zip(*(said[i:] for i in range(size)), strict=False))
+
+
+def distinct(replies: Iterable[Sequence[str]], size: int, budget: int) -> float | None:
+    """Distinct-n: different n-grams over all n-grams of the first `budget` words (Li et al. 2016).
+
+    The figure falls with the amount of text, so that only equal budgets compare. None with fewer words.
+    """
+    seen: set[tuple[str, ...]] = set()
+    total, left = 0, budget
+    for said in replies:
+        part = list(said[:left])
+        left -= len(part)
+        found = grams(part, size)
+        seen.update(found)
+        total += len(found)
+        if left <= 0:
+            break
+    return len(seen) / total if total and left <= 0 else None
+
+
+def analyse(batches: Sequence[Batch], credits: Sequence[Sequence[Credit]]) -> list[Diversity]:
+    """The diversity of each batch, with one budget of words for all of them."""
+    said = [_replies(batch, credit) for batch, credit in zip(batches, credits, strict=True)]
+    totals = [sum(len(text) for _, text, _ in replies) for replies in said]
+    large = [total for total in totals if total >= 0.5 * np.median(totals)] if totals else []
+    budget = min(large, default=0)
+    return [
+        _analyse(batch.step, replies, budget) for batch, replies in zip(batches, said, strict=True) if replies
+    ]
+
+
+def shifts(
+    before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[Credit]], top: int = 6
+) -> tuple[list[Shift], list[Shift]]:
+    """Phrases whose share of replies rose most and fell most; of phrases inside each other only the longest."""
+    sides = [_replies(*side) for side in (before, after)]
+    if not all(sides):
+        return [], []
+    counts = [Counter(g for _, said, _ in side for g in _phrases(said)) for side in sides]
+    shares = {
+        phrase: (counts[0][phrase] / len(sides[0]), counts[1][phrase] / len(sides[1]))
+        for phrase in counts[0] | counts[1]
+        if counts[0][phrase] + counts[1][phrase] >= 3
+    }
+    rewards = _mean_rewards([*sides[0], *sides[1]])
+
+    def best(sign: int) -> list[Shift]:
+        ranked = sorted(shares, key=lambda p: (-sign * (shares[p][1] - shares[p][0]), -len(p), p))
+        kept: list[tuple[str, ...]] = []
+        for phrase in ranked:
+            if sign * (shares[phrase][1] - shares[phrase][0]) <= 0 or len(kept) == top:
+                break
+            if not any(_overlap(phrase, other) for other in kept):
+                kept.append(_longest(phrase, shares, sign))
+        return [Shift(" ".join(p), *shares[p], rewards.get(p)) for p in kept]
+
+    return best(+1), best(-1)
+
+
+# --- Parts. ---
+
+Reply = tuple[int, list[str], float | None]  # dialogue, words, reward
+
+
+def _replies(batch: Batch, credits: Sequence[Credit]) -> list[Reply]:
+    found: list[Reply] = []
+    left = MOST_WORDS
+    for index, (dialogue, credit) in enumerate(zip(batch.dialogues, credits, strict=True)):
+        for turn, reward in zip(dialogue.turns, credit.rewards, strict=True):
+            said = words(turn.reply)
+            found.append((index, said, reward))
+            left -= len(said)
+        if left <= 0:
+            break
+    return found
+
+
+def _analyse(step: int, replies: list[Reply], budget: int) -> Diversity:
+    own = _own_repeats(replies)
+    return Diversity(
+        step=step,
+        replies=len(replies),
+        distinct=tuple(distinct((said for _, said, _ in replies), n, budget) for n in DISTINCT),
+        openings=_repeats(replies, lambda said: {opening(said)} if said else set()),
+        phrases=_repeats(replies, lambda said: set(grams(said, OPENING_WORDS))),
+        own_repeats=sum(own) / len(own),
+        own_cost=_cost(replies, own),
+    )
+
+
+def _repeats(replies: list[Reply], having) -> tuple[Repeat, ...]:  # type: ignore[no-untyped-def]
+    holders = defaultdict(list)
+    for index, (_, said, _) in enumerate(replies):
+        for phrase in having(said):
+            holders[phrase].append(index)
+    # Every reply's own opening is a count of one: what occurs once is no repeat.
+    top = sorted((p for p in holders if len(holders[p]) > 1), key=lambda p: (-len(holders[p]), p))
+    found, kept = [], []
+    for phrase in top:
+        if any(_overlap(phrase, other) for other in kept):
+            continue
+        kept.append(phrase)
+        marked = [False] * len(replies)
+        for index in holders[phrase]:
+            marked[index] = True
+        rewards = [r for (_, _, r), mark in zip(replies, marked, strict=True) if mark and r is not None]
+        found.append(
+            Repeat(
+                " ".join(phrase),
+                len(holders[phrase]),
+                len(holders[phrase]) / len(replies),
+                float(np.mean(rewards)) if rewards else None,
+                _cost(replies, marked),
+            )
+        )
+        if len(found) == TOP:
+            break
+    return tuple(found)
+
+
+def _own_repeats(replies: list[Reply]) -> list[bool]:
+    seen: dict[int, set[tuple[str, ...]]] = defaultdict(set)
+    marks = []
+    for dialogue, said, _ in replies:
+        start = opening(said)
+        marks.append(bool(start) and start in seen[dialogue])
+        seen[dialogue].add(start)
+    return marks
+
+
+def _cost(replies: list[Reply], marked: Sequence[bool]) -> float | None:
+    having = [r for (_, _, r), mark in zip(replies, marked, strict=True) if mark and r is not None]
+    lacking = [r for (_, _, r), mark in zip(replies, marked, strict=True) if not mark and r is not None]
+    return float(np.mean(having) - np.mean(lacking)) if having and lacking else None
+
+
+def _phrases(said: list[str]) -> set[tuple[str, ...]]:
+    return {gram for size in PHRASE_WORDS for gram in grams(said, size)}
+
+
+def _mean_rewards(replies: list[Reply]) -> dict[tuple[str, ...], float]:
+    sums: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for _, said, reward in replies:
+        if reward is not None:
+            for phrase in _phrases(said):
+                sums[phrase].append(reward)
+    return {phrase: float(np.mean(rewards)) for phrase, rewards in sums.items()}
+
+
+def _longest(
+    phrase: tuple[str, ...], shares: dict[tuple[str, ...], tuple[float, float]], sign: int
+) -> tuple[str, ...]:
+    """A longer phrase around this one that moved nearly as much."""
+    moved = sign * (shares[phrase][1] - shares[phrase][0])
+    around = [
+        other
+        for other in shares
+        if len(other) > len(phrase)
+        and _inside(phrase, other)
+        and sign * (shares[other][1] - shares[other][0]) >= 0.9 * moved
+    ]
+    return max(around, key=lambda p: (len(p), sign * (shares[p][1] - shares[p][0]), p), default=phrase)
+
+
+def _inside(small: tuple[str, ...], large: tuple[str, ...]) -> bool:
+    return any(large[i : i + len(small)] == small for i in range(len(large) - len(small) + 1))
+
+
+def _overlap(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Whether they are windows of the same words: all but one or two of the shorter's words in a row."""
+    size = max(2, min(len(one), len(other)) - 1)
+    return bool(set(grams(one, size)) & set(grams(other, size)))
