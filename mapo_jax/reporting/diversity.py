@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,17 +101,24 @@ def analyse(batches: Sequence[Batch], credits: Sequence[Sequence[Credit]]) -> li
 def shifts(
     before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[Credit]], top: int = 6
 ) -> tuple[list[Shift], list[Shift]]:
-    """Phrases whose share of replies rose most and fell most; of phrases inside each other only the longest."""
+    """Phrases whose share of replies rose most, and fell most.
+
+    Of phrases that stand in much the same replies only one is told, the one that moved most, then the longest.
+    """
     sides = [_replies(*side) for side in (before, after)]
     if not all(sides):
         return [], []
-    counts = [Counter(g for _, said, _ in side for g in _phrases(said)) for side in sides]
-    shares = {
-        phrase: (counts[0][phrase] / len(sides[0]), counts[1][phrase] / len(sides[1]))
-        for phrase in counts[0] | counts[1]
-        if counts[0][phrase] + counts[1][phrase] >= 3
-    }
-    rewards = _mean_rewards([*sides[0], *sides[1]])
+    replies = [*sides[0], *sides[1]]
+    holders: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for index, (_, said, _) in enumerate(replies):
+        for phrase in _phrases(said):
+            holders[phrase].add(index)
+    first = len(sides[0])
+    shares = {}
+    for phrase, where in holders.items():
+        if len(where) >= 3:
+            early = sum(index < first for index in where)
+            shares[phrase] = (early / first, (len(where) - early) / len(sides[1]))
 
     def best(sign: int) -> list[Shift]:
         ranked = sorted(shares, key=lambda p: (-sign * (shares[p][1] - shares[p][0]), -len(p), p))
@@ -119,9 +126,9 @@ def shifts(
         for phrase in ranked:
             if sign * (shares[phrase][1] - shares[phrase][0]) <= 0 or len(kept) == top:
                 break
-            if not any(_overlap(phrase, other) for other in kept):
-                kept.append(_longest(phrase, shares, sign))
-        return [Shift(" ".join(p), *shares[p], rewards.get(p)) for p in kept]
+            if not any(_alike(holders[phrase], holders[other]) for other in kept):
+                kept.append(phrase)
+        return [Shift(" ".join(p), *shares[p], _mean_reward(replies, holders[p])) for p in kept]
 
     return best(+1), best(-1)
 
@@ -157,28 +164,27 @@ def _analyse(step: int, replies: list[Reply], budget: int) -> Diversity:
     )
 
 
-def _repeats(replies: list[Reply], having) -> tuple[Repeat, ...]:  # type: ignore[no-untyped-def]
-    holders = defaultdict(list)
+def _repeats(
+    replies: list[Reply], having: Callable[[list[str]], set[tuple[str, ...]]]
+) -> tuple[Repeat, ...]:
+    holders: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for index, (_, said, _) in enumerate(replies):
         for phrase in having(said):
-            holders[phrase].append(index)
-    # Every reply's own opening is a count of one: what occurs once is no repeat.
+            holders[phrase].add(index)
     top = sorted((p for p in holders if len(holders[p]) > 1), key=lambda p: (-len(holders[p]), p))
-    found, kept = [], []
+    found: list[Repeat] = []
+    kept: list[tuple[str, ...]] = []
     for phrase in top:
-        if any(_overlap(phrase, other) for other in kept):
+        if any(_alike(holders[phrase], holders[other]) for other in kept):
             continue
         kept.append(phrase)
-        marked = [False] * len(replies)
-        for index in holders[phrase]:
-            marked[index] = True
-        rewards = [r for (_, _, r), mark in zip(replies, marked, strict=True) if mark and r is not None]
+        marked = [index in holders[phrase] for index in range(len(replies))]
         found.append(
             Repeat(
                 " ".join(phrase),
                 len(holders[phrase]),
                 len(holders[phrase]) / len(replies),
-                float(np.mean(rewards)) if rewards else None,
+                _mean_reward(replies, holders[phrase]),
                 _cost(replies, marked),
             )
         )
@@ -207,35 +213,11 @@ def _phrases(said: list[str]) -> set[tuple[str, ...]]:
     return {gram for size in PHRASE_WORDS for gram in grams(said, size)}
 
 
-def _mean_rewards(replies: list[Reply]) -> dict[tuple[str, ...], float]:
-    sums: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for _, said, reward in replies:
-        if reward is not None:
-            for phrase in _phrases(said):
-                sums[phrase].append(reward)
-    return {phrase: float(np.mean(rewards)) for phrase, rewards in sums.items()}
+def _mean_reward(replies: list[Reply], indices: Iterable[int]) -> float | None:
+    rewards = [reward for index in indices if (reward := replies[index][2]) is not None]
+    return float(np.mean(rewards)) if rewards else None
 
 
-def _longest(
-    phrase: tuple[str, ...], shares: dict[tuple[str, ...], tuple[float, float]], sign: int
-) -> tuple[str, ...]:
-    """A longer phrase around this one that moved nearly as much."""
-    moved = sign * (shares[phrase][1] - shares[phrase][0])
-    around = [
-        other
-        for other in shares
-        if len(other) > len(phrase)
-        and _inside(phrase, other)
-        and sign * (shares[other][1] - shares[other][0]) >= 0.9 * moved
-    ]
-    return max(around, key=lambda p: (len(p), sign * (shares[p][1] - shares[p][0]), p), default=phrase)
-
-
-def _inside(small: tuple[str, ...], large: tuple[str, ...]) -> bool:
-    return any(large[i : i + len(small)] == small for i in range(len(large) - len(small) + 1))
-
-
-def _overlap(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Whether they are windows of the same words: all but one or two of the shorter's words in a row."""
-    size = max(2, min(len(one), len(other)) - 1)
-    return bool(set(grams(one, size)) & set(grams(other, size)))
+def _alike(one: set[int], other: set[int]) -> bool:
+    """Whether two phrases stand in much the same replies: half of the smaller set is in the other."""
+    return 2 * len(one & other) >= min(len(one), len(other))
