@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from mapo_jax.reporting.charts import tell
 from mapo_jax.reporting.credit import Credit
 from mapo_jax.reporting.diversity import Shift, shifts
 from mapo_jax.reporting.folder import Batch, Dialogue, Run, is_number
@@ -18,6 +20,7 @@ AXES = (
     ("A", "feeling", "meets the stated feeling; at best, names the one behind it"),
     ("P", "agency", "affirms or offers something workable; at best, the person feels able again"),
 )
+RARE = 0.02  # a kind with a smaller share before and after is told together with others
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Behaviour:
     steps: tuple[int, int]
     before: tuple[Levels, ...]
     after: tuple[Levels, ...]
-    kinds: tuple[Kind, ...]  # those that moved most first
+    kinds: tuple[Kind, ...]  # those that rose most first
     naming: tuple[Naming, ...]
     rising: tuple[Shift, ...]
     falling: tuple[Shift, ...]
@@ -156,7 +159,14 @@ def _kinds(
         )
         for name in counts[0] | counts[1]
     ]
-    return tuple(sorted(found, key=lambda kind: (-(kind.after - kind.before), kind.name)))
+    rare = [kind for kind in found if max(kind.before, kind.after) < RARE]
+    if len(rare) > 2:
+        found = [kind for kind in found if kind not in rare]
+    found.sort(key=lambda kind: (-(kind.after - kind.before), kind.name))
+    if len(rare) > 2:
+        names = f"{len(rare)} rare kinds"
+        found.append(Kind(names, sum(k.before for k in rare), sum(k.after for k in rare), None))
+    return tuple(found)
 
 
 def _naming(run: Run, first: int, last: int) -> tuple[Naming, ...]:
@@ -187,6 +197,7 @@ def _sentences(
     before: Sequence[Levels], after: Sequence[Levels], kinds: Sequence[Kind], naming: Sequence[Naming]
 ) -> list[str]:
     """The largest changes, said in words."""
+    share = partial(tell, form="share")
     said = []
     moves = []
     for one, other in zip(before, after, strict=True):
@@ -199,17 +210,17 @@ def _sentences(
         shares = (one.progress, other.progress) if good else (one.harm, other.harm)
         direction = "More" if change > 0 else "Fewer"
         said.append(
-            f"{direction} replies {what} on {one.title}: {sum(shares[0]):.0%} → {sum(shares[1]):.0%} of turns."
+            f"{direction} replies {what} on {one.title}: {share(sum(shares[0]))} → {share(sum(shares[1]))} of turns."
         )
     if kinds:
         up = [k for k in kinds if k.after - k.before >= 0.02][:3]
         down = [k for k in reversed(kinds) if k.before - k.after >= 0.02][:3]
         for label, chosen in (("More", up), ("Less", down)):
             if chosen:
-                parts = [f"“{k.name}” {k.before:.0%} → {k.after:.0%}" for k in chosen]
+                parts = [f"“{k.name}” {share(k.before)} → {share(k.after)}" for k in chosen]
                 said.append(f"{label}: {', '.join(parts)}.")
     better = [n for n in naming if n.before is not None and n.after is not None and n.after - n.before >= 0.05]
     if better:
-        parts = [f"{n.what} {n.before:.0%} → {n.after:.0%}" for n in better]
+        parts = [f"{n.what} {share(n.before)} → {share(n.after)}" for n in better]
         said.append(f"What it names is right more often: {', '.join(parts)}.")
     return said

@@ -74,6 +74,8 @@ class Chart:
         if self.zero:
             ys.append(0.0)
         low, high = (min(ys), max(ys)) if ys else (0.0, 1.0)
+        if self.form == "share" and high - low < 0.01:
+            high = low + 0.1
         if high - low <= 1e-9 * max(1e-30, abs(high)):
             reach = abs(high) * 0.5 or 1.0
             low, high = (low - reach if low else 0.0), high + reach
@@ -100,6 +102,8 @@ def tell(value: float | None, form: str = "number") -> str:
         return "–"
     if form == "share":
         return f"{100 * value:.0f} %" if abs(value) >= 0.0995 or value == 0 else f"{100 * value:.1f} %"
+    if value == 0:
+        return "0"
     size = abs(value)
     if size and size < 1e-3:
         mantissa, power = f"{value:.1e}".split("e")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mapo_jax.reporting.charts import tell
 from mapo_jax.reporting.comparison import Difference
 from mapo_jax.reporting.diversity import Diversity
 from mapo_jax.reporting.folder import Run, setting
@@ -57,6 +58,10 @@ def check_run(run: Run, diversity: Sequence[Diversity], change: Difference | Non
     return sorted(checks, key=lambda check: _ORDER.index(check.state))
 
 
+def _share(value: float) -> str:
+    return tell(value, "share")
+
+
 def _grade(look: bool, alarm: bool) -> str:
     return ALARM if alarm else LOOK if look else FINE
 
@@ -84,7 +89,7 @@ def _length(run: Run) -> Check:
     share = float(np.mean(cut[-max(1, len(cut) // 5) :])) if cut else 0.0
     state = _grade(last > 1.3 * first or share > 0.05, last > 2 * first or share > 0.25)
     meaning = "no steady growth" if state == FINE else "replies grow or are cut: is length what is rewarded?"
-    return Check(name, state, f"{first:.1f} → {last:.1f} tokens, {share:.0%} cut", meaning)
+    return Check(name, state, f"{first:.1f} → {last:.1f} tokens, {_share(share)} cut", meaning)
 
 
 def _templates(run: Run, diversity: Sequence[Diversity]) -> Check:
@@ -101,7 +106,7 @@ def _templates(run: Run, diversity: Sequence[Diversity]) -> Check:
         if state == FINE
         else "many replies open with the same words: read some, and see what they cost below"
     )
-    return Check(name, state, f"commonest opening {pair[0]:.0%} → {pair[1]:.0%} of replies", meaning)
+    return Check(name, state, f"commonest opening {_share(pair[0])} → {_share(pair[1])} of replies", meaning)
 
 
 def _judge(run: Run) -> Check:
@@ -116,7 +121,7 @@ def _judge(run: Run) -> Check:
         if state == FINE
         else "unscored turns are in no statistic; are they the hard ones?"
     )
-    figure = f"{np.mean(failed):.1%} of turns unscored (worst step {max(failed):.0%})"
+    figure = f"{_share(float(np.mean(failed)))} of turns unscored (worst step {_share(max(failed))})"
     return Check(name, state, figure, meaning)
 
 
@@ -130,7 +135,7 @@ def _sampler(run: Run) -> Check:
     meaning = (
         "rounding only" if state == FINE else "more than rounding: the weights or the graphs are not the same"
     )
-    return Check(name, state, f"at most {max(gaps):.1e} per token", meaning)
+    return Check(name, state, f"at most {tell(max(gaps))} per token", meaning)
 
 
 def _gradients(run: Run) -> Check:
@@ -166,5 +171,5 @@ def _early_ends(run: Run) -> Check:
         return Check(name, UNKNOWN, "not logged", "whether dialogues fail and end early")
     worse = failures[1] > failures[0] + 0.1
     meaning = "no more failures than before" if not worse else "more dialogues fail, and early"
-    figure = f"failures {failures[0]:.0%} → {failures[1]:.0%}, turns {turns[0]:.1f} → {turns[1]:.1f}"
+    figure = f"failures {_share(failures[0])} → {_share(failures[1])}, turns {turns[0]:.1f} → {turns[1]:.1f}"
     return Check(name, _grade(worse, failures[1] > 0.5 and worse), figure, meaning)

@@ -87,10 +87,12 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def running_band(values: Sequence[float], window: int) -> list[tuple[float, float]]:
-    """Running mean minus and plus one standard deviation of the values around."""
+    """Running mean minus and plus one standard deviation of the values around; within the values' range."""
     reach = window // 2
+    least, most = min(values), max(values)
     bands = []
     for i in range(len(values)):
         near = values[max(0, i - reach) : i + reach + 1]
-        bands.append((float(np.mean(near) - np.std(near)), float(np.mean(near) + np.std(near))))
+        mean, deviation = float(np.mean(near)), float(np.std(near))
+        bands.append((max(least, mean - deviation), min(most, mean + deviation)))
     return bands

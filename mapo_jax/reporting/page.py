@@ -92,8 +92,10 @@ TILES = (
     ("return/mean", "Return of a dialogue", "number"),
     ("reward/mean", "Reward of a turn", "number"),
     ("epm_q", "EPM-Q", "number"),
+    ("distance/end", "What the user lacks at the end", "number"),
     ("outcome/success", "Successes", "share"),
 )
+LOWER_IS_BETTER = ("distance/end",)
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Study:
         if self.first is None or self.last is None:
             return {}
         found = {}
-        for name, *_ in TILES:
+        for name in ("distance/start", *(name for name, *_ in TILES)):
             value = _values(name)
             sides = [
                 by_card(batch, lambda i, d, c=credits, value=value: value(d, c[i]))
@@ -201,7 +203,19 @@ class Study:
             "down": ("It got worse", "bad"),
             "unclear": ("No clear change", "unclear"),
         }[change.verdict]
-        return word, sentence, state
+        return word, f"{sentence} {self._net_help()}".strip(), state
+
+    def _net_help(self) -> str:
+        """Whether users end better off than they began: a better return may still be less harm."""
+        start, end = self.changes.get("distance/start"), self.changes.get("distance/end")
+        if start is None or end is None:
+            return ""
+        was, now = end.before - start.before, end.after - start.after
+        lack = f"{tell(start.after)} points at the start and {tell(end.after)} at the end"
+        if now <= 0:
+            return f"Users lack {lack}: they are helped."
+        less = ", though by less than before" if now < was else ""
+        return f"Users lack {lack}: they still end worse off than they began{less}."
 
 
 def _values(name: str) -> Callable[[Dialogue, Credit], float | None]:
@@ -217,6 +231,8 @@ def _values(name: str) -> Callable[[Dialogue, Credit], float | None]:
         "epm_q": lambda d, c: d.epm_q,
         "outcome/success": lambda d, c: float(d.outcome == "success") if d.counts else None,
         "turns/mean": lambda d, c: float(len(d.turns)) if d.counts else None,
+        "distance/start": lambda d, c: d.distances[0] if d.counts else None,
+        "distance/end": lambda d, c: d.distances[-1] if d.counts else None,
     }[name]
 
 
@@ -237,10 +253,10 @@ def render(
         studies.append(Study.of(number, run))
     packed = pack(runs, [g for study in studies for g in study.groups], limit=limit, progress=progress)
     told("drawing")
-    curves = [(title, [c for c in group if c.series]) for title, group in curve_groups(studies)]
+    curves = [(title, [c for c in g if c.series], folded) for title, g, folded in curve_groups(studies)]
     views = [view(study, len(studies) > 1) for study in studies]
     hero = hero_chart(studies)
-    drawn = [hero, *(c for _, group in curves for c in group), *(c for v in views for c in v["charts"])]
+    drawn = [hero, *(c for _, group, _ in curves for c in group), *(c for v in views for c in v["charts"])]
     script = _asset("script.js")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -255,7 +271,7 @@ def render(
         many=len(studies) > 1,
         studies=views,
         hero=hero,
-        curves=[(title, group) for title, group in curves if group],
+        curves=[group for group in curves if group[1]],
         against=against_first(studies),
         packed=packed,
         data=_inline({"charts": {c.key: c.to_json() for c in drawn}, "steps": _steps_json(studies)}),
@@ -341,13 +357,27 @@ def tiles(study: Study) -> list[dict[str, Any]]:
     """Before, after, and the difference with its interval."""
     found = []
     for name, title, form in TILES:
-        if (change := study.changes.get(name)) is None:
+        change = study.changes.get(name)
+        if change is None or (name == "outcome/success" and change.before == change.after == 0):
             continue
         ceiling = study.run.helper.get(name)
         way = None
         if isinstance(ceiling, (int, float)) and ceiling > change.before and name != "outcome/success":
             way = change.change / (ceiling - change.before)
-        found.append({"title": title, "form": form, "change": change, "ceiling": ceiling, "way": way})
+        note = None
+        if name == "distance/end":
+            note = f"{tell(study.changes['distance/start'].before)} at the start"
+        found.append(
+            {
+                "title": title,
+                "form": form,
+                "change": change,
+                "ceiling": ceiling,
+                "way": way,
+                "note": note,
+                "turned": name in LOWER_IS_BETTER,
+            }
+        )
     return found
 
 
@@ -410,20 +440,23 @@ def _evaluation_marks(study: Study, many: bool) -> Series | None:
 # --- Curves. ---
 
 
-def curve_groups(studies: Sequence[Study]) -> list[tuple[str, list[Chart]]]:
-    """Every metric's chart, in groups; a metric that no group names comes under others."""
+def curve_groups(studies: Sequence[Study]) -> list[tuple[str, list[Chart], bool]]:
+    """Title, charts, and whether they are folded away: metrics that no group names are."""
     groups = [
-        (title, [_metric_chart(studies, *metric) for metric in metrics]) for title, metrics in CURVES
+        (title, [_metric_chart(studies, *metric) for metric in metrics], False) for title, metrics in CURVES
     ]
     named = {metric for _, metrics in CURVES for metric, *_ in metrics}
     rest = sorted(
         {name for s in studies for row in s.run.steps for name in row} - named - {"step"}
     )
     others = [
-        _metric_chart(studies, name, name, "share" if name.startswith(("kind/", "naming/", "outcome/")) and not name.endswith("_rate") else "number", "")
-        for name in rest
+        _metric_chart(studies, name, name, "share" if _is_share(name) else "number", "") for name in rest
     ]
-    return [*groups, ("Everything else that was logged", others)]
+    return [*groups, ("Everything else that was logged", others, True)]
+
+
+def _is_share(name: str) -> bool:
+    return name.startswith(("kind/", "naming/", "outcome/")) and not name.endswith("_rate")
 
 
 def _metric_chart(studies: Sequence[Study], name: str, title: str, form: str, meaning: str) -> Chart:
@@ -685,8 +718,8 @@ def _inline(content: Any) -> Markup:
 def _signed(value: float | None) -> str:
     if value is None:
         return "–"
-    text = tell(value)
-    return text if text.startswith("\u2212") or value == 0 else f"+{text}"
+    text = f"{value:+.2f}" if abs(value) < 10 else f"{value:+.1f}"
+    return "0" if float(text) == 0 else text.replace("-", "\u2212")
 
 
 def _rounded(value: float | None) -> float | None:

@@ -19,12 +19,17 @@
   function tell(value, form) {
     if (value === null || value === undefined) return "–";
     if (form === "share") return minus((100 * value).toFixed(Math.abs(value) < 0.0995 && value !== 0 ? 1 : 0)) + " %";
+    if (value === 0) return "0";
     const size = Math.abs(value);
-    if (size && size < 1e-3) return minus(value.toExponential(1));
+    if (size < 1e-3) return minus(value.toExponential(1));
     if (size >= 1e4) return minus(Math.round(value).toLocaleString("en"));
-    return minus(value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.1 || value === 0 ? 2 : 3));
+    return minus(value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.1 ? 2 : 3));
   }
-  const signed = (value) => (value === null || value === undefined ? "–" : (value > 0 ? "+" : "") + tell(value));
+  function signed(value) {
+    if (value === null || value === undefined) return "–";
+    const text = value.toFixed(Math.abs(value) < 10 ? 2 : 1);
+    return Number(text) === 0 ? "0" : (value > 0 ? "+" : "") + minus(text);
+  }
   const tone = (value) => (value === null || value === undefined ? "" : value < 0 ? "neg" : "pos");
 
   // --- Theme, runs, sections. ---
@@ -175,7 +180,7 @@
       const right = x * Math.cos(yaw) - z * Math.sin(yaw);
       const back = x * Math.sin(yaw) + z * Math.cos(yaw);
       const up = y * Math.cos(pitch) - back * Math.sin(pitch);
-      return [320 + 285 * right, 268 - 285 * up];
+      return [320 + 318 * right, 268 - 318 * up];
     }
     function line(points, width, opacity, ink) {
       pen.strokeStyle = ink;
@@ -221,8 +226,8 @@
       end([0, 0, 0], 5, "after", ink);
       for (const way of ways) {
         const part = way.p.slice(0, until + 1);
-        line(part, 1, 0.36, colour(way.c));
-        end(part.at(-1), 2, way.c, colour(way.c));
+        line(part, 1.1, 0.45, colour(way.c));
+        end(part.at(-1), 2.6, way.c, colour(way.c));
       }
       for (const way of means) {
         const part = way.p.slice(0, until + 1);
@@ -452,7 +457,9 @@
     let drawing = 0;
     async function read() {
       const asked = parse();
-      if (!asked) return;
+      if (asked) await present(asked, true);
+    }
+    async function present(asked, move) {
       open = asked;
       const turn = ++drawing;
       const { row, other } = asked;
@@ -478,16 +485,17 @@
         make("button", { type: "button", disabled: place < 0 || place >= shown.length - 1, on: { click: () => step(1) } }, "Next"),
         twin && !other ? make("button", { type: "button", id: "twin", on: { click: () => { location.hash = link(row, twin); } } }, "Before and after") : null,
         make("label", { for: "compare" }, "beside it "), compare,
-        make("button", { type: "button", id: "tokens", "aria-pressed": tokens, on: { click: () => { tokens = !tokens; read(); } } }, tokens ? "Hide tokens" : "Tokens"),
+        make("button", { type: "button", id: "tokens", "aria-pressed": tokens, on: { click: () => { tokens = !tokens; present(asked, false); } } }, tokens ? "Hide tokens" : "Tokens"),
         copy);
       const columns = make("div", { class: other ? "columns two" : "columns" },
         sides.map((side, number) => dialogue(side, talks[number], rowsOfTokens[number], other)));
       reader.replaceChildren(tools, columns);
       reader.setAttribute("aria-label", `Dialogue ${row.card.id}, ${name(row)}`);
-      panes.classList.add("reading");
+      if (move) panes.classList.add("reading");
       panes.classList.toggle("pairing", Boolean(other));
       for (const line of $$("#list tbody tr")) line.classList.toggle("open", line.dataset.key === row.key);
       if (many) { $("#run").value = row.run; showRun(row.run); }
+      if (!move) return;
       const target = asked.turn && $(`[data-turn="${Number(asked.turn)}"]`, reader);
       if (target) target.classList.add("here");
       (target || reader).scrollIntoView({ block: "start" });
@@ -544,7 +552,7 @@
         : ["C", "A", "P"].map((axis, i) => {
           const chips = [2 * i, 2 * i + 1].map((k) => turn.l[k]);
           return make("div", { class: "level-row" },
-            make("span", { class: "chips" }, axis, chips.map((level) => level === 0 ? null : make("span", { class: level > 0 ? "chip plus" : "chip minus" }, signed(level).replace(".00", ""))), chips.every((level) => level === 0) ? make("span", { class: "chip" }, "0") : null),
+            make("span", { class: "chips" }, axis, chips.map((level) => level === 0 ? null : make("span", { class: level > 0 ? "chip plus" : "chip minus" }, `${level > 0 ? "+" : "\u2212"}${Math.abs(level)}`)), chips.every((level) => level === 0) ? make("span", { class: "chip" }, "0") : null),
             make("span", { class: "why" }, [2 * i, 2 * i + 1].flatMap((k) => (turn.e[k] || (turn.l[k] !== 0 && turn.w[k])) ? [turn.e[k] ? make("q", { dir: "auto" }, turn.e[k]) : "", turn.w[k] ? ` ${turn.w[k]} ` : ""] : [])));
         }));
       const named = (turn.n ?? []).map(([what, right]) => `${what} ${right ? "✓" : "✗"}`).join(", ");
@@ -591,7 +599,8 @@
 
     list();
     addEventListener("hashchange", read);
-    await read();
+    if (parse()) await read();
+    else if (shown.length) await present({ row: shown[0], other: null, turn: null }, false);
     document.documentElement.dataset.ready = "yes";
   }
   // After the first paint.
