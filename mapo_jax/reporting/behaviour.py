@@ -1,4 +1,4 @@
-"""What the policy learnt to do: what the judge saw, what kinds of replies, which phrases; before and after."""
+"""What the policy learnt to do: the judge's levels, kinds of replies, phrases; before and after training."""
 
 from __future__ import annotations
 
@@ -98,7 +98,13 @@ def behaviour(
     steps = before[0].step, after[0].step
     naming = _naming(run, *steps)
     return Behaviour(
-        steps, *levels, kinds, naming, tuple(rising), tuple(falling), tuple(_sentences(*levels, kinds, naming))
+        steps,
+        *levels,
+        kinds,
+        naming,
+        tuple(rising),
+        tuple(falling),
+        tuple(_sentences(*levels, kinds, naming)),
     )
 
 
@@ -136,9 +142,7 @@ def _key(dialogue: Dialogue) -> tuple[str, int]:
     return dialogue.scenario, dialogue.place[1]
 
 
-def _kinds(
-    before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[Credit]]
-) -> tuple[Kind, ...]:
+def _kinds(before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[Credit]]) -> tuple[Kind, ...]:
     counts, rewards = [], {}
     for batch, credits in (before, after):
         counter: Counter[str] = Counter()
@@ -210,8 +214,10 @@ def _sentences(
         shares = (one.progress, other.progress) if good else (one.harm, other.harm)
         direction = "More" if change > 0 else "Fewer"
         said.append(
-            f"{direction} replies {what} on {one.title}: {share(sum(shares[0]))} → {share(sum(shares[1]))} of turns."
+            f"{direction} replies {what} on {one.title}: "
+            f"{share(sum(shares[0]))} → {share(sum(shares[1]))} of turns."
         )
+    kinds = [kind for kind in kinds if kind.reward is not None]  # not the rare ones together
     if kinds:
         up = [k for k in kinds if k.after - k.before >= 0.02][:3]
         down = [k for k in reversed(kinds) if k.before - k.after >= 0.02][:3]
@@ -219,7 +225,9 @@ def _sentences(
             if chosen:
                 parts = [f"“{k.name}” {share(k.before)} → {share(k.after)}" for k in chosen]
                 said.append(f"{label}: {', '.join(parts)}.")
-    better = [n for n in naming if n.before is not None and n.after is not None and n.after - n.before >= 0.05]
+    better = [
+        n for n in naming if n.before is not None and n.after is not None and n.after - n.before >= 0.05
+    ]
     if better:
         parts = [f"{n.what} {share(n.before)} → {share(n.after)}" for n in better]
         said.append(f"What it names is right more often: {', '.join(parts)}.")

@@ -99,9 +99,10 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 def tell(value: float | None, form: str = "number") -> str:
     """A number as a person writes it; a dash for none."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return "\u2013"
     if form == "share":
-        return f"{100 * value:.0f} %" if abs(value) >= 0.0995 or value == 0 else f"{100 * value:.1f} %"
+        digits = 0 if abs(value) >= 0.0995 or value == 0 else 1
+        return f"{100 * value:.{digits}f}\u00a0%".replace("-", "\u2212")
     if value == 0:
         return "0"
     size = abs(value)
@@ -140,7 +141,9 @@ def draw(chart: Chart) -> Markup:
         colour = f"--c:var(--{s.colour})"
         if s.band:
             rim = [(px(x), py(h)) for x, (_, h) in zip(s.x, s.band, strict=True) if math.isfinite(h)]
-            rim += [(px(x), py(low)) for x, (low, _) in zip(s.x, s.band, strict=True) if math.isfinite(low)][::-1]
+            rim += [(px(x), py(low)) for x, (low, _) in zip(s.x, s.band, strict=True) if math.isfinite(low)][
+                ::-1
+            ]
             if len(rim) > 2:
                 shapes.append(f'<polygon class="band" style="{colour}" points="{_points(rim)}"/>')
         faint = "faint" if s.smooth or s.marks else ""
@@ -216,12 +219,12 @@ def _now(chart: Chart) -> str:
             if len(known) == 1:
                 return tell(known[0], chart.form)
             return f"{tell(known[0], chart.form)} → {tell(known[-1], chart.form)}"
-    return "–"
+    return "\u2013"
 
 
 def _tick(value: float, form: str) -> str:
     if form == "share":
-        return f"{100 * value:.3g} %".replace("-", "\u2212")
+        return f"{100 * value:.3g}\u00a0%".replace("-", "\u2212")
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k".replace("-", "\u2212")
     return f"{value:.4g}".replace("-", "\u2212")
@@ -300,14 +303,16 @@ def draw_plane(plane: Plane, low: float, means: Sequence[Path]) -> Markup:
     return Markup(
         f'<figure class="plane"><svg viewBox="0 0 {size:.0f} {size:.0f}" role="img" '
         f'aria-label="{len(plane.paths)} dialogues on the axes {across} and {up}">{"".join(parts)}</svg>'
-        f'<figcaption><span class="across">{across} →</span><span class="up">{up} →</span></figcaption></figure>'
+        f'<figcaption><span class="across">{across} →</span><span class="up">{up} →</span></figcaption>'
+        "</figure>"
     )
 
 
 def _end_mark(colour: str, x: float, y: float, size: float) -> str:
     """A square before training, a disc after: told apart without colour."""
     if colour == "before":
-        return f'<rect class="end" x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size}" height="{2 * size}"/>'
+        corner = f'x="{x - size:.1f}" y="{y - size:.1f}"'
+        return f'<rect class="end" {corner} width="{2 * size}" height="{2 * size}"/>'
     return f'<circle class="end" cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>'
 
 

@@ -151,14 +151,16 @@ def _gradients(run: Run) -> Check:
 
 
 def _reward_against_score(run: Run, change: Difference | None) -> Check:
-    """A return that rises while the benchmark's score does not is a policy that found the judge's weak side."""
-    name = "Reward and score agree"
+    """A return that rises while the benchmark's score does not: the policy found a weak side of the reward."""
+    name = "Return and score"
     _, scores = run.evaluated("epm_q")
     if change is None or len(scores) < 2:
         return Check(name, UNKNOWN, "fewer than two evaluations", "whether EPM-Q rises with the return")
     gain = scores[-1] - scores[0]
     apart = change.verdict == "up" and gain <= 0
-    meaning = "both tell the same story" if not apart else "the return rose and EPM-Q did not: reward hacking?"
+    meaning = (
+        "both tell the same story" if not apart else "the return rose and EPM-Q did not: reward hacking?"
+    )
     return Check(
         name, _grade(apart, False), f"return {change.change:+.2f}, EPM-Q {gain:+.1f} in validation", meaning
     )

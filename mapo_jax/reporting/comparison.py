@@ -50,9 +50,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - reach, mean + reach
 
 
-def compare(
-    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
-) -> Difference | None:
+def compare(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> Difference | None:
     """Compares values by card. Cards are the units: dialogues of one card are not independent.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -103,7 +103,7 @@ def shifts(
 ) -> tuple[list[Shift], list[Shift]]:
     """Phrases whose share of replies rose most, and fell most.
 
-    Of phrases that stand in much the same replies only one is told, the one that moved most, then the longest.
+    Of phrases that stand in much the same replies only one is told: the one that moved most, or the longest.
     """
     sides = [_replies(*side) for side in (before, after)]
     if not all(sides):
@@ -164,9 +164,7 @@ def _analyse(step: int, replies: list[Reply], budget: int) -> Diversity:
     )
 
 
-def _repeats(
-    replies: list[Reply], having: Callable[[list[str]], set[tuple[str, ...]]]
-) -> tuple[Repeat, ...]:
+def _repeats(replies: list[Reply], having: Callable[[list[str]], set[tuple[str, ...]]]) -> tuple[Repeat, ...]:
     holders: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for index, (_, said, _) in enumerate(replies):
         for phrase in having(said):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +186,7 @@ def setting(config: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
-def read_run(
-    folder: Path | str, *, dialogues: int, progress: Callable[[str], None] | None = None
-) -> Run:
+def read_run(folder: Path | str, *, dialogues: int, progress: Callable[[str], None] | None = None) -> Run:
     """Reads a run.
 
     Args:
@@ -205,7 +203,9 @@ def read_run(
         raise UserError(f"the run folder {folder} does not exist; give the folder of a training run")
     parts = (CONFIG_FILE, METRICS_FILE, DIALOGUES, EVALUATIONS)
     if not any((folder / part).exists() for part in parts):
-        raise UserError(f"{folder} is no run folder (none of {', '.join(parts)}); give that of a training run")
+        raise UserError(
+            f"{folder} is no run folder (none of {', '.join(parts)}); give that of a training run"
+        )
     notes: list[str] = []
     told = progress or (lambda name: None)
     config = _read_config(folder / CONFIG_FILE, notes)
@@ -234,8 +234,7 @@ def read_run(
         left_out=len(files) - len(chosen),
         written=written,
     )
-    state = _state(run)
-    return Run(**{f.name: getattr(run, f.name) for f in fields(run)} | {"notes": (*state, *notes)})
+    return replace(run, notes=(*_state(run), *notes))
 
 
 def choose_steps(sizes: Mapping[int, int], files: Mapping[int, Path], most: int) -> list[int]:
@@ -318,7 +317,9 @@ def _read_metrics(
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
             broken += 1
             continue
-        held = {name.removeprefix("evaluation/"): v for name, v in row.items() if name.startswith("evaluation/")}
+        held = {
+            name.removeprefix("evaluation/"): v for name, v in row.items() if name.startswith("evaluation/")
+        }
         if held:
             evaluations[row["step"]] = held
         if any(not name.startswith("evaluation/") for name in row if name != "step"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from importlib import resources
 from typing import Any
@@ -193,11 +193,9 @@ class Study:
         if change is None:
             return "Not known yet", "Fewer than two evaluations are there to compare.", "unclear"
         what = f"went from {tell(change.before)} to {tell(change.after)}"
-        margin = (
-            f" (95 % interval {_signed(change.low)} to {_signed(change.high)})" if change.cards > 1 else ""
-        )
+        margin = f" (95 % interval {signed(change.low)} to {signed(change.high)})" if change.cards > 1 else ""
         on = f"{change.cards} {'card' if change.cards == 1 else 'cards'} that training never saw"
-        sentence = f"On {on}, the return of a dialogue {what}: {_signed(change.change)}{margin}."
+        sentence = f"On {on}, the return of a dialogue {what}: {signed(change.change)}{margin}."
         word, state = {
             "up": ("It got better", "good"),
             "down": ("It got worse", "bad"),
@@ -236,6 +234,10 @@ def _values(name: str) -> Callable[[Dialogue, Credit], float | None]:
     }[name]
 
 
+def _returns_by_card(batch: Batch, credits: Sequence[Credit]) -> dict[str, list[float]]:
+    return by_card(batch, lambda i, d: credits[i].first_return if d.counts else None)
+
+
 def render(
     runs: Sequence[Run], *, limit: int = PAYLOAD_BYTES, progress: Callable[[str], None] | None = None
 ) -> str:
@@ -261,7 +263,7 @@ def render(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"tell": tell, "signed": _signed, "percent": lambda x: tell(x, "share")}
+    environment.filters |= {"tell": tell, "signed": signed, "percent": lambda x: tell(x, "share")}
     environment.globals |= {"draw": draw}
     html = environment.from_string(_asset("page.html")).render(
         title=" and ".join(run.name for run in runs),
@@ -301,7 +303,7 @@ def view(study: Study, many: bool) -> dict[str, Any]:
         "diversity_charts": diversity,
         "charts": [*diversity, *([state["distance"]] if state else [])],
         "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
-        "written": datetime.fromtimestamp(run.written, timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
+        "written": datetime.fromtimestamp(run.written, UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
         if run.written
         else None,
     }
@@ -324,7 +326,7 @@ def recipe(run: Run) -> str:
     weight = get("algorithm.turn_weight")
     if estimator == "mapo" and isinstance(weight, (int, float)):
         estimator = f"MAPO with turn weight {weight:.3g}"
-    each = f"{get('rollout.scenarios')} scenarios × {get('rollout.rollouts')} rollouts"
+    each = f"{get('rollout.scenarios')} scenarios \u00d7 {get('rollout.rollouts')} rollouts"
     return (
         f"{model[:1].upper()}{model[1:]} talked with {family} and learnt by {estimator}: "
         f"{run.done} of {run.planned if run.planned is not None else '?'} steps of {each}, "
@@ -389,11 +391,7 @@ def against_first(studies: Sequence[Study]) -> list[dict[str, Any]]:
     for study in studies:
         row: dict[str, Any] = {"study": study, "change": study.changes.get("return/mean"), "against": None}
         if study is not studies[0] and study.last and studies[0].last:
-            value = _values("return/mean")
-            sides = [
-                by_card(batch, lambda i, d, c=credits: value(d, c[i]))
-                for batch, credits in (studies[0].last, study.last)
-            ]
+            sides = [_returns_by_card(*side) for side in (studies[0].last, study.last)]
             row["against"] = compare(*sides)
         rows.append(row)
     return rows
@@ -419,10 +417,9 @@ def hero_chart(studies: Sequence[Study]) -> Chart:
 def _evaluation_marks(study: Study, many: bool) -> Series | None:
     run = study.run
     if run.validation:
-        value = _values("return/mean")
         x, y, errors = [], [], []
         for batch, credits in zip(run.validation, study.validation_credits, strict=True):
-            cards = by_card(batch, lambda i, d, c=credits: value(d, c[i]))
+            cards = _returns_by_card(batch, credits)
             if cards:
                 mean, low, high = interval([float(np.mean(values)) for values in cards.values()])
                 x.append(batch.step)
@@ -446,9 +443,7 @@ def curve_groups(studies: Sequence[Study]) -> list[tuple[str, list[Chart], bool]
         (title, [_metric_chart(studies, *metric) for metric in metrics], False) for title, metrics in CURVES
     ]
     named = {metric for _, metrics in CURVES for metric, *_ in metrics}
-    rest = sorted(
-        {name for s in studies for row in s.run.steps for name in row} - named - {"step"}
-    )
+    rest = sorted({name for s in studies for row in s.run.steps for name in row} - named - {"step"})
     others = [
         _metric_chart(studies, name, name, "share" if _is_share(name) else "number", "") for name in rest
     ]
@@ -470,7 +465,9 @@ def _metric_chart(studies: Sequence[Study], name: str, title: str, form: str, me
             label = f"{study.run.name}, validation" if many else "validation"
             series.append(Series(label, x, y, study.colour if many else "after", "2 3", marks=True))
     zero = form in ("share", "seconds")
-    return Chart(name, title, tuple(series), meaning, form="share" if form == "share" else "number", zero=zero)
+    return Chart(
+        name, title, tuple(series), meaning, form="share" if form == "share" else "number", zero=zero
+    )
 
 
 def _curve(study: Study, metric: str, name: str) -> Series | None:
@@ -628,7 +625,7 @@ def diversity_charts(study: Study) -> list[Chart]:
                     "series-2",
                 ),
             ),
-            "mean reward of replies that open like an earlier one of their dialogue, minus that of the others",
+            "mean reward of replies that open like an earlier one of their dialogue, against the others",
             zero=True,
         ),
     ]
@@ -638,9 +635,7 @@ def _steps_json(studies: Sequence[Study]) -> list[list[dict[str, Any]]]:
     """Openings and phrases of every step, for the slider."""
 
     def repeats(entries: Any) -> list[list[Any]]:
-        return [
-            [e.text, e.count, round(e.share, 4), _rounded(e.reward), _rounded(e.cost)] for e in entries
-        ]
+        return [[e.text, e.count, round(e.share, 4), _rounded(e.reward), _rounded(e.cost)] for e in entries]
 
     return [
         [
@@ -693,7 +688,7 @@ def extremes(study: Study) -> list[tuple[str, str]]:
     found = []
     for label, (change, i, j) in (("most improved", pairs[-1]), ("least", pairs[0])):
         link = _pair_link(study, study.first[0].dialogues[i], study.last[0].dialogues[j])
-        found.append((f"{label}, {_signed(change)}", link))
+        found.append((f"{label}, {signed(change)}", link))
     return found
 
 
@@ -715,9 +710,9 @@ def _inline(content: Any) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
     if value is None:
-        return "–"
+        return "\u2013"
     text = f"{value:+.2f}" if abs(value) < 10 else f"{value:+.1f}"
     return "0" if float(text) == 0 else text.replace("-", "\u2212")
 
@@ -732,8 +727,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def summary_of(studies: Sequence[Study]) -> Mapping[str, Any]:
-    """Per run: verdict and checks, for the terminal."""
-    return {study.run.name: (study.verdict, study.checks) for study in studies}

@@ -79,7 +79,9 @@ def pack(
     kept: list[Group] = []
     for group in ordered:
         told(f"packing {group.key}")
-        piece = squeeze([dialogue_json(d, c) for d, c in zip(group.batch.dialogues, group.credits, strict=True)])
+        piece = squeeze(
+            [dialogue_json(d, c) for d, c in zip(group.batch.dialogues, group.credits, strict=True)]
+        )
         if size + len(piece) > limit:
             continue
         pieces[group.key] = piece
@@ -104,7 +106,7 @@ def pack(
 
 
 def by_importance(groups: Sequence[Group]) -> list[Group]:
-    """Per run: last and first evaluation, last and first step, other evaluations, other steps spread evenly."""
+    """Per run: last and first evaluation, last and first step, other evaluations, other steps evenly."""
     order = []
     for _, own in groupby(sorted(groups, key=lambda g: g.run), key=lambda g: g.run):
         mine = list(own)
@@ -163,7 +165,8 @@ def index_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
                     place,
                 ]
             )
-    return {"runs": [run.name for run in runs], "cards": list(cards.values()), "rows": rows}
+    named = [{"name": run.name, "estimator": run.algorithm.estimator} for run in runs]
+    return {"runs": named, "cards": list(cards.values()), "rows": rows}
 
 
 def card_json(dialogue: Dialogue) -> dict[str, Any]:

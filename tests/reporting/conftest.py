@@ -44,9 +44,7 @@ def write_run(folder: Path, shape: Shape = Shape()) -> Path:  # noqa: B008  (fro
     )
     config = replace(
         config,
-        evaluation=replace(
-            config.evaluation, every=shape.every, scenarios=shape.cards, rollouts=2
-        ),
+        evaluation=replace(config.evaluation, every=shape.every, scenarios=shape.cards, rollouts=2),
         environment=replace(config.environment, fault_rate=shape.fault_rate),
     )
     folder.mkdir(parents=True)
@@ -66,9 +64,7 @@ def write_run(folder: Path, shape: Shape = Shape()) -> Path:  # noqa: B008  (fro
                     state := hold_dialogue(
                         card,
                         1000 * step + r + shape.seed,
-                        lambda state: speaker(
-                            state, random.Random(f"{state.seed}{state.turn_count}"), skill
-                        ),
+                        lambda state: speaker(state, random.Random(f"{state.seed}{state.turn_count}"), skill),
                         roles,
                         limits,
                     ),
@@ -139,7 +135,9 @@ def token_row(tokenizer, state, numbers):
         prompt = f"{opening}<|im_start|>user\n{turn.user}<|im_end|>\n<|im_start|>assistant\n"
         row = row.with_prompt(tokenizer.encode(prompt).ids)
         ids = tokenizer.encode(turn.reply + "<|im_end|>").ids
-        row = row.with_reply(ids, [float(np.float32(-x)) for x in numbers.exponential(0.5, len(ids))], index, ())
+        row = row.with_reply(
+            ids, [float(np.float32(-x)) for x in numbers.exponential(0.5, len(ids))], index, ()
+        )
     return row
 
 

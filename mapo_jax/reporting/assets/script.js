@@ -11,14 +11,14 @@
       else if (name === "style") for (const [key, set] of Object.entries(value)) node.style.setProperty(key, set);
       else node.setAttribute(name, value === true ? "" : value);
     }
-    node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
     return node;
   }
   const data = JSON.parse($("#data").textContent);
   const minus = (text) => text.replace("-", "\u2212");
   function tell(value, form) {
     if (value === null || value === undefined) return "–";
-    if (form === "share") return minus((100 * value).toFixed(Math.abs(value) < 0.0995 && value !== 0 ? 1 : 0)) + " %";
+    if (form === "share") return minus((100 * value).toFixed(Math.abs(value) < 0.0995 && value !== 0 ? 1 : 0)) + "\u00a0%";
     if (value === 0) return "0";
     const size = Math.abs(value);
     if (size < 1e-3) return minus(value.toExponential(1));
@@ -325,7 +325,7 @@
       form.append(make("label", { for: select.id }, label, select));
     }
     const unique = (values) => [...new Set(values)].sort((a, b) => (a > b ? 1 : a < b ? -1 : 0));
-    if (many) chooser("run", "run", [["", "all"], ...index.runs.map((name, number) => [String(number), name])]);
+    if (many) chooser("run", "run", [["", "all"], ...index.runs.map((run, number) => [String(number), run.name])]);
     chooser("set", "dialogues", [["", "all"], ["1", "validation"], ["0", "training"]]);
     chooser("step", "step", [["", "all"], ...unique(rows.map((row) => row.step)).map((step) => [String(step), String(step)])]);
     chooser("domain", "domain", [["", "all"], ...unique(rows.map((row) => row.card.domain ?? "none")).map((name) => [name, name])]);
@@ -384,7 +384,7 @@
         ...shown.slice(0, limit).map((row) =>
           make("tr", { "data-key": row.key, class: row.key === open?.row.key ? "open" : null, on: { click: (event) => event.target.closest("a") || (location.hash = `d=${row.key}`) } },
             make("td", { class: "n" }, row.held ? make("span", { class: when(row) === "before" ? "tag before" : "tag" }, when(row)) : String(row.step)),
-            make("td", {}, make("a", { href: `#d=${row.key}` }, row.card.id), make("small", {}, [many ? index.runs[row.run] : null, row.card.domain, row.unscored ? `${row.unscored} unscored` : null, row.cut ? `${row.cut} cut` : null].filter(Boolean).join(" · "))),
+            make("td", {}, make("a", { href: `#d=${row.key}` }, row.card.id), make("small", {}, [many ? index.runs[row.run].name : null, row.card.domain, row.unscored ? `${row.unscored} unscored` : null, row.cut ? `${row.cut} cut` : null].filter(Boolean).join(" · "))),
             make("td", {}, row.outcome),
             make("td", { class: "n" }, String(row.turns)),
             make("td", { class: `n ${tone(row.value)}` }, signed(row.value)),
@@ -453,7 +453,7 @@
       const there = same.filter((other) => other.step === goal && other.key !== row.key);
       return there.find((other) => other.r === row.r) ?? there[0] ?? null;
     }
-    const name = (row) => `${many ? `${index.runs[row.run]}, ` : ""}${when(row)}, rollout ${row.r + 1}, return ${signed(row.value)}`;
+    const name = (row) => `${many ? `${index.runs[row.run].name}, ` : ""}${when(row)}, rollout ${row.r + 1}, return ${signed(row.value)}`;
     let drawing = 0;
     async function read() {
       const asked = parse();
@@ -525,9 +525,9 @@
       const most = Math.max(talk.distance, ...talk.turns.map((turn) => turn.d), 1e-9);
       const ways = [talk.distance, ...talk.turns.map((turn) => turn.d)];
       const ending = { success: "reached equilibrium", failure: "failed", timeout: "ran out of turns", ended: "was ended by the director", error: "broke off: a user or director call failed" }[row.outcome] ?? row.outcome;
-      return make("section", { class: "dialogue" },
+      return make("section", { class: when(row) === "before" ? "dialogue before" : "dialogue" },
         make("h3", {}, card.topic ?? card.id),
-        make("p", { class: "meta" }, make("span", { class: when(row) === "before" ? "tag before" : "tag" }, when(row)), ` ${many ? `${index.runs[row.run]} · ` : ""}${card.id} · ${card.domain ?? "no domain"} · ${card.split ?? ""} card · rollout ${row.r + 1}`),
+        make("p", { class: "meta" }, make("span", { class: when(row) === "before" ? "tag before" : "tag" }, when(row)), ` ${many ? `${index.runs[row.run].name} · ` : ""}${card.id} · ${card.domain ?? "no domain"} · ${card.split ?? ""} card · rollout ${row.r + 1}`),
         make("p", { class: "meta" }, `Return ${signed(row.value)} · EPM-Q ${tell(row.score)} · ${ending} after ${row.turns} turns`, talk.rule ? ` (${talk.rule})` : "", talk.failure ? ` (${talk.failure})` : "", row.held ? " · validation: nothing was learnt from it" : ""),
         about.length ? make("details", { class: "cardtext" }, make("summary", {}, "The card"), make("dl", {}, about.flatMap(([term, text]) => [make("dt", {}, term), make("dd", {}, text)]))) : null,
         make("div", { class: "lack", role: "img", "aria-label": `What is lacking: ${ways.map((d) => d.toFixed(1)).join(", ")}` },
@@ -539,22 +539,23 @@
     }
     function turnView(row, talk, turn, t, scales, tokenRows, paired) {
       const before = t ? talk.turns[t - 1] : { p: talk.start, d: talk.distance };
-      const names = ["reward", "return", "turn level", "batch level", "advantage"];
+      const names = ["reward", "return", "turn level", "batch level", index.runs[row.run].estimator === "mapo" ? "mixed advantage" : `advantage (${index.runs[row.run].estimator})`];
       const credit = make("div", { class: "credit" },
         turn.c.flatMap((entry, i) => i > 1 && row.held ? [] : [
           make("span", { class: i === 4 ? "name total" : "name" }, names[i]),
           make("span", { class: `value ${tone(entry)}` }, entry === null ? "none" : signed(entry)),
           make("span", { class: "dbar", "aria-hidden": "true" }, entry === null ? null : make("i", { class: tone(entry), style: { width: `${(50 * Math.min(1, Math.abs(entry) / scales[i])).toFixed(1)}%` } }))]));
-      const state = make("p", { class: "statecell" },
-        ...["C", "A", "P"].flatMap((axis, i) => [`${axis} ${tell(before.p[i]).replace(/\.0+$/, "")} → ${tell(turn.p[i]).replace(/\.0+$/, "")}   `]), `D ${before.d.toFixed(1)} → ${turn.d.toFixed(1)}`);
+      const whole = (number) => minus(String(Math.round(10 * number) / 10));
+      const move = (axis, from, to) => make("span", { class: from === to ? null : "moved" }, `${axis} ${from === to ? whole(to) : `${whole(from)} → ${whole(to)}`}`);
+      const state = make("p", { class: "statecell" }, ["C", "A", "P"].map((axis, i) => move(axis, before.p[i], turn.p[i])), move("D", before.d, turn.d));
+      const told = (k) => make("p", { class: "level-row" },
+        make("span", { class: `chip ${turn.l[k] > 0 ? "plus" : turn.l[k] < 0 ? "minus" : ""}` }, `${"CAP"[k >> 1]} ${turn.l[k] > 0 ? "+" : turn.l[k] < 0 ? "\u2212" : ""}${Math.abs(turn.l[k])}`),
+        make("span", { class: "why" }, turn.w[k] ? `${turn.w[k]} ` : "", turn.e[k] ? make("q", { dir: "auto" }, turn.e[k]) : ""));
+      const nonzero = [0, 1, 2, 3, 4, 5].filter((k) => turn.l !== null && turn.l[k] !== 0);
+      const zero = [0, 1, 2, 3, 4, 5].filter((k) => turn.l !== null && turn.l[k] === 0);
       const levels = make("div", { class: "levels" }, turn.l === null
         ? make("p", { class: "flag" }, `The judge failed (${turn.f ?? "no reason given"}): no score, not in the loss.`)
-        : ["C", "A", "P"].map((axis, i) => {
-          const chips = [2 * i, 2 * i + 1].map((k) => turn.l[k]);
-          return make("div", { class: "level-row" },
-            make("span", { class: "chips" }, axis, chips.map((level) => level === 0 ? null : make("span", { class: level > 0 ? "chip plus" : "chip minus" }, `${level > 0 ? "+" : "\u2212"}${Math.abs(level)}`)), chips.every((level) => level === 0) ? make("span", { class: "chip" }, "0") : null),
-            make("span", { class: "why" }, [2 * i, 2 * i + 1].flatMap((k) => (turn.e[k] || (turn.l[k] !== 0 && turn.w[k])) ? [turn.e[k] ? make("q", { dir: "auto" }, turn.e[k]) : "", turn.w[k] ? ` ${turn.w[k]} ` : ""] : [])));
-        }));
+        : [nonzero.map(told), zero.length ? make("details", {}, make("summary", {}, nonzero.length ? `${zero.length} levels at 0` : "All levels at 0"), zero.map(told)) : null]);
       const named = (turn.n ?? []).map(([what, right]) => `${what} ${right ? "✓" : "✗"}`).join(", ");
       return make("div", { class: "turn", "data-turn": t + 1 },
         make("p", { class: "nr" }, make("a", { href: link(row, paired && open?.row.key === row.key ? open.other : paired && open ? open.row : null, t + 1) }, `turn ${t + 1}`),
