@@ -37,7 +37,7 @@ def plain(text: str) -> str:
         else "\ufffd"
         if unicodedata.category(letter) in ("Cc", "Cf", "Cs")
         else letter
-        for letter in text
+        for letter in text.replace("\u00a0%", "%")
     )
 
 
@@ -58,7 +58,7 @@ def _run(study: Study) -> RenderableType:
     parts += ["", _checks(study)]
     if study.behaviour and study.behaviour.sentences:
         parts += ["", Text("what it learnt to do", style="bold")]
-        parts += [Text(f"  – {plain(said)}") for said in study.behaviour.sentences]
+        parts += [Text(f"  - {plain(said)}") for said in study.behaviour.sentences]
     for title, dialogue, credit in _chosen(study):
         parts += ["", _dialogue(title, dialogue, credit)]
     return Group(*parts, "")
@@ -76,11 +76,11 @@ def _changes(study: Study) -> Table:
         told = (lambda x: f"{100 * x:+.0f} points") if share else signed
         table.add_row(
             tile["title"],
-            tell(change.before, tile["form"]),
-            tell(change.after, tile["form"]),
+            plain(tell(change.before, tile["form"])),
+            plain(tell(change.after, tile["form"])),
             told(change.change),
             f"{told(change.low)} to {told(change.high)}" if change.cards > 1 else "",
-            "" if tile["way"] is None else tell(tile["way"], "share"),
+            "" if tile["way"] is None else plain(tell(tile["way"], "share")),
         )
     return table
 
@@ -94,7 +94,7 @@ def _checks(study: Study) -> Table:
         table.add_row(
             Text(f"{sign} {check.state}", style=style),
             check.name,
-            check.figure,
+            plain(check.figure),
             Text(check.meaning, style="dim"),
         )
     return table
@@ -138,7 +138,8 @@ def _dialogue(title: str, dialogue: Dialogue, credit: Credit) -> RenderableType:
         lines.append(
             Padding(Text.assemble("→ ", _short(turn.reply) or "(nothing)", "  ", score), (0, 0, 0, 4))
         )
-    ended = f"{dialogue.outcome} after {len(dialogue.turns)} turns, D {dialogue.distances[0]:.1f} → {dialogue.distances[-1]:.1f}"
+    lack = f"D {dialogue.distances[0]:.1f} → {dialogue.distances[-1]:.1f}"
+    ended = f"{dialogue.outcome} after {len(dialogue.turns)} turns, {lack}"
     lines.append(Padding(Text(plain(ended), style="dim"), (0, 0, 0, 2)))
     return Group(*lines)
 

@@ -2,7 +2,8 @@
 
 import json
 import random
-from dataclasses import asdict, dataclass, replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ class Shape:
     seed: int = 0
 
 
-def write_run(folder: Path, shape: Shape = Shape()) -> Path:  # noqa: B008  (frozen)
+def write_run(folder: Path, shape: Shape = Shape()) -> Path:
     """A run folder in which the replies get better step by step; no checkpoints."""
     config = Config(
         rollout=RolloutConfig(
@@ -150,6 +151,4 @@ def run_folder(tmp_path_factory):
 @pytest.fixture
 def run_copy(run_folder, tmp_path):
     """A copy that a test may break."""
-    import shutil
-
     return Path(shutil.copytree(run_folder, tmp_path / "broken"))
