@@ -151,7 +151,7 @@ def _gradients(run: Run) -> Check:
 
 
 def _reward_against_score(run: Run, change: Difference | None) -> Check:
-    """A return that rises while the benchmark's score does not: the policy found a weak side of the reward."""
+    """A return that rises while the benchmark's score does not: a weak side of the reward was found."""
     name = "Return and score"
     _, scores = run.evaluated("epm_q")
     if change is None or len(scores) < 2:

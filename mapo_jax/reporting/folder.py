@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,17 @@ class Dialogue:
         """The card's domain."""
         return str(self.card.get("domain") or "none")
 
-    @property
+    @cached_property
     def positions(self) -> tuple[Vector, ...]:
         """(C, A, P) at the start and after each turn."""
         return (self.start, *(turn.position for turn in self.turns))
 
-    @property
+    @cached_property
     def distances(self) -> list[float]:
         """What the user lacks, at the start and after each turn."""
         return [calculator.distance(position) for position in self.positions]
 
-    @property
+    @cached_property
     def scored(self) -> list[bool]:
         """Which turns have a reward."""
         return [turn.levels is not None for turn in self.turns]
@@ -105,12 +106,12 @@ class Dialogue:
         """How many turns the judge failed to score."""
         return len(self.turns) - sum(self.scored)
 
-    @property
+    @cached_property
     def counts(self) -> bool:
         """Whether statistics count it: it did not end in error, and a turn of it was scored."""
         return self.outcome != "error" and any(self.scored)
 
-    @property
+    @cached_property
     def epm_q(self) -> float | None:
         """EMPA's score; None where there is nothing to score."""
         if not self.counts or calculator.distance(self.start) == 0:

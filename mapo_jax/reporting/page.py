@@ -120,11 +120,10 @@ class Study:
         share = setting(run.config, "environment.max_failed_share")
         if isinstance(share, (int, float)):
             shape["max_failed_share"] = share
+        held_cards = max((d.place[0] + 1 for b in run.validation for d in b.dialogues), default=1)
+        shape["scenarios"] = max(shape.get("scenarios", 1), held_cards)  # one shape, one compilation
         trained = tuple(tuple(credit_batch(b, run.algorithm, **shape)) for b in run.training)
-        held = tuple(
-            tuple(credit_batch(b, run.algorithm, **shape | {"scenarios": 1, "rollouts": 1}))
-            for b in run.validation
-        )
+        held = tuple(tuple(credit_batch(b, run.algorithm, **shape)) for b in run.validation)
         return cls(number, run, trained, held, tuple(analyse(run.training, trained)))
 
     @property

@@ -495,6 +495,8 @@
       panes.classList.toggle("pairing", Boolean(other));
       for (const line of $$("#list tbody tr")) line.classList.toggle("open", line.dataset.key === row.key);
       if (many) { $("#run").value = row.run; showRun(row.run); }
+      const line = $("#list tr.open");
+      if (line) line.closest(".scroll").scrollTop = Math.max(0, line.offsetTop - 200);
       if (!move) return;
       const target = asked.turn && $(`[data-turn="${Number(asked.turn)}"]`, reader);
       if (target) target.classList.add("here");
@@ -590,7 +592,7 @@
           const nats = row.l[logprob++] / 100;
           const probability = Math.exp(-nats);
           nodes.push(turn.l !== null && turns[i] === t
-            ? make("span", { class: "in", title: `log-probability ${minus((-nats).toFixed(2))}, probability ${(100 * probability).toFixed(1)} %`, style: { "--p": (55 * (1 - probability)).toFixed(0) } }, plain, make("small", {}, nats ? minus((-nats).toFixed(2)) : "0"))
+            ? make("span", { class: "in", title: `log-probability ${minus((-nats).toFixed(2))}, probability ${(100 * probability).toFixed(1)} %`, style: { "--p": (34 * (1 - probability)).toFixed(0) } }, plain, make("small", {}, nats ? minus((-nats).toFixed(2)) : "0"))
             : make("span", { class: "out" }, plain));
         }
         if (text.includes("\n")) nodes.push(make("span", { class: "break" }));
