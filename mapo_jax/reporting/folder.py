@@ -213,7 +213,7 @@ def read_run(folder: Path | str, *, dialogues: int, progress: Callable[[str], No
     steps, evaluations, written = _read_metrics(folder / METRICS_FILE, notes)
     _read_evaluations(folder / EVALUATIONS, evaluations, notes)
     files = _step_files(folder / DIALOGUES)
-    chosen = choose_steps({step: file.stat().st_size for step, file in files.items()}, files, dialogues)
+    chosen = choose_steps(files, dialogues)
     training = tuple(_read_batch(files[step], step, False, told, notes) for step in chosen)
     held = _step_files(folder / EVALUATIONS)
     validation = tuple(_read_batch(file, step, True, told, notes) for step, file in held.items())
@@ -238,12 +238,12 @@ def read_run(folder: Path | str, *, dialogues: int, progress: Callable[[str], No
     return replace(run, notes=(*_state(run), *notes))
 
 
-def choose_steps(sizes: Mapping[int, int], files: Mapping[int, Path], most: int) -> list[int]:
+def choose_steps(files: Mapping[int, Path], most: int) -> list[int]:
     """Which steps to read so that about `most` dialogues come together; ascending.
 
     All files of a run have the same count of dialogues, so the first one's count stands for all.
     """
-    steps = sorted(sizes)
+    steps = sorted(files)
     if not steps:
         return []
     with files[steps[0]].open("rb") as file:
