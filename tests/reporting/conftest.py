@@ -20,6 +20,10 @@ from mapo_jax.rollout.chat import Row
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 
+HOSTILE = (
+    '</script><script>alert(1)</script><img src="http://evil.example/x" onerror=alert(2)>\u202e\u0000\ud800'
+)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -152,3 +156,34 @@ def run_folder(tmp_path_factory):
 def run_copy(run_folder, tmp_path):
     """A copy that a test may break."""
     return Path(shutil.copytree(run_folder, tmp_path / "broken"))
+
+
+@pytest.fixture(scope="session")
+def poison():
+    """Puts hostile text into every text of every file of a run."""
+    return _poison
+
+
+def _poison(folder):
+    """Puts hostile text into every text of every file of a run."""
+
+    def changed(value):
+        if isinstance(value, str):
+            return value + HOSTILE
+        if isinstance(value, list):
+            return [changed(entry) for entry in value]
+        if isinstance(value, dict):
+            return {key: entry if key == "outcome" else changed(entry) for key, entry in value.items()}
+        return value
+
+    for file in folder.glob("*/step_*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            for turn in row["state"]["turns"]:
+                turn["failure"] = turn["failure"] or "x"
+        file.write_text("".join(json.dumps(changed(row)) + "\n" for row in rows))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{**line, HOSTILE: 1.0, f"evaluation/{HOSTILE}": 1.0} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = (folder / "config.yaml").read_text().replace("path: null", f"path: {json.dumps(HOSTILE[:-3])}")
+    (folder / "config.yaml").write_text(config)

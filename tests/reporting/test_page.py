@@ -1,6 +1,5 @@
 import base64
 import hashlib
-import json
 import re
 from html.parser import HTMLParser
 from importlib import resources
@@ -9,10 +8,6 @@ import pytest
 
 from mapo_jax.reporting.folder import read_run
 from mapo_jax.reporting.page import Study, render, signed
-
-HOSTILE = (
-    '</script><script>alert(1)</script><img src="http://evil.example/x" onerror=alert(2)>\u202e\u0000\ud800'
-)
 
 
 class Elements(HTMLParser):
@@ -32,31 +27,6 @@ def page(run_folder):
     return render([read_run(run_folder, dialogues=1000)])
 
 
-def poison(folder):
-    """Puts hostile text into every text of every file of a run."""
-
-    def changed(value):
-        if isinstance(value, str):
-            return value + HOSTILE
-        if isinstance(value, list):
-            return [changed(entry) for entry in value]
-        if isinstance(value, dict):
-            return {key: entry if key == "outcome" else changed(entry) for key, entry in value.items()}
-        return value
-
-    for file in folder.glob("*/step_*.jsonl"):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        for row in rows:
-            for turn in row["state"]["turns"]:
-                turn["failure"] = turn["failure"] or "x"
-        file.write_text("".join(json.dumps(changed(row)) + "\n" for row in rows))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [{**line, HOSTILE: 1.0, f"evaluation/{HOSTILE}": 1.0} for line in lines]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = (folder / "config.yaml").read_text().replace("path: null", f"path: {json.dumps(HOSTILE[:-3])}")
-    (folder / "config.yaml").write_text(config)
-
-
 def test_nothing_is_loaded_from_anywhere(page):
     for tag, attributes in Elements(page).tags:
         assert tag not in ("link", "iframe", "object", "embed", "base", "img")
@@ -74,7 +44,7 @@ def test_only_the_one_script_may_run(page):
     assert not any(name.startswith("on") for _, attributes in Elements(page).tags for name in attributes)
 
 
-def test_hostile_text_adds_no_element(run_folder, run_copy, page):
+def test_hostile_text_adds_no_element(poison, run_copy, page):
     poison(run_copy)
     html = render([read_run(run_copy, dialogues=1000)])
     html.encode("utf-8")  # the lone surrogate is gone
