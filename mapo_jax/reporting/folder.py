@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import yaml
 
 from mapo_jax.config import AlgorithmConfig
@@ -385,10 +386,17 @@ def _json_lines(file: Path) -> Iterator[Any]:
     with file.open("rb") as lines:
         for line in lines:
             if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    yield None
+                yield _json(line)
+
+
+def _json(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)  # three times as fast, and stricter: no NaN, no half of a surrogate pair
+    except ValueError:
+        try:
+            return json.loads(line)
+        except ValueError:
+            return None
 
 
 def parse_dialogue(row: Any, step: int) -> Dialogue:

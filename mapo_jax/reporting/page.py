@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib import resources
@@ -446,7 +447,13 @@ def curve_groups(studies: Sequence[Study]) -> list[tuple[str, list[Chart], bool]
     others = [
         _metric_chart(studies, name, name, "share" if _is_share(name) else "number", "") for name in rest
     ]
-    return [*groups, ("Everything else that was logged", others, True)]
+    groups.append(("Everything else that was logged", others, True))
+    # Metrics may have any name; a key must survive being an attribute.
+    numbers = itertools.count()
+    return [
+        (title, [replace(chart, key=f"curve-{next(numbers)}") for chart in group], folded)
+        for title, group, folded in groups
+    ]
 
 
 def _is_share(name: str) -> bool:

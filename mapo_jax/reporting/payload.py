@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 from tokenizers import Tokenizer
 
 from mapo_jax.reporting.credit import Credit
@@ -132,9 +133,12 @@ def _spread(groups: Sequence[Group]) -> Iterable[Group]:
 
 def squeeze(content: Any) -> str:
     """Base64 of gzipped JSON. The bytes follow from the content alone: no time, no name in the header."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    try:
+        text = orjson.dumps(content)
+    except TypeError:  # half of a surrogate pair, which only an escape can write
+        text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
     packer = zlib.compressobj(LEVEL, zlib.DEFLATED, 31)  # 31: with gzip's header
-    return base64.b64encode(packer.compress(text.encode()) + packer.flush()).decode()
+    return base64.b64encode(packer.compress(text) + packer.flush()).decode()
 
 
 def index_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:

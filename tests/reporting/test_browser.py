@@ -76,10 +76,10 @@ def test_it_filters(report, visit):
     assert page.inner_text("#count") == "24 of 78 dialogues"
     page.select_option("#filter-step", "6")
     assert page.inner_text("#count") == "8 of 78 dialogues"
-    page.select_option("#filter-scenario", index=1)
+    page.select_option("#filter-scenario", page.inner_text("#list tbody tr:first-child a"))
     assert page.inner_text("#count") == "2 of 78 dialogues"
     page.click("#filters button[type=reset]")
-    page.wait_for_function("document.querySelector('#count').textContent.startsWith('78 of')")
+    page.locator("#count", has_text="78 of 78").wait_for()
     page.select_option("#filter-failure", "unscored")
     shown = page.locator("#list tbody tr").all_inner_texts()
     assert shown and all("unscored" in text for text in shown)
@@ -109,7 +109,7 @@ def test_words_are_found_in_all_dialogues(report, visit, run_folder):
     page = visit(report)
     page.fill("#filter-text", words)
     page.press("#filter-text", "Enter")
-    page.wait_for_function(f"document.querySelector('#count').textContent.startsWith('{having} of')")
+    page.locator("#count", has_text=f"{having} of 78").wait_for()
 
 
 def test_a_link_opens_a_dialogue_with_all_there_is_to_know(report, visit, run_folder):
@@ -169,10 +169,10 @@ def test_it_works_by_keyboard_alone(report, visit):
     assert page.is_hidden("#tip")
     page.focus("#list tbody tr:nth-child(3) a")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.activeElement.id === 'reader'")
+    page.locator("#reader:focus").wait_for()
     first = page.evaluate("location.hash")
     page.keyboard.press("j")
-    page.wait_for_function(f"location.hash !== '{first}'")
+    assert page.evaluate("location.hash") not in ("", first)
     focusable = page.evaluate(
         "[...document.querySelectorAll('button, select, input')]"
         ".every(e => e.labels?.length || e.textContent.trim() || e.ariaLabel)"

@@ -117,11 +117,12 @@
     plot.addEventListener("pointerleave", hide);
     plot.addEventListener("blur", hide);
     plot.addEventListener("keydown", (event) => {
-      const step = { ArrowRight: 1, ArrowLeft: -1, Home: -xs.length, End: xs.length }[event.key];
+      const last = xs.length - 1;
+      const target = { ArrowRight: at + 1, ArrowLeft: at < 0 ? last : at - 1, Home: 0, End: last }[event.key];
       if (event.key === "Escape") hide();
-      if (step === undefined) return;
+      if (target === undefined) return;
       event.preventDefault();
-      show(at < 0 ? (step > 0 ? 0 : xs.length - 1) : at + step);
+      show(target);
     });
   }
   $$(".chart").forEach(attach);
