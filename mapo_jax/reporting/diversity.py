@@ -15,7 +15,8 @@ from mapo_jax.reporting.folder import Batch
 OPENING_WORDS = 4
 PHRASE_WORDS = (3, 4, 5)
 DISTINCT = (1, 2, 3)
-MOST_WORDS = 20_000  # of a batch that are looked at, so that long replies do not take minutes
+MOST_WORDS = 10_000  # of a batch that are looked at, so that long replies do not take minutes
+LETTERS_PER_WORD = 6  # about, the space included
 TOP = 8
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
@@ -139,15 +140,13 @@ Reply = tuple[int, list[str], float | None]  # dialogue, words, reward
 
 
 def _replies(batch: Batch, credits: Sequence[Credit]) -> list[Reply]:
+    """Replies of all dialogues, or of every k-th one where they have too many words."""
+    letters = sum(len(turn.reply) for dialogue in batch.dialogues for turn in dialogue.turns)
+    stride = max(1, round(letters / LETTERS_PER_WORD / MOST_WORDS))
     found: list[Reply] = []
-    left = MOST_WORDS
-    for index, (dialogue, credit) in enumerate(zip(batch.dialogues, credits, strict=True)):
-        for turn, reward in zip(dialogue.turns, credit.rewards, strict=True):
-            said = words(turn.reply)
-            found.append((index, said, reward))
-            left -= len(said)
-        if left <= 0:
-            break
+    for index in range(0, len(batch.dialogues), stride):
+        for turn, reward in zip(batch.dialogues[index].turns, credits[index].rewards, strict=True):
+            found.append((index, words(turn.reply), reward))
     return found
 
 
