@@ -11,6 +11,7 @@ import base64
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -78,25 +79,23 @@ def pack(
     pieces: dict[str, str] = {}
     size = 200 * sum(len(g.batch.dialogues) for g in groups)  # the index, generously
     kept: list[Group] = []
-    for group in ordered:
-        told(f"packing {group.key}")
-        piece = squeeze(
-            [dialogue_json(d, c) for d, c in zip(group.batch.dialogues, group.credits, strict=True)]
-        )
-        if size + len(piece) > limit:
-            continue
-        pieces[group.key] = piece
-        size += len(piece)
-        kept.append(group)
-    without = 0
-    for group in kept:
-        told(f"packing the tokens of {group.key}")
-        piece = squeeze(writers[group.run].pack(group.batch.dialogues))
-        if size + len(piece) > limit:
-            without += len(group.batch.dialogues)
-            continue
-        pieces[f"{group.key}.tokens"] = piece
-        size += len(piece)
+    # Compression leaves the interpreter free, so two pieces are under way at a time.
+    with ThreadPoolExecutor(2) as pool:
+        for group, piece in zip(ordered, pool.map(_texts, ordered), strict=True):
+            told(f"packing {group.key}")
+            if size + len(piece) <= limit:
+                pieces[group.key] = piece
+                size += len(piece)
+                kept.append(group)
+        without = 0
+        tokens = pool.map(lambda group: squeeze(writers[group.run].pack(group.batch.dialogues)), kept)
+        for group, piece in zip(kept, tokens, strict=True):
+            told(f"packing the tokens of {group.key}")
+            if size + len(piece) <= limit:
+                pieces[f"{group.key}.tokens"] = piece
+                size += len(piece)
+            else:
+                without += len(group.batch.dialogues)
     return Packed(
         index=squeeze(index_json(runs, [g for g in groups if g.key in pieces])),
         pieces=pieces,
@@ -104,6 +103,11 @@ def pack(
         without_text=sum(len(g.batch.dialogues) for g in groups if g.key not in pieces),
         without_tokens=without,
     )
+
+
+def _texts(group: Group) -> str:
+    pairs = zip(group.batch.dialogues, group.credits, strict=True)
+    return squeeze([dialogue_json(dialogue, credit) for dialogue, credit in pairs])
 
 
 def by_importance(groups: Sequence[Group]) -> list[Group]:

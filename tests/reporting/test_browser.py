@@ -1,9 +1,12 @@
 """The page in a real browser: it renders, filters, sorts, links, and keeps hostile text as text."""
 
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -320,11 +323,18 @@ def large_run(folder, dialogues=2048, turns=15):
 
 
 def test_a_large_run_is_written_and_painted_in_time(chromium, tmp_path):
-    """2,048 dialogues of 15 turns: at most 10 s of this process, 15 MB, and 2 s to the first paint."""
+    """2,048 dialogues of 15 turns: at most 10 s for the whole command, 15 MB, and 2 s to the first paint."""
     folder = large_run(tmp_path / "large")
-    started = time.process_time()
-    file = write_report([folder])
-    seconds = time.process_time() - started
+    file = folder / "report.html"
+    command = [sys.executable, "-m", "mapo_jax.report", "--run", str(folder)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}  # nothing is compiled yet
+    times: list[float] = []
+    while len(times) < 3 and (not times or min(times) >= 10):  # the machine may be busy with other things
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        started = time.perf_counter()
+        subprocess.run(command, check=True, env=environment, timeout=300)
+        times.append(time.perf_counter() - started)
+    seconds = min(times)
     size = file.stat().st_size / 1e6
     paints = []
     for _ in range(3):  # the best of three: the machine may be busy with other things
