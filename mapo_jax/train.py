@@ -263,9 +263,10 @@ def conclude(run: Run, console: Console) -> None:
     write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
     console.print(results_table(first, last, helper))
     try:
-        console.print(f"what it learnt to do, as a page for the browser: {write_report([run.folder])}")
+        said = f"what it learnt to do, as a page for the browser: {write_report([run.folder])}"
     except Exception as error:  # the run is finished and whole; a page can be had later
-        console.print(f"no report was written ({error}); python -m mapo_jax.report --run {run.folder}")
+        said = f"no report was written ({error}); try python -m mapo_jax.report --run {run.folder}"
+    console.print(said, markup=False, soft_wrap=True)
     console.print(f"everything lies in {run.folder}/: metrics.jsonl, tensorboard/, dialogues/, evaluations/,")
     console.print("checkpoints/. Take the weights along with:")
     console.print(f"  python -m mapo_jax.export --run {run.folder} --output FOLDER", markup=False)
