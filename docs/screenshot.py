@@ -1,4 +1,6 @@
-"""The picture of a report in the README: python docs/screenshot.py runs/tiny/report.html docs/images/report.png
+"""The picture of a report in the README.
+
+    python docs/screenshot.py runs/tiny/report.html docs/images/report.png
 
 Needs Chromium (`apt-get install chromium`) and requirements-dev.txt.
 """
