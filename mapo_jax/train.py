@@ -29,6 +29,7 @@ from mapo_jax.environment.scripted.metrics import reading_metrics
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.summary import summarize
 from mapo_jax.files import write_whole
+from mapo_jax.reporting.write import write_report
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
@@ -293,7 +294,13 @@ def conclude(run: Run, console: Console) -> None:
         if not run.world.live  # the helper speaks the scripted world's language
     ]
     helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
+    write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
     console.print(results_table(first, last, helper))
+    try:
+        said = f"what it learnt to do, as a page for the browser: {write_report([run.folder])}"
+    except Exception as error:  # the run is finished and whole; a page can be had later
+        said = f"no report was written ({error}); try python -m mapo_jax.report --run {run.folder}"
+    console.print(said, markup=False, soft_wrap=True)
     console.print(f"everything lies in {run.folder}/: metrics.jsonl, tensorboard/, dialogues/, evaluations/,")
     console.print("checkpoints/. Take the weights along with:")
     console.print(f"  python -m mapo_jax.export --run {run.folder} --output FOLDER", markup=False)

@@ -180,6 +180,8 @@ def test_a_run_leaves_everything_that_the_design_promises(undisturbed):
     assert len(set(programs)) == 1  # whatever is compiled, is compiled in the first step
     assert programs[0] <= 60
     assert "good helper" in result.stdout and str(folder) in result.stdout
+    assert "return/mean" in json.loads((folder / "evaluations" / "helper.json").read_text())
+    assert (folder / "report.html").stat().st_size > 50_000 and "report.html" in result.stdout
 
 
 def test_a_saved_step_replays_to_the_same_weights(undisturbed, tmp_path):
@@ -260,6 +262,18 @@ def test_a_finished_run_is_left_alone(undisturbed, model_folder, cache):
     result = run(overrides(model_folder, folder, cache))
     assert result.returncode == 0 and "finished" in result.stdout
     assert_same(before, content(folder))
+
+
+def test_a_report_that_fails_does_not_fail_the_run(undisturbed, model_folder, cache, monkeypatch, capsys):
+    folder, _ = undisturbed
+
+    def broken(folders):
+        raise RuntimeError("no room for a page")
+
+    monkeypatch.setattr(train, "write_report", broken)
+    config = load_config(None, overrides(model_folder, folder, cache))
+    train.train(config, Console(highlight=False, width=200))
+    assert "no report was written (no room for a page)" in capsys.readouterr().out
 
 
 def test_a_run_continues_from_another_runs_weights(undisturbed, cache, tmp_path):

@@ -1,0 +1,69 @@
+"""From run folders to one HTML page that a person enjoys reading, or to a summary on the terminal.
+
+    python -m mapo_jax.report --run RUN [--run OTHER ...] [--output FILE]
+    python -m mapo_jax.report --run RUN --text
+
+The page is one file without any outside resource: it opens from the disk, in light and dark, on a phone, and
+on paper. What a run lacks, because it is unfinished or damaged, is left out and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from mapo_jax.commands import run_command, use_compilation_cache
+from mapo_jax.errors import UserError
+from mapo_jax.reporting.text import render_text
+from mapo_jax.reporting.write import DIALOGUES, read_runs, write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status (see commands.run_command)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mapo_jax.report",
+        description="Writes one self-contained HTML page about a training run, or about several beside each "
+        "other: did it get better, what did it learn to do, can the numbers be trusted, and every dialogue.",
+    )
+    parser.add_argument(
+        "--run", action="append", required=True, metavar="RUN", help="run folder; repeat it to compare runs"
+    )
+    parser.add_argument("--output", metavar="FILE", help="default: report.html in the first run's folder")
+    parser.add_argument(
+        "--text", action="store_true", help="print a summary and a few dialogues instead of writing the page"
+    )
+    parser.add_argument(
+        "--dialogues",
+        type=int,
+        default=DIALOGUES,
+        metavar="N",
+        help=f"most dialogues of training to read: whole steps, evenly spaced (default {DIALOGUES})",
+    )
+    options = parser.parse_args(arguments)
+
+    def command() -> None:
+        if options.dialogues < 1:
+            raise UserError(f"`--dialogues` is {options.dialogues}; it must be at least 1")
+        if options.text and options.output:
+            raise UserError("`--text` prints and writes no file; leave out --output")
+        console = Console(highlight=False)
+        use_compilation_cache(None)
+        with console.status("reading") as status:
+            told = lambda what: status.update(what)  # noqa: E731
+            if options.text:
+                text = render_text(read_runs(options.run, options.dialogues, told))
+            else:
+                file = write_report(options.run, options.output, dialogues=options.dialogues, progress=told)
+        if options.text:
+            console.print(text)
+        else:
+            size = file.stat().st_size / 1e6
+            console.print(f"{file}: {size:.1f} MB; open it in a browser", markup=False, soft_wrap=True)
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,146 @@
+"""The credit of every turn, computed again from a saved step with the algorithm's own functions.
+
+Dialogue rows hold what was said and scored; rewards, returns and advantages follow from them and the run's
+settings, the same way as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from mapo_jax.algorithm.advantages import ESTIMATORS, estimator_options
+from mapo_jax.algorithm.returns import discounted_returns
+from mapo_jax.algorithm.rewards import REWARDS, impute_missing
+from mapo_jax.config import AlgorithmConfig
+from mapo_jax.reporting.folder import Batch, Dialogue
+
+MAX_FAILED_SHARE = 0.5  # of the configuration's default, where a run's own is unknown
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Per turn of one dialogue; None where the turn has none."""
+
+    rewards: tuple[float | None, ...]
+    returns: tuple[float | None, ...]
+    turn_level: tuple[float | None, ...] = ()  # advantages: empty in a validation dialogue
+    batch_level: tuple[float | None, ...] = ()
+    advantages: tuple[float | None, ...] = ()  # those of the run's estimator
+
+    @property
+    def first_return(self) -> float | None:
+        """The dialogue's return."""
+        return self.returns[0] if self.returns else None
+
+
+def credit_batch(
+    batch: Batch,
+    algorithm: AlgorithmConfig,
+    *,
+    scenarios: int = 1,
+    rollouts: int = 1,
+    max_turns: int = 1,
+    max_failed_share: float = MAX_FAILED_SHARE,
+) -> list[Credit]:
+    """Credit of each of a batch's dialogues, in their order.
+
+    A dialogue whose row is missing is as one that was left out: the statistics then differ from training's.
+
+    Args:
+      batch: a step's dialogues; of an evaluation only rewards and returns are given.
+      algorithm: of the run.
+      scenarios: S of the run (more if the batch has more).
+      rollouts: R, likewise.
+      max_turns: T, likewise.
+      max_failed_share: a dialogue with a larger share of unscored turns is left out.
+    """
+    if not batch.dialogues:
+        return []
+    scenarios = max(scenarios, 1 + max(d.place[0] for d in batch.dialogues))
+    rollouts = max(rollouts, 1 + max(d.place[1] for d in batch.dialogues))
+    turns = max(max_turns, max(len(d.turns) for d in batch.dialogues))
+    positions = np.zeros((scenarios, rollouts, turns + 1, 3), np.float32)
+    valid = np.zeros((scenarios, rollouts, turns), bool)
+    scored = np.zeros_like(valid)
+    exists = np.zeros_like(valid)
+    judged = np.zeros_like(valid)
+    for dialogue in batch.dialogues:
+        path, count = dialogue.positions, len(dialogue.turns)
+        positions[dialogue.place] = np.asarray([*path, *[path[-1]] * (turns - count)], np.float32)
+        exists[dialogue.place][:count] = True
+        judged[dialogue.place][:count] = dialogue.scored
+        if learned_from(dialogue, max_failed_share):
+            valid[dialogue.place][:count] = True
+            scored[dialogue.place][:count] = dialogue.scored
+    # Advantages are over what training learned from; rewards and returns of what it left out are shown too.
+    arrays = _compute(_settings(algorithm), positions, valid, scored, exists, judged)
+    rewards, returns, *advantages = (np.asarray(array) for array in arrays)
+    return [
+        Credit(
+            _cells(rewards, judged, dialogue),
+            _cells(returns, exists & judged.any(-1, keepdims=True), dialogue),
+            *(() if batch.validation else (_cells(array, scored, dialogue) for array in advantages)),
+        )
+        for dialogue in batch.dialogues
+    ]
+
+
+def learned_from(dialogue: Dialogue, max_failed_share: float) -> bool:
+    """Whether training uses it: as `rollout.collect.Dialogue.usable` says."""
+    return dialogue.counts and dialogue.unscored_turns <= max_failed_share * len(dialogue.turns)
+
+
+def _cells(values: np.ndarray, mask: np.ndarray, dialogue: Dialogue) -> tuple[float | None, ...]:
+    count = len(dialogue.turns)
+    row, kept = values[dialogue.place][:count].tolist(), mask[dialogue.place][:count]
+    return tuple(value if keep else None for value, keep in zip(row, kept, strict=True))
+
+
+_COMPILED: dict[Any, Callable[..., Any]] = {}
+
+
+def _settings(algorithm: AlgorithmConfig) -> AlgorithmConfig:
+    """The settings with unknown names replaced, so that an odd configuration still gives rewards."""
+    default = AlgorithmConfig()
+    return replace(
+        algorithm,
+        estimator=algorithm.estimator if algorithm.estimator in ESTIMATORS else default.estimator,
+        reward=algorithm.reward if algorithm.reward in REWARDS else default.reward,
+    )
+
+
+def _compute(
+    algorithm: AlgorithmConfig,
+    positions: Float[np.ndarray, "S R T+1 3"],
+    valid: Bool[np.ndarray, "S R T"],
+    scored: Bool[np.ndarray, "S R T"],
+    exists: Bool[np.ndarray, "S R T"],
+    judged: Bool[np.ndarray, "S R T"],
+) -> Sequence[Array]:
+    if algorithm not in _COMPILED:
+
+        @jax.jit
+        def compute(positions, valid, scored, exists, judged):
+            rewards = REWARDS[algorithm.reward](positions)
+            all_rewards = jnp.where(judged, rewards, 0.0)
+            returns = discounted_returns(
+                impute_missing(all_rewards, exists, judged), exists, algorithm.discount
+            )
+            rewards = jnp.where(scored, rewards, 0.0)
+            terms = [
+                ESTIMATORS[name](
+                    rewards, valid, scored, **estimator_options(replace(algorithm, estimator=name))
+                )
+                for name in ("turn", "batch", algorithm.estimator)
+            ]
+            return [all_rewards, returns, *terms]
+
+        _COMPILED[algorithm] = compute
+    return _COMPILED[algorithm](positions, valid, scored, exists, judged)

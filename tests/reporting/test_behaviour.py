@@ -1,0 +1,51 @@
+import pytest
+
+from mapo_jax.reporting.behaviour import behaviour, changes, levels_of, typical_pair
+from mapo_jax.reporting.credit import credit_batch
+from mapo_jax.reporting.folder import read_run
+
+
+@pytest.fixture(scope="module")
+def sides(run_folder):
+    run = read_run(run_folder, dialogues=1000)
+    first, last = run.validation[0], run.validation[-1]
+    return (
+        run,
+        (first, credit_batch(first, run.algorithm)),
+        (last, credit_batch(last, run.algorithm)),
+    )
+
+
+def test_levels_are_shares_of_scored_turns(sides):
+    _, (batch, _), _ = sides
+    scored = [turn.levels for d in batch.dialogues for turn in d.turns if turn.levels is not None]
+    feeling = levels_of(batch)[1]
+    assert feeling.axis == "A"
+    assert feeling.progress == (
+        sum(levels[2] == 1 for levels in scored) / len(scored),
+        sum(levels[2] == 2 for levels in scored) / len(scored),
+    )
+    assert feeling.harm[0] == sum(levels[3] == -2 for levels in scored) / len(scored)
+
+
+def test_a_speaker_that_got_better_is_said_to_be(sides):
+    run, before, after = sides
+    found = behaviour(run, before, after)
+    assert found.steps == (0, 6)
+    text = " ".join(found.sentences)
+    assert "Fewer replies do harm" in text and "More replies help" in text
+    for share in ("before", "after"):
+        assert sum(getattr(kind, share) for kind in found.kinds) == pytest.approx(1.0)
+    situation = next(entry for entry in found.naming if entry.what == "situation")
+    assert situation.after == run.evaluations[6]["naming/situation"] and situation.chance == 0.25
+
+
+def test_the_typical_pair_is_the_median_one(sides):
+    _, before, after = sides
+    pairs = changes(before, after)
+    i, j, standing = typical_pair(before, after)
+    change = after[1][j].first_return - before[1][i].first_return
+    below = sum(other < change for other, _, _ in pairs)
+    assert below == (len(pairs) - 1) // 2
+    assert str(len(pairs)) in standing
+    assert before[0].dialogues[i].scenario == after[0].dialogues[j].scenario

@@ -1,0 +1,69 @@
+import json
+
+import numpy as np
+
+from mapo_jax.config import AlgorithmConfig
+from mapo_jax.reporting.credit import credit_batch
+from mapo_jax.reporting.folder import read_run
+from mapo_jax.rollout.collect import Dialogue
+from mapo_jax.training.batch import make_cells, make_credit
+
+
+def trainers_credit(file, scenarios, rollouts, turns, algorithm, share):
+    rows = [Dialogue.from_json(json.loads(line)) for line in file.read_text().splitlines()]
+    groups = [rows[s * rollouts : (s + 1) * rollouts] for s in range(scenarios)]
+    cells = make_cells(groups, turns, max_failed_share=share)
+    rewards, advantages = make_credit(algorithm)(cells.positions, cells.valid, cells.scored)
+    return cells.scored, np.asarray(rewards), np.asarray(advantages)
+
+
+def test_it_is_the_credit_that_training_gave(run_folder):
+    run = read_run(run_folder, dialogues=1000)
+    for algorithm in (AlgorithmConfig(), AlgorithmConfig(estimator="grpo"), AlgorithmConfig(turn_weight=1.0)):
+        for batch in run.training[:3]:
+            file = run_folder / "dialogues" / f"step_{batch.step:06d}.jsonl"
+            scored, rewards, advantages = trainers_credit(file, 3, 3, 5, algorithm, 0.25)
+            credits = credit_batch(
+                batch, algorithm, scenarios=4, rollouts=3, max_turns=8, max_failed_share=0.25
+            )
+            for dialogue, credit in zip(batch.dialogues, credits, strict=True):
+                for t in range(len(dialogue.turns)):
+                    place = (*dialogue.place, t)
+                    if scored[place]:
+                        assert abs(credit.rewards[t] - rewards[place]) < 1e-6
+                        assert abs(credit.advantages[t] - advantages[place]) < 1e-5
+                    else:
+                        assert credit.advantages[t] is None
+
+
+def test_the_mix_is_of_the_two_terms(run_folder):
+    batch = read_run(run_folder, dialogues=1000).training[0]
+    for credit in credit_batch(batch, AlgorithmConfig(turn_weight=0.25)):
+        for turn, level, mixed in zip(credit.turn_level, credit.batch_level, credit.advantages, strict=True):
+            if mixed is not None:
+                assert abs(0.25 * turn + 0.75 * level - mixed) < 1e-5
+
+
+def test_returns_by_hand(run_folder):
+    batch = read_run(run_folder, dialogues=1000).training[0]
+    for dialogue, credit in zip(batch.dialogues, credit_batch(batch, AlgorithmConfig()), strict=True):
+        scored = [reward for reward in credit.rewards if reward is not None]
+        filled = [np.mean(scored) if reward is None else reward for reward in credit.rewards]
+        later = 0.0
+        for t in reversed(range(len(dialogue.turns))):
+            later = filled[t] + 0.85 * later
+            assert abs(credit.returns[t] - later) < 1e-5
+            if credit.rewards[t] is not None:
+                assert abs(credit.rewards[t] - (dialogue.distances[t] - dialogue.distances[t + 1])) < 1e-5
+
+
+def test_nothing_is_learnt_from_validation(run_folder):
+    batch = read_run(run_folder, dialogues=1000).validation[0]
+    credit = credit_batch(batch, AlgorithmConfig())[0]
+    assert credit.returns and credit.advantages == ()
+
+
+def test_an_estimator_nobody_knows_still_gives_rewards(run_folder):
+    batch = read_run(run_folder, dialogues=1000).training[0]
+    odd = AlgorithmConfig(estimator="of the future", reward="unheard of")
+    assert credit_batch(batch, odd)[0].rewards == credit_batch(batch, AlgorithmConfig())[0].rewards

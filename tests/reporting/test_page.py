@@ -1,0 +1,128 @@
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+from importlib import resources
+
+import pytest
+
+from mapo_jax.reporting.folder import read_run
+from mapo_jax.reporting.page import Study, render, signed
+
+
+class Elements(HTMLParser):
+    """Tags and attributes, as a parser sees them."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+
+@pytest.fixture(scope="module")
+def page(run_folder):
+    return render([read_run(run_folder, dialogues=1000)])
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    for tag, attributes in Elements(page).tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "img")
+        assert "src" not in attributes and "srcset" not in attributes
+        href = attributes.get("href") or "#"
+        assert href.startswith("#"), href
+    assert "default-src 'none'" in page
+    assert "url(" not in page and "@import" not in page
+
+
+def test_only_the_one_script_may_run(page):
+    script = page.rsplit("<script>", 1)[1].rsplit("</script>", 1)[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page
+    assert not any(name.startswith("on") for _, attributes in Elements(page).tags for name in attributes)
+
+
+def test_hostile_text_adds_no_element(poison, run_copy, page):
+    poison(run_copy)
+    html = render([read_run(run_copy, dialogues=1000)])
+    html.encode("utf-8")  # the lone surrogate is gone
+    tags = [tag for tag, _ in Elements(html).tags]
+    assert tags.count("script") == [tag for tag, _ in Elements(page).tags].count("script")
+    assert "img" not in tags
+    assert "evil.example" in html  # it is there, as text
+
+
+def test_the_summary_says_what_happened(page, run_folder):
+    run = read_run(run_folder, dialogues=1000)
+    study = Study.of(0, run)
+    word, sentence, _ = study.verdict
+    assert word == "It got better" and word in page
+    change = study.changes["return/mean"]
+    # The same mean over dialogues as the trainer's own, as every card has equally many.
+    assert change.before == pytest.approx(run.evaluations[0]["return/mean"], abs=1e-4)
+    assert change.after == pytest.approx(run.evaluations[6]["return/mean"], abs=1e-4)
+    assert study.changes["epm_q"].after == pytest.approx(run.evaluations[6]["epm_q"], abs=1e-4)
+    assert signed(change.change) in sentence and "4 cards" in sentence
+
+
+@pytest.mark.parametrize("gone", ["config.yaml", "metrics.jsonl", "dialogues", "evaluations", "model"])
+def test_a_part_that_is_missing_leaves_the_rest(run_copy, gone):
+    (run_copy / gone).rename(run_copy / "elsewhere")
+    html = render([read_run(run_copy, dialogues=1000)])
+    assert "What is missing" in html or gone == "model"
+    assert html.count("<section") == 7
+
+
+def test_a_run_that_has_only_begun(run_copy):
+    for name in ("dialogues", "evaluations", "metrics.jsonl"):
+        (run_copy / name).rename(run_copy / f"elsewhere-{name}")
+    html = render([read_run(run_copy, dialogues=1000)])
+    assert "Not known yet" in html and "0 of 6 steps" in html
+
+
+def test_runs_beside_each_other(run_folder, run_copy):
+    html = render([read_run(folder, dialogues=1000) for folder in (run_folder, run_copy)])
+    assert "comparison of 2 runs" in html
+    # A copy differs from its original by nothing.
+    assert re.search(r"≈</span>\s*0</span>\s*<small>\(0 to 0\)", html)
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one, other):
+    """Ratio of WCAG 2.2."""
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_has_the_contrast_that_wcag_asks_for(theme):
+    style = (resources.files("mapo_jax.reporting") / "assets" / "style.css").read_text()
+    colours = {
+        name: (light, dark)[theme]
+        for name, light, dark in re.findall(
+            r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)",
+            style.replace("#fff)", "#ffffff)").replace("(#fff,", "(#ffffff,"),
+        )
+    }
+    assert len(colours) > 20
+    for text in ("ink", "soft", "accent", "before", "after", "good", "bad", "warn"):
+        for ground in ("ground", "panel", "sunk"):
+            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+    for text, ground in (
+        ("warn", "warn-ground"),
+        ("bad", "alarm-ground"),
+        ("accent", "fine-ground"),
+        ("soft", "unknown-ground"),
+        ("on-strong", "bad"),
+        ("on-strong", "good"),
+    ):
+        assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+    for number in range(1, 9):
+        assert contrast(colours[f"series-{number}"], colours["panel"]) >= 3, number
