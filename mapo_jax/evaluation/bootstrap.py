@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-RESAMPLES = 10_000
+RESAMPLES = 2_000
 LEVEL = 0.95
+_CELLS = 1_000_000  # draws x cases at a time: 8 MB
 
 
 def intervals(
@@ -32,9 +33,14 @@ def intervals(
     cases, figures = sums.shape
     if cases < 2:
         return np.full((2, figures), np.nan)
-    drawn = np.random.default_rng(seed).multinomial(cases, np.full(cases, 1 / cases), size=RESAMPLES)
+    rng = np.random.default_rng(seed)
+    ratios = np.empty((RESAMPLES, figures))
+    rows = max(1, _CELLS // cases)
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = (drawn @ sums) / (drawn @ counts)
+        for start in range(0, RESAMPLES, rows):
+            size = min(rows, RESAMPLES - start)
+            drawn = rng.multinomial(cases, np.full(cases, 1 / cases), size=size)
+            ratios[start : start + size] = (drawn @ sums) / (drawn @ counts)
     ratios[~np.isfinite(ratios)] = np.nan
     tail = 100 * (1 - LEVEL) / 2
     return np.nanpercentile(ratios, [tail, 100 - tail], axis=0)

@@ -5,12 +5,13 @@ from mapo_jax.evaluation.bootstrap import intervals
 
 def test_an_interval_of_a_mean_is_that_of_the_normal_approximation():
     # 400 cases: the percentile interval of a mean nears mean ± 1.96 s / sqrt(n). Its ends are order
-    # statistics of 10,000 draws, known to about 0.03 standard errors; this sample's skew moves them as much.
+    # statistics of 2,000 draws, known to sqrt(0.025 * 0.975 / 2000) / 0.058 = 0.06 standard errors; 0.2 is three
+    # times that.
     values = np.random.default_rng(1).standard_normal((400, 1))
     error = values.std() / 20
     low, high = intervals(values, np.ones_like(values))[:, 0]
-    assert abs(low - (values.mean() - 1.96 * error)) < 0.1 * error
-    assert abs(high - (values.mean() + 1.96 * error)) < 0.1 * error
+    assert abs(low - (values.mean() - 1.96 * error)) < 0.2 * error
+    assert abs(high - (values.mean() + 1.96 * error)) < 0.2 * error
 
 
 def test_a_ratio_weighs_cases_by_their_counts():
