@@ -1,29 +1,128 @@
 """What a policy is worth: EMPA, EmoBench, EQ-Bench, and real conversations judged turn by turn.
 
-    python -m mapo_jax.evaluate empa                         --model FOLDER|RUN | --trajectories FILE.jsonl
-    python -m mapo_jax.evaluate emobench  --items FILE.jsonl   --model FOLDER|RUN | --answers FILE.jsonl
+    python -m mapo_jax.evaluate empa                            --model FOLDER|RUN | --trajectories FILE.jsonl
+    python -m mapo_jax.evaluate emobench  --items FILE.jsonl    --model FOLDER|RUN | --answers FILE.jsonl
     python -m mapo_jax.evaluate eqbench   --questions FILE.json --model FOLDER|RUN | --answers FILE.json
     python -m mapo_jax.evaluate dialogues --transcripts FILE.jsonl
 
-`--endpoint URL` instead of `--model` asks an OpenAI-compatible server.
-
-Whatever a model says is saved before it is scored, so that an evaluation which was stopped goes on with the
-same command, and what was saved can be scored again without any model.
+`--endpoint URL` instead of `--model` asks an OpenAI-compatible server. Whatever a model says is saved before
+it is scored, so that an evaluation which was stopped goes on with the same command, and what was saved can be
+scored again without any model.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 
-from mapo_jax.commands import run_command
+from mapo_jax.commands import Stopped, run_command, use_compilation_cache
 from mapo_jax.evaluating import tables
-from mapo_jax.evaluation import empa
+from mapo_jax.evaluating.answers import ANSWERS, Answerer, Folder, Prompt, ask
+from mapo_jax.evaluating.items import HOMES, find_items
+from mapo_jax.evaluating.subject import Subject, add_options, find_subject
+from mapo_jax.evaluation import emobench, empa, eqbench
 from mapo_jax.files import write_whole
+from mapo_jax.training.interruption import Interrupted, StopRequest
+
+# Most tokens of an answer. Four ratings take about 40; with a critique and a revision, several hundred.
+EQBENCH_TOKENS, EQBENCH_REVISION_TOKENS = 128, 1024
+EMOBENCH_TOKENS = 128
+
+SCORES = "scores.json"
+
+
+def run_eqbench(options: argparse.Namespace, console: Console) -> None:
+    """EQ-Bench v2: asks, or scores saved answers."""
+    questions = eqbench.read_questions(find_items(options.questions, console.print))
+    if options.answers is not None:
+        answers, folder = eqbench.read_answers(options.answers), None
+        revision = options.revision or None
+    else:
+        subject = find_subject(options)
+        revision = options.revision
+        max_tokens = options.max_tokens or (EQBENCH_REVISION_TOKENS if revision else EQBENCH_TOKENS)
+        prompts = [
+            Prompt(question.id, question.prompt(revision), {"id": question.id}) for question in questions
+        ]
+        settings = {"benchmark": "eqbench", "revision": revision, "questions": _fingerprint(prompts)}
+        folder = _ask(options, console, subject, "eqbench", prompts, settings, 0.0, max_tokens)
+        answers = eqbench.read_answers(folder.file)
+    scores = eqbench.score_answers(questions, answers, revision=revision, seed=options.seed)
+    _show(console, tables.eqbench_tables(scores))
+    if scores["answered"] < scores["questions"]:
+        console.print(f"only {scores['answered']} of {scores['questions']} questions have an answer")
+    _write(options, folder, scores, console)
+
+
+def run_emobench(options: argparse.Namespace, console: Console) -> None:
+    """EmoBench: asks, or scores saved answers."""
+    items = emobench.read_items([find_items(source, console.print) for source in options.items])
+    if options.answers is not None:
+        answers, folder = emobench.read_answers(options.answers, items), None
+    else:
+        subject = find_subject(options)
+        protocol = emobench.PROTOCOLS[options.protocol]
+        prompts = [
+            Prompt(
+                asking.id,
+                asking.prompt(),
+                {
+                    "task": asking.item.task,
+                    "qid": asking.item.qid,
+                    "language": asking.item.language,
+                    "order": asking.order,
+                    "sample": asking.sample,
+                },
+            )
+            for asking in emobench.askings(items, protocol)
+        ]
+        settings = {"benchmark": "emobench", "protocol": options.protocol, "items": _fingerprint(prompts)}
+        max_tokens = options.max_tokens or EMOBENCH_TOKENS
+        folder = _ask(
+            options, console, subject, "emobench", prompts, settings, protocol.temperature, max_tokens
+        )
+        answers = emobench.read_answers(folder.file, items)
+    scores = emobench.score_answers(items, answers, seed=options.seed)
+    _show(console, tables.emobench_tables(scores))
+    _write(options, folder, scores, console)
+
+
+def _ask(
+    options: argparse.Namespace,
+    console: Console,
+    subject: Subject,
+    benchmark: str,
+    prompts: Sequence[Prompt],
+    settings: dict[str, Any],
+    temperature: float,
+    max_tokens: int,
+) -> Folder:
+    """Has every prompt answered; the folder that then holds the answers."""
+    if options.temperature is not None:
+        temperature = options.temperature
+    folder = Folder(options.output or subject.output(benchmark), ANSWERS)
+    settings = {
+        **subject.identity,
+        **settings,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "seed": options.seed,
+        "system_prompt": subject.config.rollout.system_prompt,
+    }
+
+    def make_answerer() -> Answerer:
+        return subject.answerer(options, console, temperature=temperature, max_tokens=max_tokens)
+
+    use_compilation_cache(subject.config.run.compilation_cache)
+    with stoppable(folder) as check:
+        ask(make_answerer, prompts, folder, settings, console, check)
+    return folder
 
 
 def run_empa(options: argparse.Namespace, console: Console) -> None:
@@ -33,7 +132,28 @@ def run_empa(options: argparse.Namespace, console: Console) -> None:
     _show(console, tables.empa_tables(models))
     if left_out := sum(case is None for case in cases):
         console.print(f"{left_out} dialogues left out: they ended in an error or have no scored turn")
-    _write_json(options.json, models, console)
+    _write(options, None, models, console)
+
+
+@contextmanager
+def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
+    """Ends well on a signal; yields what to call at safe points."""
+    with StopRequest() as stop:
+        try:
+            yield stop.check
+        except Interrupted as interruption:
+            raise Stopped(
+                str(interruption),
+                f"stopped by {interruption}: what was finished is saved in {folder.path}; the same command "
+                "goes on from there",
+            ) from interruption
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.id, prompt.text]).encode())
+    return digest.hexdigest()
 
 
 def _show(console: Console, shown: Sequence[Any]) -> None:
@@ -41,18 +161,22 @@ def _show(console: Console, shown: Sequence[Any]) -> None:
         console.print(table)
 
 
-def _write_json(file: str | None, scores: Any, console: Console) -> None:
-    if file is not None:
-        write_whole(file, json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
-        console.print(f"written to {file}", soft_wrap=True, markup=False)
+def _write(options: argparse.Namespace, folder: Folder | None, scores: Any, console: Console) -> None:
+    content = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
+    files = [file for file in (folder and folder.path / SCORES, options.json) if file]
+    for file in files:
+        write_whole(file, content)
+        console.print(f"scores written to {file}", soft_wrap=True, markup=False)
+    if folder is not None:
+        console.print(f"answers kept in {folder.file}", soft_wrap=True, markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.evaluate",
-        description=__doc__.split("\n\n")[0],
+        prog="python -m mapo_jax.evaluate", description=__doc__.split("\n\n")[0].replace("\n", " ")
     )
     commands = parser.add_subparsers(required=True, metavar="{empa,emobench,eqbench,dialogues}")
+    homes = ", ".join(HOMES)
 
     command = commands.add_parser("empa", help="EMPA: long dialogues with users on scenario cards")
     command.set_defaults(command=run_empa)
@@ -60,6 +184,38 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--trajectories", metavar="FILE", help="score saved levels again: JSONL of model, start, levels"
     )
+    _common(command)
+
+    command = commands.add_parser("emobench", help="EmoBench: what helps best, which emotion, and why")
+    command.set_defaults(command=run_emobench)
+    command.add_argument(
+        "--items", nargs="+", required=True, metavar="FILE", help=f"JSONL as published, or a name: {homes}"
+    )
+    command.add_argument(
+        "--protocol",
+        choices=emobench.PROTOCOLS,
+        default="current",
+        help="current: choices as given, greedy; permuted: in four orders; earlier: majority of five samples "
+        "in each of four orders",
+    )
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--answers", metavar="FILE", help="score saved answers: JSONL of qid, language, answer"
+    )
+    add_options(command, source)
+    _common(command)
+
+    command = commands.add_parser("eqbench", help="EQ-Bench v2: how strongly emotions are felt")
+    command.set_defaults(command=run_eqbench)
+    command.add_argument(
+        "--questions", required=True, metavar="FILE", help=f"JSON as published, or a name: {homes}"
+    )
+    command.add_argument(
+        "--revision", action="store_true", help="ask for a first pass, a critique and revised scores"
+    )
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--answers", metavar="FILE", help="score saved answers: JSON of {question id: text}")
+    add_options(command, source)
     _common(command)
     return parser
 

@@ -12,13 +12,6 @@ from mapo_jax.evaluation import empa
 Figures = Mapping[str, Any]
 
 
-def with_interval(figures: Figures, name: str, form: str = "{:.1f}") -> str:
-    """A figure and its interval, as in `85.1 [80.2, 89.7]`."""
-    interval = figures["intervals"][name]
-    value = form.format(figures[name])
-    return value if interval is None else f"{value} [{', '.join(map(form.format, interval))}]"
-
-
 def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
     """The scores of every model; what they are made of; EPM-Q and passes by group."""
     scores = _table(
@@ -31,12 +24,12 @@ def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
         scores.add_row(
             model,
             str(figures["cases"]),
-            with_interval(figures, "epm_q"),
+            _with_ends(figures["epm_q"], figures["intervals"]["epm_q"]),
             f"{figures['passed']}/{figures['dialogues']}",
             f"{figures['turns']:.1f}",
             f"{figures['idr_mean']:+.2f} ± {figures['idr_std']:.2f}",
         )
-        parts.add_row(model, *(with_interval(figures, name) for name in groups))
+        parts.add_row(model, *(_with_ends(figures[name], figures["intervals"][name]) for name in groups))
         indices.add_row(model, *(f"{figures[name]:.1f}" for name in empa.INDICES))
     return [scores, parts, indices, *_group_tables(models)]
 
@@ -74,5 +67,74 @@ def _group_tables(models: Mapping[str, Figures]) -> list[Table]:
 def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
     return table
+
+
+def eqbench_tables(scores: Figures) -> list[Table]:
+    """The result, and with a revision both passes."""
+    table = _table(
+        "EQ-Bench v2 (95 % intervals over questions)",
+        ("", "score", "unparseable as 0", "parseable", "counts"),
+    )
+    passes = {"first_pass": "first pass", "revised": "revised"}
+    if scores["revision"]:
+        rows = [
+            (label + (" = result" if scores["result"] == name else ""), scores[name])
+            for name, label in passes.items()
+        ]
+    else:
+        rows = [("result", scores)]
+    for label, part in rows:
+        table.add_row(
+            label,
+            "none" if part["score"] is None else _with_ends(part["score"], part["interval"], "{:.2f}"),
+            f"{part['score_unparseable_zero']:.2f}",
+            f"{part['parseable']}/{scores['questions']}",
+            "yes" if part["counts"] else "no",
+        )
+    return [table]
+
+
+def emobench_tables(scores: Figures) -> list[Table]:
+    """Accuracy of each task, and by language and category; an unparseable answer is not right."""
+    ordered = "accuracy_by_order" in scores
+    table = _table(
+        "EmoBench, % right (95 % intervals over scenarios)",
+        ("", "items", "right", "of parsed", "unparsed", *(["same in all orders"] if ordered else [])),
+    )
+    tasks = {"EA": "EA, what helps best", "EU": "EU, emotion and cause"}
+    for task, title in tasks.items():
+        if task not in scores or not scores[task]["answers"]:
+            continue
+        found = scores[task]
+        _accuracy_row(table, title, found)
+        for name, label in (("emotion_accuracy", "  emotion"), ("cause_accuracy", "  cause")):
+            if name in found:
+                table.add_row(label, "", f"{100 * found[name]:.1f}")
+        for grouping in ("languages", "categories"):
+            for group, figures in found[grouping].items():
+                if figures["answers"]:
+                    _accuracy_row(table, f"  {group.replace('_', ' ')}", figures)
+        table.add_section()
+    return [table]
+
+
+def _accuracy_row(table: Table, label: str, figures: Figures) -> None:
+    asked = "" if figures["answered"] == figures["items"] else f"/{figures['items']}"
+    parseable, agreement = figures["accuracy_parseable"], figures.get("agreement")
+    table.add_row(
+        label,
+        f"{figures['answered']}{asked}",
+        _with_ends(100 * figures["accuracy"], figures["interval"], "{:.1f}", 100),
+        "" if parseable is None else f"{100 * parseable:.1f}",
+        f"{figures['unparseable']}/{figures['answers']}",
+        "" if agreement is None else f"{100 * agreement:.1f}",
+    )
+
+
+def _with_ends(value: float, interval: Sequence[float] | None, form: str = "{:.1f}", scale: float = 1) -> str:
+    shown = form.format(value)
+    if interval is None:
+        return shown
+    return f"{shown} [{', '.join(form.format(scale * end) for end in interval)}]"

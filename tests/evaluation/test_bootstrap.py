@@ -5,8 +5,8 @@ from mapo_jax.evaluation.bootstrap import intervals
 
 def test_an_interval_of_a_mean_is_that_of_the_normal_approximation():
     # 400 cases: the percentile interval of a mean nears mean ± 1.96 s / sqrt(n). Its ends are order
-    # statistics of 2,000 draws, known to sqrt(0.025 * 0.975 / 2000) / 0.058 = 0.06 standard errors; 0.2 is three
-    # times that.
+    # statistics of 2,000 draws, known to sqrt(0.025 * 0.975 / 2000) / 0.058 = 0.06 standard errors; 0.2 is
+    # three times that.
     values = np.random.default_rng(1).standard_normal((400, 1))
     error = values.std() / 20
     low, high = intervals(values, np.ones_like(values))[:, 0]
