@@ -17,12 +17,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
 
 from mapo_jax.commands import Stopped, run_command, use_compilation_cache
-from mapo_jax.evaluating import tables
+from mapo_jax.environment.scenario import SPLITS, load_scenarios
+from mapo_jax.environment.scripted import scripted_roles
+from mapo_jax.evaluating import conversations, tables
 from mapo_jax.evaluating.answers import ANSWERS, Answerer, Folder, Prompt, ask
 from mapo_jax.evaluating.items import HOMES, find_items
 from mapo_jax.evaluating.subject import Subject, add_options, find_subject
@@ -35,6 +38,15 @@ EQBENCH_TOKENS, EQBENCH_REVISION_TOKENS = 128, 1024
 EMOBENCH_TOKENS = 128
 
 SCORES = "scores.json"
+
+# EMPA's own limits, where no configuration says otherwise; replies and rows as in the published recipe.
+BENCHMARK_DIALOGUES = (
+    "rollout.min_turns=12",
+    "rollout.max_turns=45",
+    "rollout.max_reply_tokens=512",
+    "rollout.max_tokens=25000",
+    "evaluation.rollouts=1",
+)
 
 
 def run_eqbench(options: argparse.Namespace, console: Console) -> None:
@@ -126,13 +138,77 @@ def _ask(
 
 
 def run_empa(options: argparse.Namespace, console: Console) -> None:
-    """EMPA's indices and EPM-Q."""
-    cases = empa.read_cases(options.trajectories)
+    """EMPA's indices and EPM-Q: holds the dialogues, or scores saved levels."""
+    folder = None
+    if options.trajectories is not None:
+        cases = empa.read_cases(options.trajectories)
+    else:
+        folder = _converse(options, console)
+        rows = conversations.saved_rows(folder)
+        cases = [empa.make_case(row, f"dialogue {row['case']}") for row in rows]
     models = empa.summarize_models(cases, seed=options.seed)
     _show(console, tables.empa_tables(models))
     if left_out := sum(case is None for case in cases):
         console.print(f"{left_out} dialogues left out: they ended in an error or have no scored turn")
-    _write(options, None, models, console)
+    if folder is not None and (short := sum(row["rule"] == "max_tokens" for row in rows)):
+        console.print(
+            f"{short} of {len(rows)} dialogues ended because no further reply fitted the model's row"
+        )
+    _write(options, folder, models, console)
+
+
+def _converse(options: argparse.Namespace, console: Console) -> Folder:
+    """Has a dialogue held with every card; the folder that then holds them."""
+    subject = find_subject(options, BENCHMARK_DIALOGUES)
+    config = subject.config
+    cards = load_scenarios(
+        options.cards or config.environment.scenarios, None if options.cards else options.split
+    )
+    temperature = config.evaluation.temperature if options.temperature is None else options.temperature
+    if options.max_tokens is not None:
+        config = replace(config, rollout=replace(config.rollout, max_reply_tokens=options.max_tokens))
+    session = conversations.Session(
+        model=subject.name,
+        cards=cards,
+        rollouts=config.evaluation.rollouts,
+        roles=scripted_roles(config.environment),
+        limits=conversations.limits_of(config),
+        seed=options.seed,
+        temperature=temperature,
+    )
+    console.print(
+        f"{subject.name}: {session.rollouts} dialogues with each of {len(cards)} cards, "
+        f"{session.limits.min_turns} to {session.limits.max_turns} turns, {config.environment.family} world",
+        soft_wrap=True,
+    )
+    folder = Folder(options.output or subject.output("empa"), conversations.DIALOGUES)
+    settings = {
+        **subject.identity,
+        "benchmark": "empa",
+        "cards": [card.id for card in cards],
+        "evaluation": {"rollouts": session.rollouts, "temperature": temperature, "seed": options.seed},
+        "rollout": asdict(config.rollout),
+        "environment": asdict(config.environment),
+    }
+    use_compilation_cache(config.run.compilation_cache)
+    with stoppable(folder) as check:
+        if subject.endpoint is not None:
+            endpoint = subject.reached(
+                options, temperature=temperature, max_tokens=config.rollout.max_reply_tokens
+            )
+            conversations.hold_remotely(session, endpoint, folder, settings, console, check=check)
+        else:
+            conversations.hold_locally(
+                session,
+                subject.load,
+                config,
+                folder,
+                settings,
+                console,
+                slots=options.concurrency,
+                check=check,
+            )
+    return folder
 
 
 @contextmanager
@@ -184,6 +260,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--trajectories", metavar="FILE", help="score saved levels again: JSONL of model, start, levels"
     )
+    command.add_argument("--split", choices=SPLITS, default="test", help="of our cards (default: test)")
+    command.add_argument("--cards", metavar="PATH", help="other cards: a file or a folder, all of them")
+    add_options(command, source)
     _common(command)
 
     command = commands.add_parser("emobench", help="EmoBench: what helps best, which emotion, and why")

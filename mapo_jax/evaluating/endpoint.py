@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mapo_jax.errors import UserError
 from mapo_jax.evaluating.answers import Answer, Messages, Prompt
@@ -47,13 +48,7 @@ class Endpoint:
                     save(prompt, answer)
 
         async with self.connected() as calls.client:
-            tasks = [asyncio.ensure_future(work()) for _ in range(min(self.concurrency, len(prompts)))]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await together([work() for _ in range(min(self.concurrency, len(prompts)))])
         calls.conclude()
 
     def connected(self):
@@ -127,6 +122,17 @@ class Calls:
 def _reason(error: Exception) -> str:
     cause = f": {error.__cause__}" if error.__cause__ is not None and str(error.__cause__) else ""
     return " ".join(f"{type(error).__name__}: {error}{cause}".split())[:300]
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Awaits all; if one fails, the others are cancelled and its own error is raised."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def only_model(url: str) -> str:

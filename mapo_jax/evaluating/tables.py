@@ -17,9 +17,9 @@ def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
     scores = _table(
         "EMPA (95 % intervals over cases)", ("model", "cases", "EPM-Q", "passed", "turns", "IDR per turn")
     )
-    groups = ("outcome", "efficiency", "stability")
-    parts = _table("EPM-Q = 0.4 outcome + 0.2 efficiency + 0.4 stability", ("model", *groups))
-    indices = _table("the nine indices, three for each", ("model", *empa.INDICES))
+    parts = _table(
+        "EPM-Q = 0.4 outcome + 0.2 efficiency + 0.4 stability", ("model", "", "", "", "its indices", "")
+    )
     for model, figures in models.items():
         scores.add_row(
             model,
@@ -29,11 +29,18 @@ def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
             f"{figures['turns']:.1f}",
             f"{figures['idr_mean']:+.2f} ± {figures['idr_std']:.2f}",
         )
-        parts.add_row(model, *(_with_ends(figures[name], figures["intervals"][name]) for name in groups))
-        indices.add_row(model, *(f"{figures[name]:.1f}" for name in empa.INDICES))
-    return [scores, parts, indices, *_group_tables(models)]
+        for number, (part, indices) in enumerate(_PARTS.items()):
+            parts.add_row(
+                "" if number else model,
+                part,
+                _with_ends(figures[part], figures["intervals"][part]),
+                *(f"{index} {figures[index]:.1f}" for index in indices),
+                end_section=number == len(_PARTS) - 1,
+            )
+    return [scores, parts, *_group_tables(models)]
 
 
+_PARTS = {"outcome": empa.OUTCOME, "efficiency": empa.EFFICIENCY, "stability": empa.STABILITY}
 _GROUPING_TITLES = {
     "difficulty": "|P| at the start",
     "strongest_axis": "strongest axis",

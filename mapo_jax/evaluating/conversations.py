@@ -1,0 +1,212 @@
+"""EMPA's dialogues: a model under evaluation with the world on every card, each kept when it has ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from rich.console import Console
+
+from mapo_jax.config import Config
+from mapo_jax.environment.dialogue import DialogueState, RoleFailure, Roles, open_dialogue, take_turn
+from mapo_jax.environment.scenario import Scenario
+from mapo_jax.environment.state import Limits
+from mapo_jax.evaluating.answers import Folder, append, progress
+from mapo_jax.evaluating.endpoint import Calls, Endpoint, together
+from mapo_jax.evaluating.local import LocalModel
+from mapo_jax.rollout.collect import collect, derive_seed
+
+DIALOGUES = "dialogues.jsonl"
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the dialogues of one evaluation have in common."""
+
+    model: str  # its name, in the rows
+    cards: Sequence[Scenario]
+    rollouts: int  # dialogues with each card
+    roles: Roles
+    limits: Limits
+    seed: int
+    temperature: float
+
+
+def limits_of(config: Config) -> Limits:
+    """When the dialogues of a configuration end."""
+    return Limits(config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance)
+
+
+def to_row(state: DialogueState, model: str, rollout: int) -> dict[str, Any]:
+    """A finished dialogue as one line: what `empa.make_case` scores, and what was said and found."""
+    return {
+        "model": model,
+        "case": state.scenario.id,
+        "rollout": rollout,
+        "domain": state.scenario.domain,
+        "start": list(state.scenario.start_position),
+        "levels": [list(turn.judgement.levels) if turn.judgement else None for turn in state.turns],
+        "outcome": state.outcome,
+        "rule": state.rule,
+        "truncated": [turn.truncated for turn in state.turns],
+        "failures": [turn.failure for turn in state.turns],
+        "messages": state.messages,
+        "judgements": [
+            {"evidence": turn.judgement.evidence, "reasons": turn.judgement.reasons}
+            if turn.judgement
+            else None
+            for turn in state.turns
+        ],
+    }
+
+
+def hold_locally(
+    session: Session,
+    load: Callable[[], LocalModel],
+    config: Config,
+    folder: Folder,
+    settings: Mapping[str, Any],
+    console: Console,
+    *,
+    slots: int,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Holds what is missing of a session's dialogues on our engine, some cards at a time.
+
+    Args:
+      load: makes the model; called only if something is missing.
+      config: of `rollout` the longest reply and the longest dialogue matter; the latter is cut to what the
+        model was made for.
+      settings: what determines the dialogues.
+      slots: dialogues at a time.
+      check: called after every turn; may raise to stop.
+
+    Raises:
+      UserError: the folder cannot be used, or a card's first message leaves no room for a reply.
+    """
+    with folder.opened(settings) as file:
+        missing = _missing(session, folder, console)
+        if not missing:
+            return
+        model = load()
+        positions = model.policy.config.max_position_embeddings
+        length = min(config.rollout.max_tokens, positions)
+        if length < config.rollout.max_tokens:
+            console.print(f"dialogues of up to {length} tokens, the positions of the model", soft_wrap=True)
+        at_once = max(1, slots // session.rollouts)
+        engine = model.engine(
+            slots=min(at_once, len(missing)) * session.rollouts,
+            length=length,
+            max_reply_tokens=config.rollout.max_reply_tokens,
+            temperature=session.temperature,
+        )
+        with progress(console, "dialogues", len(missing) * session.rollouts) as advance:
+            for start in range(0, len(missing), at_once):
+                cards = missing[start : start + at_once]
+                dialogues = asyncio.run(
+                    collect(
+                        cards,
+                        session.rollouts,
+                        engine,
+                        model.policy.chat,
+                        session.roles,
+                        session.limits,
+                        seed=session.seed,
+                        step=0,
+                        concurrency=config.environment.concurrency,
+                        on_turn=lambda turns: check(),
+                    )
+                )
+                for group in dialogues:
+                    for dialogue in group:
+                        _keep(file, session, dialogue.state, dialogue.rollout)
+                advance(len(cards) * session.rollouts)
+
+
+def hold_remotely(
+    session: Session,
+    endpoint: Endpoint,
+    folder: Folder,
+    settings: Mapping[str, Any],
+    console: Console,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Holds what is missing of a session's dialogues with a model behind an endpoint, several at once.
+
+    Raises:
+      UserError: the folder cannot be used, or the endpoint failed; what had ended is saved.
+    """
+    with folder.opened(settings) as file:
+        missing = _missing(session, folder, console)
+        if missing:
+            with progress(console, "dialogues", len(missing) * session.rollouts) as advance:
+                asyncio.run(_hold_remotely(session, missing, endpoint, file, advance, check))
+
+
+async def _hold_remotely(
+    session: Session,
+    cards: Sequence[Scenario],
+    endpoint: Endpoint,
+    file: IO[bytes],
+    advance: Callable[[int], None],
+    check: Callable[[], None],
+) -> None:
+    calls = Calls(endpoint)
+    openings: dict[str, asyncio.Task[str]] = {}
+    waiting = iter([(card, rollout) for card in cards for rollout in range(session.rollouts)])
+
+    async def hold(card: Scenario, rollout: int) -> DialogueState | None:
+        seed = derive_seed(session.seed, 0, card.id, rollout)
+        if card.id not in openings:
+            opening = derive_seed(session.seed, 0, card.id, "opening", 0)
+            openings[card.id] = asyncio.ensure_future(open_dialogue(card, opening, session.roles))
+        try:
+            state = DialogueState(card, seed, (), await openings[card.id])
+        except RoleFailure as failure:
+            return DialogueState(card, seed, (), "", outcome="error", failure=failure.kind)
+        while state.outcome is None:
+            answer = await calls.ask(state.messages, derive_seed(seed, state.turn_count))
+            if answer is None:
+                return None
+            state = await take_turn(
+                state, answer.text, session.roles, session.limits, truncated=answer.truncated
+            )
+            check()
+        return state
+
+    async def work() -> None:
+        for card, rollout in waiting:
+            state = await hold(card, rollout)
+            if state is not None:
+                _keep(file, session, state, rollout)
+                advance(1)
+
+    async with endpoint.connected() as calls.client:
+        await together([work() for _ in range(min(endpoint.concurrency, len(cards) * session.rollouts))])
+    calls.conclude()
+
+
+def _keep(file: IO[bytes], session: Session, state: DialogueState, rollout: int) -> None:
+    if state.outcome != "error":  # the user or director failed: tried again when the command is
+        append(file, to_row(state, session.model, rollout))
+
+
+def _missing(session: Session, folder: Folder, console: Console) -> list[Scenario]:
+    """Cards of which not every dialogue is saved. A card's dialogues are held together."""
+    saved = {(row["case"], row["rollout"]) for row in folder.rows()}
+    missing = [
+        card
+        for card in session.cards
+        if not {(card.id, rollout) for rollout in range(session.rollouts)} <= saved
+    ]
+    if saved and missing:
+        console.print(f"{len(session.cards) - len(missing)} of {len(session.cards)} cards are there already")
+    return missing
+
+
+def saved_rows(folder: Folder) -> list[dict[str, Any]]:
+    """The saved dialogues, one row for each card and rollout."""
+    return list({(row["case"], row["rollout"]): row for row in folder.rows()}.values())
