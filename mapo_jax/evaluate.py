@@ -18,17 +18,19 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from mapo_jax.commands import Stopped, run_command, use_compilation_cache
+from mapo_jax.config import load_config
 from mapo_jax.environment.scenario import SPLITS, load_scenarios
-from mapo_jax.environment.scripted import scripted_roles
-from mapo_jax.evaluating import conversations, tables
+from mapo_jax.evaluating import conversations, page, tables, transcripts
 from mapo_jax.evaluating.answers import ANSWERS, Answerer, Folder, Prompt, ask
 from mapo_jax.evaluating.items import HOMES, find_items
 from mapo_jax.evaluating.subject import Subject, add_options, find_subject
+from mapo_jax.evaluating.world import open_world
 from mapo_jax.evaluation import emobench, empa, eqbench
 from mapo_jax.files import write_whole
 from mapo_jax.training.interruption import Interrupted, StopRequest
@@ -37,7 +39,7 @@ from mapo_jax.training.interruption import Interrupted, StopRequest
 EQBENCH_TOKENS, EQBENCH_REVISION_TOKENS = 128, 1024
 EMOBENCH_TOKENS = 128
 
-SCORES = "scores.json"
+SCORES, PAGE = "scores.json", "report.html"
 
 # EMPA's own limits, where no configuration says otherwise; replies and rows as in the published recipe.
 BENCHMARK_DIALOGUES = (
@@ -167,18 +169,10 @@ def _converse(options: argparse.Namespace, console: Console) -> Folder:
     temperature = config.evaluation.temperature if options.temperature is None else options.temperature
     if options.max_tokens is not None:
         config = replace(config, rollout=replace(config.rollout, max_reply_tokens=options.max_tokens))
-    session = conversations.Session(
-        model=subject.name,
-        cards=cards,
-        rollouts=config.evaluation.rollouts,
-        roles=scripted_roles(config.environment),
-        limits=conversations.limits_of(config),
-        seed=options.seed,
-        temperature=temperature,
-    )
+    rollouts, limits = config.evaluation.rollouts, conversations.limits_of(config)
     console.print(
-        f"{subject.name}: {session.rollouts} dialogues with each of {len(cards)} cards, "
-        f"{session.limits.min_turns} to {session.limits.max_turns} turns, {config.environment.family} world",
+        f"{subject.name}: {rollouts} dialogues with each of {len(cards)} cards, {limits.min_turns} to "
+        f"{limits.max_turns} turns, {config.environment.family} world",
         soft_wrap=True,
     )
     folder = Folder(options.output or subject.output("empa"), conversations.DIALOGUES)
@@ -186,29 +180,74 @@ def _converse(options: argparse.Namespace, console: Console) -> Folder:
         **subject.identity,
         "benchmark": "empa",
         "cards": [card.id for card in cards],
-        "evaluation": {"rollouts": session.rollouts, "temperature": temperature, "seed": options.seed},
-        "rollout": asdict(config.rollout),
-        "environment": asdict(config.environment),
+        "rollouts": rollouts,
+        "temperature": temperature,
+        "seed": options.seed,
+        **_flat("rollout", config.rollout),
+        **_flat("environment", config.environment),
     }
     use_compilation_cache(config.run.compilation_cache)
-    with stoppable(folder) as check:
+    with stoppable(folder) as check, open_world(config) as world:
+        session = conversations.Session(
+            subject.name,
+            cards,
+            rollouts,
+            world,
+            limits,
+            options.seed,
+            temperature,
+            folder,
+            settings,
+            console,
+            check,
+        )
         if subject.endpoint is not None:
             endpoint = subject.reached(
                 options, temperature=temperature, max_tokens=config.rollout.max_reply_tokens
             )
-            conversations.hold_remotely(session, endpoint, folder, settings, console, check=check)
+            conversations.hold_remotely(session, endpoint)
         else:
-            conversations.hold_locally(
-                session,
-                subject.load,
-                config,
-                folder,
-                settings,
-                console,
-                slots=options.concurrency,
-                check=check,
-            )
+            conversations.hold_locally(session, subject.load, config, slots=options.concurrency)
     return folder
+
+
+def run_dialogues(options: argparse.Namespace, console: Console) -> None:
+    """Real conversations: has the configured judge score every reply."""
+    config = load_config(options.config, options.overrides)
+    chats = transcripts.read_transcripts(
+        options.transcripts,
+        load_scenarios(config.environment.scenarios),
+        need_card=config.environment.family == "scripted",
+    )
+    default = Path("evaluations") / f"dialogues-{Path(options.transcripts).stem}"
+    folder = Folder(options.output or default, transcripts.JUDGED)
+    settings = {
+        "benchmark": "dialogues",
+        "transcripts": transcripts.fingerprint(chats),
+        **_flat("environment", config.environment),
+    }
+    with stoppable(folder) as check, open_world(config) as world:
+        rows = transcripts.judge_all(
+            chats, world, folder, settings, console, concurrency=config.environment.concurrency, check=check
+        )
+    cases = [empa.make_case(row, f"conversation {row['case']}") for row in rows]
+    models = empa.summarize_models(cases, seed=options.seed)
+    worst = transcripts.worst_turns(rows, options.worst)
+    title = (
+        f"{len(rows)} conversations of {Path(options.transcripts).name}, {config.environment.family} judge"
+    )
+    _show(console, [*tables.empa_tables(models), tables.worst_table(worst)])
+    unjudged = sum(levels is None for row in rows for levels in row["levels"])
+    if unjudged or len(rows) < len(chats):
+        console.print(
+            f"not judged: {unjudged} turns, and {len(chats) - len(rows)} conversations of which every call "
+            "of the judge failed; the same command tries these again",
+            soft_wrap=True,
+        )
+    (figures,) = models.values()
+    write_whole(folder.path / PAGE, page.render_page(title, figures, rows, worst))
+    console.print(f"page written to {folder.path / PAGE}", soft_wrap=True, markup=False)
+    _write(options, folder, {**figures, "worst": worst}, console)
 
 
 @contextmanager
@@ -223,6 +262,10 @@ def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
                 f"stopped by {interruption}: what was finished is saved in {folder.path}; the same command "
                 "goes on from there",
             ) from interruption
+
+
+def _flat(section: str, values: Any) -> dict[str, Any]:
+    return {f"{section}.{name}": value for name, value in asdict(values).items()}
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -244,7 +287,7 @@ def _write(options: argparse.Namespace, folder: Folder | None, scores: Any, cons
         write_whole(file, content)
         console.print(f"scores written to {file}", soft_wrap=True, markup=False)
     if folder is not None:
-        console.print(f"answers kept in {folder.file}", soft_wrap=True, markup=False)
+        console.print(f"everything kept in {folder.path}", soft_wrap=True, markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -295,6 +338,24 @@ def _parser() -> argparse.ArgumentParser:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--answers", metavar="FILE", help="score saved answers: JSON of {question id: text}")
     add_options(command, source)
+    _common(command)
+
+    command = commands.add_parser("dialogues", help="real conversations, judged turn by turn")
+    command.set_defaults(command=run_dialogues)
+    command.add_argument(
+        "--transcripts",
+        required=True,
+        metavar="FILE",
+        help="JSONL of chats (`messages`), each with the id of a card (`scenario`) or start levels (`start`)",
+    )
+    command.add_argument("--worst", type=int, default=10, metavar="N", help="turns shown (default: 10)")
+    command.add_argument("--output", metavar="FOLDER", help="for judgements, scores and the page")
+    command.add_argument(
+        "--config", metavar="FILE", help="configuration, whose `environment` names the judge"
+    )
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as environment.concurrency=8"
+    )
     _common(command)
     return parser
 

@@ -10,12 +10,13 @@ from typing import IO, Any
 from rich.console import Console
 
 from mapo_jax.config import Config
-from mapo_jax.environment.dialogue import DialogueState, RoleFailure, Roles, open_dialogue, take_turn
+from mapo_jax.environment.dialogue import DialogueState, RoleFailure, open_dialogue, take_turn
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
 from mapo_jax.evaluating.answers import Folder, append, progress
 from mapo_jax.evaluating.endpoint import Calls, Endpoint, together
 from mapo_jax.evaluating.local import LocalModel
+from mapo_jax.evaluating.world import World
 from mapo_jax.rollout.collect import collect, derive_seed
 
 DIALOGUES = "dialogues.jsonl"
@@ -23,15 +24,19 @@ DIALOGUES = "dialogues.jsonl"
 
 @dataclass(frozen=True)
 class Session:
-    """What the dialogues of one evaluation have in common."""
+    """The dialogues of one evaluation: who talks to whom, and where they are kept."""
 
     model: str  # its name, in the rows
     cards: Sequence[Scenario]
     rollouts: int  # dialogues with each card
-    roles: Roles
+    world: World
     limits: Limits
     seed: int
     temperature: float
+    folder: Folder
+    settings: Mapping[str, Any]  # what determines the dialogues; a folder of others is refused
+    console: Console
+    check: Callable[[], None] = lambda: None  # called after every turn; may raise to stop
 
 
 def limits_of(config: Config) -> Limits:
@@ -62,32 +67,21 @@ def to_row(state: DialogueState, model: str, rollout: int) -> dict[str, Any]:
     }
 
 
-def hold_locally(
-    session: Session,
-    load: Callable[[], LocalModel],
-    config: Config,
-    folder: Folder,
-    settings: Mapping[str, Any],
-    console: Console,
-    *,
-    slots: int,
-    check: Callable[[], None] = lambda: None,
-) -> None:
+def hold_locally(session: Session, load: Callable[[], LocalModel], config: Config, *, slots: int) -> None:
     """Holds what is missing of a session's dialogues on our engine, some cards at a time.
 
     Args:
       load: makes the model; called only if something is missing.
       config: of `rollout` the longest reply and the longest dialogue matter; the latter is cut to what the
         model was made for.
-      settings: what determines the dialogues.
       slots: dialogues at a time.
-      check: called after every turn; may raise to stop.
 
     Raises:
       UserError: the folder cannot be used, or a card's first message leaves no room for a reply.
     """
-    with folder.opened(settings) as file:
-        missing = _missing(session, folder, console)
+    console = session.console
+    with session.folder.opened(session.settings) as file:
+        missing = _missing(session)
         if not missing:
             return
         model = load()
@@ -105,18 +99,18 @@ def hold_locally(
         with progress(console, "dialogues", len(missing) * session.rollouts) as advance:
             for start in range(0, len(missing), at_once):
                 cards = missing[start : start + at_once]
-                dialogues = asyncio.run(
+                dialogues = session.world.run(
                     collect(
                         cards,
                         session.rollouts,
                         engine,
                         model.policy.chat,
-                        session.roles,
+                        session.world.roles,
                         session.limits,
                         seed=session.seed,
                         step=0,
                         concurrency=config.environment.concurrency,
-                        on_turn=lambda turns: check(),
+                        on_turn=lambda turns: session.check(),
                     )
                 )
                 for group in dialogues:
@@ -125,25 +119,16 @@ def hold_locally(
                 advance(len(cards) * session.rollouts)
 
 
-def hold_remotely(
-    session: Session,
-    endpoint: Endpoint,
-    folder: Folder,
-    settings: Mapping[str, Any],
-    console: Console,
-    *,
-    check: Callable[[], None] = lambda: None,
-) -> None:
+def hold_remotely(session: Session, endpoint: Endpoint) -> None:
     """Holds what is missing of a session's dialogues with a model behind an endpoint, several at once.
 
     Raises:
       UserError: the folder cannot be used, or the endpoint failed; what had ended is saved.
     """
-    with folder.opened(settings) as file:
-        missing = _missing(session, folder, console)
-        if missing:
-            with progress(console, "dialogues", len(missing) * session.rollouts) as advance:
-                asyncio.run(_hold_remotely(session, missing, endpoint, file, advance, check))
+    with session.folder.opened(session.settings) as file:
+        if missing := _missing(session):
+            with progress(session.console, "dialogues", len(missing) * session.rollouts) as advance:
+                session.world.run(_hold_remotely(session, missing, endpoint, file, advance))
 
 
 async def _hold_remotely(
@@ -152,7 +137,6 @@ async def _hold_remotely(
     endpoint: Endpoint,
     file: IO[bytes],
     advance: Callable[[int], None],
-    check: Callable[[], None],
 ) -> None:
     calls = Calls(endpoint)
     openings: dict[str, asyncio.Task[str]] = {}
@@ -162,7 +146,7 @@ async def _hold_remotely(
         seed = derive_seed(session.seed, 0, card.id, rollout)
         if card.id not in openings:
             opening = derive_seed(session.seed, 0, card.id, "opening", 0)
-            openings[card.id] = asyncio.ensure_future(open_dialogue(card, opening, session.roles))
+            openings[card.id] = asyncio.ensure_future(open_dialogue(card, opening, session.world.roles))
         try:
             state = DialogueState(card, seed, (), await openings[card.id])
         except RoleFailure as failure:
@@ -172,9 +156,9 @@ async def _hold_remotely(
             if answer is None:
                 return None
             state = await take_turn(
-                state, answer.text, session.roles, session.limits, truncated=answer.truncated
+                state, answer.text, session.world.roles, session.limits, truncated=answer.truncated
             )
-            check()
+            session.check()
         return state
 
     async def work() -> None:
@@ -194,16 +178,18 @@ def _keep(file: IO[bytes], session: Session, state: DialogueState, rollout: int)
         append(file, to_row(state, session.model, rollout))
 
 
-def _missing(session: Session, folder: Folder, console: Console) -> list[Scenario]:
+def _missing(session: Session) -> list[Scenario]:
     """Cards of which not every dialogue is saved. A card's dialogues are held together."""
-    saved = {(row["case"], row["rollout"]) for row in folder.rows()}
+    saved = {(row["case"], row["rollout"]) for row in session.folder.rows()}
     missing = [
         card
         for card in session.cards
         if not {(card.id, rollout) for rollout in range(session.rollouts)} <= saved
     ]
     if saved and missing:
-        console.print(f"{len(session.cards) - len(missing)} of {len(session.cards)} cards are there already")
+        session.console.print(
+            f"{len(session.cards) - len(missing)} of {len(session.cards)} cards are there already"
+        )
     return missing
 
 

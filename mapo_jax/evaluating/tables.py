@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mapo_jax.evaluation import empa
@@ -145,3 +146,17 @@ def _with_ends(value: float, interval: Sequence[float] | None, form: str = "{:.1
     if interval is None:
         return shown
     return f"{shown} [{', '.join(form.format(scale * end) for end in interval)}]"
+
+
+def worst_table(turns: Sequence[Mapping[str, Any]]) -> Table:
+    """The worst turns of some conversations, with what was found harmful in them."""
+    table = Table(title="the worst turns", title_justify="left", show_lines=True)
+    table.add_column("reward", justify="right")
+    table.add_column("where")
+    table.add_column("what was said", overflow="fold")
+    for turn in turns:
+        found = [f"{name} {level}: {reason}" for name, level, _, reason in turn["findings"] if level < 0]
+        said = [f"user: {turn['user']}", f"reply: {turn['reply']}", *found]
+        where = f"{turn['case']}, {turn['turn']}"
+        table.add_row(f"{turn['reward']:+.2f}", escape(where), escape("\n".join(said)))
+    return table
