@@ -15,6 +15,7 @@ from mapo_jax.model.huggingface import INDEX, load_params, params_reader, read_c
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mapo_jax.training.checkpoint import Checkpoints
 from mapo_jax.training.policy import Policy, save_model_files
@@ -157,7 +158,7 @@ def test_greedy_replies_over_three_turns_are_those_of_transformers(run, exported
         max_reply_tokens=6,
         stop_ids=policy.chat.stop_ids,
         vocabulary_size=policy.chat.vocabulary_size,
-        temperature=0.0,
+        sampling=Sampling(temperature=0.0),
     )
     engine.load(params[7], 0)
     tokenizer = AutoTokenizer.from_pretrained(exported, local_files_only=True)

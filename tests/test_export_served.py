@@ -18,6 +18,7 @@ from mapo_jax.config import RolloutConfig
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mapo_jax.training.model_folder import write_model_folder
 from mapo_jax.training.policy import Policy
@@ -122,7 +123,7 @@ def test_the_server_renders_a_dialogue_as_it_was_trained_on(policy, params, clie
         max_reply_tokens=8,
         stop_ids=policy.chat.stop_ids,
         vocabulary_size=policy.chat.vocabulary_size,
-        temperature=0.0,
+        sampling=Sampling(temperature=0.0),
     )
     engine.load(params, 0)
     (ours,) = engine.reply([Request(0, row, key=(0, 0, 0), turn=0, start=True)])

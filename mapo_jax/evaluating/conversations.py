@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -17,7 +18,7 @@ from mapo_jax.evaluating.answers import Folder, append, progress
 from mapo_jax.evaluating.endpoint import Calls, Endpoint, together
 from mapo_jax.evaluating.local import LocalModel
 from mapo_jax.evaluating.world import World
-from mapo_jax.rollout.collect import collect, derive_seed
+from mapo_jax.rollout.collect import Dialogue, derive_seed, finished_groups
 
 DIALOGUES = "dialogues.jsonl"
 
@@ -68,7 +69,7 @@ def to_row(state: DialogueState, model: str, rollout: int) -> dict[str, Any]:
 
 
 def hold_locally(session: Session, load: Callable[[], LocalModel], config: Config, *, slots: int) -> None:
-    """Holds what is missing of a session's dialogues on our engine, some cards at a time.
+    """Holds what is missing of a session's dialogues on our engine; a card's are kept when all have ended.
 
     Args:
       load: makes the model; called only if something is missing.
@@ -89,34 +90,40 @@ def hold_locally(session: Session, load: Callable[[], LocalModel], config: Confi
         length = min(config.rollout.max_tokens, positions)
         if length < config.rollout.max_tokens:
             console.print(f"dialogues of up to {length} tokens, the positions of the model", soft_wrap=True)
-        at_once = max(1, slots // session.rollouts)
+        dialogues = len(missing) * session.rollouts
         engine = model.engine(
-            slots=min(at_once, len(missing)) * session.rollouts,
+            slots=min(slots, dialogues),
             length=length,
             max_reply_tokens=config.rollout.max_reply_tokens,
             temperature=session.temperature,
         )
-        with progress(console, "dialogues", len(missing) * session.rollouts) as advance:
-            for start in range(0, len(missing), at_once):
-                cards = missing[start : start + at_once]
-                dialogues = session.world.run(
-                    collect(
-                        cards,
-                        session.rollouts,
-                        engine,
-                        model.policy.chat,
-                        session.world.roles,
-                        session.limits,
-                        seed=session.seed,
-                        step=0,
-                        concurrency=config.environment.concurrency,
-                        on_turn=lambda turns: session.check(),
-                    )
-                )
-                for group in dialogues:
-                    for dialogue in group:
-                        _keep(file, session, dialogue.state, dialogue.rollout)
-                advance(len(cards) * session.rollouts)
+        with progress(console, "dialogues", dialogues) as advance:
+            groups = finished_groups(
+                missing,
+                session.rollouts,
+                engine,
+                model.policy.chat,
+                session.world.roles,
+                session.limits,
+                seed=session.seed,
+                step=0,
+                concurrency=config.environment.concurrency,
+                on_turn=lambda turns: session.check(),
+            )
+            session.world.run(_keep_groups(session, groups, file, advance))
+
+
+async def _keep_groups(
+    session: Session,
+    groups: AsyncGenerator[list[Dialogue]],
+    file: IO[bytes],
+    advance: Callable[[int], None],
+) -> None:
+    async with aclosing(groups):
+        async for group in groups:
+            for dialogue in group:
+                _keep(file, session, dialogue.state, dialogue.rollout)
+            advance(len(group))
 
 
 def hold_remotely(session: Session, endpoint: Endpoint) -> None:

@@ -5,6 +5,7 @@ The one place where the evaluations meet `rollout.engine`.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from mapo_jax.model.qwen import Params
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.rollout.collect import derive_seed
 from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.training.policy import Policy, load_policy
 
 SLOTS = 32  # prompts at a time
@@ -48,7 +50,7 @@ class LocalModel:
             max_reply_tokens=max_reply_tokens,
             stop_ids=self.policy.chat.stop_ids,
             vocabulary_size=self.policy.chat.vocabulary_size,
-            temperature=temperature,
+            sampling=Sampling(temperature=temperature),
             dtype=self.dtype,
             mesh=self.mesh,
             chunk=CHUNK,
@@ -77,7 +79,7 @@ def load_model(path: Path | str, config: Config, *, step: int | None = None) -> 
 
 @dataclass(frozen=True)
 class EngineAnswerer:
-    """Answers prompts in batches of like length."""
+    """Answers prompts, those of like length together, some at a time."""
 
     model: LocalModel
     temperature: float
@@ -87,7 +89,7 @@ class EngineAnswerer:
     slots: int = SLOTS
 
     def answer(self, prompts: Sequence[Prompt], save: Callable[[Prompt, Answer], None]) -> None:
-        """See `Answerer`. What is sampled depends on the seed and the prompt alone, not on the batches."""
+        """See `Answerer`. What is sampled depends on the seed and the prompt alone, not on its neighbours."""
         chat = self.model.policy.chat
         rows = sorted(
             ((chat.prompt(p.messages), p) for p in prompts), key=lambda row: (len(row[0]), row[1].id)
@@ -107,14 +109,16 @@ class EngineAnswerer:
             max_reply_tokens=self.max_tokens,
             temperature=self.temperature,
         )
-        for start in range(0, len(rows), engine.slots):
-            batch = rows[start : start + engine.slots]
-            engine.reset()
-            replies = engine.reply(
-                [
-                    Request(slot, ids, key=(self.seed % 2**32, 0, derive_seed(prompt.id)), turn=0, start=True)
-                    for slot, (ids, prompt) in enumerate(batch)
-                ]
-            )
-            for (_, prompt), reply in zip(batch, replies, strict=True):
-                save(prompt, Answer(chat.decode(reply.ids), reply.truncated))
+        waiting, free = iter(rows), list(range(engine.slots))
+        asked: dict[int, Prompt] = {}  # by slot
+        while True:
+            for ids, prompt in itertools.islice(waiting, len(free)):
+                slot = free.pop()
+                asked[slot] = prompt
+                key = (self.seed % 2**32, 0, derive_seed(prompt.id))
+                engine.submit(Request(slot, ids, key=key, turn=0, start=True))
+            if not asked:
+                return
+            for slot, reply in engine.advance().items():
+                save(asked.pop(slot), Answer(chat.decode(reply.ids), reply.truncated))
+                free.append(slot)

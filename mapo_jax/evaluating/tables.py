@@ -137,7 +137,7 @@ def _accuracy_row(table: Table, label: str, figures: Figures) -> None:
         _with_ends(100 * figures["accuracy"], figures["interval"], "{:.1f}", 100),
         "" if parseable is None else f"{100 * parseable:.1f}",
         f"{figures['unparseable']}/{figures['answers']}",
-        "" if agreement is None else f"{100 * agreement:.1f}",
+        *([] if agreement is None else [f"{100 * agreement:.1f}"]),
     )
 
 

@@ -353,7 +353,7 @@ def _vote(answers: Mapping[Asking, Any]) -> list[_Cell]:
 
 
 def _figures(items: Sequence[Item], cells: Sequence[_Cell], seed: int) -> dict[str, Any]:
-    scenarios = {key: row for row, key in enumerate(dict.fromkeys((c.item.task, c.item.qid) for c in cells))}
+    scenarios = {key: row for row, key in enumerate(sorted({(c.item.task, c.item.qid) for c in cells}))}
     sums, counts = np.zeros((len(scenarios), 1)), np.zeros((len(scenarios), 1))
     by_item: dict[Item, list[_Cell]] = {}
     for cell in cells:

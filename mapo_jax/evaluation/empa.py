@@ -213,7 +213,7 @@ _GROUP_ORDER = {"difficulty": [name for name, _ in DIFFICULTIES], "strongest_axi
 
 
 def _figures(cases: Sequence[Case], seed: int) -> dict[str, Any]:
-    names = list(dict.fromkeys(case.name for case in cases))
+    names = sorted({case.name for case in cases})  # the draws then do not depend on the order of rows
     sums, counts = np.zeros((len(names), len(FIGURES))), np.zeros((len(names), len(FIGURES)))
     for case in cases:
         row = names.index(case.name)

@@ -118,14 +118,14 @@ def test_a_local_model_holds_a_dialogue_with_every_card(held):
 
 
 def test_missing_dialogues_are_held_again_the_same(held, model_folder, tmp_path, capsys):
-    before = (held / "dialogues.jsonl").read_text()
-    lines = before.splitlines(keepends=True)
+    before = rows(held)
+    lines = (held / "dialogues.jsonl").read_text().splitlines(keepends=True)
     (held / "dialogues.jsonl").write_text("".join(lines[:-5]))
     command = ["empa", "--model", str(model_folder), "--output", str(held), *SHORT, "evaluation.rollouts=1"]
     assert main(command) == 0
     assert "11 of 16 cards are there already" in capsys.readouterr().out
     # What is sampled does not depend on which cards lie beside a card.
-    assert (held / "dialogues.jsonl").read_text() == before
+    assert rows(held) == before
     assert main([*command, "--seed", "1"]) == 2
     assert "holds an evaluation with seed 0, not 1" in capsys.readouterr().err
 
