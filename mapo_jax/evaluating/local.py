@@ -91,10 +91,11 @@ class EngineAnswerer:
     def answer(self, prompts: Sequence[Prompt], save: Callable[[Prompt, Answer], None]) -> None:
         """See `Answerer`. What is sampled depends on the seed and the prompt alone, not on its neighbours."""
         chat = self.model.policy.chat
-        rows = sorted(
-            ((chat.prompt(p.messages), p) for p in prompts), key=lambda row: (len(row[0]), row[1].id)
-        )
-        longest = len(rows[-1][0]) + self.max_tokens
+        rows = [(chat.prompt(prompt.messages), prompt) for prompt in prompts]
+        # The longest first: the cache then has its final length from the start, and programs are compiled
+        # for that one only.
+        rows.sort(key=lambda row: (-len(row[0]), row[1].id))
+        longest = len(rows[0][0]) + self.max_tokens
         positions = self.model.policy.config.max_position_embeddings
         beyond = sum(len(ids) + self.max_tokens > positions for ids, _ in rows)
         if beyond:
