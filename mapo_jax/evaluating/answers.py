@@ -102,11 +102,11 @@ class Folder:
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         known = self.path / SETTINGS
-        if not known.exists():
-            if self.file.stat().st_size:
-                raise UserError(f"{self.file} is not ours (no {SETTINGS} beside it); choose another --output")
+        if not self.file.stat().st_size:  # nothing is kept yet, whatever was meant to be
             write_whole(known, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
             return
+        if not known.exists():
+            raise UserError(f"{self.file} is not ours (no {SETTINGS} beside it); choose another --output")
         saved = read_json(known, "settings")
         if not isinstance(saved, dict):
             raise UserError(f"{known} holds no settings; choose another --output")

@@ -84,6 +84,8 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
         raise UserError(f"there is no model folder or run {path}")
     identity = {"model": str(path.resolve())}
     if not (path / CHECKPOINTS_FOLDER).is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run")
         if options.step is not None:
             raise UserError(
                 f"{path} is no run, so it has no checkpoint of step {options.step}; leave out --step"
