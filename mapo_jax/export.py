@@ -1,45 +1,62 @@
 """From a run's checkpoint to a Hugging Face folder that others can load, with a model card.
 
-    python -m mapo_jax.export --run RUN --output FOLDER [--step N] [--dtype float32|bfloat16]
+    python -m mapo_jax.export --run RUN --output FOLDER [--step N] [--dtype float32|bfloat16] [--check]
 
-The folder holds weights (safetensors), config.json, the tokenizer with the chat template that renders
-dialogues as they were trained on, generation_config.json and README.md. It is written whole or not at all,
-and loaded again and checked before it takes its name.
+The folder holds weights (safetensors, in files of up to 5 GB), config.json, the tokenizer with the chat
+template that renders dialogues as they were trained on, generation_config.json, README.md and, once a run has
+some steps behind it, the curve of its return. The weights go from the checkpoint to the files tensor by
+tensor, so that a model larger than the memory can be exported. The folder is written whole or not at all, and
+read again and compared before it takes its name; `--check` also lets transformers compute with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import ml_dtypes
 import numpy as np
 from rich.console import Console
 
 from mapo_jax.commands import run_command
 from mapo_jax.config import Config, load_config
+from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
-from mapo_jax.model.qwen import Params, parameter_count
-from mapo_jax.training.checkpoint import CONFIG_FILE, checkpoint_folder
+from mapo_jax.model.head import logits
+from mapo_jax.model.huggingface import Reader, differing_tensor
+from mapo_jax.model.qwen import hidden_states, parameter_count, parameter_shapes
+from mapo_jax.training.checkpoint import CONFIG_FILE, checkpoint_folder, open_params
 from mapo_jax.training.metrics import METRICS_FILE
 from mapo_jax.training.model_folder import whole_folder, write_model_folder
-from mapo_jax.training.policy import Policy, load_policy
+from mapo_jax.training.policy import Policy, load_policy, read_policy
 from mapo_jax.warmstarting.rows import Renderer
 
 DTYPES = ("float32", "bfloat16")
-_SAMPLE = (
-    ("I keep thinking about the night shifts.", "You live with the night shifts every day."),
-    ("Yes. I feel tired.", "It makes sense that you feel tired."),
-)
+LOGIT_TOLERANCE = 1e-3  # of the largest logit
+CURVE_FILE = "curve.png"
+_SAMPLE = [
+    {"role": "user", "content": "I keep thinking about the night shifts."},
+    {"role": "assistant", "content": "You live with the night shifts every day."},
+    {"role": "user", "content": "Yes. I feel tired."},
+    {"role": "assistant", "content": "It makes sense that you feel tired."},
+]
 
 
-def export(run: Path | str, output: Path | str, *, step: int | None = None, dtype: str = "float32") -> int:
+def export(
+    run: Path | str,
+    output: Path | str,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: float = 5e9,
+) -> int:
     """Writes the policy of a run's checkpoint to `output`.
 
     Args:
@@ -47,6 +64,7 @@ def export(run: Path | str, output: Path | str, *, step: int | None = None, dtyp
       output: a folder that does not exist yet, or an empty one.
       step: which checkpoint; the latest by default.
       dtype: of the written weights; the run's own are float32.
+      max_shard_bytes: of one weights file.
 
     Returns:
       The step that was exported.
@@ -62,12 +80,19 @@ def export(run: Path | str, output: Path | str, *, step: int | None = None, dtyp
         raise UserError(f"{run} is no run folder (no {CONFIG_FILE}); give the folder of a training run")
     config = load_config(run / CONFIG_FILE)
     step = int(checkpoint_folder(run, step).name)
-    policy, params = load_policy(run, config.rollout, step=step)
+    policy = read_policy(run, config.rollout)
+    read = open_params(run, parameter_shapes(policy.config), step=step)
     try:
         with whole_folder(output) as temporary:
-            write_model_folder(temporary, policy, params, config.rollout, dtype=dtype)
-            write_whole(temporary / "README.md", model_card(run, config, policy, step, dtype))
-            check(temporary, policy, params, config, dtype)
+            write_model_folder(
+                temporary, policy, read, config.rollout, dtype=dtype, max_shard_bytes=max_shard_bytes
+            )
+            curve = draw_curve(run / METRICS_FILE, step)
+            if curve is not None:
+                write_whole(temporary / CURVE_FILE, curve)
+            card = model_card(run, config, policy, step, dtype, curve=curve is not None)
+            write_whole(temporary / "README.md", card)
+            verify(temporary, policy, read, config)
     except FileExistsError as error:
         raise UserError(
             f"the output {output} was filled by someone else meanwhile; give another folder"
@@ -75,34 +100,22 @@ def export(run: Path | str, output: Path | str, *, step: int | None = None, dtyp
     return step
 
 
-def check(folder: Path, policy: Policy, params: Params, config: Config, dtype: str) -> None:
-    """Loads the folder again and compares it with what was to be written.
+def verify(folder: Path, policy: Policy, read: Reader, config: Config) -> None:
+    """Reads the folder again and compares it with what was to be written.
 
-    Every weight must come back bit for bit (in the written precision), the architecture must be the same, and
+    Every weight must be there bit for bit (in the written precision), the architecture must be the same, and
     the tokenizer's own chat template must render a dialogue to the row that training would have.
 
     Raises:
       UserError: names what differs.
     """
-    again, weights = load_policy(folder, config.rollout)
+    again = read_policy(folder, config.rollout)
     if again.config != policy.config:
         raise UserError(f"the exported config.json reads back as {again.config}, not as {policy.config}")
-    written = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
-    for (path, one), other in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(weights), strict=True
-    ):
-        expected = np.asarray(one).astype(written).astype(np.float32)
-        if expected.tobytes() != np.asarray(other).tobytes():
-            name = jax.tree_util.keystr(path)
-            raise UserError(f"the exported weights {name} read back differently; check the disk of {folder}")
-    messages = [
-        {"role": role, "content": text}
-        for exchange in _SAMPLE
-        for role, text in zip(("user", "assistant"), exchange, strict=True)
-    ]
-    renderer = Renderer(policy.tokenizer, config.rollout.history, config.rollout.system_prompt)
-    row = renderer.pieces(messages, sys.maxsize)[-1].ids
-    rendered = again.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    if name := differing_tensor(folder, read, policy.config):
+        raise UserError(f"the exported tensor {name} reads back differently; check the disk of {folder}")
+    row = _sample_row(policy, config)
+    rendered = again.tokenizer.apply_chat_template(_SAMPLE, tokenize=True, return_dict=False)
     if tuple(rendered[: len(row)]) != row:
         raise UserError(
             "the exported chat template does not render a dialogue as it was trained on; "
@@ -110,11 +123,61 @@ def check(folder: Path, policy: Policy, params: Params, config: Config, dtype: s
         )
 
 
+def check_logits(folder: Path | str, config: Config) -> float:
+    """Lets transformers compute the logits of a dialogue with an exported folder, beside ours.
+
+    Args:
+      folder: an exported folder, whose weights are those of the run (see `verify`).
+      config: of the run.
+
+    Returns:
+      The largest difference of any token's logits, in float32 on both sides.
+
+    Raises:
+      UserError: torch is not installed, or the difference exceeds LOGIT_TOLERANCE of the largest logit.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            "--check lets transformers compute with the model and needs torch: pip install torch"
+        ) from error
+    from transformers import AutoModelForCausalLM
+
+    policy, params = load_policy(folder, config.rollout)
+    tokens = np.array([_sample_row(policy, config)], np.int32)
+    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    ours = np.asarray(logits(params, policy.config, hidden_states(params, policy.config, tokens, positions)))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens).long()).logits.numpy()
+    difference = float(np.abs(ours - theirs).max())
+    # Both compute in float32, in another order of sums: a hundredth of what would change a token's rank.
+    if not difference <= LOGIT_TOLERANCE * max(1.0, float(np.abs(theirs).max())):
+        raise UserError(
+            f"transformers computes other logits with {folder} than we do: they differ by up to "
+            f"{difference:.2g}"
+        )
+    return difference
+
+
+def _sample_row(policy: Policy, config: Config) -> tuple[int, ...]:
+    """A dialogue as training would have it."""
+    renderer = Renderer(policy.tokenizer, config.rollout.history, config.rollout.system_prompt)
+    return renderer.pieces(_SAMPLE, sys.maxsize)[-1].ids
+
+
 # --- The model card. ---
 
 
-def model_card(run: Path, config: Config, policy: Policy, step: int, dtype: str) -> str:
-    """README.md of the exported folder: what it is, how it was made, what it scores, what it is not for."""
+def model_card(
+    run: Path, config: Config, policy: Policy, step: int, dtype: str, *, curve: bool = False
+) -> str:
+    """README.md of the exported folder: what it is, how it was made, what it scores, what it is not for.
+
+    Args:
+      curve: whether CURVE_FILE lies beside it.
+    """
     first, last = _scores(run / METRICS_FILE, step)
     model, rollout, algorithm = policy.config, config.rollout, config.algorithm
     base = f"`{Path(config.model.path).name}`" if config.model.path else "a fresh model, warm-started"
@@ -160,12 +223,14 @@ def model_card(run: Path, config: Config, policy: Policy, step: int, dtype: str)
         "## What it was trained on",
         "",
         f"Conversations with simulated users of the family `{config.environment.family}`, made from {world} "
-        "(split `train`). "
+        f"(split `train`{_split_sizes(config)}). "
         + (_WARMSTART_DATA if config.model.path is None else "The data of the start model is its own story."),
         "",
         "## Scores",
         "",
         *_score_table(first, last),
+        *_benchmark_lines(run, step),
+        *(["", f"![return of a dialogue over the steps]({CURVE_FILE})"] if curve else []),
         "",
         "## Use",
         "",
@@ -262,6 +327,80 @@ def _score_table(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]
     return lines
 
 
+def _split_sizes(config: Config) -> str:
+    """How many cards each split has, while the cards can still be found."""
+    try:
+        cards = load_scenarios(config.environment.scenarios)
+    except UserError:
+        return ""
+    sizes = Counter(card.split for card in cards)
+    return (
+        f", {sizes['train']} cards; {sizes['validation']} for validation and {sizes['test']} for tests are "
+        "kept apart and never trained on"
+    )
+
+
+def _benchmark_lines(run: Path, step: int) -> list[str]:
+    """What `mapo_jax.evaluate` found of this checkpoint, where it was asked."""
+    lines = []
+    for name, title, line in _BENCHMARKS:
+        file = run / "evaluations" / f"{name}_step_{step:06d}" / "scores.json"
+        if file.is_file():
+            lines.append(f"- {title}: {line(json.loads(file.read_text()))}")
+    return ["", "Benchmarks, as `python -m mapo_jax.evaluate` reports them:", "", *lines] if lines else []
+
+
+def _empa_line(scores: Mapping[str, Any]) -> str:
+    (found,) = scores.values()
+    return f"EPM-Q {found['epm_q']:.1f}, {found['passed']} of {found['dialogues']} passed"
+
+
+def _eqbench_line(scores: Mapping[str, Any]) -> str:
+    value = "no parseable answer" if scores["score"] is None else f"{scores['score']:.2f}"
+    return f"{value} ({scores['parseable']} of {scores['questions']} answers parseable)"
+
+
+def _emobench_line(scores: Mapping[str, Any]) -> str:
+    tasks = [f"{task} {100 * scores[task]['accuracy']:.1f} %" for task in ("EA", "EU") if task in scores]
+    return f"{', '.join(tasks)} ({scores['unparseable']} of {scores['answers']} answers unparseable)"
+
+
+_BENCHMARKS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("empa", "EMPA with this project's cards and simulated user and judge", _empa_line),
+    ("emobench", "EmoBench, accuracy", _emobench_line),
+    ("eqbench", "EQ-Bench v2", _eqbench_line),
+)
+
+
+def draw_curve(file: Path, step: int) -> bytes | None:
+    """The mean return of a step's dialogues over the steps up to `step`, as PNG; None with fewer than two.
+
+    Args:
+      file: the run's metrics.
+    """
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    training, validation = (
+        [(row["step"], row[name]) for row in rows if row["step"] <= step and row.get(name) is not None]
+        for name in ("return/mean", "evaluation/return/mean")
+    )
+    if max(len(training), len(validation)) < 2:
+        return None
+    from matplotlib.figure import Figure  # the object, not pyplot: no display, no state
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    if training:
+        axes.plot(*zip(*training, strict=True), color="#8ab", label="training dialogues")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", color="#a31515", label="validation cards")
+    axes.set(xlabel="step", ylabel="return of a dialogue")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, metadata={"Software": None})
+    return image.getvalue()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -271,15 +410,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new or empty folder")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint; without it the latest")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
+    parser.add_argument(
+        "--shard-gb", type=float, default=5.0, metavar="GB", help="most of one weights file (default: 5)"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare logits with transformers' (loads the model; needs torch)",
+    )
     options = parser.parse_args(arguments)
 
     def command() -> None:
-        step = export(options.run, options.output, step=options.step, dtype=options.dtype)
-        Console(highlight=False).print(
-            f"step {step} of {options.run} is in {options.output}: loaded again and found the same",
-            soft_wrap=True,
-            markup=False,
+        say = partial(Console(highlight=False).print, soft_wrap=True, markup=False)
+        if not options.shard_gb > 0:
+            raise UserError(f"--shard-gb is {options.shard_gb:g}; it must be above 0")
+        step = export(
+            options.run,
+            options.output,
+            step=options.step,
+            dtype=options.dtype,
+            max_shard_bytes=options.shard_gb * 1e9,
         )
+        say(f"step {step} of {options.run} is in {options.output}: read again and found the same")
+        if options.check:
+            difference = check_logits(options.output, load_config(Path(options.run) / CONFIG_FILE))
+            say(f"transformers computes the same logits: they differ by at most {difference:.1e}")
 
     return run_command(command)
 

@@ -1,15 +1,21 @@
 import json
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mapo_jax.config import Config, ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, to_yaml
 from mapo_jax.errors import UserError
-from mapo_jax.export import check, export, main
-from mapo_jax.model.huggingface import load_params, read_config
+from mapo_jax.export import check_logits, export, main, verify
+from mapo_jax.model.huggingface import INDEX, load_params, params_reader, read_config
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.chat import ChatFormat
+from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mapo_jax.training.checkpoint import Checkpoints
 from mapo_jax.training.policy import Policy, save_model_files
@@ -31,7 +37,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "mine"
     texts = [message["content"] for message in CHAT] * 4
     source = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(source, train_tokenizer(texts, 300), max_tokens=96)
+    save_tokenizer(source, train_tokenizer(texts, 300), max_tokens=160)
     tokenizer = load_tokenizer(source)
     config = QwenConfig(
         vocab_size=304,  # more rows than the tokenizer has tokens
@@ -42,7 +48,7 @@ def run(tmp_path_factory):
         num_kv_heads=2,
         head_dim=8,
         rope_theta=5e5,
-        max_position_embeddings=96,
+        max_position_embeddings=160,
     )
     chat = ChatFormat(tokenizer, ROLLOUT.history, ROLLOUT.system_prompt)
     policy = Policy(config, tokenizer, chat)
@@ -61,9 +67,19 @@ def run(tmp_path_factory):
             checkpoints.save(step, create_state(weights, optimizer), {})
             checkpoints.wait()
     rows = [
-        {"step": 0, "evaluation/reward/mean": -1.5, "evaluation/naming/situation": 0.5},
+        {
+            "step": 0,
+            "evaluation/reward/mean": -1.5,
+            "evaluation/naming/situation": 0.5,
+            "evaluation/return/mean": -3.0,
+        },
         {"step": 1, "reward/mean": 0.0},
-        {"step": 5, "evaluation/reward/mean": 0.75, "evaluation/kind/most": 0.25},
+        {
+            "step": 5,
+            "evaluation/reward/mean": 0.75,
+            "evaluation/kind/most": 0.25,
+            "evaluation/return/mean": 1.0,
+        },
         {"step": 7, "evaluation/reward/mean": 1.25, "evaluation/kind/most": 0.5},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -118,6 +134,126 @@ def test_transformers_computes_what_our_model_computes(run, exported):
     assert set(model.generation_config.eos_token_id) == set(policy.chat.stop_ids)
 
 
+def test_logits_are_compared_with_those_of_transformers(run, exported, tmp_path):
+    pytest.importorskip("torch")
+    config = Config(rollout=ROLLOUT)
+    assert check_logits(exported, config) < 1e-4
+    broken = tmp_path / "broken"
+    shutil.copytree(exported, broken)
+    weights = load_file(broken / "model.safetensors")
+    save_file({name: np.full_like(w, np.nan) for name, w in weights.items()}, broken / "model.safetensors")
+    with pytest.raises(UserError, match="transformers computes other logits"):
+        check_logits(broken, config)
+
+
+def test_greedy_replies_over_three_turns_are_those_of_transformers(run, exported):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, policy, params = run
+    engine = Engine(
+        policy.config,
+        slots=1,
+        length=160,
+        max_reply_tokens=6,
+        stop_ids=policy.chat.stop_ids,
+        vocabulary_size=policy.chat.vocabulary_size,
+        sampling=Sampling(temperature=0.0),
+    )
+    engine.load(params[7], 0)
+    tokenizer = AutoTokenizer.from_pretrained(exported, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    beyond = list(range(policy.chat.vocabulary_size, policy.config.vocab_size))  # ids without text
+    ids, row, messages = policy.chat.start("Hello."), [], []
+    for turn, said in enumerate(("Hello.", "Why?", "I am tired.")):
+        messages.append({"role": "user", "content": said})
+        (ours,) = engine.reply([Request(0, ids, key=(0, 0, 0), turn=turn, start=turn == 0)])
+        row += [*ids]
+        theirs = model.generate(
+            torch.tensor([row]),
+            attention_mask=torch.ones(1, len(row), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=6,
+            suppress_tokens=beyond,
+        )[0, len(row) :].tolist()
+        assert theirs == list(ours.ids)
+        row += ours.ids
+        closing = () if ours.ids[-1] == policy.chat.end_of_turn[0] else policy.chat.end_of_turn
+        messages.append({"role": "assistant", "content": policy.chat.decode(ours.ids)})
+        rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        # The same text; its spelling in ids may be another one than what a random model sampled.
+        assert tokenizer.decode(rendered) == tokenizer.decode([*row, *closing])
+        ids = (*closing, *policy.chat.next_user(("Why?", "I am tired.", "Bye.")[turn]))
+
+
+def test_small_files_with_an_index(run, tmp_path):
+    folder, policy, params = run
+    export(folder, tmp_path / "out", max_shard_bytes=20_000)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3 and (tmp_path / "out" / INDEX).is_file()
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path / "out", policy.config), params[7])
+    # An independent reader: the library's own.
+    tensors = {}
+    for file in files:
+        tensors |= load_file(file)
+    assert np.array_equal(tensors["model.norm.weight"], params[7]["norm"]["scale"])
+    first = params[7]["layers"]["mlp"]["gate"]["kernel"][1]
+    assert np.array_equal(tensors["model.layers.1.mlp.gate_proj.weight"], np.asarray(first).T)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import jax, numpy as np
+from mapo_jax.config import Config, OptimizerConfig, RolloutConfig, to_yaml
+from mapo_jax.export import export
+from mapo_jax.model.qwen import QwenConfig, parameter_shapes
+from mapo_jax.rollout.chat import ChatFormat
+from mapo_jax.tokenizer import load_tokenizer
+from mapo_jax.training.checkpoint import Checkpoints
+from mapo_jax.training.policy import Policy, save_model_files
+from mapo_jax.training.step import create_state, make_optimizer
+run, tokenizer, step = Path(sys.argv[1]), load_tokenizer(sys.argv[2]), sys.argv[3]
+config = QwenConfig(
+    vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_layers=8, num_heads=8, num_kv_heads=8,
+    head_dim=128, max_position_embeddings=512,
+)
+if step == "make":
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), parameter_shapes(config))
+    save_model_files(run, Policy(config, tokenizer, ChatFormat(tokenizer)))
+    (run / "config.yaml").write_text(to_yaml(Config()))
+    with Checkpoints(run) as checkpoints:
+        # As a float32 run would, but for the optimizer's moments.
+        checkpoints.save(1, create_state(params, make_optimizer(OptimizerConfig(), 1)), {})
+else:
+    largest = 150e6
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    export(sys.argv[4], run.parent / "first")  # a small run, so that everything is imported and set up
+    before = peak()
+    export(run, run.parent / "out", max_shard_bytes=largest)
+    sizes = [file.stat().st_size for file in (run.parent / "out").glob("*.safetensors")]
+    print(len(sizes), max(sizes), peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_that_an_export_takes_is_bounded_by_the_largest_file(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    source = run[0] / "model"
+    for step in ("make", "export"):
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, tmp_path / "run", source, step, run[0]],
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    count, largest, grown = map(int, done.stdout.split()[-3:])
+    assert count >= 3 and largest > 100e6
+    assert grown < 1.5 * largest, f"{grown / 1e6:.0f} MB for files of up to {largest / 1e6:.0f} MB"
+
+
 def test_the_exported_template_renders_the_training_rows(run, exported):
     from transformers import AutoTokenizer
 
@@ -138,6 +274,20 @@ def test_the_model_card_tells_what_it_is(exported):
     assert "| estimator | mapo (turn weight 0.333333) |" in card
     assert "library_name: transformers" in card
     assert "private" not in card  # the card travels; paths of this machine do not
+
+
+def test_the_card_has_the_split_the_curve_and_the_benchmarks_of_its_checkpoint(run, tmp_path):
+    folder = run[0]
+    for step, score in ((3, 11.5), (7, 23.5)):
+        file = folder / "evaluations" / f"eqbench_step_{step:06d}" / "scores.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"score": score, "parseable": 160, "questions": 171}))
+    export(folder, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- EQ-Bench v2: 23.50 (160 of 171 answers parseable)" in card and "11.5" not in card
+    assert "64 cards; 16 for validation and 16 for tests are kept apart" in card
+    assert "(curve.png)" in card
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_scores_are_those_up_to_the_exported_step(run, tmp_path):
@@ -163,13 +313,18 @@ def test_a_damaged_copy_is_found_and_not_left_behind(run, exported, tmp_path, mo
     _, policy, params = run
     other = jax.tree.map(lambda leaf: leaf * 1.5, params[7])
     config = Config(rollout=ROLLOUT)
-    with pytest.raises(UserError, match=r"weights .*embed.* read back differently"):
-        check(exported, policy, other, config, "float32")
+    with pytest.raises(UserError, match=r"tensor model.embed_tokens.weight reads back differently"):
+        verify(exported, policy, params_reader(other), config)
+    # one number of the last tensor
+    one = jax.tree.map(np.array, params[7])
+    one["norm"]["scale"][-1] += 1e-3
+    with pytest.raises(UserError, match=r"tensor model.norm.weight reads back differently"):
+        verify(exported, policy, params_reader(one), config)
 
     def break_it(*arguments):
         raise UserError("broken")
 
-    monkeypatch.setattr("mapo_jax.export.check", break_it)
+    monkeypatch.setattr("mapo_jax.export.verify", break_it)
     with pytest.raises(UserError, match="broken"):
         export(run[0], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -10,14 +10,18 @@ Source: EMPA (arXiv 2603.00552).
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mapo_jax.environment import state
 from mapo_jax.errors import UserError
+from mapo_jax.evaluation.bootstrap import intervals
+from mapo_jax.evaluation.rows import read_rows
 
 OUTCOME = ("RDI", "E_total", "S_net")
 EFFICIENCY = ("rho", "S_proj", "tau")
@@ -97,58 +101,153 @@ def score_case(start: state.Vector, levels: Sequence[state.Levels | None]) -> di
     return scores
 
 
-def score_cases(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Scores every model's dialogues: per index the mean over its cases.
+@dataclass(frozen=True)
+class Case:
+    """One dialogue and what it scored."""
+
+    model: str
+    name: str  # of the card; several dialogues with one card have the same
+    start: state.Vector
+    turns: int
+    passed: bool  # it ended with success
+    rewards: tuple[float, ...]  # incremental distance of each scored turn, in points
+    scores: Mapping[str, float]  # the names of SCORES
+    domain: str | None = None
+
+
+def make_case(row: Mapping[str, Any], place: str) -> Case | None:
+    """Scores one saved dialogue.
 
     Args:
-      rows: mappings with `model`, `start` and `levels`; other keys are left alone.
+      row: `model`, `start` and `levels`; `case` and `domain` if they are known; `outcome` if it was held
+        under other rules than the benchmark's (else the benchmark's own say whether it passed). Other keys
+        are left alone.
+      place: of the row, for an error's sentence.
 
     Returns:
-      `{model: {"cases": count, "RDI": mean, ..., "epm_q": mean}}`, models in the order of their first row.
+      None for a dialogue that says nothing: it ended in an `error`, or no turn of it was scored.
 
     Raises:
-      UserError: a row lacks a key or cannot be scored; names the row, its model and its case.
+      UserError: a key is missing, or the row cannot be scored; names the place, the model and the case.
     """
-    cases: dict[str, list[dict[str, float]]] = {}
-    for number, row in enumerate(rows, start=1):
-        place = f"row {number}"
-        if not isinstance(row, Mapping):
-            raise UserError(f"{place} is {row!r}; it must be a mapping with model, start and levels")
-        for key in ("model", "start", "levels"):
-            if key not in row:
-                raise UserError(f"{place} has no `{key}`; it needs model, start and levels")
-        place = f"{place} (model {row['model']}, case {row.get('case', 'unnamed')})"
-        try:
-            scores = score_case(row["start"], row["levels"])
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{place} cannot be scored: {error}") from error
-        cases.setdefault(str(row["model"]), []).append(scores)
+    for key in ("model", "start", "levels"):
+        if key not in row:
+            raise UserError(f"{place} has no `{key}`; it needs model, start and levels")
+    name = str(row.get("case", place))
+    start, levels, outcome = row["start"], row["levels"], row.get("outcome")
+    try:
+        if outcome == "error" or (levels and all(turn is None for turn in levels)):
+            return None
+        scores = score_case(start, levels)
+        increments = [None if turn is None else state.points(turn) for turn in levels]
+        if outcome is None:
+            ending = state.ending(tuple(start), increments, PUBLISHED_LIMITS)
+            outcome = ending.outcome if ending else None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{place} (model {row['model']}, case {name}) cannot be scored: {error}") from error
+    distances = [state.distance(position) for position in state.trajectory(start, increments)]
+    return Case(
+        model=str(row["model"]),
+        name=name,
+        start=tuple(start),
+        turns=len(levels),
+        passed=outcome == "success",
+        rewards=tuple(
+            before - after
+            for v, (before, after) in zip(increments, itertools.pairwise(distances), strict=True)
+            if v is not None
+        ),
+        scores=scores,
+        domain=None if row.get("domain") is None else str(row["domain"]),
+    )
+
+
+def read_cases(path: str | Path) -> list[Case | None]:
+    """Scores the saved dialogues of a JSON-lines file (see `make_case`).
+
+    Raises:
+      UserError: the file cannot be read, has no rows, or a line cannot be scored (its number is named).
+    """
+    return [make_case(row, place) for place, row in read_rows(path, "trajectories")]
+
+
+DIFFICULTIES = (("up to 27", 27.0), ("27 to 32", 32.0), ("32 to 36", 36.0), ("above 36", math.inf))
+"""Bands of |P_0|, how much the person lacks at the start; the benchmark balances its cases over them."""
+
+GROUPINGS: dict[str, Callable[[Case], str | None]] = {
+    "difficulty": lambda case: next(name for name, most in DIFFICULTIES if state.norm(case.start) <= most),
+    "strongest_axis": lambda case: min(state.AXES, key=dict(zip(state.AXES, case.start, strict=True)).get),
+    "domain": lambda case: case.domain,
+}
+
+FIGURES = (*SCORES, "pass_rate", "turns", "idr_mean")
+
+
+def summarize_cases(cases: Sequence[Case], *, seed: int = 0) -> dict[str, Any]:
+    """What one model's dialogues came to.
+
+    Args:
+      cases: at least one. Several dialogues with one card are drawn together by the bootstrap.
+      seed: of the bootstrap.
+
+    Returns:
+      `cases` (cards) and `dialogues`; per name of SCORES the mean over dialogues; `passed` and `pass_rate`;
+      `turns`, the mean; `idr_mean` and `idr_std`, mean and population deviation of the incremental distance
+      over scored turns, in points; `intervals`, `{figure: [low, high]}` (95 %) for all but the last, None
+      with a single card; `groups`, `{grouping: {group: the same figures without groups}}` for every grouping
+      that is known of all cases.
+    """
+    figures = _figures(cases, seed)
+    figures["groups"] = {}
+    for grouping, group_of in GROUPINGS.items():
+        groups: dict[str, list[Case]] = {}
+        for case in cases:
+            groups.setdefault(group_of(case) or "", []).append(case)
+        if "" not in groups:
+            ordered = sorted(groups, key=_GROUP_ORDER.get(grouping, tuple(sorted(groups))).index)
+            figures["groups"][grouping] = {group: _figures(groups[group], seed) for group in ordered}
+    return figures
+
+
+_GROUP_ORDER = {"difficulty": [name for name, _ in DIFFICULTIES], "strongest_axis": state.AXES}
+
+
+def _figures(cases: Sequence[Case], seed: int) -> dict[str, Any]:
+    names = sorted({case.name for case in cases})  # the draws then do not depend on the order of rows
+    sums, counts = np.zeros((len(names), len(FIGURES))), np.zeros((len(names), len(FIGURES)))
+    for case in cases:
+        row = names.index(case.name)
+        values = [*(case.scores[name] for name in SCORES), float(case.passed), case.turns, sum(case.rewards)]
+        sums[row] += values
+        counts[row] += [*(1,) * (len(FIGURES) - 1), len(case.rewards)]
+    means = sums.sum(0) / counts.sum(0)
+    ends = intervals(sums, counts, seed=seed).T
     return {
-        model: {"cases": len(scored)} | {name: _mean(case[name] for case in scored) for name in SCORES}
-        for model, scored in cases.items()
+        "cases": len(names),
+        "dialogues": len(cases),
+        **dict(zip(FIGURES, means.tolist(), strict=True)),
+        "passed": sum(case.passed for case in cases),
+        "idr_std": float(np.std([reward for case in cases for reward in case.rewards])),
+        "intervals": {
+            name: None if np.isnan(pair).any() else pair.tolist()
+            for name, pair in zip(FIGURES, ends, strict=True)
+        },
     }
 
 
-def read_trajectories(path: str | Path) -> list[dict[str, Any]]:
-    """Reads the rows that `score_cases` takes from a JSON-lines file; blank lines are passed over.
+def summarize_models(cases: Iterable[Case | None], *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """`summarize_cases` for every model, in the order of their first dialogues.
 
     Raises:
-      UserError: the file cannot be read, has no rows, or a line is not JSON (its number is named).
+      UserError: no dialogue can be scored.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the trajectories {path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error}") from error
-    if not rows:
-        raise UserError(f"{path} has no rows; it needs one JSON object with model, start and levels per line")
-    return rows
+    by_model: dict[str, list[Case]] = {}
+    for case in cases:
+        if case is not None:
+            by_model.setdefault(case.model, []).append(case)
+    if not by_model:
+        raise UserError("no dialogue can be scored: each ended in an error or has no scored turn")
+    return {model: summarize_cases(chosen, seed=seed) for model, chosen in by_model.items()}
 
 
 def _tortuosity(positions: Sequence[state.Vector]) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
@@ -201,13 +201,30 @@ def tensor_names(config: QwenConfig) -> dict[str, tuple[str, int | None, tuple[i
     return dict([*before, *layers, *sorted(after, key=lambda item: item[1][0], reverse=True)])
 
 
+Reader = Callable[[str, int | None], np.ndarray]
+"""Gives one of our arrays by its path, or one layer of it; `params_reader`, or reads it from a disk."""
+
+
+def params_reader(params: Params) -> Reader:
+    """Reads from parameters in memory."""
+    leaves = dict(_leaves(params))
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        return np.asarray(leaves[path] if layer is None else leaves[path][layer])
+
+    return read
+
+
+def _views(read: Reader, config: QwenConfig) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+    """Every tensor's Hugging Face name and shape, and our array with its axes in their order there."""
+    for name, (path, layer, shape) in tensor_names(config).items():
+        yield name, shape, read(path, layer).transpose(sum(NAMES[path][1], ()))
+
+
 def to_huggingface(params: Params, config: QwenConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor under its Hugging Face name and in its layout, one at a time on the host."""
-    leaves = dict(_leaves(params))
-    for name, (path, layer, shape) in tensor_names(config).items():
-        array = leaves[path] if layer is None else leaves[path][layer]
-        groups = NAMES[path][1]
-        yield name, np.asarray(array).transpose(sum(groups, ())).reshape(shape)
+    for name, shape, view in _views(params_reader(params), config):
+        yield name, view.reshape(shape)
 
 
 # --- loading -----------------------------------------------------------------------------------------------
@@ -351,7 +368,7 @@ def _read_tensor(tensor: Any, groups, shape: tuple[int, ...], bounds: list[tuple
 
 def save_params(
     folder: str | Path,
-    params: Params,
+    params: Params | Reader,
     config: QwenConfig,
     *,
     dtype: str = "bfloat16",
@@ -359,10 +376,11 @@ def save_params(
 ) -> None:
     """Writes the weights as safetensors, in several files with an index where one would be too large.
 
-    At most one file's worth of weights is on the host at a time. Each file is written under a temporary
+    One tensor is on the host at a time, whatever the files' sizes. Each file is written under a temporary
     name and renamed; weights of an earlier save in the same folder are removed last.
 
     Args:
+      params: the weights, or what reads them one by one.
       dtype: "bfloat16" or "float32".
       max_shard_bytes: a file holds at most this much (and at least one tensor).
     """
@@ -370,37 +388,108 @@ def save_params(
     folder.mkdir(parents=True, exist_ok=True)
     kind = jnp.dtype(dtype)
     sizes = {name: math.prod(shape) * kind.itemsize for name, (_, _, shape) in tensor_names(config).items()}
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    count = len(shards)
-    files = (
-        [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    )
-
-    tensors = to_huggingface(params, config)
-    for file, names in zip(files, shards, strict=True):
-        content = {}
-        for expected in names:
-            name, array = next(tensors)
-            assert name == expected
-            content[name] = np.ascontiguousarray(array.astype(kind))
+    shards = _shards(sizes, max_shard_bytes)
+    tensors = _views(params if callable(params) else params_reader(params), config)
+    for file, names in shards.items():
         temporary = folder / f".{file}.{os.getpid()}"
         try:
-            save_file(content, temporary, metadata={"format": "pt"})
-            os.chmod(temporary, 0o644)  # safetensors writes for the owner alone
+            with temporary.open("wb") as out:
+                out.write(_header(names, config, kind))
+                for expected in names:
+                    name, _, view = next(tensors)
+                    assert name == expected
+                    for block in _blocks(view, kind):
+                        out.write(block)
+                    del view  # before the next one is read
+            os.chmod(temporary, 0o644)
             os.replace(temporary, folder / file)
         finally:
             temporary.unlink(missing_ok=True)
 
-    if count > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
     else:
         (folder / INDEX).unlink(missing_ok=True)
     for old in folder.glob("model*.safetensors"):
-        if old.name not in files:
+        if old.name not in shards:
             old.unlink()
+
+
+def differing_tensor(folder: str | Path, read: Reader, config: QwenConfig) -> str | None:
+    """The first tensor of a folder that is not, bit for bit, what `read` gives in the files' precision.
+
+    One tensor and a block of its file are on the host at a time.
+
+    Raises:
+      UserError: the folder's tensors are not those that the configuration calls for.
+    """
+    folder = Path(folder)
+    with ExitStack() as stack:
+        tensors = _open_tensors(folder, stack)
+        _check_tensors(folder, tensors, config)
+    places = {}
+    for file in _weight_files(folder):
+        with file.open("rb") as content:
+            (length,) = struct.unpack("<Q", content.read(8))
+            header = json.loads(content.read(length))
+        header.pop("__metadata__", None)
+        places |= {
+            name: (file, 8 + length + entry["data_offsets"][0], entry["dtype"])
+            for name, entry in header.items()
+        }
+    kinds = {name: jnp.dtype(kind) for kind, name in _DTYPE_NAMES.items()}
+    for name, _, view in _views(read, config):
+        file, start, dtype = places[name]
+        with file.open("rb") as content:
+            content.seek(start)
+            for block in _blocks(view, kinds[dtype]):
+                if content.read(len(block)) != block:
+                    return name
+        del view
+    return None
+
+
+_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+_BLOCK_BYTES = 16 * 2**20
+
+
+def _shards(sizes: Mapping[str, int], most: float) -> dict[str, list[str]]:
+    """File -> names of its tensors, in order."""
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > most:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": names
+        for number, names in enumerate(shards, start=1)
+    }
+
+
+def _header(names: list[str], config: QwenConfig, kind: np.dtype) -> bytes:
+    """The head of a safetensors file: its length in 8 bytes, then JSON, padded to a multiple of 8."""
+    shapes = tensor_names(config)
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        shape = shapes[name][2]
+        start, end = end, end + math.prod(shape) * kind.itemsize
+        content[name] = {
+            "dtype": _DTYPE_NAMES[kind.name],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _blocks(view: np.ndarray, kind: np.dtype) -> Iterator[bytes]:
+    """The bytes of an array in C order and in another precision, some rows at a time."""
+    rows = max(1, _BLOCK_BYTES // max(1, view[:1].nbytes))
+    for start in range(0, len(view), rows):
+        yield np.ascontiguousarray(view[start : start + rows]).astype(kind, copy=False).tobytes()

@@ -13,14 +13,16 @@ import json
 import logging
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 import yaml
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -32,6 +34,7 @@ from mapo_jax.training.step import TrainState
 
 CHECKPOINTS_FOLDER = "checkpoints"
 CONFIG_FILE = "config.yaml"
+_PIECE_BYTES = 16 * 2**20  # most bytes of an array that lie together on the disk
 STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
 # Keys that change no number of a run: a run continues under other values of them.
 _ROLE_KEYS = ("url", "key_variable", "requests_per_minute", "tokens_per_minute", "prices")
@@ -113,7 +116,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(_to_saved(state)),
+                    state=_in_pieces(_to_saved(state)),
                     progress=ocp.args.JsonSave({**progress, "step": step}),
                 ),
                 metrics=None if score is None else {"score": float(score)},
@@ -210,6 +213,60 @@ def restore_params(run_folder: Path | str, template: Any, *, step: int | None = 
         another shape.
     """
     return _restore(checkpoint_folder(run_folder, step), {"params": template})["params"]
+
+
+def _in_pieces(saved: Any) -> ocp.args.PyTreeSave:
+    """How arrays are stored: in pieces, stacked matrices layer by layer, so that one can be read alone."""
+
+    def options(leaf: Any) -> ocp.SaveArgs:
+        if leaf.nbytes <= _PIECE_BYTES:
+            return ocp.SaveArgs()
+        return ocp.SaveArgs(chunk_byte_size=_PIECE_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
+
+    return ocp.args.PyTreeSave(saved, save_args=jax.tree.map(options, saved))
+
+
+def open_params(
+    run_folder: Path | str, template: Any, *, step: int | None = None
+) -> Callable[[str, int | None], np.ndarray]:
+    """Opens the parameters of a run's checkpoint to be read one by one, as `huggingface.Reader`.
+
+    Args:
+      template: the parameters' tree as `jax.ShapeDtypeStruct`s.
+      step: which checkpoint; the latest by default.
+
+    Returns:
+      A function from a path ("layers/attention/q/kernel") and a layer, or None for all of the array, to a
+      float32 array; only what is asked for is read.
+
+    Raises:
+      UserError: there is no such checkpoint, it cannot be read, or a parameter is missing or of another
+        shape.
+    """
+    folder = checkpoint_folder(run_folder, step)
+    state = folder.absolute() / "state"
+    stores = {}
+    try:
+        saved = ocp.PyTreeCheckpointHandler().metadata(state).tree
+        _check(folder, {"params": saved.get("params", {})}, {"params": template})
+        for path, _ in _leaves(template):
+            base = {"driver": "ocdbt", "base": state.as_uri(), "path": f"params.{_dotted(path)}/"}
+            spec = {"driver": "zarr", "kvstore": base}
+            stores[_dotted(path).replace(".", "/")] = tensorstore.open(spec, read=True, open=True)
+        stores = {path: store.result() for path, store in stores.items()}
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        try:
+            store = stores[path] if layer is None else stores[path][layer]
+            return store.read().result()
+        except ValueError as error:
+            raise _unreadable(folder, error) from error
+
+    return read
 
 
 def _score(metrics: Mapping[str, float]) -> float:

@@ -13,27 +13,35 @@ from pathlib import Path
 from mapo_jax.config import RolloutConfig
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
-from mapo_jax.model.huggingface import save_params, write_config
+from mapo_jax.model.huggingface import Reader, save_params, write_config
 from mapo_jax.model.qwen import Params
 from mapo_jax.training.metrics import full_disk_is_a_user_error
 from mapo_jax.training.policy import Policy
 
 
 def write_model_folder(
-    folder: Path | str, policy: Policy, params: Params, rollout: RolloutConfig, *, dtype: str = "float32"
+    folder: Path | str,
+    policy: Policy,
+    params: Params | Reader,
+    rollout: RolloutConfig,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: float = 5e9,
 ) -> None:
     """Writes weights, config.json, the tokenizer with the chat template of the rows, generation_config.json.
 
     Args:
       folder: an existing folder.
+      params: the weights, or what reads them one by one.
       rollout: how the policy sampled; becomes the default of those who generate with it.
       dtype: of the weights: float32 or bfloat16.
+      max_shard_bytes: of one weights file.
     """
     folder = Path(folder)
     stop = list(policy.chat.stop_ids)
     pad = policy.tokenizer.pad_token_id
     token_ids = {"eos_token_id": stop, **({} if pad is None else {"pad_token_id": pad})}
-    save_params(folder, params, policy.config, dtype=dtype)
+    save_params(folder, params, policy.config, dtype=dtype, max_shard_bytes=max_shard_bytes)
     write_config(folder, policy.config, dtype=dtype, token_ids=token_ids)
     own_template = policy.tokenizer.chat_template
     policy.tokenizer.chat_template = policy.chat.template

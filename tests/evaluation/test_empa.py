@@ -61,40 +61,96 @@ def test_an_unscored_turn_counts_as_a_turn_that_moves_nothing():
     assert with_hole == pytest.approx(empa.score_case(START, [LEVELS[0], [0] * 6, *LEVELS[1:]]))
 
 
-def test_published_scores(shared_data):
+def test_published_scores_passes_and_rewards(shared_data):
     published = json.loads((shared_data / "empa" / "published_epm_q.json").read_text())
-    rows = empa.read_trajectories(shared_data / "empa" / "published_trajectories.jsonl")
-    scores = empa.score_cases(rows)
-    assert scores.keys() == published.keys()
+    file = shared_data / "empa" / "published_trajectories.jsonl"
+    cases = empa.read_cases(file)
+    models = empa.summarize_models(cases)
+    assert models.keys() == published.keys()
     for model, score in published.items():
-        assert scores[model]["cases"] == 30
-        assert scores[model]["epm_q"] == pytest.approx(score, abs=0.02), model
+        assert models[model]["cases"] == 30
+        assert models[model]["epm_q"] == pytest.approx(score, abs=0.0051), (
+            model
+        )  # published with two decimals
+        low, high = models[model]["intervals"]["epm_q"]
+        assert low < score < high
+        axes = models[model]["groups"]["strongest_axis"]
+        assert {axis: group["cases"] for axis, group in axes.items()} == {"C": 10, "A": 10, "P": 10}
+    # Mean and deviation of the incremental distance per turn, as published for the two.
+    for model, mean, deviation in (("qwen3-8b", -3.07, 2.80), ("qwen3-235b-a22b-2507", 1.44, 2.40)):
+        assert models[model]["idr_mean"] == pytest.approx(mean, abs=0.006)
+        assert models[model]["idr_std"] == pytest.approx(deviation, abs=0.006)
+    # What the publishers' own runs recorded at the end of each dialogue.
+    recorded = [
+        "Success" in json.loads(line)["termination"] for line in file.read_text().splitlines() if line
+    ]
+    assert [case.passed for case in cases] == recorded
+
+
+def rows(**changes):
+    """Two cards of one model, one of them passed; the second has a dialogue more, which failed."""
+    passed = {"model": "m", "case": "a", "start": (-5, -4, -3), "levels": [[1, 0, 1, 0, 1, 0]] * 12}
+    failed = {"model": "m", "case": "b", "start": (-9, -9, -30), "levels": [[0, -1, 0, 0, 0, 0]] * 12}
+    return [row | changes for row in (passed, failed, failed)]
+
+
+def figures(rows):
+    return empa.summarize_models([empa.make_case(row, "a row") for row in rows])["m"]
+
+
+def test_figures_of_a_model():
+    found = figures(rows())
+    assert (found["cases"], found["dialogues"], found["passed"], found["turns"]) == (2, 3, 1, 12)
+    assert found["pass_rate"] == pytest.approx(1 / 3)
+    # D falls from sqrt(16 + 9 + 4) to 0 in the first; in the others C sinks by 2 a turn, 24 in all.
+    first, other = 29**0.5, (8**2 + 29**2 + (8 + 24) ** 2) ** 0.5 - (8**2 + 29**2 + 8**2) ** 0.5
+    assert found["idr_mean"] == pytest.approx((first - 2 * other) / 36)
+    one, two = (empa.score_case(row["start"], row["levels"])["epm_q"] for row in rows()[:2])
+    assert found["epm_q"] == pytest.approx((one + 2 * two) / 3)
+    assert found["groups"]["difficulty"].keys() == {"up to 27", "32 to 36"}
+    assert found["groups"]["strongest_axis"]["P"]["dialogues"] == 2
+    assert "domain" not in found["groups"]  # known of no case
+    assert found["groups"]["strongest_axis"]["C"]["intervals"]["epm_q"] is None  # a single card says nothing
+
+
+def test_whole_cards_are_drawn_for_the_intervals():
+    # Two cards: a draw holds twice the one, twice the other, or both, so the ends are the two extremes.
+    low, high = figures(rows())["intervals"]["pass_rate"]
+    assert (low, high) == (0, 1)
+
+
+def test_domains_and_other_rules_come_with_the_rows():
+    found = figures(rows(domain="work", outcome="success"))
+    assert found["groups"]["domain"]["work"]["pass_rate"] == 1
+    assert figures(rows(outcome="timeout"))["pass_rate"] == 0
+
+
+def test_dialogues_that_say_nothing_are_left_out():
+    unscored = {"model": "m", "start": START, "levels": [None, None]}
+    broken = {"model": "m", "start": START, "levels": LEVELS, "outcome": "error"}
+    assert empa.make_case(unscored, "a row") is None
+    assert empa.make_case(broken, "a row") is None
+    assert figures([*rows(), unscored, broken]) == figures(rows())
+    with pytest.raises(UserError, match="no dialogue can be scored"):
+        empa.summarize_models([None])
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"model": "m", "start": START}, "row 2 has no `levels`"),
+        ({"model": "m", "start": START}, "line 3 has no `levels`"),
         ({"model": "m", "case": "c7", "start": START, "levels": []}, "case c7.*without turns"),
         ({"model": "m", "start": START, "levels": [[3, 0, 0, 0, 0, 0]]}, "C progress is 3"),
-        ({"model": "m", "start": START, "levels": [4]}, "row 2 .* cannot be scored"),
+        ({"model": "m", "start": START, "levels": [4]}, "line 3 .* cannot be scored"),
+        ({"model": "m", "start": START, "levels": 4}, "line 3 .* cannot be scored"),
         ({"model": "m", "start": (-1, -1, 0), "levels": LEVELS}, "starts at rest"),
         ({"model": "m", "start": (-1, float("nan"), 0), "levels": LEVELS}, "three finite numbers"),
-        ([1, 2], "row 2 is .*must be a mapping"),
+        ([1, 2], "line 3, holds list, not an object"),
     ],
 )
-def test_rows_that_cannot_be_scored_are_named(row, message):
-    with pytest.raises(UserError, match=message):
-        empa.score_cases([{"model": "m", "start": START, "levels": LEVELS}, row])
-
-
-def test_broken_files_are_named(tmp_path):
+def test_rows_that_cannot_be_scored_are_named(row, message, tmp_path):
     file = tmp_path / "rows.jsonl"
-    with pytest.raises(UserError, match="cannot read"):
-        empa.read_trajectories(file)
-    file.write_text('{"model": "m"}\n\n{"model": ')
-    with pytest.raises(UserError, match="line 3 is not JSON"):
-        empa.read_trajectories(file)
-    file.write_text("\n")
-    with pytest.raises(UserError, match="no rows"):
-        empa.read_trajectories(file)
+    good = {"model": "m", "start": START, "levels": LEVELS}
+    file.write_text(f"{json.dumps(good)}\n\n{json.dumps(row)}\n")
+    with pytest.raises(UserError, match=message):
+        empa.read_cases(file)

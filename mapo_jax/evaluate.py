@@ -1,0 +1,376 @@
+"""What a policy is worth: EMPA, EmoBench, EQ-Bench, and real conversations judged turn by turn.
+
+    python -m mapo_jax.evaluate empa                            --model FOLDER|RUN | --trajectories FILE.jsonl
+    python -m mapo_jax.evaluate emobench  --items FILE.jsonl    --model FOLDER|RUN | --answers FILE.jsonl
+    python -m mapo_jax.evaluate eqbench   --questions FILE.json --model FOLDER|RUN | --answers FILE.json
+    python -m mapo_jax.evaluate dialogues --transcripts FILE.jsonl
+
+`--endpoint URL` instead of `--model` asks an OpenAI-compatible server. Whatever a model says is saved before
+it is scored, so that an evaluation which was stopped goes on with the same command, and what was saved can be
+scored again without any model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mapo_jax.commands import Stopped, run_command, use_compilation_cache
+from mapo_jax.config import load_config
+from mapo_jax.environment.scenario import SPLITS, load_scenarios
+from mapo_jax.evaluating import conversations, page, tables, transcripts
+from mapo_jax.evaluating.answers import ANSWERS, Answerer, Folder, Prompt, ask
+from mapo_jax.evaluating.items import HOMES, find_items
+from mapo_jax.evaluating.subject import Subject, add_options, find_subject
+from mapo_jax.evaluating.world import open_world
+from mapo_jax.evaluation import emobench, empa, eqbench
+from mapo_jax.files import write_whole
+from mapo_jax.training.interruption import Interrupted, StopRequest
+
+# Most tokens of an answer. Four ratings take about 40; with a critique and a revision, several hundred.
+EQBENCH_TOKENS, EQBENCH_REVISION_TOKENS = 128, 1024
+EMOBENCH_TOKENS = 128
+
+SCORES, PAGE = "scores.json", "report.html"
+
+# EMPA's own limits, where no configuration says otherwise; replies and rows as in the published recipe.
+BENCHMARK_DIALOGUES = (
+    "rollout.min_turns=12",
+    "rollout.max_turns=45",
+    "rollout.max_reply_tokens=512",
+    "rollout.max_tokens=25000",
+    "evaluation.rollouts=1",
+)
+
+
+def run_eqbench(options: argparse.Namespace, console: Console) -> None:
+    """EQ-Bench v2: asks, or scores saved answers."""
+    questions = eqbench.read_questions(find_items(options.questions, console.print))
+    if options.answers is not None:
+        answers, folder = eqbench.read_answers(options.answers), None
+        revision = options.revision or None
+    else:
+        subject = find_subject(options)
+        revision = options.revision
+        max_tokens = options.max_tokens or (EQBENCH_REVISION_TOKENS if revision else EQBENCH_TOKENS)
+        prompts = [
+            Prompt(question.id, question.prompt(revision), {"id": question.id}) for question in questions
+        ]
+        settings = {"benchmark": "eqbench", "revision": revision, "questions": _fingerprint(prompts)}
+        folder = _ask(options, console, subject, "eqbench", prompts, settings, 0.0, max_tokens)
+        answers = eqbench.read_answers(folder.file)
+    scores = eqbench.score_answers(questions, answers, revision=revision, seed=options.seed)
+    _show(console, tables.eqbench_tables(scores))
+    if scores["answered"] < scores["questions"]:
+        console.print(f"only {scores['answered']} of {scores['questions']} questions have an answer")
+    _write(options, folder, scores, console)
+
+
+def run_emobench(options: argparse.Namespace, console: Console) -> None:
+    """EmoBench: asks, or scores saved answers."""
+    items = emobench.read_items([find_items(source, console.print) for source in options.items])
+    if options.answers is not None:
+        answers, folder = emobench.read_answers(options.answers, items), None
+    else:
+        subject = find_subject(options)
+        protocol = emobench.PROTOCOLS[options.protocol]
+        prompts = [
+            Prompt(
+                asking.id,
+                asking.prompt(),
+                {
+                    "task": asking.item.task,
+                    "qid": asking.item.qid,
+                    "language": asking.item.language,
+                    "order": asking.order,
+                    "sample": asking.sample,
+                },
+            )
+            for asking in emobench.askings(items, protocol)
+        ]
+        settings = {"benchmark": "emobench", "protocol": options.protocol, "items": _fingerprint(prompts)}
+        max_tokens = options.max_tokens or EMOBENCH_TOKENS
+        folder = _ask(
+            options, console, subject, "emobench", prompts, settings, protocol.temperature, max_tokens
+        )
+        answers = emobench.read_answers(folder.file, items)
+    scores = emobench.score_answers(items, answers, seed=options.seed)
+    _show(console, tables.emobench_tables(scores))
+    _write(options, folder, scores, console)
+
+
+def _ask(
+    options: argparse.Namespace,
+    console: Console,
+    subject: Subject,
+    benchmark: str,
+    prompts: Sequence[Prompt],
+    settings: dict[str, Any],
+    temperature: float,
+    max_tokens: int,
+) -> Folder:
+    """Has every prompt answered; the folder that then holds the answers."""
+    if options.temperature is not None:
+        temperature = options.temperature
+    folder = Folder(options.output or subject.output(benchmark), ANSWERS)
+    settings = {
+        **subject.identity,
+        **settings,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "seed": options.seed,
+        "system_prompt": subject.config.rollout.system_prompt,
+    }
+
+    def make_answerer() -> Answerer:
+        return subject.answerer(options, console, temperature=temperature, max_tokens=max_tokens)
+
+    use_compilation_cache(subject.config.run.compilation_cache)
+    with stoppable(folder) as check:
+        ask(make_answerer, prompts, folder, settings, console, check)
+    return folder
+
+
+def run_empa(options: argparse.Namespace, console: Console) -> None:
+    """EMPA's indices and EPM-Q: holds the dialogues, or scores saved levels."""
+    folder = None
+    if options.trajectories is not None:
+        cases = empa.read_cases(options.trajectories)
+    else:
+        folder = _converse(options, console)
+        rows = conversations.saved_rows(folder)
+        cases = [empa.make_case(row, f"dialogue {row['case']}") for row in rows]
+    models = empa.summarize_models(cases, seed=options.seed)
+    _show(console, tables.empa_tables(models))
+    if left_out := sum(case is None for case in cases):
+        console.print(f"{left_out} dialogues left out: they ended in an error or have no scored turn")
+    if folder is not None and (short := sum(row["rule"] == "max_tokens" for row in rows)):
+        console.print(
+            f"{short} of {len(rows)} dialogues ended because no further reply fitted the model's row"
+        )
+    _write(options, folder, models, console)
+
+
+def _converse(options: argparse.Namespace, console: Console) -> Folder:
+    """Has a dialogue held with every card; the folder that then holds them."""
+    subject = find_subject(options, BENCHMARK_DIALOGUES)
+    config = subject.config
+    cards = load_scenarios(
+        options.cards or config.environment.scenarios, None if options.cards else options.split
+    )
+    temperature = config.evaluation.temperature if options.temperature is None else options.temperature
+    if options.max_tokens is not None:
+        config = replace(config, rollout=replace(config.rollout, max_reply_tokens=options.max_tokens))
+    rollouts, limits = config.evaluation.rollouts, conversations.limits_of(config)
+    console.print(
+        f"{subject.name}: {rollouts} dialogues with each of {len(cards)} cards, {limits.min_turns} to "
+        f"{limits.max_turns} turns, {config.environment.family} world",
+        soft_wrap=True,
+    )
+    folder = Folder(options.output or subject.output("empa"), conversations.DIALOGUES)
+    settings = {
+        **subject.identity,
+        "benchmark": "empa",
+        "cards": [card.id for card in cards],
+        "rollouts": rollouts,
+        "temperature": temperature,
+        "seed": options.seed,
+        **_flat("rollout", config.rollout),
+        **_flat("environment", config.environment),
+    }
+    use_compilation_cache(config.run.compilation_cache)
+    with stoppable(folder) as check, open_world(config) as world:
+        session = conversations.Session(
+            subject.name,
+            cards,
+            rollouts,
+            world,
+            limits,
+            options.seed,
+            temperature,
+            folder,
+            settings,
+            console,
+            check,
+        )
+        if subject.endpoint is not None:
+            endpoint = subject.reached(
+                options, temperature=temperature, max_tokens=config.rollout.max_reply_tokens
+            )
+            conversations.hold_remotely(session, endpoint)
+        else:
+            conversations.hold_locally(session, subject.load, config, slots=options.concurrency)
+    return folder
+
+
+def run_dialogues(options: argparse.Namespace, console: Console) -> None:
+    """Real conversations: has the configured judge score every reply."""
+    config = load_config(options.config, options.overrides)
+    chats = transcripts.read_transcripts(
+        options.transcripts,
+        load_scenarios(config.environment.scenarios),
+        need_card=config.environment.family == "scripted",
+    )
+    default = Path("evaluations") / f"dialogues-{Path(options.transcripts).stem}"
+    folder = Folder(options.output or default, transcripts.JUDGED)
+    settings = {
+        "benchmark": "dialogues",
+        "transcripts": transcripts.fingerprint(chats),
+        **_flat("environment", config.environment),
+    }
+    with stoppable(folder) as check, open_world(config) as world:
+        rows = transcripts.judge_all(
+            chats, world, folder, settings, console, concurrency=config.environment.concurrency, check=check
+        )
+    cases = [empa.make_case(row, f"conversation {row['case']}") for row in rows]
+    models = empa.summarize_models(cases, seed=options.seed)
+    worst = transcripts.worst_turns(rows, options.worst)
+    title = (
+        f"{len(rows)} conversations of {Path(options.transcripts).name}, {config.environment.family} judge"
+    )
+    _show(console, [*tables.empa_tables(models), tables.worst_table(worst)])
+    unjudged = sum(levels is None for row in rows for levels in row["levels"])
+    if unjudged or len(rows) < len(chats):
+        console.print(
+            f"not judged: {unjudged} turns, and {len(chats) - len(rows)} conversations of which every call "
+            "of the judge failed; the same command tries these again",
+            soft_wrap=True,
+        )
+    (figures,) = models.values()
+    write_whole(folder.path / PAGE, page.render_page(title, figures, rows, worst))
+    console.print(f"page written to {folder.path / PAGE}", soft_wrap=True, markup=False)
+    _write(options, folder, {**figures, "worst": worst}, console)
+
+
+@contextmanager
+def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
+    """Ends well on a signal; yields what to call at safe points."""
+    with StopRequest() as stop:
+        try:
+            yield stop.check
+        except Interrupted as interruption:
+            raise Stopped(
+                str(interruption),
+                f"stopped by {interruption}: what was finished is saved in {folder.path}; the same command "
+                "goes on from there",
+            ) from interruption
+
+
+def _flat(section: str, values: Any) -> dict[str, Any]:
+    return {f"{section}.{name}": value for name, value in asdict(values).items()}
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.id, prompt.text]).encode())
+    return digest.hexdigest()
+
+
+def _show(console: Console, shown: Sequence[Any]) -> None:
+    for table in shown:
+        console.print(table)
+
+
+def _write(options: argparse.Namespace, folder: Folder | None, scores: Any, console: Console) -> None:
+    content = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
+    files = [file for file in (folder and folder.path / SCORES, options.json) if file]
+    for file in files:
+        write_whole(file, content)
+        console.print(f"scores written to {file}", soft_wrap=True, markup=False)
+    if folder is not None:
+        console.print(f"everything kept in {folder.path}", soft_wrap=True, markup=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mapo_jax.evaluate", description=__doc__.split("\n\n")[0].replace("\n", " ")
+    )
+    commands = parser.add_subparsers(required=True, metavar="{empa,emobench,eqbench,dialogues}")
+    homes = ", ".join(HOMES)
+
+    command = commands.add_parser("empa", help="EMPA: long dialogues with users on scenario cards")
+    command.set_defaults(command=run_empa)
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--trajectories", metavar="FILE", help="score saved levels again: JSONL of model, start, levels"
+    )
+    command.add_argument("--split", choices=SPLITS, default="test", help="of our cards (default: test)")
+    command.add_argument("--cards", metavar="PATH", help="other cards: a file or a folder, all of them")
+    add_options(command, source)
+    _common(command)
+
+    command = commands.add_parser("emobench", help="EmoBench: what helps best, which emotion, and why")
+    command.set_defaults(command=run_emobench)
+    command.add_argument(
+        "--items", nargs="+", required=True, metavar="FILE", help=f"JSONL as published, or a name: {homes}"
+    )
+    command.add_argument(
+        "--protocol",
+        choices=emobench.PROTOCOLS,
+        default="current",
+        help="current: choices as given, greedy; permuted: in four orders; earlier: majority of five samples "
+        "in each of four orders",
+    )
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--answers", metavar="FILE", help="score saved answers: JSONL of qid, language, answer"
+    )
+    add_options(command, source)
+    _common(command)
+
+    command = commands.add_parser("eqbench", help="EQ-Bench v2: how strongly emotions are felt")
+    command.set_defaults(command=run_eqbench)
+    command.add_argument(
+        "--questions", required=True, metavar="FILE", help=f"JSON as published, or a name: {homes}"
+    )
+    command.add_argument(
+        "--revision", action="store_true", help="ask for a first pass, a critique and revised scores"
+    )
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--answers", metavar="FILE", help="score saved answers: JSON of {question id: text}")
+    add_options(command, source)
+    _common(command)
+
+    command = commands.add_parser("dialogues", help="real conversations, judged turn by turn")
+    command.set_defaults(command=run_dialogues)
+    command.add_argument(
+        "--transcripts",
+        required=True,
+        metavar="FILE",
+        help="JSONL of chats (`messages`), each with the id of a card (`scenario`) or start levels (`start`)",
+    )
+    command.add_argument("--worst", type=int, default=10, metavar="N", help="turns shown (default: 10)")
+    command.add_argument("--output", metavar="FOLDER", help="for judgements, scores and the page")
+    command.add_argument(
+        "--config", metavar="FILE", help="configuration, whose `environment` names the judge"
+    )
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as environment.concurrency=8"
+    )
+    _common(command)
+    return parser
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", metavar="FILE", help="write the scores there too")
+    command.add_argument("--seed", type=int, default=0, help="of sampling and intervals (default: 0)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 bad input, 128 + n stopped by signal n."""
+    options = _parser().parse_args(arguments)
+    console = Console(highlight=False)
+    return run_command(lambda: options.command(options, console))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,46 @@
+"""How far a score would move with other cases: percentile intervals by resampling the cases."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+RESAMPLES = 2_000
+LEVEL = 0.95
+_CELLS = 1_000_000  # draws x cases at a time: 8 MB
+
+
+def intervals(
+    sums: Float[np.ndarray, "N K"], counts: Float[np.ndarray, "N K"], *, seed: int = 0
+) -> Float[np.ndarray, "2 K"]:
+    """Percentile bootstrap intervals of K ratios, over N cases drawn with replacement.
+
+    A figure is the sum over cases of `sums` divided by the sum of `counts`: with counts of 1 the mean over
+    cases; with the turns of each case as counts, the mean over turns, whole cases still being what is drawn
+    (the turns of a dialogue are not independent).
+
+    Args:
+      sums: what each case adds to each figure's numerator.
+      counts: what it adds to the denominator; none may be all 0.
+      seed: of the draws; the same seed gives the same intervals.
+
+    Returns:
+      The lower and upper ends of the central 95 %; NaN with fewer than two cases, which say nothing of
+      others. A draw whose denominator is 0 is left out.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    cases, figures = sums.shape
+    if cases < 2:
+        return np.full((2, figures), np.nan)
+    rng = np.random.default_rng(seed)
+    ratios = np.empty((RESAMPLES, figures))
+    rows = max(1, _CELLS // cases)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for start in range(0, RESAMPLES, rows):
+            size = min(rows, RESAMPLES - start)
+            drawn = rng.multinomial(cases, np.full(cases, 1 / cases), size=size)
+            ratios[start : start + size] = (drawn @ sums) / (drawn @ counts)
+    ratios[~np.isfinite(ratios)] = np.nan
+    tail = 100 * (1 - LEVEL) / 2
+    return np.nanpercentile(ratios, [tail, 100 - tail], axis=0)

@@ -1,0 +1,134 @@
+"""Remote dialogues against the scripted loop, local ones against `collect` through the command."""
+
+import json
+
+import pytest
+
+from mapo_jax.config import EnvironmentConfig
+from mapo_jax.environment.scenario import load_scenarios
+from mapo_jax.environment.scripted import scripted_roles
+from mapo_jax.environment.scripted.helper import hold_dialogue
+from mapo_jax.environment.state import Limits
+from mapo_jax.evaluate import main
+from mapo_jax.rollout.collect import derive_seed
+
+CARDS = load_scenarios(split="test")
+SHORT = ["rollout.min_turns=2", "rollout.max_turns=3", "rollout.max_reply_tokens=6", "rollout.max_tokens=300"]
+
+
+def rows(folder):
+    return {
+        (row["case"], row["rollout"]): row for row in map(json.loads, (folder / "dialogues.jsonl").open())
+    }
+
+
+def say(messages):
+    """A policy that needs nothing but the messages, so that server and scripted loop can share it."""
+    return "That must be hard." if len(messages) == 1 else "What do you feel?"
+
+
+def test_a_remote_model_meets_the_same_world_as_a_scripted_policy(server, tmp_path):
+    server.reply = lambda request: say(request["messages"])
+    command = [
+        "empa",
+        "--endpoint",
+        server.url,
+        "--output",
+        str(tmp_path / "out"),
+        *SHORT,
+        "evaluation.rollouts=2",
+    ]
+    assert main(command) == 0
+    found = rows(tmp_path / "out")
+    assert len(found) == 2 * len(CARDS) and {row["model"] for row in found.values()} == {"house-model"}
+    roles, limits = scripted_roles(EnvironmentConfig()), Limits(2, 3)
+    for card in CARDS[:4]:
+        for rollout in range(2):
+            # The rollouts of a card share the opening, which the scripted loop draws from its own seed.
+            opening = found[card.id, rollout]["messages"][0]
+            assert opening == found[card.id, 0]["messages"][0]
+            seed = derive_seed(0, 0, card.id, rollout)
+            state = hold_dialogue(
+                card, seed, lambda state: say(state.messages), Opened(roles, opening), limits
+            )
+            levels = [list(turn.judgement.levels) for turn in state.turns]
+            assert found[card.id, rollout]["levels"] == levels
+            assert found[card.id, rollout]["messages"] == state.messages
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["house-model"]["cases"] == len(CARDS)
+    assert scores["house-model"]["groups"]["domain"].keys() == {card.domain for card in CARDS}
+
+
+class Opened:
+    """Roles whose user opens with a given message."""
+
+    def __init__(self, roles, opening):
+        self.judge, self.director, self.user = roles.judge, roles.director, self
+        self.reply = roles.user.reply
+        self._opening = opening
+
+    async def open(self, scenario, seed):
+        return self._opening["content"]
+
+
+def test_a_server_that_fails_midway_loses_nothing(server, tmp_path, capsys):
+    calls = []
+
+    def reply(request):
+        calls.append(request)
+        return say(request["messages"]) if len(calls) <= 20 else 401
+
+    server.reply = reply
+    command = [
+        "empa",
+        "--endpoint",
+        server.url,
+        "--output",
+        str(tmp_path / "out"),
+        *SHORT,
+        "evaluation.rollouts=1",
+    ]
+    assert main([*command, "--concurrency", "2"]) == 2
+    assert "failed 1 calls to house-model" in capsys.readouterr().err
+    kept = len(rows(tmp_path / "out"))
+    assert 0 < kept < len(CARDS)
+    server.reply = lambda request: say(request["messages"])
+    server.requests.clear()
+    assert main(command) == 0
+    assert len(rows(tmp_path / "out")) == len(CARDS)
+    assert len(server.requests) <= 3 * (len(CARDS) - kept)
+
+
+@pytest.fixture(scope="module")
+def held(model_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluations") / "out"
+    assert (
+        main(["empa", "--model", str(model_folder), "--output", str(out), *SHORT, "evaluation.rollouts=1"])
+        == 0
+    )
+    return out
+
+
+def test_a_local_model_holds_a_dialogue_with_every_card(held):
+    found = rows(held)
+    assert {case for case, _ in found} == {card.id for card in CARDS}
+    for row in found.values():
+        assert len(row["levels"]) <= 3 and row["outcome"] in ("success", "failure", "timeout", "ended")
+        assert len(row["messages"]) in (2 * len(row["levels"]), 2 * len(row["levels"]) + 1)
+
+
+def test_missing_dialogues_are_held_again_the_same(held, model_folder, tmp_path, capsys):
+    before = rows(held)
+    lines = (held / "dialogues.jsonl").read_text().splitlines(keepends=True)
+    (held / "dialogues.jsonl").write_text("".join(lines[:-5]))
+    command = ["empa", "--model", str(model_folder), "--output", str(held), *SHORT, "evaluation.rollouts=1"]
+    assert main(command) == 0
+    assert "11 of 16 cards are there already" in capsys.readouterr().out
+    # What is sampled does not depend on which cards lie beside a card.
+    assert rows(held) == before
+    assert main([*command, "--seed", "1"]) == 2
+    assert "holds an evaluation with seed 0, not 1" in capsys.readouterr().err
+
+    rescored = tmp_path / "scores.json"
+    assert main(["empa", "--trajectories", str(held / "dialogues.jsonl"), "--json", str(rescored)]) == 0
+    assert json.loads(rescored.read_text()) == json.loads((held / "scores.json").read_text())
