@@ -1,5 +1,4 @@
 """What a model is asked for an item of EmoBench: our own words, in the item's language."""
-# ruff: noqa: RUF001  (Chinese punctuation is meant)
 
 from __future__ import annotations
 
