@@ -171,7 +171,7 @@ class TestAgreement:
             )
 
     def test_a_copied_start_equals_an_own_one(self, engine):
-        """Of a slot that goes on, of one that starts beside it, and of the slot's own row: bit for bit."""
+        """Of a slot that goes on, of one that starts beside it, and of the slot's own row."""
         start, longer = prompt(5, 23), prompt(5, 23)[:15] + prompt(6, 9)
         engine.reply([request(2, start, dialogue=8, start=True)])
         engine.reply([request(2, prompt(7, 4), turn=1, dialogue=8)])
@@ -192,7 +192,9 @@ class TestAgreement:
         engine.reset()
         (other,) = engine.reply([request(3, longer, dialogue=10, start=True)])
         assert own == copied[0] == together[0]
-        assert other == copied[1] == again
+        assert other.ids == copied[1].ids == again.ids
+        for one in (copied[1], again):  # over another length of the cache, which at 32 tokens shows in rounding
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
 
 
 class TestIdentity:
@@ -359,7 +361,7 @@ def test_cache_bytes():
 
 
 def test_on_a_mesh_of_four_as_on_one_device():
-    """Slots and lanes cut over two devices, heads over two; every slot keeps to its own devices."""
+    """Slots and lanes cut over the devices; every slot keeps to its own."""
     script = """
         import sys, jax, numpy as np
         sys.path.insert(0, sys.argv[1])
@@ -370,21 +372,21 @@ def test_on_a_mesh_of_four_as_on_one_device():
         from mapo_jax.rollout.sampling import Sampling
 
         params = tiny.scaled(init_params(tiny.CONFIG, seed=3))
-        mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+        mesh = make_mesh(MeshConfig(data=2, fsdp=2))
         found = []
         for options, weights in (
             ({}, params), (dict(mesh=mesh), jax.device_put(params, param_shardings(tiny.CONFIG, mesh)))
         ):
             engine = tiny.make_engine(
-                sampling=Sampling(temperature=tiny.TEMPERATURE), slots=8, lanes=4, prefill_rows=2, **options
+                sampling=Sampling(temperature=tiny.TEMPERATURE), slots=8, lanes=4, prefill_rows=4, **options
             )
             engine.load(weights, 0)
             replies = []
             for turn in range(3):
-                # Two starts of one kind on each half; the last dialogues wait for a lane.
-                sizes = [(5, 5, 9, 3)[s % 4] for s in range(8)]
+                # On each device two dialogues with one start, of which the second waits for a lane.
+                sizes = [(5, 11, 9, 3)[s // 2] for s in range(8)]
                 replies += engine.reply([
-                    tiny.request(s, tiny.prompt(turn if turn else s % 4, sizes[s]), turn, start=turn == 0)
+                    tiny.request(s, tiny.prompt(turn if turn else s // 2, sizes[s]), turn, start=turn == 0)
                     for s in range(8)
                 ])
             found.append((replies, engine.counts))
@@ -394,7 +396,7 @@ def test_on_a_mesh_of_four_as_on_one_device():
         assert counts.prefilled == cut_counts.prefilled and counts.sampled == cut_counts.sampled
         for one, other in zip(alone, cut, strict=True):
             assert one.ids == other.ids
-            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)  # sums over heads in parts
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)  # programs of other widths
     """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)]
