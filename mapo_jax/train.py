@@ -102,12 +102,12 @@ def gather(
     run: Run, state: TrainState, scenarios: list[Scenario], step: int
 ) -> tuple[list[list[Dialogue]], dict[str, float]]:
     """The policy as it stands talks R times in each scenario: dialogues [S][R]."""
-    started = time.monotonic()
+    started, before = time.monotonic(), replace(run.engine.counts)
     run.engine.load(state.params, step)
     dialogues = converse(
         run, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, step
     )
-    seconds = time.monotonic() - started
+    seconds, work = time.monotonic() - started, run.engine.counts.since(before)
     flat = [dialogue for group in dialogues for dialogue in group]
     sampled = sum(sum(row.sampled) for dialogue in flat for row in dialogue.rows)
     cut = [turn.truncated for dialogue in flat for turn in dialogue.state.turns]
@@ -116,6 +116,8 @@ def gather(
         "response_length/truncated": sum(cut) / max(1, len(cut)),
         "timing_s/rollout": seconds,
         "perf/tokens_per_second": sampled / seconds,
+        "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
+        "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
     }
 
 

@@ -173,6 +173,7 @@ def test_a_run_leaves_everything_that_the_design_promises(undisturbed):
         if "reward/mean" in row:
             assert row["sampler/logprob_diff_max"] < 1e-4  # float32: one forward graph, other order of sums
             assert row["actor/skipped"] == 0
+            assert 0 < row["perf/lanes_busy"] <= 1 and 0 < row["perf/prefilled_share"] < 1  # shared starts
     for step in steps:
         dialogues = (folder / "dialogues" / f"step_{step:06d}.jsonl").read_text().splitlines()
         assert len(dialogues) == 6

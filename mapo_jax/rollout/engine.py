@@ -23,7 +23,7 @@ import functools
 import os
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -71,6 +71,10 @@ class Counts:
     copied: int = 0  # tokens taken over from another slot, or kept from the slot's row before
     sampled: int = 0  # tokens sampled
     steps: int = 0  # decode steps, each over all lanes
+
+    def since(self, before: Counts) -> Counts:
+        """What was done after `before` was copied."""
+        return Counts(**{name: value - getattr(before, name) for name, value in asdict(self).items()})
 
 
 @dataclass

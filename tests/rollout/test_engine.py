@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -193,7 +194,10 @@ class TestAgreement:
         (other,) = engine.reply([request(3, longer, dialogue=10, start=True)])
         assert own == copied[0] == together[0]
         assert other.ids == copied[1].ids == again.ids
-        for one in (copied[1], again):  # over another length of the cache, which at 32 tokens shows in rounding
+        for one in (
+            copied[1],
+            again,
+        ):  # over another cache length, which shows in rounding
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
 
 
@@ -278,11 +282,14 @@ class TestReplies:
         assert engine.reply([]) == []
 
     def test_only_new_tokens_are_prefilled(self, engine):
-        before = engine.counts.prefilled
-        engine.reply([request(0, prompt(1, 12), start=True)])
-        assert engine.counts.prefilled - before == 11  # the last one is the first input of generate
-        engine.reply([request(0, prompt(2, 6), turn=1)])
-        assert engine.counts.prefilled - before == 11 + 6  # the reply's last token and five of the six
+        before = replace(engine.counts)
+        (first,) = engine.reply([request(0, prompt(1, 12), start=True)])
+        assert engine.counts.since(before).prefilled == 11  # the last one is the first input of generate
+        (second,) = engine.reply([request(0, prompt(2, 6), turn=1)])
+        work = engine.counts.since(before)
+        assert work.prefilled == 11 + 6  # the reply's last token and five of the six
+        assert work.copied == 0 and work.sampled == len(first.ids) + len(second.ids)
+        assert work.steps >= max(len(first.ids), len(second.ids))
 
     def test_nothing_compiles_after_warm_up(self, params):
         engine = make_engine(sampling=Sampling(temperature=1.3), lanes=2)
