@@ -62,7 +62,7 @@ class RolloutConfig:
     top_p: float = 1.0  # must stay 1 in training: the trained distribution is the sampled one
     top_k: int = 0  # must stay 0 in training
     max_reply_tokens: int = 32  # a reply longer than this is cut and marked truncated
-    max_tokens: int = 480  # longest dialogue in tokens; also the length of the KV cache
+    max_tokens: int = 448  # longest dialogue in tokens; also the length of the KV cache
     slots: int | None = None  # dialogues whose KV caches are held at once; empty: all of a step
     lanes: int | None = None  # dialogues that are decoded at once; empty: all slots
     history: str = "append"  # append: one growing row per dialogue; per_turn: one rendered row per turn
@@ -163,9 +163,9 @@ class TrainingConfig:
 class WarmstartConfig:
     """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
 
-    steps: int = 1300  # optimizer updates
-    rows: int = 4  # packed rows per update
-    row_tokens: int = 448  # length of a packed row
+    steps: int = 1150  # optimizer updates
+    rows: int = 8  # packed rows per update
+    row_tokens: int = 256  # length of a packed row
     turns: int = 3  # dialogues are cut into pieces of so many turns; 0: as many as fit a row
     learning_rate: float = 3e-3  # peak of a cosine schedule with warm-up
     dialogues: int = 3000  # synthetic dialogues when `data` is empty

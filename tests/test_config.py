@@ -66,7 +66,7 @@ def test_fewer_than_a_hundred_fields_and_each_has_a_doc_line():
         (["algorithm.estimator=gpro"], ["grpo", "one of"]),
         (["training.minibatch_scenarios=3"], ["divisor of rollout.scenarios (8)"]),
         (["rollout.min_turns=9"], ["rollout.max_turns (8)"]),
-        (["rollout.max_reply_tokens=480"], ["rollout.max_tokens (480)"]),
+        (["rollout.max_reply_tokens=448"], ["rollout.max_tokens (448)"]),
         (["mesh.data=-1"], ["at most one axis"]),
         (["mesh.tensor=0"], ["mesh.tensor"]),
         (["algorithm.discount=1.5"], ["between 0 and 1"]),
