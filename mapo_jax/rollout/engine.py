@@ -19,8 +19,6 @@ whatever order users answer. Token ids in, token ids out: no text, no dialogue, 
 
 from __future__ import annotations
 
-import functools
-import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,14 +27,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jax.sharding import Mesh
 
 from mapo_jax.errors import UserError
-from mapo_jax.model.head import logits
-from mapo_jax.model.qwen import Cache, Params, QwenConfig, extend, init_cache
+from mapo_jax.model.qwen import Cache, Params, QwenConfig
 from mapo_jax.model.sharding import RULES
-from mapo_jax.rollout.sampling import KEY_WORDS, Sampling, penalise, sample, uniforms
+from mapo_jax.rollout.programs import make_programs
+from mapo_jax.rollout.sampling import KEY_WORDS, Sampling
+from mapo_jax.rollout.sizes import cache_lengths, check_memory, check_sizes
 
 
 class StaleSlot(RuntimeError):
@@ -85,26 +83,6 @@ class _Going:
     left: int  # tokens that it may still have
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-
-
-def cache_lengths(length: int) -> tuple[int, ...]:
-    """Lengths that the cache grows through: `length`, and below it two significant bits (256, 384, 512, ...).
-
-    Decode reads the whole cache at every step, so a longer one costs time before it is needed; each length
-    costs a set of compiled programs. The shortest is 256, or half of `length` if that is less. All are
-    multiples of 32: then sums over the cache run in the same order at every length.
-    """
-
-    def up(size: int) -> int:
-        return -(-size // 32) * 32
-
-    if length <= 256:
-        return tuple(sorted({up(-(-length // 2)), up(length)}))
-    lengths, size = {up(length)}, 256
-    while size < length:
-        lengths |= {size, size + size // 2} if size + size // 2 < length else {size}
-        size *= 2
-    return tuple(sorted(lengths))
 
 
 class Engine:
@@ -157,7 +135,7 @@ class Engine:
         lanes = slots if lanes is None else lanes
         if prefill_rows is None:
             prefill_rows = max(1, lanes // 4 // shards) * shards
-        _check_sizes(
+        check_sizes(
             config, shards, length, max_reply_tokens, tuple(stop_ids), vocabulary_size,
             slots=slots, lanes=lanes, prefill_rows=prefill_rows, chunk=chunk, block=block,
         )  # fmt: skip
@@ -177,8 +155,19 @@ class Engine:
         self.counts = Counts()
         self._shards = shards
         self._params: Params | None = None
-        _check_memory(config, slots, lanes, length, self.dtype, mesh)
-        self._compile(mesh)
+        check_memory(config, slots, lanes, length, self.dtype, mesh)
+        self._programs = make_programs(
+            config,
+            slots=slots,
+            lanes=lanes,
+            block=self.block,
+            stop_ids=self.stop_ids,
+            vocabulary_size=vocabulary_size,
+            sampling=self.sampling,
+            dtype=self.dtype,
+            mesh=mesh,
+            shards=shards,
+        )
         self.reset()
 
     # --- Weights and rows. ---
@@ -275,16 +264,16 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles every program, so that no later call compiles anything. Empties all slots."""
         self._need_weights()
-        cache = self._create(self.lengths[0])
+        cache = self._programs.create(self.lengths[0])
         for length in self.lengths:
             if length > self.lengths[0]:
-                cache = self._grow(cache, length)
+                cache = self._programs.grow(cache, length)
             rows = np.full(self.prefill_rows, self.slots, np.int32)
             padding = np.full((self.prefill_rows, self.chunk), length, np.int32)
-            cache = self._prefill(self._params, cache, rows, np.zeros_like(padding), padding)
+            cache = self._programs.prefill(self._params, cache, rows, np.zeros_like(padding), padding)
             nowhere = np.full(self.slots, self.slots, np.int32)
-            cache = self._insert(cache, nowhere, nowhere)
-            cache, *_ = self._generate(self._params, cache, *self._lane_inputs([]))
+            cache = self._programs.insert(cache, nowhere, nowhere)
+            cache, *_ = self._programs.generate(self._params, cache, *self._lane_inputs([]))
         jax.block_until_ready(cache)
         self.reset()
 
@@ -346,7 +335,7 @@ class Engine:
             if count and origin != slot:
                 source[slot], target[slot] = origin, slot
         if (target < self.slots).any():
-            self._cache = self._insert(self._cache, source, target)
+            self._cache = self._programs.insert(self._cache, source, target)
 
     def _write(self, ends: dict[int, int]) -> None:
         """Puts the tokens of each row up to its end into the cache, chunk by chunk."""
@@ -375,7 +364,7 @@ class Engine:
                 self.counts.prefilled += count
                 if self._cached[slot] < ends[slot]:
                     waiting.append(slot)
-            self._cache = self._prefill(self._params, self._cache, slots, tokens, positions)
+            self._cache = self._programs.prefill(self._params, self._cache, slots, tokens, positions)
 
     # --- Decoding. ---
 
@@ -392,7 +381,7 @@ class Engine:
         if self.lanes == self.slots:
             chosen = [(slot, slot) for _, slot in chosen]
         self._fit(max(len(self._rows[slot]) + min(self.block, self._going[slot].left) for _, slot in chosen))
-        self._cache, *sampled = self._generate(self._params, self._cache, *self._lane_inputs(chosen))
+        self._cache, *sampled = self._programs.generate(self._params, self._cache, *self._lane_inputs(chosen))
         for array in sampled:
             array.copy_to_host_async()
         ids, logprobs, counts, steps = map(np.asarray, sampled)
@@ -447,255 +436,7 @@ class Engine:
         """Makes the cache at least so long."""
         length = next(size for size in self.lengths if size >= tokens)
         if self._cache is None:
-            self._cache = self._create(self.lengths[0])
+            self._cache = self._programs.create(self.lengths[0])
         while self._cache[0][0].shape[2] < length:
             longer = self.lengths[self.lengths.index(self._cache[0][0].shape[2]) + 1]
-            self._cache = self._grow(self._cache, longer)
-
-    def _compile(self, mesh: Mesh | None) -> None:
-        """Makes the jitted programs; each compiles when first called with a new shape."""
-        cache_sharding = everywhere = None
-        if mesh is not None:
-            cache_sharding = NamedSharding(mesh, PartitionSpec(RULES["rows"], RULES["kv_heads"]))
-            everywhere = NamedSharding(mesh, PartitionSpec())
-        static = dict(config=self.config, dtype=self.dtype)
-        create = functools.partial(init_cache, self.config, self.slots, dtype=self.dtype)
-        self._create = jax.jit(create, static_argnums=0, out_shardings=cache_sharding)
-        self._grow = jax.jit(_grow, static_argnums=1, out_shardings=cache_sharding)
-        insert = functools.partial(_insert, shards=self._shards)
-        self._insert = jax.jit(insert, donate_argnums=0, out_shardings=cache_sharding)
-        prefill = functools.partial(_prefill, **static, shards=self._shards)
-        self._prefill = jax.jit(prefill, donate_argnums=1, out_shardings=cache_sharding)
-        generate = functools.partial(
-            _generate,
-            **static,
-            shards=self._shards,
-            in_place=self.lanes == self.slots,
-            stop_ids=self.stop_ids,
-            vocabulary_size=self.vocabulary_size,
-            sampling=self.sampling,
-            block=self.block,
-        )
-        shardings = None if mesh is None else (cache_sharding, *(everywhere,) * 4)
-        self._generate = jax.jit(generate, donate_argnums=1, out_shardings=shardings)
-
-
-# --- Sizes. ---
-
-
-def _check_sizes(
-    config: QwenConfig,
-    shards: int,
-    length: int,
-    max_reply_tokens: int,
-    stop_ids: tuple[int, ...],
-    vocabulary_size: int,
-    **sizes: int,
-) -> None:
-    for name, value in {**sizes, "length": length, "max_reply_tokens": max_reply_tokens}.items():
-        if value < 1:
-            raise UserError(f"the engine's `{name}` is {value}; it must be at least 1")
-    if sizes["lanes"] > sizes["slots"]:
-        raise UserError(f"{sizes['lanes']} lanes are more than the {sizes['slots']} slots; lower the lanes")
-    if not 0 < vocabulary_size <= config.vocab_size:
-        raise UserError(
-            f"a vocabulary of {vocabulary_size} tokens does not fit the model's {config.vocab_size}; "
-            "give the model its own tokenizer"
-        )
-    for stop in stop_ids:
-        if not 0 <= stop < vocabulary_size:
-            raise UserError(
-                f"stop id {stop} is outside the vocabulary of {vocabulary_size} tokens; "
-                "no reply would ever end with it"
-            )
-    if length > config.max_position_embeddings:
-        raise UserError(
-            f"dialogues of {length} tokens exceed the model's {config.max_position_embeddings} "
-            "positions; lower `rollout.max_tokens`"
-        )
-    if max_reply_tokens >= length:
-        raise UserError(
-            f"replies of {max_reply_tokens} tokens leave no room for a prompt in {length} tokens; "
-            "lower `rollout.max_reply_tokens` or raise `rollout.max_tokens`"
-        )
-    for name in ("slots", "lanes", "prefill_rows"):
-        if sizes[name] % shards:
-            raise UserError(
-                f"{sizes[name]} {name} cannot be cut over the {shards} devices of the mesh's axes "
-                f"{' and '.join(RULES['rows'])}; choose a multiple of {shards}"
-            )
-
-
-def cache_bytes(config: QwenConfig, slots: int, lanes: int, length: int, dtype) -> int:
-    """Bytes of the caches: every slot's, and the copies of those in the lanes where they are fewer."""
-    token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
-    return token * length * (slots + (lanes if lanes < slots else 0))
-
-
-def _check_memory(config, slots, lanes, length, dtype, mesh: Mesh | None) -> None:
-    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
-    needed = cache_bytes(config, slots, lanes, length, dtype) / len(devices)
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None and devices[0].platform == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
-    if limit is not None and needed > limit:
-        raise UserError(
-            f"the caches of {slots} slots of {length} tokens need {needed / 2**30:.1f} GiB on each device, "
-            f"which has {limit / 2**30:.1f} GiB; lower `rollout.slots` or `rollout.max_tokens`"
-        )
-
-
-# --- Programs. ---
-
-
-def _local_rows(slots: Int[Array, " M"], total: int, shards: int) -> Int[Array, "D M/D"]:
-    """Slots as rows of their own shard's part; idle ones (`total`) stay out of range."""
-    part = total // shards
-    local = slots.reshape(shards, -1) - part * jnp.arange(shards)[:, None]
-    return jnp.where(slots.reshape(shards, -1) < total, local, part)
-
-
-def _take(array: Array, rows: Int[Array, "D M/D"]) -> Array:
-    """Rows of a cache array, each shard's from its own part; what an idle row gives does not matter."""
-    shards, count = rows.shape
-    parts = array.reshape(shards, -1, *array.shape[1:])
-    return jax.vmap(lambda part, index: part.at[index].get(mode="clip"))(parts, rows).reshape(
-        shards * count, *array.shape[1:]
-    )
-
-
-def _put(array: Array, rows: Int[Array, "D M/D"], positions: Int[Array, "M N"], new: Array) -> Array:
-    """Writes `new` [M, N, G, E] at positions of rows; idle rows and positions beyond the end are dropped."""
-    shards = rows.shape[0]
-    parts = array.reshape(shards, -1, *array.shape[1:])
-
-    def put(part, index, position, value):
-        return part.at[index[:, None], :, position].set(value.astype(part.dtype), mode="drop")
-
-    return jax.vmap(put)(
-        parts, rows, *(value.reshape(shards, -1, *value.shape[1:]) for value in (positions, new))
-    ).reshape(array.shape)
-
-
-def _new_entries(cache: Cache, positions: Int[Array, "M N"]) -> Cache:
-    """Keys and values that lie at the positions: [M, N, G, E] each."""
-    rows = jnp.arange(positions.shape[0])[:, None]
-    return jax.tree.map(lambda array: array.at[rows, :, positions].get(mode="clip"), cache)
-
-
-def _write_back(cache: Cache, work: Cache, rows: Int[Array, "D M/D"], positions: Int[Array, "M N"]) -> Cache:
-    return jax.tree.map(
-        lambda array, new: _put(array, rows, positions, new), cache, _new_entries(work, positions)
-    )
-
-
-def _prefill(
-    params: Params,
-    cache: Cache,
-    slots: Int[Array, " P"],
-    tokens: Int[Array, "P N"],
-    positions: Int[Array, "P N"],
-    *,
-    config: QwenConfig,
-    dtype,
-    shards: int,
-) -> Cache:
-    rows = _local_rows(slots, cache[0][0].shape[0], shards)
-    work = jax.tree.map(lambda array: _take(array, rows), cache)
-    _, work = extend(params, config, tokens, positions, work, dtype=dtype)
-    return _write_back(cache, work, rows, positions)
-
-
-def _generate(
-    params: Params,
-    cache: Cache,
-    slots: Int[Array, " M"],
-    words: UInt32[Array, "M 4"],
-    tokens: Int[Array, " M"],
-    positions: Int[Array, " M"],
-    limits: Int[Array, " M"],
-    seen: Bool[Array, "M V"] | None = None,
-    *,
-    config: QwenConfig,
-    dtype,
-    shards: int,
-    in_place: bool,
-    stop_ids: tuple[int, ...],
-    vocabulary_size: int,
-    sampling: Sampling,
-    block: int,
-) -> tuple[Cache, Int[Array, "M N"], Float[Array, "M N"], Int[Array, " M"], Int[Array, ""]]:
-    """Samples up to `limits` tokens in each lane (0: none); stops when all are done.
-
-    Args:
-      slots: which slot each lane decodes.
-      words: keys of the random numbers.
-      tokens: the last token of each row, not in the cache yet.
-      positions: its index in the row.
-      seen: tokens that the row holds; for the repetition penalty alone.
-
-    Returns:
-      (cache, ids, log-probabilities, how many of them each lane has, decode steps); N = `block`.
-    """
-    lanes, length = len(tokens), cache[0][0].shape[2]
-    numbers = uniforms(words, positions[:, None] + 1 + jnp.arange(block))
-    rows = _local_rows(slots, cache[0][0].shape[0], shards)
-    work = cache if in_place else jax.tree.map(lambda array: _take(array, rows), cache)
-
-    def going(state):
-        step, *_, done = state
-        return (step < block) & ~jnp.all(done)
-
-    def advance(state):
-        step, work, token, seen, ids, logprobs, counts, done = state
-        position = jnp.where(done, length, positions + step)
-        hidden, work = extend(params, config, token[:, None], position[:, None], work, dtype=dtype)
-        scores = logits(params, config, hidden[:, 0], vocabulary_size=vocabulary_size)
-        if seen is not None:
-            scores = penalise(scores, seen, sampling.repetition_penalty)
-        token, logprob = sample(scores, numbers[:, step], sampling)
-        if seen is not None:
-            seen = seen.at[jnp.arange(lanes), token].set(True)
-        counts = counts + ~done
-        ids = ids.at[:, step].set(token)  # what a done lane samples lies beyond its count
-        logprobs = logprobs.at[:, step].set(logprob)
-        stopped = functools.reduce(jnp.logical_or, [token == stop for stop in stop_ids], done)
-        return step + 1, work, token, seen, ids, logprobs, counts, stopped | (counts >= limits)
-
-    start = (
-        jnp.int32(0),
-        work,
-        tokens,
-        seen,
-        jnp.zeros((lanes, block), jnp.int32),
-        jnp.zeros((lanes, block), jnp.float32),
-        jnp.zeros(lanes, jnp.int32),
-        limits <= 0,
-    )
-    steps, work, _, _, ids, logprobs, counts, _ = jax.lax.while_loop(going, advance, start)
-    if in_place:
-        return work, ids, logprobs, counts, steps
-    written = positions[:, None] + jnp.arange(block)
-    written = jnp.where(jnp.arange(block) < counts[:, None], written, length)
-    return _write_back(cache, work, rows, written), ids, logprobs, counts, steps
-
-
-def _insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *, shards: int) -> Cache:
-    """Copies whole rows; `source` and `target` are slots of one shard each, K where there is nothing."""
-    total = cache[0][0].shape[0]
-    sources, targets = (_local_rows(slots, total, shards) for slots in (source, target))
-
-    def insert(array):
-        parts = array.reshape(shards, -1, *array.shape[1:])
-        copied = _take(array, sources).reshape(parts.shape)
-        put = jax.vmap(lambda part, index, new: part.at[index].set(new, mode="drop"))
-        return put(parts, targets, copied).reshape(array.shape)
-
-    return jax.tree.map(insert, cache)
-
-
-def _grow(cache: Cache, length: int) -> Cache:
-    """The cache with room for `length` tokens."""
-    return jax.tree.map(
-        lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, length - array.shape[2]), (0, 0))), cache
-    )
+            self._cache = self._programs.grow(self._cache, longer)

@@ -21,8 +21,9 @@ from mapo_jax.model.head import token_logprobs
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params
 from mapo_jax.model.sharding import make_mesh
-from mapo_jax.rollout.engine import Engine, Request, StaleSlot, cache_bytes, cache_lengths
+from mapo_jax.rollout.engine import Engine, Request, StaleSlot
 from mapo_jax.rollout.sampling import Sampling
+from mapo_jax.rollout.sizes import cache_bytes, cache_lengths
 from mapo_jax.training.metrics import CompileCounter
 
 CONFIG = QwenConfig(
