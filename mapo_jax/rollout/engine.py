@@ -5,6 +5,8 @@ values. A new turn *prefills* the row's new tokens, in chunks and at each slot's
 another slot has already is *inserted* by copying. Then the dialogue takes a *lane*, and *generate* decodes
 all lanes together: a loop on the device of up to `block` steps, after which the host looks. A reply that has
 ended leaves its lane to the next dialogue that waits; one whose user is thinking holds a slot and no lane.
+Where the device has no room for the caches of all slots, those of users who think longest are *parked* in the
+host's memory while others need the room.
 
 An example with two rows and a chunk of 4. Slot 0 goes on at position 9 with five new tokens, slot 1 starts
 with three. The last new token of each is the first input of `generate`; `-` is padding, which is dropped:
@@ -69,6 +71,7 @@ class Counts:
     copied: int = 0  # tokens taken over from another slot, or kept from the slot's row before
     sampled: int = 0  # tokens sampled
     steps: int = 0  # decode steps, each over all lanes
+    parked: int = 0  # caches moved to the host's memory
 
     def since(self, before: Counts) -> Counts:
         """What was done after `before` was copied."""
@@ -88,8 +91,9 @@ class _Going:
 class Engine:
     """Replies to dialogues: `slots` caches of up to `length` tokens, `lanes` of them decoded at a time.
 
-    Programs that are compiled, for each of the `cache_lengths`: prefill, insert, generate; one that makes the
-    cache, and one that grows it for each step between two lengths. `warm_up` compiles them all.
+    Programs that are compiled, for each of the `cache_lengths`: prefill, insert, generate, and if not all
+    slots are resident park and restore; one that makes the cache, and one that grows it for each step between
+    two lengths. `warm_up` compiles them all.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Engine:
         stop_ids: Sequence[int],
         vocabulary_size: int,
         sampling: Sampling | None = None,
+        resident: int | None = None,
         lanes: int | None = None,
         prefill_rows: int | None = None,
         chunk: int = 32,
@@ -113,34 +118,38 @@ class Engine:
 
         Args:
           config: the model.
-          slots: K, dialogues whose caches are held at once.
+          slots: dialogues under way at once.
           length: C, longest row in tokens.
           max_reply_tokens: longest reply.
           stop_ids: ids that end a reply.
           vocabulary_size: ids from here on are never sampled.
           sampling: the distribution; by default at temperature 1, unfiltered.
-          lanes: M <= K, dialogues decoded at once; None: all slots. With as many lanes as slots the caches
-            are decoded in place; with fewer, those in the lanes are copied out for a block.
+          resident: K <= slots, caches on the device at once; None: all. The others lie in the host's memory.
+          lanes: M <= K, dialogues decoded at once; None: all resident ones. With M = K the caches are decoded
+            in place; with fewer lanes, those in the lanes are copied out for a block.
           prefill_rows: rows of one prefill program; None: a quarter of the lanes.
           chunk: most tokens that one prefill program takes from each row.
           block: decode steps on the device before the host looks.
           dtype: of computation and cache.
-          mesh: where the weights lie; slots and lanes are cut over its row axes, KV heads over `tensor`.
+          mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
+            `tensor`.
 
         Raises:
           UserError: a size that does not fit the model, the mesh or the device's memory, or a stop id
             outside the vocabulary.
         """
         shards = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in RULES["rows"]]))
-        lanes = slots if lanes is None else lanes
+        resident = slots if resident is None else resident
+        lanes = resident if lanes is None else lanes
         if prefill_rows is None:
             prefill_rows = max(1, lanes // 4 // shards) * shards
         check_sizes(
             config, shards, length, max_reply_tokens, tuple(stop_ids), vocabulary_size,
-            slots=slots, lanes=lanes, prefill_rows=prefill_rows, chunk=chunk, block=block,
+            slots=slots, resident=resident, lanes=lanes, prefill_rows=prefill_rows, chunk=chunk, block=block,
         )  # fmt: skip
         self.config = config
         self.slots = slots
+        self.resident = resident
         self.lanes = lanes
         self.length = length
         self.max_reply_tokens = max_reply_tokens
@@ -155,10 +164,10 @@ class Engine:
         self.counts = Counts()
         self._shards = shards
         self._params: Params | None = None
-        check_memory(config, slots, lanes, length, self.dtype, mesh)
+        check_memory(config, resident, lanes, length, self.dtype, mesh)
         self._programs = make_programs(
             config,
-            slots=slots,
+            resident=resident,
             lanes=lanes,
             block=self.block,
             stop_ids=self.stop_ids,
@@ -173,13 +182,18 @@ class Engine:
     # --- Weights and rows. ---
 
     def load(self, params: Params, version: int) -> None:
-        """Takes new weights; every dialogue under way loses its cache and cannot be continued.
+        """Takes new weights; every dialogue loses its cache and cannot be continued.
 
         Args:
           params: the weights; not copied (whoever donates them must load again).
           version: a number that tells these weights from others; the cache is kept if it is the loaded one.
+
+        Raises:
+          RuntimeError: replies of another version are under way.
         """
         if version != self.version:
+            if self.busy:
+                raise RuntimeError("new weights while replies are under way: advance to their end, or reset")
             self.reset()
         self._params, self.version = params, version
 
@@ -187,6 +201,12 @@ class Engine:
         """Empties every slot, forgets every reply under way, and frees the cache."""
         self._rows: list[list[int]] = [[] for _ in range(self.slots)]
         self._cached = np.zeros(self.slots, int)  # how many tokens of each row are in the cache
+        self._started = np.zeros(self.slots, int)  # how many of them were prefilled as the row's start
+        self._place = np.full(self.slots, -1)  # where on the device each slot's cache lies; -1: nowhere
+        part = self.resident // self._shards
+        self._free = [list(range((s + 1) * part - 1, s * part - 1, -1)) for s in range(self._shards)]
+        self._idle: dict[int, None] = {}  # slots with a place and no reply under way, longest idle first
+        self._parked: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # by slot
         self._submitted: deque[Request] = deque()
         self._going: dict[int, _Going] = {}  # by slot, in the order of their turn for a lane
         self._under_way: set[int] = set()  # slots of both
@@ -267,12 +287,15 @@ class Engine:
         cache = self._programs.create(self.lengths[0])
         for length in self.lengths:
             if length > self.lengths[0]:
-                cache = self._programs.grow(cache, length)
-            rows = np.full(self.prefill_rows, self.slots, np.int32)
+                cache = [self._programs.grow(entry, length) for entry in cache]
+            rows = np.full(self.prefill_rows, self.resident, np.int32)
             padding = np.full((self.prefill_rows, self.chunk), length, np.int32)
             cache = self._programs.prefill(self._params, cache, rows, np.zeros_like(padding), padding)
-            nowhere = np.full(self.slots, self.slots, np.int32)
+            nowhere = np.full(self.resident, self.resident, np.int32)
             cache = self._programs.insert(cache, nowhere, nowhere)
+            if self.resident < self.slots:
+                parked = jax.tree.map(np.asarray, self._programs.park(cache, 0))
+                cache = self._programs.restore(cache, 0, parked)
             cache, *_ = self._programs.generate(self._params, cache, *self._lane_inputs([]))
         jax.block_until_ready(cache)
         self.reset()
@@ -281,7 +304,11 @@ class Engine:
 
     def _admit(self) -> None:
         """Prefills what was submitted: a start that another slot holds, or is about to hold, is copied."""
-        requests = [self._submitted.popleft() for _ in range(len(self._submitted))]
+        requests, waiting = [], []
+        for _ in range(len(self._submitted)):
+            request = self._submitted.popleft()
+            (requests if self._seat(request.slot) else waiting).append(request)
+        self._submitted.extendleft(reversed(waiting))
         if not requests:
             return
         later, leaders = [], set()
@@ -307,17 +334,51 @@ class Engine:
             left = min(left, self.length - len(self._rows[request.slot]))
             self._going[request.slot] = _Going(request, left)
 
+    def _seat(self, slot: int) -> bool:
+        """Gives a slot's cache its place on the device; False if all places belong to replies under way."""
+        if self._place[slot] < 0:
+            free = self._free[self._shard(slot)]
+            if not free:
+                others = (s for s in self._idle if self._shard(s) == self._shard(slot))
+                longest = next((s for s in others if s not in self._under_way), None)
+                if longest is None:
+                    return False
+                self._park(longest)
+            self._place[slot] = free.pop()
+            if slot in self._parked:
+                self._restore(slot)
+        self._idle.pop(slot, None)
+        return True
+
+    def _park(self, slot: int) -> None:
+        """Moves a cache to the host's memory."""
+        self._parked[slot] = jax.tree.map(np.asarray, self._programs.park(self._cache, self._place[slot]))
+        self._free[self._shard(slot)].append(int(self._place[slot]))
+        self._place[slot] = -1
+        del self._idle[slot]
+        self.counts.parked += 1
+
+    def _restore(self, slot: int) -> None:
+        """Moves a cache back to the device; the device's may have grown meanwhile."""
+        length = self._cache[0][0].shape[2]
+        entries = jax.tree.map(
+            lambda array: np.pad(array, ((0, 0), (0, length - array.shape[1]), (0, 0))),
+            self._parked.pop(slot),
+        )
+        self._cache = self._programs.restore(self._cache, self._place[slot], entries)
+
     def _prefix(self, request: Request) -> tuple[int, int]:
         """The slot that holds most of a new row's start, and how many tokens of it; its last is never taken.
 
-        Only slots on the same devices are looked at, so that no cache travels between them.
+        Only slots on the same devices are looked at, so that no cache travels between them; and only the
+        tokens of their own starts, since what was decoded differs in rounding from what is prefilled.
         """
         ids, best, most = list(request.ids), request.slot, 0
         head = ids[: self.chunk]
         shard = self._shard(request.slot)
         for slot in (request.slot, *range(shard * self._local, (shard + 1) * self._local)):
-            row, cached = self._rows[slot], min(int(self._cached[slot]), len(ids) - 1)
-            if cached <= most or row[: len(head)] != head:
+            row, cached = self._rows[slot], min(int(self._started[slot]), len(ids) - 1)
+            if self._place[slot] < 0 or cached <= most or row[: len(head)] != head:
                 continue
             same = next((i for i in range(cached) if row[i] != ids[i]), cached)
             if same < len(ids) - 1:
@@ -328,13 +389,15 @@ class Engine:
 
     def _copy(self, sources: dict[int, tuple[int, int]]) -> None:
         """Fills slots (keys) with the first tokens of others: values are (slot, how many tokens)."""
-        source, target = np.full((2, self.slots), self.slots, np.int32)
+        source, target = np.full((2, self.resident), self.resident, np.int32)
         for slot, (origin, count) in sources.items():
             self._cached[slot] = count
+            self._started[slot] = len(self._rows[slot]) - 1
             self.counts.copied += count
             if count and origin != slot:
-                source[slot], target[slot] = origin, slot
-        if (target < self.slots).any():
+                place = self._place[slot]
+                source[place], target[place] = self._place[origin], place
+        if (target < self.resident).any():
             self._cache = self._programs.insert(self._cache, source, target)
 
     def _write(self, ends: dict[int, int]) -> None:
@@ -343,7 +406,7 @@ class Engine:
         waiting = deque(slot for slot, end in ends.items() if end > self._cached[slot])
         width = self.prefill_rows // self._shards
         while waiting:
-            slots = np.full(self.prefill_rows, self.slots, np.int32)
+            places = np.full(self.prefill_rows, self.resident, np.int32)
             tokens = np.zeros((self.prefill_rows, self.chunk), np.int32)
             positions = np.full_like(tokens, self.lengths[-1])  # beyond the cache: dropped
             taken = [0] * self._shards
@@ -353,18 +416,18 @@ class Engine:
                 if taken[shard] == width:
                     waiting.append(slot)
                     continue
-                place = shard * width + taken[shard]
+                line = shard * width + taken[shard]
                 taken[shard] += 1
                 begin = int(self._cached[slot])
                 count = min(self.chunk, ends[slot] - begin)
-                slots[place] = slot
-                tokens[place, :count] = self._rows[slot][begin : begin + count]
-                positions[place, :count] = np.arange(begin, begin + count)
+                places[line] = self._place[slot]
+                tokens[line, :count] = self._rows[slot][begin : begin + count]
+                positions[line, :count] = np.arange(begin, begin + count)
                 self._cached[slot] += count
                 self.counts.prefilled += count
                 if self._cached[slot] < ends[slot]:
                     waiting.append(slot)
-            self._cache = self._programs.prefill(self._params, self._cache, slots, tokens, positions)
+            self._cache = self._programs.prefill(self._params, self._cache, places, tokens, positions)
 
     # --- Decoding. ---
 
@@ -378,8 +441,8 @@ class Engine:
                 taken[shard] += 1
         if not chosen:
             return {}
-        if self.lanes == self.slots:
-            chosen = [(slot, slot) for _, slot in chosen]
+        if self.lanes == self.resident:
+            chosen = [(int(self._place[slot]), slot) for _, slot in chosen]
         self._fit(max(len(self._rows[slot]) + min(self.block, self._going[slot].left) for _, slot in chosen))
         self._cache, *sampled = self._programs.generate(self._params, self._cache, *self._lane_inputs(chosen))
         for array in sampled:
@@ -399,21 +462,22 @@ class Engine:
             if closed or going.left == 0:
                 ended[slot] = Reply(tuple(going.ids), tuple(going.logprobs), not closed)
                 del self._going[slot]
+                self._idle[slot] = None
                 self._under_way.remove(slot)
         return ended
 
     def _lane_inputs(self, chosen: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Arguments of `generate` after the cache, for (lane, slot) pairs; the other lanes stay idle."""
-        slots = np.full(self.lanes, self.slots, np.int32)
+        places = np.full(self.lanes, self.resident, np.int32)
         words = np.zeros((self.lanes, KEY_WORDS), np.uint32)
         tokens, positions, limits = np.zeros((3, self.lanes), np.int32)
         for lane, slot in chosen:
             row, going = self._rows[slot], self._going[slot]
-            slots[lane] = slot
+            places[lane] = self._place[slot]
             words[lane] = (*going.request.key, going.request.turn)
             tokens[lane], positions[lane] = row[-1], len(row) - 1
             limits[lane] = min(going.left, self.block)
-        inputs = [slots, words, tokens, positions, limits]
+        inputs = [places, words, tokens, positions, limits]
         if self.sampling.repetition_penalty != 1:
             seen = np.zeros((self.lanes, self.config.vocab_size), bool)
             for lane, slot in chosen:
@@ -439,4 +503,5 @@ class Engine:
             self._cache = self._programs.create(self.lengths[0])
         while self._cache[0][0].shape[2] < length:
             longer = self.lengths[self.lengths.index(self._cache[0][0].shape[2]) + 1]
-            self._cache = self._programs.grow(self._cache, longer)
+            for index, entry in enumerate(self._cache):  # layer by layer: never two whole caches at once
+                self._cache[index] = self._programs.grow(entry, longer)

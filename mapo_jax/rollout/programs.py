@@ -1,7 +1,7 @@
-"""What runs on the device: four programs over the cache of all slots, and how they are jitted.
+"""What runs on the device: pure functions over the cache of all resident slots, and how they are jitted.
 
-Pure functions of plain pytrees. A program's slots are cut over the mesh's row axes: `shards` equal parts of
-consecutive slots, each on its own devices, and rows of a program only ever touch the part they lie on.
+The cache is cut over the mesh's row axes: `shards` equal parts of consecutive rows, each on devices of its
+own, and a program's lines are cut likewise, so that a line only ever touches the part it lies with.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from mapo_jax.rollout.sampling import Sampling, penalise, sample, uniforms
 
 
 class Programs(NamedTuple):
-    """Jitted; each compiles once for each cache length. All but `grow` take over the cache they are given."""
+    """Jitted; each compiles once for each cache length. All but `grow` and `park` take over their cache."""
 
     create: Callable[[int], Cache]  # (length): an empty one
-    grow: Callable[[Cache, int], Cache]  # (cache, length)
+    grow: Callable[..., Any]  # (one layer's entry, length)
     insert: Callable[..., Cache]  # (cache, source, target)
-    prefill: Callable[..., Cache]  # (params, cache, slots, tokens, positions)
-    generate: Callable[..., Any]  # (params, cache, slots, words, tokens, positions, limits[, seen])
+    prefill: Callable[..., Cache]  # (params, cache, places, tokens, positions)
+    generate: Callable[..., Any]  # (params, cache, places, words, tokens, positions, limits[, seen])
+    park: Callable[[Cache, int], Cache]  # (cache, place)
+    restore: Callable[[Cache, int, Cache], Cache]  # (cache, place, what was parked)
 
 
 def make_programs(
     config: QwenConfig,
     *,
-    slots: int,
+    resident: int,
     lanes: int,
     block: int,
     stop_ids: tuple[int, ...],
@@ -52,7 +54,7 @@ def make_programs(
     model = dict(config=config, dtype=dtype, shards=shards)
     return Programs(
         create=jax.jit(
-            functools.partial(init_cache, config, slots, dtype=dtype),
+            functools.partial(init_cache, config, resident, dtype=dtype),
             static_argnums=0,
             out_shardings=cache_sharding,
         ),
@@ -65,7 +67,7 @@ def make_programs(
             functools.partial(
                 generate,
                 **model,
-                in_place=lanes == slots,
+                in_place=lanes == resident,
                 stop_ids=stop_ids,
                 vocabulary_size=vocabulary_size,
                 sampling=sampling,
@@ -74,13 +76,15 @@ def make_programs(
             donate_argnums=1,
             out_shardings=None if mesh is None else (cache_sharding, *(everywhere,) * 4),
         ),
+        park=jax.jit(park, out_shardings=everywhere),
+        restore=jax.jit(restore, donate_argnums=0, out_shardings=cache_sharding),
     )
 
 
 def prefill(
     params: Params,
     cache: Cache,
-    slots: Int[Array, " P"],
+    places: Int[Array, " P"],
     tokens: Int[Array, "P N"],
     positions: Int[Array, "P N"],
     *,
@@ -88,7 +92,7 @@ def prefill(
     dtype,
     shards: int,
 ) -> Cache:
-    rows = _local_rows(slots, cache[0][0].shape[0], shards)
+    rows = _local_rows(places, cache[0][0].shape[0], shards)
     work = jax.tree.map(lambda array: _take(array, rows), cache)
     _, work = extend(params, config, tokens, positions, work, dtype=dtype)
     return _write_back(cache, work, rows, positions)
@@ -97,7 +101,7 @@ def prefill(
 def generate(
     params: Params,
     cache: Cache,
-    slots: Int[Array, " M"],
+    places: Int[Array, " M"],
     words: UInt32[Array, "M 4"],
     tokens: Int[Array, " M"],
     positions: Int[Array, " M"],
@@ -116,7 +120,7 @@ def generate(
     """Samples up to `limits` tokens in each lane (0: none); stops when all are done.
 
     Args:
-      slots: which slot each lane decodes.
+      places: which row of the cache each lane decodes.
       words: keys of the random numbers.
       tokens: the last token of each row, not in the cache yet.
       positions: its index in the row.
@@ -127,7 +131,7 @@ def generate(
     """
     lanes, length = len(tokens), cache[0][0].shape[2]
     numbers = uniforms(words, positions[:, None] + 1 + jnp.arange(block))
-    rows = _local_rows(slots, cache[0][0].shape[0], shards)
+    rows = _local_rows(places, cache[0][0].shape[0], shards)
     work = cache if in_place else jax.tree.map(lambda array: _take(array, rows), cache)
 
     def going(state):
@@ -169,9 +173,9 @@ def generate(
 
 
 def insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *, shards: int) -> Cache:
-    """Copies whole rows; `source` and `target` are slots of one shard each, K where there is nothing."""
+    """Copies whole rows; `source` and `target` are places of one shard each, K where there is nothing."""
     total = cache[0][0].shape[0]
-    sources, targets = (_local_rows(slots, total, shards) for slots in (source, target))
+    sources, targets = (_local_rows(places, total, shards) for places in (source, target))
 
     def copy(array):
         parts = array.reshape(shards, -1, *array.shape[1:])
@@ -182,18 +186,29 @@ def insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *, 
     return jax.tree.map(copy, cache)
 
 
-def grow(cache: Cache, length: int) -> Cache:
-    """The cache with room for `length` tokens."""
+def grow(entry: tuple[Array, Array], length: int) -> tuple[Array, Array]:
+    """One layer's keys and values with room for `length` tokens."""
     return jax.tree.map(
-        lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, length - array.shape[2]), (0, 0))), cache
+        lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, length - array.shape[2]), (0, 0))), entry
     )
 
 
-def _local_rows(slots: Int[Array, " M"], total: int, shards: int) -> Int[Array, "D M/D"]:
-    """Slots as rows of their own shard's part; idle ones (`total`) stay out of range."""
+def park(cache: Cache, place: int) -> Cache:
+    """One row of the cache: [G, C, E] each."""
+    # A gather, since the compiler would bring a sharded cache together for a dynamic slice.
+    return jax.tree.map(lambda array: array.at[place[None]].get(mode="clip")[0], cache)
+
+
+def restore(cache: Cache, place: int, entries: Cache) -> Cache:
+    """The cache with one row replaced."""
+    return jax.tree.map(lambda array, row: array.at[place[None]].set(row[None], mode="drop"), cache, entries)
+
+
+def _local_rows(places: Int[Array, " M"], total: int, shards: int) -> Int[Array, "D M/D"]:
+    """Places as rows of their own shard's part; idle ones (`total`) stay out of range."""
     part = total // shards
-    local = slots.reshape(shards, -1) - part * jnp.arange(shards)[:, None]
-    return jnp.where(slots.reshape(shards, -1) < total, local, part)
+    local = places.reshape(shards, -1) - part * jnp.arange(shards)[:, None]
+    return jnp.where(places.reshape(shards, -1) < total, local, part)
 
 
 def _take(array: Array, rows: Int[Array, "D M/D"]) -> Array:

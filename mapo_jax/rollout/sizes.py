@@ -45,8 +45,16 @@ def check_sizes(
     for name, value in {**sizes, "length": length, "max_reply_tokens": max_reply_tokens}.items():
         if value < 1:
             raise UserError(f"the engine's `{name}` is {value}; it must be at least 1")
-    if sizes["lanes"] > sizes["slots"]:
-        raise UserError(f"{sizes['lanes']} lanes are more than the {sizes['slots']} slots; lower the lanes")
+    for fewer, more in (("resident", "slots"), ("lanes", "resident")):
+        if sizes[fewer] > sizes[more]:
+            raise UserError(
+                f"{sizes[fewer]} {fewer} are more than the {sizes[more]} {more}; lower the former"
+            )
+    if sizes["resident"] < sizes["slots"] and jax.process_count() > 1:
+        raise UserError(
+            f"{sizes['resident']} resident caches for {sizes['slots']} slots: several processes cannot park "
+            "caches in their memory; leave `rollout.slots` empty"
+        )
     if not 0 < vocabulary_size <= config.vocab_size:
         raise UserError(
             f"a vocabulary of {vocabulary_size} tokens does not fit the model's {config.vocab_size}; "
@@ -68,7 +76,7 @@ def check_sizes(
             f"replies of {max_reply_tokens} tokens leave no room for a prompt in {length} tokens; "
             "lower `rollout.max_reply_tokens` or raise `rollout.max_tokens`"
         )
-    for name in ("slots", "lanes", "prefill_rows"):
+    for name in ("slots", "resident", "lanes", "prefill_rows"):
         if sizes[name] % shards:
             raise UserError(
                 f"{sizes[name]} {name} cannot be cut over the {shards} devices of the mesh's axes "
@@ -76,20 +84,24 @@ def check_sizes(
             )
 
 
-def cache_bytes(config: QwenConfig, slots: int, lanes: int, length: int, dtype) -> int:
-    """Bytes of the caches: every slot's, and the copies of those in the lanes where they are fewer."""
+def cache_bytes(config: QwenConfig, resident: int, lanes: int, length: int, dtype) -> int:
+    """Bytes of the caches: every resident one, and the copies of those in the lanes where they are fewer."""
     token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
-    return token * length * (slots + (lanes if lanes < slots else 0))
+    return token * length * (resident + (lanes if lanes < resident else 0))
 
 
-def check_memory(config, slots, lanes, length, dtype, mesh: Mesh | None) -> None:
+def check_memory(config, resident, lanes, length, dtype, mesh: Mesh | None) -> None:
+    """Raises UserError if the caches do not fit into what is free of the devices' memory."""
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
-    needed = cache_bytes(config, slots, lanes, length, dtype) / len(devices)
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None and devices[0].platform == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
-    if limit is not None and needed > limit:
+    needed = cache_bytes(config, resident, lanes, length, dtype) / len(devices)
+    stats = devices[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    if not stats.get("bytes_limit"):
+        if devices[0].platform != "cpu":
+            return
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+    if needed > free:
         raise UserError(
-            f"the caches of {slots} slots of {length} tokens need {needed / 2**30:.1f} GiB on each device, "
-            f"which has {limit / 2**30:.1f} GiB; lower `rollout.slots` or `rollout.max_tokens`"
+            f"the caches of {resident} dialogues of {length} tokens need {needed / 2**30:.1f} GiB on each "
+            f"device, which has {free / 2**30:.1f} GiB; lower `rollout.slots` or `rollout.max_tokens`"
         )

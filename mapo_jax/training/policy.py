@@ -83,10 +83,12 @@ def _is_run(path: Path | str) -> bool:
 def make_engine(
     policy: Policy, rollout: RolloutConfig, temperature: float, *, dtype: str, mesh: Mesh | None
 ) -> Engine:
-    """The sampler of a policy, without weights yet: by default with a slot for every dialogue of a step."""
+    """The sampler of a policy, without weights yet, with a slot for every dialogue of a step."""
+    dialogues = rollout.scenarios * rollout.rollouts
     return Engine(
         policy.config,
-        slots=rollout.slots or rollout.scenarios * rollout.rollouts,
+        slots=dialogues,
+        resident=min(rollout.slots or dialogues, dialogues),
         lanes=rollout.lanes,
         length=rollout.max_tokens,
         max_reply_tokens=rollout.max_reply_tokens,
