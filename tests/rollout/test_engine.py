@@ -304,28 +304,52 @@ class TestIdentity:
         assert alone == together[1]
 
     def test_same_whenever_it_comes(self, params):
-        """Requests that join while others are under way, with fewer lanes than slots: bit for bit."""
-        engine = make_engine(sampling=Sampling(temperature=TEMPERATURE), slots=6, lanes=2)
-        engine.load(params, 0)
+        """Requests that join while others are under way, with fewer lanes than slots, with and without room
+        for every cache on the device: bit for bit, and nothing is prefilled twice."""
+        options = dict(sampling=Sampling(temperature=TEMPERATURE), slots=6, lanes=2)
+        engine, narrow = make_engine(**options), make_engine(**options, resident=2)
         first = [request(s, prompt(40 + s, 4 + 3 * s), start=True) for s in range(6)]
-        second = [request(s, prompt(50 + s, 9 - s), turn=1) for s in range(6)]
+        second = [request(s, prompt(50 + s, 19 - s), turn=1) for s in range(6)]
+        engine.load(params, 0)
         expected = [engine.reply(first), engine.reply(second)]
-        for seed in range(4):
-            engine.reset()
-            order = np.random.default_rng(seed).permutation(6)
-            waiting = [first[i] for i in order]
+        assert max(len(engine.row(slot)) for slot in range(6)) > cache_lengths(LENGTH)[0]
+        prefilled = engine.counts.prefilled
+        assert prefilled == sum(len(r.ids) for r in first + second) - 6
+        for one, seed in [(engine, 0), (engine, 1), (engine, 2), (narrow, 0), (narrow, 1), (narrow, 2)]:
+            one.load(params, 0)
+            one.reset()
+            before = replace(one.counts)
+            waiting = [first[i] for i in np.random.default_rng(seed).permutation(6)]
             found = {}, {}
-            while waiting or engine.busy:
+            while waiting or one.busy:
                 for _ in range(1 + seed % 3):
                     if waiting:
-                        engine.submit(waiting.pop())
-                for slot, reply in engine.advance().items():
+                        one.submit(waiting.pop())
+                for slot, reply in one.advance().items():
                     turn = int(slot in found[0])
                     found[turn][slot] = reply
                     if turn == 0:
                         waiting.insert(0, second[slot])
             for turn in range(2):
                 assert [found[turn][slot] for slot in range(6)] == expected[turn]
+            work = one.counts.since(before)
+            assert work.prefilled == prefilled
+            assert (work.parked >= 4) == (one is narrow)
+
+    def test_same_after_anyone(self, engine):
+        """A start that goes on from what another slot said: its sampled tokens are not copied, since decoding
+        and prefill round differently."""
+        ids = prompt(3, 19)
+        (reply,) = engine.reply([request(0, ids, start=True)])
+        on = [*ids, *reply.ids, *prompt(4, 9)]
+        before = engine.counts.copied
+        (copied,) = engine.reply([request(1, on, start=True)])
+        assert engine.counts.copied - before == 16  # two chunks of the 18 tokens that were prefilled
+        (again,) = engine.reply([request(0, on, dialogue=1, start=True)])  # over its own row
+        engine.reset()
+        engine.reply([request(2, prompt(5, 40), start=True)])  # so that the cache has the same length
+        (own,) = engine.reply([request(1, on, start=True)])
+        assert copied == own == again
 
     def test_same_beside_a_longer_one(self, long_engine):
         """What the cache's length is follows from the longest dialogue, and changes no bit of the others."""
@@ -412,6 +436,10 @@ class TestWeights:
         engine.reply([request(0, prompt(1, 5), start=True)])
         engine.load(params, version=0)
         engine.reply([request(0, prompt(2, 3), turn=1)])  # the same weights: it goes on
+        engine.submit(request(0, prompt(4, 2), turn=2))
+        with pytest.raises(RuntimeError, match="under way"):
+            engine.load(params, version=1)
+        engine.reset()
         engine.load(params, version=1)
         with pytest.raises(StaleSlot, match="slot 0 holds no dialogue of weights version 1"):
             engine.reply([request(0, prompt(3, 3), turn=2)])
@@ -486,8 +514,9 @@ def test_on_a_mesh_of_four_as_on_one_device():
         params = tiny.scaled(init_params(tiny.CONFIG, seed=3))
         mesh = make_mesh(MeshConfig(data=2, fsdp=2))
         found = []
+        on_mesh = jax.device_put(params, param_shardings(tiny.CONFIG, mesh))
         for options, weights in (
-            ({}, params), (dict(mesh=mesh), jax.device_put(params, param_shardings(tiny.CONFIG, mesh)))
+            ({}, params), (dict(mesh=mesh), on_mesh), (dict(mesh=mesh, resident=4), on_mesh)
         ):
             engine = tiny.make_engine(
                 sampling=Sampling(temperature=tiny.TEMPERATURE), slots=8, lanes=4, prefill_rows=4, **options
@@ -504,8 +533,9 @@ def test_on_a_mesh_of_four_as_on_one_device():
             found.append((replies, engine.counts))
             cache = engine._cache[0][0]
             assert len(cache.sharding.device_set) == (4 if options else 1)
-        (alone, counts), (cut, cut_counts) = found
+        (alone, counts), (cut, cut_counts), (parked, parked_counts) = found
         assert counts.prefilled == cut_counts.prefilled and counts.sampled == cut_counts.sampled
+        assert parked == cut and parked_counts.parked >= 8
         for one, other in zip(alone, cut, strict=True):
             assert one.ids == other.ids
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)  # programs of other widths
