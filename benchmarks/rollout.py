@@ -300,9 +300,10 @@ def main() -> int:
                 work |= peer(Path(folder))
             except Exception as error:
                 left_out[name] = f"{type(error).__name__}: {error}"
-        narrow = make_engine(params, slots=RAGGED, resident=RESIDENT)
-        together = make_engine(params, slots=RAGGED, block=REPLY)
-        batches = make_engine(params, slots=RESIDENT, block=REPLY)
+        longest = max(sum(map(sum, dialogue)) for dialogue in ragged_dialogues())
+        narrow = make_engine(params, slots=RAGGED, resident=RESIDENT, length=longest)
+        together = make_engine(params, slots=RAGGED, block=REPLY, length=longest)
+        batches = make_engine(params, slots=RESIDENT, block=REPLY, length=longest)
         for suffix, latency in (("", 0), (", users of 200 ms", LATENCY)):
             work["ragged" + suffix] = lambda latency=latency: continuous(narrow, latency)
             work["64 in lock step" + suffix] = lambda latency=latency: lockstep(together, latency)
