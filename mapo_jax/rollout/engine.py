@@ -185,7 +185,7 @@ class Engine:
         """Takes new weights; every dialogue loses its cache and cannot be continued.
 
         Args:
-          params: the weights; not copied (whoever donates them must load again).
+          params: the weights; copied, in the engine's dtype.
           version: a number that tells these weights from others; the cache is kept if it is the loaded one.
 
         Raises:
@@ -195,7 +195,8 @@ class Engine:
             if self.busy:
                 raise RuntimeError("new weights while replies are under way: advance to their end, or reset")
             self.reset()
-        self._params, self.version = params, version
+        self._params = None  # before there are others
+        self._params, self.version = self._programs.ready(params), version
 
     def reset(self) -> None:
         """Empties every slot, forgets every reply under way, and frees the cache."""

@@ -16,14 +16,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mapo_jax.model.head import logits
-from mapo_jax.model.qwen import Cache, Params, QwenConfig, extend, init_cache
-from mapo_jax.model.sharding import RULES
+from mapo_jax.model.qwen import Cache, Params, QwenConfig, extend, for_decoding, init_cache
+from mapo_jax.model.sharding import RULES, decoding_shardings
 from mapo_jax.rollout.sampling import Sampling, penalise, sample, uniforms
 
 
 class Programs(NamedTuple):
     """Jitted; each compiles once for each cache length. All but `grow` and `park` take over their cache."""
 
+    ready: Callable[[Params], Params]  # (params): as `prefill` and `generate` take them
     create: Callable[[int], Cache]  # (length): an empty one
     grow: Callable[..., Any]  # (one layer's entry, length)
     insert: Callable[..., Cache]  # (cache, source, target)
@@ -47,12 +48,16 @@ def make_programs(
     shards: int,
 ) -> Programs:
     """The programs of one engine; sizes as of `Engine`."""
-    cache_sharding = everywhere = None
+    cache_sharding = everywhere = weights_sharding = None
     if mesh is not None:
+        weights_sharding = decoding_shardings(config, mesh)
         cache_sharding = NamedSharding(mesh, PartitionSpec(RULES["rows"], RULES["kv_heads"]))
         everywhere = NamedSharding(mesh, PartitionSpec())
     model = dict(config=config, dtype=dtype, shards=shards)
     return Programs(
+        ready=jax.jit(
+            functools.partial(for_decoding, config=config, dtype=dtype), out_shardings=weights_sharding
+        ),
         create=jax.jit(
             functools.partial(init_cache, config, resident, dtype=dtype),
             static_argnums=0,
