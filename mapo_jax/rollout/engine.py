@@ -92,8 +92,8 @@ class Engine:
     """Replies to dialogues: `slots` caches of up to `length` tokens, `lanes` of them decoded at a time.
 
     Programs that are compiled, for each of the `cache_lengths`: prefill, insert, generate, and if not all
-    slots are resident park and restore; one that makes the cache, and one that grows it for each step between
-    two lengths. `warm_up` compiles them all.
+    slots are resident park and restore; one that makes the weights ready, one that makes the cache, and one
+    that grows it for each step between two lengths. `load` and `warm_up` compile them all.
     """
 
     def __init__(
