@@ -138,8 +138,8 @@ def activation_spec(name: str) -> PartitionSpec:
 
 
 def constrain(array: jax.Array, name: str, mesh: Mesh | None) -> jax.Array:
-    """Pins an array inside a compiled program to its place on the mesh; without a mesh, does nothing."""
-    if mesh is None:
+    """Pins an array inside a compiled program to its place on the mesh; on one device, does nothing."""
+    if mesh is None or mesh.size == 1:
         return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, activation_spec(name)))
 
