@@ -251,13 +251,15 @@ def converse(
             journal=journal,
         )
 
-    return run.world.hold(
+    dialogues = run.world.hold(
         collection,
         stream="train" if training else "evaluation",
         step=engine.version,
         check=run.stop.check,
         note=run.display.note,
     )
+    engine.reset()  # the update needs the memory of the caches
+    return dialogues
 
 
 def measure(run: Run, dialogues: list[list[Dialogue]]) -> dict[str, float]:

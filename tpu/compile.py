@@ -83,7 +83,9 @@ class Result:
     arguments: dict[str, int]  # bytes of what the program is given, by kind
     beside: dict[str, int]  # bytes of what lies in memory meanwhile
     temporary: int = 0  # bytes that the program needs on top
-    collectives: dict[str, dict[str, int]] = field(default_factory=dict)  # kind -> operations, runs, bytes
+    collectives: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # kind -> operations, bytes of the largest
     gathered: list[str] = field(default_factory=list)  # all-gathers of whole activations or logits
     error: str = ""  # the compiler's, if it gave up
 
@@ -130,10 +132,9 @@ def compile_program(job: Job, program: str) -> Result:
     found = collectives(compiled.as_text())
     summed: dict[str, dict[str, int]] = {}
     for one in found:
-        entry = summed.setdefault(one.kind, {"operations": 0, "runs": 0, "bytes": 0})
+        entry = summed.setdefault(one.kind, {"operations": 0, "largest": 0})
         entry["operations"] += 1
-        entry["runs"] += one.times
-        entry["bytes"] += one.times * one.bytes
+        entry["largest"] = max(entry["largest"], one.bytes)
     rest = memory.argument_size_in_bytes - sum(kinds.values())
     # What is given back takes the place of what was given (donated), or is counted as temporary.
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -285,7 +286,7 @@ def summary(job: Job, results: Sequence[Result]) -> Table:
     row("memory of a chip", (_gib(r.memory) for r in results))
     row("fits", ("yes" if r.fits else "NO" for r in results))
     for kind in KINDS:
-        row(f"{kind}: runs, GiB", (_collective(r, kind) for r in results))
+        row(f"{kind}: in the text, largest", (_collective(r, kind) for r in results))
     row("gathered whole", (", ".join(r.gathered) for r in results))
     row("seconds to compile", (f"{r.seconds:.0f}" for r in results))
     row("at least, by operations", (f"{r.bounds['operations']:.3f} s" for r in results))
@@ -299,7 +300,7 @@ def _gib(size: float) -> str:
 
 def _collective(result: Result, kind: str) -> str:
     found = result.collectives.get(kind)
-    return f"{found['runs']:,}, {found['bytes'] / GIB:.2f}" if found else ""
+    return f"{found['operations']}, {found['largest'] / 2**20:.1f} MiB" if found else ""
 
 
 # --- The table of everything. ---
