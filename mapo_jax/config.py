@@ -38,6 +38,7 @@ class ModelConfig:
     path: str | None = None  # Hugging Face folder or run folder; empty: the small model, warm-started
     dtype: str = "float32"  # compute dtype: float32 or bfloat16 (master weights stay float32)
     remat: str = "none"  # what the backward pass recomputes: none, or block (each layer)
+    attention: str = "auto"  # over whole rows: auto (by the mesh's platform), xla, splash (TPU), cudnn (GPU)
     fresh: FreshModelConfig = field(default_factory=FreshModelConfig)
 
 
@@ -499,6 +500,7 @@ ESTIMATORS_THAT_COMPARE_ROLLOUTS = tuple(
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "block"),
+    "model.attention": ("auto", "xla", "splash", "cudnn"),
     "rollout.history": ("append", "per_turn"),
     "environment.family": ("scripted", "live"),
     "algorithm.estimator": ESTIMATORS,

@@ -33,11 +33,12 @@ from mapo_jax.reporting.write import write_report
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
-from mapo_jax.run import Run, begin, cards, prepare, progress, rows_per_dialogue, scenario_deck
+from mapo_jax.run import Run, begin, cards, prepare, progress, scenario_deck
 from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
 from mapo_jax.training.interruption import Interrupted, StopRequest
+from mapo_jax.training.programs import rows_per_dialogue
 from mapo_jax.training.step import TrainState, fetch, place
 
 EVALUATION_STREAM = 1_000_003  # added to the seed: evaluation's dialogues are never training's

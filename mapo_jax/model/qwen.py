@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from mapo_jax.errors import UserError
 from mapo_jax.model.attention import cached_attention, causal_attention, rotary_angles, rotate
+from mapo_jax.model.sharding import constrain, param_shardings
 
 Params = dict[str, Any]  # nested dict of float32 arrays, layers stacked on axis 0
 Cache = list[tuple[Array, Array]]  # per layer: keys and values, each [K, G, C, E]
@@ -167,6 +168,9 @@ class Qwen(nnx.Module):
 # (query, key, value), rotated -> (output of the heads, whatever the layer carries: its cache entry, or None)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
+# (query, key, value, segments) -> output of the heads, for whole rows: as `causal_attention`
+RowAttention = Callable[[Array, Array, Array, Array | None], Array]
+
 _normal = nnx.initializers.normal(INIT_SCALE)
 
 
@@ -202,8 +206,6 @@ def init_params(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Para
       mesh: creates every weight already sharded (`sharding.param_shardings`); no device ever holds the
         whole model. The values do not depend on the mesh.
     """
-    from mapo_jax.model.sharding import param_shardings  # which needs this module's shapes
-
     shardings = None if mesh is None else param_shardings(config, mesh)
     create = jax.jit(functools.partial(_create, config), out_shardings=shardings)
     return create(jax.random.key(seed))
@@ -218,6 +220,8 @@ def hidden_states(
     *,
     dtype=jnp.float32,
     remat: str = "none",
+    attention: RowAttention = causal_attention,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B L D"]:
     """Final hidden states (after the last norm) of whole rows, for scoring and training.
 
@@ -230,20 +234,23 @@ def hidden_states(
       dtype: compute dtype; norms and softmax are float32 in any case.
       remat: "block" recomputes each layer in the backward pass and keeps only its input; "none" keeps
         what the gradient needs.
+      attention: of whole rows; `backends.row_attention` chooses one.
+      mesh: where the weights and rows lie; hidden states are pinned to it.
     """
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
 
     def attend(query, key, value):
-        return causal_attention(query, key, value, segments), None
+        return attention(query, key, value, segments), None
 
     def layer(x, weights):
-        return _run_block(config, dtype, weights, x, rotary, attend)[0], None
+        x = _run_block(config, dtype, weights, x, rotary, attend)[0]
+        return constrain(x, "hidden", mesh), None
 
     if remat == "block":
         layer = jax.checkpoint(layer, prevent_cse=False)  # scan already keeps the recomputation apart
     elif remat != "none":
         raise ValueError(f"remat is {remat!r}; it must be none or block")
-    x = params["embed"]["embedding"][tokens].astype(dtype)
+    x = constrain(params["embed"]["embedding"][tokens].astype(dtype), "hidden", mesh)
     unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS else 1
     x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
     return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps)
@@ -267,6 +274,7 @@ def extend(
     cache: Cache,
     *,
     dtype=jnp.float32,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "K N D"], Cache]:
     """Appends N tokens to each slot: a chunk of a prompt (N = chunk) or one decoded token (N = 1).
 
@@ -274,21 +282,31 @@ def extend(
     and its hidden state is meaningless. Every token attends to the cache entries at or before its own
     position, so entries beyond the row's end may hold anything.
 
+    On a `mesh` a chunk of a prompt is computed where its slot lies, as in training: the weights travel. A
+    decoded token goes to all the weights instead, and to its slot only to meet the cache: of a few tokens the
+    hidden states are far smaller than the weights.
+
     Returns:
       Hidden states after the last norm, and the new cache (donate the old one).
     """
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
     slots = jnp.arange(tokens.shape[0])[:, None]
-    x = params["embed"]["embedding"][tokens].astype(dtype)
+    decoding = tokens.shape[1] == 1
+    hidden, heads = ("lane_hidden", "lane_heads") if decoding else ("hidden", "heads")
+    x = constrain(params["embed"]["embedding"][tokens].astype(dtype), hidden, mesh)
     new_cache = []
     for index, (keys, values) in enumerate(cache):
 
         def attend(query, key, value, keys=keys, values=values):
+            query = constrain(query, "slot_heads", mesh)
+            key, value = (constrain(array, "slot_kv_heads", mesh) for array in (key, value))
             keys = keys.at[slots, :, positions].set(key.astype(keys.dtype), mode="drop")
             values = values.at[slots, :, positions].set(value.astype(values.dtype), mode="drop")
-            return cached_attention(query, keys, values, positions), (keys, values)
+            output = constrain(cached_attention(query, keys, values, positions), "slot_heads", mesh)
+            return constrain(output, heads, mesh), (keys, values)
 
         weights = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
         x, entry = _run_block(config, dtype, weights, x, rotary, attend)
+        x = constrain(x, hidden, mesh)
         new_cache.append(entry)
     return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps), new_cache

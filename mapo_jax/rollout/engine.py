@@ -22,9 +22,9 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from mapo_jax.errors import UserError
 from mapo_jax.model.head import logits
 from mapo_jax.model.qwen import Cache, Params, QwenConfig, extend, init_cache
-from mapo_jax.model.sharding import RULES
+from mapo_jax.model.sharding import RULES, activation_spec, constrain, row_shards
 from mapo_jax.rollout.sampling import KEY_WORDS, Sampling, penalise, sample, uniforms
 
 
@@ -126,8 +126,8 @@ class Engine:
         sampling: Sampling | None = None,
         lanes: int | None = None,
         prefill_rows: int | None = None,
-        chunk: int = 32,
-        block: int = 8,
+        chunk: int | None = None,
+        block: int | None = None,
         dtype=jnp.float32,
         mesh: Mesh | None = None,
     ):
@@ -144,8 +144,10 @@ class Engine:
           lanes: M <= K, dialogues decoded at once; None: all slots. With as many lanes as slots the caches
             are decoded in place; with fewer, those in the lanes are copied out for a block.
           prefill_rows: rows of one prefill program; None: a quarter of the lanes.
-          chunk: most tokens that one prefill program takes from each row.
-          block: decode steps on the device before the host looks.
+          chunk: most tokens that one prefill program takes from each row; None: a sixteenth of the length,
+            but between 32 and 512.
+          block: decode steps on the device before the host looks; None: a sixteenth of the longest reply,
+            but between 8 and 32.
           dtype: of computation and cache.
           mesh: where the weights lie; slots and lanes are cut over its row axes, KV heads over `tensor`.
 
@@ -153,10 +155,12 @@ class Engine:
           UserError: a size that does not fit the model, the mesh or the device's memory, or a stop id
             outside the vocabulary.
         """
-        shards = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in RULES["rows"]]))
+        shards = row_shards(mesh)
         lanes = slots if lanes is None else lanes
         if prefill_rows is None:
             prefill_rows = max(1, lanes // 4 // shards) * shards
+        chunk = min(max(length // 16, 32), 512) if chunk is None else chunk
+        block = min(max(max_reply_tokens // 16, 8), 32) if block is None else block
         _check_sizes(
             config, shards, length, max_reply_tokens, tuple(stop_ids), vocabulary_size,
             slots=slots, lanes=lanes, prefill_rows=prefill_rows, chunk=chunk, block=block,
@@ -287,6 +291,26 @@ class Engine:
             cache, *_ = self._generate(self._params, cache, *self._lane_inputs([]))
         jax.block_until_ready(cache)
         self.reset()
+
+    def abstract_programs(self, params: Params) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """The programs at the longest cache, to be compiled without any array.
+
+        Args:
+          params: the weights as `jax.ShapeDtypeStruct`s with shardings.
+
+        Returns:
+          Of prefill and generate: the jitted function and its arguments, as `warm_up` would give them.
+        """
+        cache = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._cache_sharding),
+            jax.eval_shape(lambda: init_cache(self.config, self.slots, self.lengths[-1], self.dtype)),
+        )
+        rows = np.zeros(self.prefill_rows, np.int32)
+        padding = np.zeros((self.prefill_rows, self.chunk), np.int32)
+        return {
+            "prefill": (self._prefill, (params, cache, rows, padding, padding)),
+            "generate": (self._generate, (params, cache, *self._lane_inputs([]))),
+        }
 
     # --- Taking in. ---
 
@@ -456,20 +480,20 @@ class Engine:
         """Makes the jitted programs; each compiles when first called with a new shape."""
         cache_sharding = everywhere = None
         if mesh is not None:
-            cache_sharding = NamedSharding(mesh, PartitionSpec(RULES["rows"], RULES["kv_heads"]))
+            cache_sharding = NamedSharding(mesh, activation_spec("cache"))
             everywhere = NamedSharding(mesh, PartitionSpec())
-        static = dict(config=self.config, dtype=self.dtype)
+        static = dict(config=self.config, dtype=self.dtype, mesh=mesh)
         create = functools.partial(init_cache, self.config, self.slots, dtype=self.dtype)
+        self._cache_sharding = cache_sharding
         self._create = jax.jit(create, static_argnums=0, out_shardings=cache_sharding)
         self._grow = jax.jit(_grow, static_argnums=1, out_shardings=cache_sharding)
         insert = functools.partial(_insert, shards=self._shards)
         self._insert = jax.jit(insert, donate_argnums=0, out_shardings=cache_sharding)
-        prefill = functools.partial(_prefill, **static, shards=self._shards)
+        prefill = functools.partial(_prefill, **static)
         self._prefill = jax.jit(prefill, donate_argnums=1, out_shardings=cache_sharding)
         generate = functools.partial(
             _generate,
             **static,
-            shards=self._shards,
             in_place=self.lanes == self.slots,
             stop_ids=self.stop_ids,
             vocabulary_size=self.vocabulary_size,
@@ -535,7 +559,10 @@ def cache_bytes(config: QwenConfig, slots: int, lanes: int, length: int, dtype) 
 def _check_memory(config, slots, lanes, length, dtype, mesh: Mesh | None) -> None:
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     needed = cache_bytes(config, slots, lanes, length, dtype) / len(devices)
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    try:
+        limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for
+        limit = None
     if limit is None and devices[0].platform == "cpu":
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
     if limit is not None and needed > limit:
@@ -598,11 +625,12 @@ def _prefill(
     *,
     config: QwenConfig,
     dtype,
-    shards: int,
+    mesh: Mesh | None,
 ) -> Cache:
+    shards = row_shards(mesh)
     rows = _local_rows(slots, cache[0][0].shape[0], shards)
     work = jax.tree.map(lambda array: _take(array, rows), cache)
-    _, work = extend(params, config, tokens, positions, work, dtype=dtype)
+    _, work = extend(params, config, tokens, positions, work, dtype=dtype, mesh=mesh)
     return _write_back(cache, work, rows, positions)
 
 
@@ -618,7 +646,7 @@ def _generate(
     *,
     config: QwenConfig,
     dtype,
-    shards: int,
+    mesh: Mesh | None,
     in_place: bool,
     stop_ids: tuple[int, ...],
     vocabulary_size: int,
@@ -639,6 +667,7 @@ def _generate(
     """
     lanes, length = len(tokens), cache[0][0].shape[2]
     numbers = uniforms(words, positions[:, None] + 1 + jnp.arange(block))
+    shards = row_shards(mesh)
     rows = _local_rows(slots, cache[0][0].shape[0], shards)
     work = cache if in_place else jax.tree.map(lambda array: _take(array, rows), cache)
 
@@ -649,8 +678,9 @@ def _generate(
     def advance(state):
         step, work, token, seen, ids, logprobs, counts, done = state
         position = jnp.where(done, length, positions + step)
-        hidden, work = extend(params, config, token[:, None], position[:, None], work, dtype=dtype)
+        hidden, work = extend(params, config, token[:, None], position[:, None], work, dtype=dtype, mesh=mesh)
         scores = logits(params, config, hidden[:, 0], vocabulary_size=vocabulary_size)
+        scores = constrain(scores, "slot_logits", mesh)
         if seen is not None:
             scores = penalise(scores, seen, sampling.repetition_penalty)
         token, logprob = sample(scores, numbers[:, step], sampling)

@@ -24,8 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mapo_jax.algorithm import objective
 from mapo_jax.config import AlgorithmConfig, OptimizerConfig
+from mapo_jax.model.attention import causal_attention
 from mapo_jax.model.head import token_logprobs
-from mapo_jax.model.qwen import Params, QwenConfig, hidden_states, parameter_shapes
+from mapo_jax.model.qwen import Params, QwenConfig, RowAttention, hidden_states, parameter_shapes
 from mapo_jax.model.sharding import batch_sharding
 from mapo_jax.training.batch import Batch
 
@@ -166,6 +167,8 @@ class Scoring:
     dtype: str = "float32"  # compute dtype
     remat: str = "none"  # none or block
     loss_tokens: int | None = None  # most loss tokens that a row can have; None: as many as its length
+    attention: RowAttention = causal_attention  # of whole rows
+    mesh: Mesh | None = None  # where weights and rows lie
 
 
 def _loss_columns(mask: Bool[Array, "B L"], limit: int | None) -> Int[Array, "B N"]:
@@ -204,6 +207,8 @@ def _score(
         segments,
         dtype=jnp.dtype(scoring.dtype),
         remat=scoring.remat,
+        attention=scoring.attention,
+        mesh=scoring.mesh,
     )
     before = jnp.maximum(columns - 1, 0)  # a token is predicted where the one before it stands
     return token_logprobs(
