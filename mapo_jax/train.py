@@ -327,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
             console = Console(highlight=False)
-            console.print(forecast(config), markup=False)
+            console.print(forecast(config), markup=False, soft_wrap=True)
             if config.environment.family == "live":
                 table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))
                 console.print(table, markup=False, soft_wrap=True)

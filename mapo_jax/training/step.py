@@ -219,6 +219,7 @@ def _score(
         wanted,
         temperature=scoring.temperature,
         vocabulary_size=scoring.vocabulary_size,
+        mesh=scoring.mesh,
     )
 
 
