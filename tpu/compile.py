@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -119,6 +120,10 @@ def compile_program(job: Job, program: str) -> Result:
     """Compiles one of PROGRAMS. That it does not fit the slice is a result, not an error."""
     function, arguments, kinds, beside = _programs(job)[program]
     given = dict(memory=int(chip(job.slice).memory), bounds=bounds(job, program), beside=beside)
+    held = sum(kinds.values()) + sum(beside.values())
+    if held > given["memory"]:
+        error = f"what it is given alone takes {_gib(held)} of the {_gib(given['memory'])} that a chip has"
+        return Result(program, False, 0.0, arguments=kinds, error=error, **given)
     began = time.monotonic()
     try:
         compiled = function.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
@@ -356,7 +361,7 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
             job = job or make_job(config, entry.slice)
             result = compile_program(job, program)
             console.print(summary(job, [result]))
-            known[key] = {"configuration": digest, "versions": _versions(), **asdict(result)}
+            known[key] = {"configuration": digest, "made_by": _made_by(), **asdict(result)}
             write_whole(file, json.dumps(known, indent=1) + "\n")
             write_table(table, known)
     write_table(table, known)
@@ -372,8 +377,12 @@ def _result(known: dict[str, Any], entry: Entry, program: str) -> Result | None:
     return found and Result(**{field.name: found[field.name] for field in fields(Result)})
 
 
-def _versions() -> str:
-    return ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
+def _made_by() -> str:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True
+    ).stdout.strip()
+    versions = (f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
+    return ", ".join([f"commit {commit or 'unknown'}", *versions])
 
 
 def write_table(file: Path, known: dict[str, Any]) -> None:
@@ -411,8 +420,8 @@ def table_text(known: dict[str, Any]) -> str:
                 f"| {'yes' if result.fits else 'no'} | {result.seconds:.0f} s "
                 f"| {max(result.bounds.values()):.3f} s |"
             )
-    made = sorted({entry["versions"] for entry in known.values()})
-    lines += ["", f"Compiled with {'; '.join(made)}. The command of each line:", ""]
+    made = sorted({entry["made_by"] for entry in known.values()})
+    lines += ["", f"Compiled by {'; '.join(made)}. The command of each line:", ""]
     lines += [f"- `{entry.command}`" for entry in ENTRIES]
     return "\n".join(lines) + "\n"
 
