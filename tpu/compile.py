@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -201,25 +202,43 @@ def _bytes(tree: Any) -> int:
 
 
 def unwanted_gathers(job: Job, program: str, found: Sequence[Collective]) -> list[str]:
-    """All-gathers that put the hidden states or the logits of all devices together on each of them."""
-    model, config = job.model, job.config
+    """All-gathers, but of weights, that give a device the hidden states of all rows or whole logits.
+
+    Decoding moves the hidden states of its lanes, a token each, on purpose: there only logits count.
+    """
+    model, config, length = job.model, job.config, row_lengths(job.config.rollout.max_tokens)[-1]
     if program == "train":
         rows = _minibatch_rows(config)
         rows = microbatch_rows(rows, config.training.microbatch_rows) or rows
-        tokens = rows * row_lengths(config.rollout.max_tokens)[-1]
+        loss_tokens = min(config.rollout.max_turns * config.rollout.max_reply_tokens, length)
+        own = max(1, rows // row_shards(job.mesh))
+        limit = min(rows * length * model.hidden_size, own * loss_tokens * model.vocab_size)
+    elif program == "prefill":
+        limit = job.engine.prefill_rows * job.engine.chunk * model.hidden_size
     else:
-        tokens = {"prefill": job.engine.prefill_rows * job.engine.chunk, "generate": math.inf}[program]
-    unwanted = []
-    for one in found:
-        if one.kind != "all-gather":
-            continue
-        logits = model.vocab_size in one.shape and model.hidden_size not in one.shape
-        rows_of_logits = one.elements // model.vocab_size
-        if (logits and rows_of_logits * row_shards(job.mesh) > job.engine.lanes) or (
-            row_shards(job.mesh) > 1 and one.elements >= tokens * model.hidden_size
-        ):
-            unwanted.append(f"{one.dtype}{list(one.shape)}")
-    return unwanted
+        limit = job.engine.lanes * model.vocab_size
+    weights = _weight_shapes(model, job.mesh)
+    return [
+        f"{one.dtype}{list(one.shape)}"
+        for one in found
+        if one.kind == "all-gather" and one.elements >= limit and _sorted(one.shape) not in weights
+    ]
+
+
+def _weight_shapes(model: QwenConfig, mesh: Mesh) -> set[tuple[int, ...]]:
+    """Shapes that a gathered parameter has, of one layer or all: whole, or cut along one axis of the mesh."""
+    shapes = set()
+    for leaf in jax.tree.leaves(parameter_shapes(model)):
+        for shape in (leaf.shape, leaf.shape[1:]):
+            shapes.add(_sorted(shape))
+            for index, axis in itertools.product(range(len(shape)), mesh.axis_names):
+                part = shape[index] // mesh.shape[axis]
+                shapes.add(_sorted((*shape[:index], part, *shape[index + 1 :])))
+    return shapes
+
+
+def _sorted(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(size for size in shape if size > 1))
 
 
 # --- What a program takes at least. ---
