@@ -96,7 +96,8 @@ def test_bad_input_gets_a_sentence(arguments, words, capsys, monkeypatch):
 
 RESULT = {
     "program": "train", "compiled": True, "seconds": 12.3, "memory": 100 * 2**30,
-    "bounds": {"operations": 1.5}, "arguments": {"weights": 2**30, "moments": 2 * 2**30}, "beside": {}, "temporary": 4 * 2**30,
+    "bounds": {"operations": 1.5}, "arguments": {"weights": 2**30, "moments": 2 * 2**30},
+    "beside": {}, "temporary": 4 * 2**30,
     "collectives": {}, "gathered": [], "error": "", "configuration": "x", "made_by": "commit abc, jax 1",
 }  # fmt: skip
 
