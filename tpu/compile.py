@@ -41,7 +41,7 @@ from mapo_jax.model.sharding import batch_sharding, make_mesh, param_shardings, 
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.training.batch import Batch, microbatch_rows, row_lengths
 from mapo_jax.training.policy import engine_for
-from mapo_jax.training.programs import make_programs, rows_per_dialogue
+from mapo_jax.training.programs import make_programs, minibatch_rows
 from mapo_jax.training.step import abstract_state
 from tpu.hlo import KINDS, Collective, collectives
 from tpu.shapes import STOP_IDS, TOKENIZER_IDS, model_shape
@@ -173,17 +173,13 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
 
 
 def _abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    shape = (_minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
+    shape = (minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
     kinds = dict(
         tokens=jnp.int32, positions=jnp.int32, mask=jnp.bool_,
         sampler_logprobs=jnp.float32, old_logprobs=jnp.float32, advantages=jnp.float32,
     )  # fmt: skip
     place = batch_sharding(mesh)
     return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()})
-
-
-def _minibatch_rows(config: Config) -> int:
-    return config.training.minibatch_scenarios * config.rollout.rollouts * rows_per_dialogue(config)
 
 
 def _bytes(tree: Any) -> int:
@@ -198,9 +194,9 @@ def unwanted_gathers(job: Job, program: str, found: Sequence[Collective]) -> lis
     """All-gathers that put the hidden states or the logits of all devices together on each of them."""
     model, config = job.model, job.config
     if program == "train":
-        rows = _minibatch_rows(config)
-        rows = microbatch_rows(rows, config.training.microbatch_rows) or rows
-        tokens = rows * row_lengths(config.rollout.max_tokens)[-1]
+        length = row_lengths(config.rollout.max_tokens)[-1]
+        budget, shards = config.training.microbatch_tokens, row_shards(job.mesh)
+        tokens = length * microbatch_rows(minibatch_rows(config), length, budget, shards)
     else:
         tokens = {"prefill": job.engine.prefill_rows * job.engine.chunk, "generate": math.inf}[program]
     unwanted = []
@@ -232,7 +228,7 @@ def bounds(job: Job, program: str) -> dict[str, float]:
     heads, head = model.num_heads * model.head_dim, model.vocab_size * model.hidden_size
     body = parameter_count(model) - (head if model.tie_word_embeddings else 2 * head)
     if program == "train":
-        rows, length = _minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1]
+        rows, length = minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1]
         loss_tokens = min(config.rollout.max_turns * config.rollout.max_reply_tokens, length)
         passes = 3 + (config.model.remat != "none")
         layers = 2 * body * length + model.num_layers * 2 * length * length * heads
