@@ -251,13 +251,15 @@ def converse(
             journal=journal,
         )
 
-    return run.world.hold(
+    dialogues = run.world.hold(
         collection,
         stream="train" if training else "evaluation",
         step=engine.version,
         check=run.stop.check,
         note=run.display.note,
     )
+    engine.reset()  # the update needs the memory of the caches
+    return dialogues
 
 
 def measure(run: Run, dialogues: list[list[Dialogue]]) -> dict[str, float]:
@@ -325,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
             console = Console(highlight=False)
-            console.print(forecast(config), markup=False)
+            console.print(forecast(config), markup=False, soft_wrap=True)
             if config.environment.family == "live":
                 table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))
                 console.print(table, markup=False, soft_wrap=True)

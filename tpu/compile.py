@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -83,7 +84,9 @@ class Result:
     arguments: dict[str, int]  # bytes of what the program is given, by kind
     beside: dict[str, int]  # bytes of what lies in memory meanwhile
     temporary: int = 0  # bytes that the program needs on top
-    collectives: dict[str, dict[str, int]] = field(default_factory=dict)  # kind -> operations, runs, bytes
+    collectives: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # kind -> operations, bytes of the largest
     gathered: list[str] = field(default_factory=list)  # all-gathers of whole activations or logits
     error: str = ""  # the compiler's, if it gave up
 
@@ -117,6 +120,10 @@ def compile_program(job: Job, program: str) -> Result:
     """Compiles one of PROGRAMS. That it does not fit the slice is a result, not an error."""
     function, arguments, kinds, beside = _programs(job)[program]
     given = dict(memory=int(chip(job.slice).memory), bounds=bounds(job, program), beside=beside)
+    held = sum(kinds.values()) + sum(beside.values())
+    if held > given["memory"]:
+        error = f"what it is given alone takes {_gib(held)} of the {_gib(given['memory'])} that a chip has"
+        return Result(program, False, 0.0, arguments=kinds, error=error, **given)
     began = time.monotonic()
     try:
         compiled = function.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
@@ -130,10 +137,9 @@ def compile_program(job: Job, program: str) -> Result:
     found = collectives(compiled.as_text())
     summed: dict[str, dict[str, int]] = {}
     for one in found:
-        entry = summed.setdefault(one.kind, {"operations": 0, "runs": 0, "bytes": 0})
+        entry = summed.setdefault(one.kind, {"operations": 0, "largest": 0})
         entry["operations"] += 1
-        entry["runs"] += one.times
-        entry["bytes"] += one.times * one.bytes
+        entry["largest"] = max(entry["largest"], one.bytes)
     rest = memory.argument_size_in_bytes - sum(kinds.values())
     # What is given back takes the place of what was given (donated), or is counted as temporary.
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -281,7 +287,7 @@ def summary(job: Job, results: Sequence[Result]) -> Table:
     row("memory of a chip", (_gib(r.memory) for r in results))
     row("fits", ("yes" if r.fits else "NO" for r in results))
     for kind in KINDS:
-        row(f"{kind}: runs, GiB", (_collective(r, kind) for r in results))
+        row(f"{kind}: in the text, largest", (_collective(r, kind) for r in results))
     row("gathered whole", (", ".join(r.gathered) for r in results))
     row("seconds to compile", (f"{r.seconds:.0f}" for r in results))
     row("at least, by operations", (f"{r.bounds['operations']:.3f} s" for r in results))
@@ -295,7 +301,7 @@ def _gib(size: float) -> str:
 
 def _collective(result: Result, kind: str) -> str:
     found = result.collectives.get(kind)
-    return f"{found['runs']:,}, {found['bytes'] / GIB:.2f}" if found else ""
+    return f"{found['operations']}, {found['largest'] / 2**20:.1f} MiB" if found else ""
 
 
 # --- The table of everything. ---
@@ -351,7 +357,7 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
             job = job or make_job(config, entry.slice)
             result = compile_program(job, program)
             console.print(summary(job, [result]))
-            known[key] = {"configuration": digest, "versions": _versions(), **asdict(result)}
+            known[key] = {"configuration": digest, "made_by": _made_by(), **asdict(result)}
             write_whole(file, json.dumps(known, indent=1) + "\n")
             write_table(table, known)
     write_table(table, known)
@@ -367,8 +373,12 @@ def _result(known: dict[str, Any], entry: Entry, program: str) -> Result | None:
     return found and Result(**{field.name: found[field.name] for field in fields(Result)})
 
 
-def _versions() -> str:
-    return ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
+def _made_by() -> str:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True
+    ).stdout.strip()
+    versions = (f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
+    return ", ".join([f"commit {commit or 'unknown'}", *versions])
 
 
 def write_table(file: Path, known: dict[str, Any]) -> None:
@@ -406,8 +416,8 @@ def table_text(known: dict[str, Any]) -> str:
                 f"| {'yes' if result.fits else 'no'} | {result.seconds:.0f} s "
                 f"| {max(result.bounds.values()):.3f} s |"
             )
-    made = sorted({entry["versions"] for entry in known.values()})
-    lines += ["", f"Compiled with {'; '.join(made)}. The command of each line:", ""]
+    made = sorted({entry["made_by"] for entry in known.values()})
+    lines += ["", f"Compiled by {'; '.join(made)}. The command of each line:", ""]
     lines += [f"- `{entry.command}`" for entry in ENTRIES]
     return "\n".join(lines) + "\n"
 

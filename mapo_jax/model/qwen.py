@@ -270,7 +270,8 @@ def hidden_states(
         # scan already keeps the recomputation apart
         layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
     x = constrain(params["embed"]["embedding"][tokens].astype(dtype), "hidden", mesh)
-    unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS else 1
+    # Where layers are computed again they stay in a loop, which keeps the compiler from merging the two.
+    unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS and remat == "none" else 1
     x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
     return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps)
 

@@ -159,18 +159,25 @@ def row_shards(mesh: Mesh | None) -> int:
 
 
 def sharding_table(config: QwenConfig, mesh: Mesh) -> list[str]:
-    """A line for each parameter, and for the other arrays: shape, mesh axes, and the shape on each device."""
+    """Where everything lies, a line for each parameter and each kind of other array.
+
+    `embed/embedding  4096/tensor x 128/fsdp = 2048 x 64`: sizes, mesh axes that they are cut along, and what
+    each device has.
+    """
     from mapo_jax.model.qwen import parameter_shapes
 
-    def cut(spec: PartitionSpec) -> str:
-        return ", ".join("+".join(axis) if isinstance(axis, tuple) else str(axis or "-") for axis in spec)
+    def cut(sizes: Sequence[Any], spec: PartitionSpec) -> str:
+        axes = ("+".join(axis) if isinstance(axis, tuple) else axis for axis in spec)
+        return " x ".join(
+            f"{size}/{axis}" if axis else f"{size}" for size, axis in zip(sizes, axes, strict=True)
+        )
 
     lines = []
     parameters = jax.tree_util.tree_leaves_with_path(parameter_shapes(config))
     for (path, leaf), placed in zip(parameters, jax.tree.leaves(param_shardings(config, mesh)), strict=True):
         name = "/".join(entry.key for entry in path)
-        whole, part = (" x ".join(map(str, s)) for s in (leaf.shape, placed.shard_shape(leaf.shape)))
-        lines.append(f"  {name:<30} {whole:<24} ({cut(placed.spec)}) -> {part}")
-    for name, axes in ACTIVATION_AXES.items():
-        lines.append(f"  {name:<30} {' x '.join(axes):<24} ({cut(activation_spec(name))})")
-    return lines
+        part = " x ".join(map(str, placed.shard_shape(leaf.shape)))
+        lines.append(f"{name:<30} {cut(leaf.shape, placed.spec)} = {part}")
+    return lines + [
+        f"{name:<30} {cut(axes, activation_spec(name))}" for name, axes in ACTIVATION_AXES.items()
+    ]

@@ -38,6 +38,8 @@ from mapo_jax.model.qwen import Cache, Params, QwenConfig, extend, init_cache
 from mapo_jax.model.sharding import RULES, activation_spec, constrain, row_shards
 from mapo_jax.rollout.sampling import KEY_WORDS, Sampling, penalise, sample, uniforms
 
+LONG = 4096  # tokens of a cache
+
 
 class StaleSlot(RuntimeError):
     """A dialogue was continued whose cache is gone: newer weights were loaded, or the slot was reset."""
@@ -91,8 +93,9 @@ def cache_lengths(length: int) -> tuple[int, ...]:
     """Lengths that the cache grows through: `length`, and below it two significant bits (256, 384, 512, ...).
 
     Decode reads the whole cache at every step, so a longer one costs time before it is needed; each length
-    costs a set of compiled programs. The shortest is 256, or half of `length` if that is less. All are
-    multiples of 32: then sums over the cache run in the same order at every length.
+    costs a set of compiled programs. The shortest is 256, or half of `length` if that is less. Beyond LONG
+    there are five, each twice the one before: there a program is dear to compile. All are multiples of 32:
+    then sums over the cache run in the same order at every length.
     """
 
     def up(size: int) -> int:
@@ -100,6 +103,8 @@ def cache_lengths(length: int) -> tuple[int, ...]:
 
     if length <= 256:
         return tuple(sorted({up(-(-length // 2)), up(length)}))
+    if length > LONG:
+        return tuple(up(-(-length // 2**halvings)) for halvings in (4, 3, 2, 1, 0))
     lengths, size = {up(length)}, 256
     while size < length:
         lengths |= {size, size + size // 2} if size + size // 2 < length else {size}
@@ -282,7 +287,7 @@ class Engine:
         cache = self._create(self.lengths[0])
         for length in self.lengths:
             if length > self.lengths[0]:
-                cache = self._grow(cache, length)
+                cache = self._longer(cache, length)
             rows = np.full(self.prefill_rows, self.slots, np.int32)
             padding = np.full((self.prefill_rows, self.chunk), length, np.int32)
             cache = self._prefill(self._params, cache, rows, np.zeros_like(padding), padding)
@@ -474,7 +479,15 @@ class Engine:
             self._cache = self._create(self.lengths[0])
         while self._cache[0][0].shape[2] < length:
             longer = self.lengths[self.lengths.index(self._cache[0][0].shape[2]) + 1]
-            self._cache = self._grow(self._cache, longer)
+            cache, self._cache = self._cache, None
+            self._cache = self._longer(cache, longer)
+
+    def _longer(self, cache: Cache, length: int) -> Cache:
+        """The cache with room for `length` tokens. Layer by layer: two whole ones might not fit."""
+        grown = []
+        while cache:
+            grown.append(self._grow(cache.pop(0), length))
+        return grown
 
     def _compile(self, mesh: Mesh | None) -> None:
         """Makes the jitted programs; each compiles when first called with a new shape."""
@@ -724,8 +737,8 @@ def _insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *,
     return jax.tree.map(insert, cache)
 
 
-def _grow(cache: Cache, length: int) -> Cache:
-    """The cache with room for `length` tokens."""
+def _grow(layer: tuple[Array, Array], length: int) -> tuple[Array, Array]:
+    """A layer's keys and values with room for `length` tokens."""
     return jax.tree.map(
-        lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, length - array.shape[2]), (0, 0))), cache
+        lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, length - array.shape[2]), (0, 0))), layer
     )

@@ -356,6 +356,8 @@ class TestBadInput:
 def test_cache_lengths():
     assert cache_lengths(640) == (256, 384, 512, 640)
     assert cache_lengths(2000) == (256, 384, 512, 768, 1024, 1536, 2016)
+    assert cache_lengths(25_600) == (1600, 3200, 6400, 12_800, 25_600)
+    assert cache_lengths(25_000) == (1568, 3136, 6272, 12_512, 25_024)
     assert cache_lengths(300) == (256, 320)
     assert cache_lengths(150) == (96, 160)
     assert cache_lengths(64) == (32, 64)
