@@ -43,7 +43,7 @@ from mapo_jax.model.sharding import batch_sharding, make_mesh, param_shardings, 
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.training.batch import Batch, microbatch_rows, row_lengths
 from mapo_jax.training.policy import engine_for
-from mapo_jax.training.programs import make_programs, rows_per_dialogue
+from mapo_jax.training.programs import make_programs, minibatch_rows
 from mapo_jax.training.step import abstract_state
 from tpu.hlo import KINDS, Collective, collectives
 from tpu.shapes import STOP_IDS, TOKENIZER_IDS, model_shape
@@ -168,29 +168,25 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
     )
     batch = _abstract_batch(config, mesh)
     held = {
-        "weights": _bytes(state.params),
+        "weights": _bytes(state.weights),
         "moments": _bytes(state.opt_state),
         "reference": _bytes(state.reference),
     }
     found = {"train": (programs.update, (state, batch), held | {"batch": _bytes(batch)}, {})}
-    for name, (function, arguments) in job.engine.abstract_programs(state.params).items():
+    for name, (function, arguments) in job.engine.abstract_programs(state.weights).items():
         kinds = {"weights": held["weights"], "cache": _bytes(arguments[1])}
         found[name] = (function, arguments, kinds, {kind: held[kind] for kind in ("moments", "reference")})
     return found
 
 
 def _abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    shape = (_minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
+    shape = (minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
     kinds = dict(
         tokens=jnp.int32, positions=jnp.int32, mask=jnp.bool_,
         sampler_logprobs=jnp.float32, old_logprobs=jnp.float32, advantages=jnp.float32,
     )  # fmt: skip
     place = batch_sharding(mesh)
     return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()})
-
-
-def _minibatch_rows(config: Config) -> int:
-    return config.training.minibatch_scenarios * config.rollout.rollouts * rows_per_dialogue(config)
 
 
 def _bytes(tree: Any) -> int:
@@ -208,10 +204,10 @@ def unwanted_gathers(job: Job, program: str, found: Sequence[Collective]) -> lis
     """
     model, config, length = job.model, job.config, row_lengths(job.config.rollout.max_tokens)[-1]
     if program == "train":
-        rows = _minibatch_rows(config)
-        rows = microbatch_rows(rows, config.training.microbatch_rows) or rows
+        shards, budget = row_shards(job.mesh), config.training.microbatch_tokens
+        rows = microbatch_rows(minibatch_rows(config), length, budget, shards)
         loss_tokens = min(config.rollout.max_turns * config.rollout.max_reply_tokens, length)
-        own = max(1, rows // row_shards(job.mesh))
+        own = max(1, rows // shards)
         limit = min(rows * length * model.hidden_size, own * loss_tokens * model.vocab_size)
     elif program == "prefill":
         limit = job.engine.prefill_rows * job.engine.chunk * model.hidden_size
@@ -257,7 +253,7 @@ def bounds(job: Job, program: str) -> dict[str, float]:
     heads, head = model.num_heads * model.head_dim, model.vocab_size * model.hidden_size
     body = parameter_count(model) - (head if model.tie_word_embeddings else 2 * head)
     if program == "train":
-        rows, length = _minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1]
+        rows, length = minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1]
         loss_tokens = min(config.rollout.max_turns * config.rollout.max_reply_tokens, length)
         passes = 3 + (config.model.remat != "none")
         layers = 2 * body * length + model.num_layers * 2 * length * length * heads

@@ -57,9 +57,9 @@ def token_logprobs(
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Log-probability of each target, and the entropy of the distribution it comes from.
 
-    The distribution is softmax(logits / temperature). About `chunk` tokens of each device are taken at a time,
-    the same columns of every row, and their logits are recomputed in the backward pass: memory is that of a
-    few [chunk, V] arrays.
+    The distribution is softmax(logits / temperature). About `chunk` tokens of each device are taken at a
+    time, the same columns of every row, and their logits are recomputed in the backward pass: memory is that
+    of a few [chunk, V] arrays.
 
     Args:
       wanted: columns in which no row wants anything are mostly skipped, a chunk at a time, and give 0; so
@@ -105,17 +105,17 @@ def _scores(kernel, states, ids, *, axis, temperature, vocabulary_size, cut_over
     size = kernel.shape[1 - axis]
     vocabulary = jnp.arange(size) + (0 if cut_over is None else size * jax.lax.axis_index(cut_over))
     scores = _logits(kernel, axis, states, vocabulary, vocabulary_size) / temperature
+    here = vocabulary == ids[..., None]
+    chosen = jnp.sum(jnp.where(here, scores, 0.0), axis=-1)  # one term and zeros: exact
     if cut_over is None:
         normaliser = jax.nn.logsumexp(scores, axis=-1)
+        mean = jnp.sum(jnp.exp(scores - normaliser[..., None]) * scores, axis=-1)
     else:
         top = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(scores, axis=-1)), cut_over)
-        total = jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)
-        normaliser = top + jnp.log(_sum_over(cut_over, total))
-    # A sum of one term and zeros is exact.
-    chosen = jnp.sum(jnp.where(vocabulary == ids[..., None], scores, 0.0), axis=-1)
-    mean = jnp.sum(jnp.exp(scores - normaliser[..., None]) * scores, axis=-1)
-    if cut_over is not None:
-        chosen, mean = _sum_over(cut_over, chosen), _sum_over(cut_over, mean)
+        weights = jnp.exp(scores - top[..., None])
+        parts = jnp.stack([chosen, jnp.sum(weights, axis=-1), jnp.sum(weights * scores, axis=-1)])
+        chosen, total, weighted = _sum_over(cut_over, parts)
+        normaliser, mean = top + jnp.log(total), weighted / total
     return chosen - normaliser, normaliser - mean
 
 

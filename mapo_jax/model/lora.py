@@ -1,11 +1,12 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): small trained matrices beside frozen ones.
 
-A linear map W gets a low-rank addition, `x W + (alpha / rank) (x A) B`. A starts random and B at zero, so that
-training begins with the frozen model. Training and sampling both apply it so, in one forward graph; merged
-weights `W + (alpha / rank) A B` are only made where a model leaves its run (`merge`).
+A linear map W gets a low-rank addition, `x W + (alpha / rank) (x A) B`. A starts random and B at zero, so
+that training begins with the frozen model. Training and sampling both apply it so, in one forward graph:
+weights merged for the sampler would be a second copy of the model, and in bfloat16 they would lose most of a
+small change. `W + (alpha / rank) A B` is only made where a model leaves its run (`merge`).
 
-In a tree of parameters the adapters stand beside their kernel, as `lora_a` and `lora_b`; `split` takes them out
-and `join` puts them back, and nothing is computed or copied by either.
+In a tree of parameters the adapters stand beside their kernel, as `lora_a` and `lora_b`; `split` takes them
+out and `join` puts them back, and nothing is computed or copied by either.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def join(base: Any, adapters: Any) -> Any:
 
 
 def low_rank(
-    a: Float[Array, "*N rank"], b: Float[Array, "rank *M"], lora: LoRA, shape: tuple[int, ...]
+    a: Float[Array, "*N rank"], b: Float[Array, rank * M], lora: LoRA, shape: tuple[int, ...]
 ) -> Float[Array, "*N *M"]:
     """`(alpha / rank) A B` of one layer in the shape of its kernel. Arrays of numpy give one of numpy."""
     return lora.scale * (a.reshape(-1, lora.rank) @ b.reshape(lora.rank, -1)).reshape(shape)

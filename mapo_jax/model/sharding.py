@@ -29,6 +29,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "layers": None,
     "norm": None,
+    "rank": None,
     "length": None,  # tokens of a row
     "features": None,  # the width of hidden states, whose rows are cut already
     "slots": ("data", "fsdp"),
@@ -59,6 +60,14 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "norm/scale": ("norm",),
     "head/kernel": ("width", "vocabulary"),
 }
+
+# Adapters lie as the sides of their kernel do.
+for _kernel in [path for path in PARAMETER_AXES if path.startswith("layers/") and path.endswith("/kernel")]:
+    _layers, *_axes = PARAMETER_AXES[_kernel]
+    _inner = 2 if "/o/" in _kernel else 1  # axes that are summed over
+    _module = _kernel.removesuffix("kernel")
+    PARAMETER_AXES[_module + "lora_a"] = (_layers, *_axes[:_inner], "rank")
+    PARAMETER_AXES[_module + "lora_b"] = (_layers, "rank", *_axes[_inner:])
 
 # Other arrays -> logical axis of each array axis. Optimizer moments and gradients lie like their parameters.
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {

@@ -16,8 +16,8 @@ RECIPES = sorted(path.stem for chip in ("v5p", "v6e") for path in CONFIGS.glob(f
 # Few chips and short rows: the program's text is that of the large slice, with smaller numbers in it.
 SMALL = [
     "rollout.scenarios=4", "rollout.rollouts=2", "rollout.max_turns=4", "rollout.max_reply_tokens=64",
-    "rollout.min_turns=2", "rollout.max_tokens=1024", "training.minibatch_scenarios=4",
-    "training.microbatch_rows=4", "mesh.fsdp=2",
+    "rollout.min_turns=2", "rollout.max_tokens=1024", "training.minibatch_scenarios=4", "training.microbatch_tokens=2048",
+    "mesh.fsdp=2",
 ]  # fmt: skip
 
 needs_libtpu = pytest.mark.skipif(
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_a_result_with_figures(capsys):
 
     # 32 billion float32 weights and their moments on four chips: refused before anything is compiled.
     arguments = ["--config", str(CONFIGS / "qwen3_32b_v5p.yaml"), "--slice", "v5e-4"]
-    assert main([*arguments, "training.microbatch_rows=1"]) == 1
+    assert main(arguments) == 1
     shown = capsys.readouterr().out
     assert "NO" in shown and "takes 91" in shown and "15.75 GiB" in shown
 
