@@ -16,8 +16,8 @@ RECIPES = sorted(path.stem for chip in ("v5p", "v6e") for path in CONFIGS.glob(f
 # Few chips and short rows: the program's text is that of the large slice, with smaller numbers in it.
 SMALL = [
     "rollout.scenarios=4", "rollout.rollouts=2", "rollout.max_turns=4", "rollout.max_reply_tokens=64",
-    "rollout.min_turns=2", "rollout.max_tokens=1024", "training.minibatch_scenarios=4", "training.microbatch_tokens=2048",
-    "mesh.fsdp=2",
+    "rollout.min_turns=2", "rollout.max_tokens=1024", "training.minibatch_scenarios=4",
+    "training.microbatch_tokens=2048", "mesh.fsdp=2",
 ]  # fmt: skip
 
 needs_libtpu = pytest.mark.skipif(
