@@ -258,7 +258,7 @@ def converse(
         check=run.stop.check,
         note=run.display.note,
     )
-    engine.reset()  # the update needs the memory of the caches
+    engine.release()  # the update needs the memory
     return dialogues
 
 

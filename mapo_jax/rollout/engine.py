@@ -216,6 +216,11 @@ class Engine:
         self._under_way: set[int] = set()  # slots of both
         self._cache: Cache | None = None
 
+    def release(self) -> None:
+        """Resets, and lets go of the weights: until the next `load` the engine holds nothing on the device."""
+        self.reset()
+        self._params = self.version = None
+
     def row(self, slot: int) -> tuple[int, ...]:
         """The tokens of a slot: prompts, replies and all, as the model saw them."""
         return tuple(self._rows[slot])
