@@ -174,8 +174,8 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
     }
     found = {"train": (programs.update, (state, batch), held | {"batch": _bytes(batch)}, {})}
     for name, (function, arguments) in job.engine.abstract_programs(state.weights).items():
-        kinds = {"weights": held["weights"], "cache": _bytes(arguments[1])}
-        found[name] = (function, arguments, kinds, {kind: held[kind] for kind in ("moments", "reference")})
+        kinds = {"copy of the weights": _bytes(arguments[0]), "cache": _bytes(arguments[1])}
+        found[name] = (function, arguments, kinds, held)
     return found
 
 
@@ -427,9 +427,10 @@ def table_text(known: dict[str, Any]) -> str:
                 lines.append(f"| {entry.recipe} | {entry.slice} | {program} | | | | | not compiled yet | | |")
                 continue
             held = result.arguments | result.beside
+            state = ("weights", "moments", "reference", "copy of the weights")
             lines.append(
                 f"| {entry.recipe} | {entry.slice} | {program} "
-                f"| {_gib(sum(held.get(kind, 0) for kind in ('weights', 'moments', 'reference')))} "
+                f"| {_gib(sum(held.get(kind, 0) for kind in state))} "
                 f"| {_gib(held.get('cache', 0))} | {_gib(result.temporary)} "
                 f"| {_gib(result.bytes) if result.compiled else ''}, {_gib(result.memory)} "
                 f"| {'yes' if result.fits else 'no'} | {result.seconds:.0f} s "
