@@ -217,7 +217,7 @@ class Engine:
         self._cache: Cache | None = None
 
     def release(self) -> None:
-        """Resets, and lets go of the weights: until the next `load` the engine holds nothing on the device."""
+        """Resets, and lets go of the weights: until the next `load` nothing is held on the device."""
         self.reset()
         self._params = self.version = None
 
