@@ -32,17 +32,8 @@ from mapo_jax.training.policy import (
     read_policy,
     save_model_files,
 )
-from mapo_jax.training.step import (
-    Optimizer,
-    Scoring,
-    TrainState,
-    Update,
-    abstract_state,
-    create_state,
-    make_optimizer,
-    make_scorer,
-    make_update,
-)
+from mapo_jax.training.programs import make_programs
+from mapo_jax.training.step import Optimizer, TrainState, Update, abstract_state, create_state
 from mapo_jax.warmstart import run_warmstart
 from mapo_jax.world import World, open_world
 
@@ -93,23 +84,7 @@ def prepare(
     stack.enter_context(claim(folder, config))
     world = stack.enter_context(open_world(config, folder, mesh))
     policy, params = starting_policy(config, folder, mesh, stop, console)
-    optimizer = make_optimizer(
-        config.optimizer,
-        config.training.steps
-        * config.training.epochs
-        * (config.rollout.scenarios // config.training.minibatch_scenarios),
-    )
-    scoring = Scoring(
-        policy.config,
-        temperature=config.rollout.temperature,
-        vocabulary_size=policy.chat.vocabulary_size,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        loss_tokens=config.rollout.max_turns * config.rollout.max_reply_tokens,
-    )
-    rows_each = rows_per_dialogue(config)
-    step_rows = config.rollout.scenarios * config.rollout.rollouts * rows_each
-    minibatch_rows = config.training.minibatch_scenarios * config.rollout.rollouts * rows_each
+    programs = make_programs(config, policy.config, policy.chat.vocabulary_size, mesh)
     placed = dict(dtype=config.model.dtype, mesh=mesh)
     engine = make_engine(policy, config.rollout, config.rollout.temperature, **placed)
     evaluator = (
@@ -139,18 +114,9 @@ def prepare(
         engine=engine,
         evaluator=evaluator,
         credit=rows.make_credit(config.algorithm),
-        update=make_update(
-            scoring,
-            optimizer,
-            config.algorithm,
-            microbatch_rows=rows.microbatch_rows(minibatch_rows, config.training.microbatch_rows),
-            constant_length=config.rollout.max_turns * config.rollout.max_reply_tokens,
-            shardings=param_shardings(policy.config, mesh),
-        ),
-        scorer=make_scorer(
-            scoring, microbatch_rows=rows.microbatch_rows(step_rows, config.training.microbatch_rows)
-        ),
-        optimizer=optimizer,
+        update=programs.update,
+        scorer=programs.scorer,
+        optimizer=programs.optimizer,
         row_lengths=rows.row_lengths(config.rollout.max_tokens),
         checkpoints=checkpoints,
         writer=stack.enter_context(
@@ -209,11 +175,6 @@ def scenario_deck(config: Config) -> grain.DatasetIterator:
         .batch(config.rollout.scenarios, batch_fn=list)
         .to_iter_dataset()
     )
-
-
-def rows_per_dialogue(config: Config) -> int:
-    """One growing row, or one for each turn."""
-    return config.rollout.max_turns if config.rollout.history == "per_turn" else 1
 
 
 def progress(config: Config, deck_state: dict[str, Any]) -> dict[str, Any]:

@@ -33,11 +33,12 @@ from mapo_jax.reporting.write import write_report
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
-from mapo_jax.run import Run, begin, cards, prepare, progress, rows_per_dialogue, scenario_deck
+from mapo_jax.run import Run, begin, cards, prepare, progress, scenario_deck
 from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
 from mapo_jax.training.interruption import Interrupted, StopRequest
+from mapo_jax.training.programs import rows_per_dialogue
 from mapo_jax.training.step import TrainState, fetch, place
 
 EVALUATION_STREAM = 1_000_003  # added to the seed: evaluation's dialogues are never training's
@@ -250,13 +251,15 @@ def converse(
             journal=journal,
         )
 
-    return run.world.hold(
+    dialogues = run.world.hold(
         collection,
         stream="train" if training else "evaluation",
         step=engine.version,
         check=run.stop.check,
         note=run.display.note,
     )
+    engine.release()  # the update needs the memory
+    return dialogues
 
 
 def measure(run: Run, dialogues: list[list[Dialogue]]) -> dict[str, float]:
@@ -324,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
             console = Console(highlight=False)
-            console.print(forecast(config), markup=False)
+            console.print(forecast(config), markup=False, soft_wrap=True)
             if config.environment.family == "live":
                 table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))
                 console.print(table, markup=False, soft_wrap=True)

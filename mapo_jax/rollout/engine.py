@@ -22,9 +22,9 @@ whatever order users answer. Token ids in, token ids out: no text, no dialogue, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 
 from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import Cache, Params, QwenConfig
-from mapo_jax.model.sharding import RULES
+from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.programs import make_programs
 from mapo_jax.rollout.sampling import KEY_WORDS, Sampling
 from mapo_jax.rollout.sizes import cache_lengths, check_memory, check_sizes
@@ -109,8 +109,8 @@ class Engine:
         resident: int | None = None,
         lanes: int | None = None,
         prefill_rows: int | None = None,
-        chunk: int = 32,
-        block: int = 8,
+        chunk: int | None = None,
+        block: int | None = None,
         dtype=jnp.float32,
         mesh: Mesh | None = None,
     ):
@@ -128,8 +128,10 @@ class Engine:
           lanes: M <= K, dialogues decoded at once; None: all resident ones. With M = K the caches are decoded
             in place; with fewer lanes, those in the lanes are copied out for a block.
           prefill_rows: rows of one prefill program; None: a quarter of the lanes.
-          chunk: most tokens that one prefill program takes from each row.
-          block: decode steps on the device before the host looks.
+          chunk: most tokens that one prefill program takes from each row; None: a sixteenth of the length,
+            but between 32 and 512.
+          block: decode steps on the device before the host looks; None: a sixteenth of the longest reply,
+            but between 8 and 32.
           dtype: of computation and cache.
           mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
             `tensor`.
@@ -138,11 +140,13 @@ class Engine:
           UserError: a size that does not fit the model, the mesh or the device's memory, or a stop id
             outside the vocabulary.
         """
-        shards = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in RULES["rows"]]))
+        shards = row_shards(mesh)
         resident = slots if resident is None else resident
         lanes = resident if lanes is None else lanes
         if prefill_rows is None:
             prefill_rows = max(1, lanes // 4 // shards) * shards
+        chunk = min(max(length // 16, 32), 512) if chunk is None else chunk
+        block = min(max(max_reply_tokens // 16, 8), 32) if block is None else block
         check_sizes(
             config, shards, length, max_reply_tokens, tuple(stop_ids), vocabulary_size,
             slots=slots, resident=resident, lanes=lanes, prefill_rows=prefill_rows, chunk=chunk, block=block,
@@ -175,7 +179,6 @@ class Engine:
             sampling=self.sampling,
             dtype=self.dtype,
             mesh=mesh,
-            shards=shards,
         )
         self.reset()
 
@@ -212,6 +215,11 @@ class Engine:
         self._going: dict[int, _Going] = {}  # by slot, in the order of their turn for a lane
         self._under_way: set[int] = set()  # slots of both
         self._cache: Cache | None = None
+
+    def release(self) -> None:
+        """Resets, and lets go of the weights: until the next `load` nothing is held on the device."""
+        self.reset()
+        self._params = self.version = None
 
     def row(self, slot: int) -> tuple[int, ...]:
         """The tokens of a slot: prompts, replies and all, as the model saw them."""
@@ -300,6 +308,25 @@ class Engine:
             cache, *_ = self._programs.generate(self._params, cache, *self._lane_inputs([]))
         jax.block_until_ready(cache)
         self.reset()
+
+    def abstract_programs(self, params: Params) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """The programs at the longest cache, to be compiled without any array.
+
+        Args:
+          params: the weights as `jax.ShapeDtypeStruct`s with shardings.
+
+        Returns:
+          Of prefill and generate: the jitted function and its arguments, as `warm_up` would give them.
+        """
+        create, ready = self._programs.create, self._programs.ready
+        cache = create.eval_shape(self.lengths[-1])
+        weights = ready.eval_shape(params)
+        rows = np.zeros(self.prefill_rows, np.int32)
+        padding = np.zeros((self.prefill_rows, self.chunk), np.int32)
+        return {
+            "prefill": (self._programs.prefill, (weights, cache, rows, padding, padding)),
+            "generate": (self._programs.generate, (weights, cache, *self._lane_inputs([]))),
+        }
 
     # --- Taking in. ---
 

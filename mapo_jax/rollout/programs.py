@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mapo_jax.model.head import logits
 from mapo_jax.model.qwen import Cache, Params, QwenConfig, extend, for_decoding, init_cache
-from mapo_jax.model.sharding import RULES, decoding_shardings
+from mapo_jax.model.sharding import activation_spec, constrain, decoding_shardings, row_shards
 from mapo_jax.rollout.sampling import Sampling, penalise, sample, uniforms
 
 
@@ -45,15 +45,14 @@ def make_programs(
     sampling: Sampling,
     dtype,
     mesh: Mesh | None,
-    shards: int,
 ) -> Programs:
     """The programs of one engine; sizes as of `Engine`."""
     cache_sharding = everywhere = weights_sharding = None
     if mesh is not None:
         weights_sharding = decoding_shardings(config, mesh)
-        cache_sharding = NamedSharding(mesh, PartitionSpec(RULES["rows"], RULES["kv_heads"]))
+        cache_sharding = NamedSharding(mesh, activation_spec("cache"))
         everywhere = NamedSharding(mesh, PartitionSpec())
-    model = dict(config=config, dtype=dtype, shards=shards)
+    model = dict(config=config, dtype=dtype, mesh=mesh)
     return Programs(
         ready=jax.jit(
             functools.partial(for_decoding, config=config, dtype=dtype), out_shardings=weights_sharding
@@ -65,7 +64,7 @@ def make_programs(
         ),
         grow=jax.jit(grow, static_argnums=1, out_shardings=cache_sharding),
         insert=jax.jit(
-            functools.partial(insert, shards=shards), donate_argnums=0, out_shardings=cache_sharding
+            functools.partial(insert, shards=row_shards(mesh)), donate_argnums=0, out_shardings=cache_sharding
         ),
         prefill=jax.jit(functools.partial(prefill, **model), donate_argnums=1, out_shardings=cache_sharding),
         generate=jax.jit(
@@ -95,11 +94,11 @@ def prefill(
     *,
     config: QwenConfig,
     dtype,
-    shards: int,
+    mesh: Mesh | None,
 ) -> Cache:
-    rows = _local_rows(places, cache[0][0].shape[0], shards)
+    rows = _local_rows(places, cache[0][0].shape[0], row_shards(mesh))
     work = jax.tree.map(lambda array: _take(array, rows), cache)
-    _, work = extend(params, config, tokens, positions, work, dtype=dtype)
+    _, work = extend(params, config, tokens, positions, work, dtype=dtype, mesh=mesh)
     return _write_back(cache, work, rows, positions)
 
 
@@ -115,7 +114,7 @@ def generate(
     *,
     config: QwenConfig,
     dtype,
-    shards: int,
+    mesh: Mesh | None,
     in_place: bool,
     stop_ids: tuple[int, ...],
     vocabulary_size: int,
@@ -136,7 +135,7 @@ def generate(
     """
     lanes, length = len(tokens), cache[0][0].shape[2]
     numbers = uniforms(words, positions[:, None] + 1 + jnp.arange(block))
-    rows = _local_rows(places, cache[0][0].shape[0], shards)
+    rows = _local_rows(places, cache[0][0].shape[0], row_shards(mesh))
     work = cache if in_place else jax.tree.map(lambda array: _take(array, rows), cache)
 
     def going(state):
@@ -146,8 +145,9 @@ def generate(
     def advance(state):
         step, work, token, seen, ids, logprobs, counts, done = state
         position = jnp.where(done, length, positions + step)
-        hidden, work = extend(params, config, token[:, None], position[:, None], work, dtype=dtype)
+        hidden, work = extend(params, config, token[:, None], position[:, None], work, dtype=dtype, mesh=mesh)
         scores = logits(params, config, hidden[:, 0], vocabulary_size=vocabulary_size)
+        scores = constrain(scores, "slot_logits", mesh)
         if seen is not None:
             scores = penalise(scores, seen, sampling.repetition_penalty)
         token, logprob = sample(scores, numbers[:, step], sampling)

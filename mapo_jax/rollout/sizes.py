@@ -12,19 +12,24 @@ from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import QwenConfig
 from mapo_jax.model.sharding import RULES
 
+LONG = 4096  # tokens of a cache
+
 
 def cache_lengths(length: int) -> tuple[int, ...]:
     """Lengths that the cache grows through: `length`, and below it two significant bits (256, 384, 512, ...).
 
     Decode reads the whole cache at every step, so a longer one costs time before it is needed; each length
-    costs a set of compiled programs. All are multiples of 64, and none is below 256 unless `length` is: then,
-    on a CPU, sums over the cache give the same bits at every length (tested), so that a dialogue does not
-    depend on how long its neighbours are.
+    costs a set of compiled programs. Beyond LONG there are five, each twice the one before: there a program is
+    dear to compile. All are multiples of 64, and none is below 256 unless `length` is: then, on a CPU, sums
+    over the cache give the same bits at every length (tested), so that a dialogue does not depend on how long
+    its neighbours are.
     """
 
     def up(size: int) -> int:
         return -(-size // 64) * 64
 
+    if length > LONG:
+        return tuple(up(-(-length // 2**halvings)) for halvings in (4, 3, 2, 1, 0))
     lengths, size = {up(length)}, 256
     while size < length:
         lengths |= {size, size + size // 2} if size + size // 2 < length else {size}
@@ -93,7 +98,10 @@ def check_memory(config, resident, lanes, length, dtype, mesh: Mesh | None) -> N
     """Raises UserError if the caches do not fit into what is free of the devices' memory."""
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     needed = cache_bytes(config, resident, lanes, length, dtype) / len(devices)
-    stats = devices[0].memory_stats() or {}
+    try:
+        stats = devices[0].memory_stats() or {}
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for
+        return
     free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     if not stats.get("bytes_limit"):
         if devices[0].platform != "cpu":

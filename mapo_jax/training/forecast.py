@@ -8,7 +8,7 @@ from mapo_jax.config import Config, FreshModelConfig, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import read_config
 from mapo_jax.model.qwen import QwenConfig, parameter_count
-from mapo_jax.model.sharding import make_mesh
+from mapo_jax.model.sharding import make_mesh, sharding_table
 from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER
 from mapo_jax.training.policy import MODEL_FOLDER
 
@@ -65,6 +65,8 @@ def forecast(config: Config) -> str:
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         f"model     {most}{count:,} parameters "
         f"({model.family}, {model.num_layers} layers x {model.hidden_size})",
+        "sharding  size/mesh axis = size on each device",
+        *(f"  {line}" for line in sharding_table(model, mesh)),
         "memory    per device",
         *(f"  {name:<30} {size / GIB:9.3f} GiB" for name, size in memory.items() if size),
         "a step",

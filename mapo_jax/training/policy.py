@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,16 +85,33 @@ def make_engine(
     policy: Policy, rollout: RolloutConfig, temperature: float, *, dtype: str, mesh: Mesh | None
 ) -> Engine:
     """The sampler of a policy, without weights yet, with a slot for every dialogue of a step."""
+    chat = policy.chat
+    return engine_for(
+        policy.config, chat.stop_ids, chat.vocabulary_size, rollout, temperature, dtype=dtype, mesh=mesh
+    )
+
+
+def engine_for(
+    model: QwenConfig,
+    stop_ids: Sequence[int],
+    vocabulary_size: int,
+    rollout: RolloutConfig,
+    temperature: float,
+    *,
+    dtype: str,
+    mesh: Mesh | None,
+) -> Engine:
+    """`make_engine` where there is a shape and no tokenizer."""
     dialogues = rollout.scenarios * rollout.rollouts
     return Engine(
-        policy.config,
+        model,
         slots=dialogues,
         resident=min(rollout.slots or dialogues, dialogues),
         lanes=rollout.lanes,
         length=rollout.max_tokens,
         max_reply_tokens=rollout.max_reply_tokens,
-        stop_ids=policy.chat.stop_ids,
-        vocabulary_size=policy.chat.vocabulary_size,
+        stop_ids=stop_ids,
+        vocabulary_size=vocabulary_size,
         sampling=Sampling(temperature=temperature),
         dtype=dtype,
         mesh=mesh,

@@ -485,6 +485,8 @@ class TestBadInput:
 def test_cache_lengths():
     assert cache_lengths(640) == (256, 384, 512, 640)
     assert cache_lengths(2000) == (256, 384, 512, 768, 1024, 1536, 2048)
+    assert cache_lengths(25_600) == (1600, 3200, 6400, 12_800, 25_600)
+    assert cache_lengths(25_000) == (1600, 3136, 6272, 12_544, 25_024)
     assert cache_lengths(300) == (256, 320)
     assert cache_lengths(150) == (192,)
     assert cache_lengths(64) == (64,)

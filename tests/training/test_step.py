@@ -289,7 +289,9 @@ def test_microbatches_add_up_to_the_whole(params, algorithm):
     batch, reference = loose_rows(), jax.tree.map(jnp.array, make_params(1))
     whole, gradient = gradient_of(params, batch, algorithm=algorithm, reference=reference)
     reference = jax.tree.map(jnp.array, make_params(1))
-    parts, summed = gradient_of(params, batch, algorithm=algorithm, reference=reference, microbatch_rows=2)
+    parts, summed = gradient_of(
+        params, batch, algorithm=algorithm, reference=reference, microbatch_tokens=2 * LENGTH
+    )
     for g, s, p in zip(*map(jax.tree.leaves, (gradient, summed, params)), strict=True):
         # A gradient read off the new weights also has their rounding, 6e-8 of the weight, twice.
         assert np.abs(g - s).max() <= 1e-6 * np.abs(g).max() + 1.3e-7 * np.abs(p).max()
@@ -349,7 +351,7 @@ def test_scorer_gives_the_trainers_logprobs(params):
     batch = make_rows()
     trainer = np.asarray(scorer()(params, batch))
     np.testing.assert_array_equal(trainer[~batch.mask], 0)
-    np.testing.assert_allclose(make_scorer(SCORING, microbatch_rows=1)(params, batch), trainer, atol=1e-5)
+    np.testing.assert_allclose(make_scorer(SCORING, microbatch_tokens=1)(params, batch), trainer, atol=1e-5)
     metrics, _ = gradient_of(params, dataclasses.replace(batch, sampler_logprobs=trainer))
     assert metrics["sampler/logprob_diff_max"] < 1e-5
     metrics, _ = gradient_of(params, batch)
