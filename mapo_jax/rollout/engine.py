@@ -255,8 +255,8 @@ class Engine:
         Raises:
           StaleSlot: a request continues a row that the slot does not hold (any more).
           UserError: a row that leaves no room for a reply.
-          ValueError: no tokens to start with, a token outside the model, a limit below 1, or a slot that has
-            a reply under way.
+          ValueError: no tokens to start with, a token outside the model, a limit below 1, no such slot, or one
+            that has a reply under way.
         """
         self._check(request)
         self._under_way.add(request.slot)
@@ -264,6 +264,8 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         self._need_weights()
+        if not 0 <= request.slot < self.slots:
+            raise ValueError(f"slot {request.slot} is none of the engine's {self.slots}")
         slot, row = request.slot, self._rows[request.slot]
         if slot in self._under_way:
             raise ValueError(f"slot {slot} has a reply under way")
