@@ -255,8 +255,8 @@ class Engine:
         Raises:
           StaleSlot: a request continues a row that the slot does not hold (any more).
           UserError: a row that leaves no room for a reply.
-          ValueError: no tokens to start with, a token outside the model, a limit below 1, no such slot, or one
-            that has a reply under way.
+          ValueError: no tokens to start with, a token outside the model, a limit below 1, no such slot, or
+            one that has a reply under way.
         """
         self._check(request)
         self._under_way.add(request.slot)
