@@ -189,22 +189,25 @@ def open_models(
     environment = config.environment
     with ExitStack() as stack:
         log = CallLog(None if folder is None else folder / FAILURES_FILE)
-        cache = None
-        if folder is not None:
-            cache = CallCache(folder / CACHE_FILE)
-            stack.callback(cache.close)
         engines: dict[Any, EngineModel] = {}
-        callers: dict[str, Complete | None] = dict.fromkeys(names)
+        calls: dict[str, Callable[..., Awaitable[Any]]] = {}
         for name in names:
             role = getattr(environment, name)
             if role.model is None:
                 continue
             if role.model.startswith(ENGINE):
-                call = _engine_call(name, role, engines, config, mesh, log)
+                calls[name] = _engine_call(name, role, engines, config, mesh, log)
             else:
-                call = _server(name, role, environment, log)
-                stack.callback(lambda server=call: runner.run(server.close()))
-                runner.run(_ready(name, role, call))
+                calls[name] = server = _server(name, role, environment, log)
+                stack.callback(lambda server=server: runner.run(server.close()))
+                runner.run(_ready(name, role, server))
+        cache = None
+        if folder is not None:  # only now: a run that could not begin leaves its folder as it was
+            cache = CallCache(folder / CACHE_FILE)
+            stack.callback(cache.close)
+        callers: dict[str, Complete | None] = dict.fromkeys(names)
+        for name, call in calls.items():
+            role = getattr(environment, name)
             settings = {
                 "model": role.model,
                 "temperature": role.temperature,

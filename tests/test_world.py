@@ -251,6 +251,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(serve, well_formed, tmp_p
     config = configure("http://127.0.0.1:9/v1", environment__call_seconds=0.5)
     with pytest.raises(UserError, match="does not serve 'm'"), open_world(config, tmp_path, None):
         pass
+    assert list(tmp_path.iterdir()) == []  # the folder is free for the mended configuration
 
 
 def test_the_key_is_found_nowhere(serve, well_formed, chat, tmp_path, monkeypatch, capfd):
@@ -290,10 +291,14 @@ def test_the_key_is_found_nowhere(serve, well_formed, chat, tmp_path, monkeypatc
         assert KEY.encode() not in file.read_bytes(), file
 
 
-def test_a_missing_key_is_named_by_its_variable(tmp_path):
-    config = configure("http://127.0.0.1:9/v1", environment__user__key_variable="NO_SUCH_KEY")
-    with pytest.raises(UserError, match="NO_SUCH_KEY"), open_world(config, tmp_path, None):
+@pytest.mark.parametrize("key", [None, "", "sk-a b", "sk-ab\r", "sk-a\u2019b"])
+def test_a_key_that_is_none_is_named_by_its_variable(key, tmp_path, monkeypatch):
+    if key is not None:
+        monkeypatch.setenv("SOME_KEY", key)
+    config = configure("http://127.0.0.1:9/v1", environment__user__key_variable="SOME_KEY")
+    with pytest.raises(UserError, match="SOME_KEY") as caught, open_world(config, tmp_path, None):
         pass
+    assert "sk-a" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 OWN_JUDGE = """
