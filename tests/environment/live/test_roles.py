@@ -192,7 +192,7 @@ def test_a_call_that_is_not_available_is_malformed(function, target):
 )
 def test_guidance_that_says_nothing_or_far_too_much_is_malformed(function, target, guidance):
     form = DirectionForm.model_validate(json.loads(call(function, target, guidance)))
-    with pytest.raises(RoleFailure, match="malformed.*guidance"):
+    with pytest.raises(RoleFailure, match=r"malformed.*guidance"):
         to_action(form, state(turn()))
 
 
