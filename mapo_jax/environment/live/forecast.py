@@ -67,7 +67,9 @@ def run_load(config: Config, training: Sequence[Scenario], validation: int) -> d
     for item in calibration_set():
         messages = judge_messages(item.state.scenario, item.state.turns, item.state.user, item.reply)
         loads["judge"] += _load("judge", messages) * (evaluations * samples)
-    return loads
+    # A class of the user's own may ask no model; it is called all the same.
+    asks = {name: getattr(config.environment, name).model is not None for name in ROLES}
+    return {name: load if asks[name] else Load(load.calls) for name, load in loads.items()}
 
 
 def live_forecast(config: Config, training: Sequence[Scenario], validation: int) -> str:
