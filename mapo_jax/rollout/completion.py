@@ -83,11 +83,11 @@ class EngineModel:
                 continue
             try:
                 replies = await asyncio.to_thread(self._engine.reply, requests)
-            except BaseException as error:
+            except Exception as error:  # it is theirs who asked
                 for *_, answered in batch:
                     if not answered.done():
                         answered.set_exception(error)
-                raise
+                continue
             for (*_, answered), reply in zip(batch, replies, strict=True):
                 if not answered.done():
                     answered.set_result(reply)
