@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mapo_jax.config import load_config
+from mapo_jax.config import load_config, to_yaml
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
@@ -240,6 +240,61 @@ def test_a_step_without_a_usable_dialogue_is_no_step(serve, well_formed, chat, t
             hold(world, chat, config)
 
 
+@pytest.mark.parametrize(
+    ("limits", "which"),
+    [
+        ({"environment__call_seconds": 60.0, "environment__step_seconds": 5.0}, "step"),
+        # Twice the time of one attempt: less than the four that the call itself would take.
+        ({"environment__call_seconds": 1.5, "rollout__max_turns": 1, "rollout__min_turns": 1}, "dialogue"),
+    ],
+    ids=["step", "dialogue"],
+)
+def test_a_hanging_judge_costs_its_dialogues_and_no_more_time(
+    serve, well_formed, chat, tmp_path, limits, which
+):
+    """The judge never answers about one of two persons; no failure is borne, and still nothing pauses."""
+    hanging = CARDS[0].person.name
+
+    def answer(request, number):
+        judging = "response_format" in request and "last reply" in request["messages"][1]["content"]
+        hangs = judging and hanging in str(request["messages"])
+        return ("silence",) if hangs else well_formed(request, number)
+
+    server = serve(answer)
+    config = configure(server.url, environment__failure_share=0.0, environment__pause_minutes=0, **limits)
+    with open_world(config, tmp_path, None) as world:
+        started = time.monotonic()
+        hung, others = hold(world, chat, config)
+        assert time.monotonic() - started < 20  # the server would have taken a minute for each call
+        metrics = world.metrics()
+    assert [(d.state.outcome, d.state.failure) for d in hung] == [("error", "timeout")] * ROLLOUTS
+    assert not any(turn.scored for d in hung for turn in d.state.turns)
+    assert all(d.state.outcome == "timeout" and all(t.scored for t in d.state.turns) for d in others)
+    rows = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+    assert {row["detail"] for row in rows} == {f"the time of the {which} is used up"}
+    # In each of the three the judge, and then the director too.
+    assert metrics["failures/timeout"] == len(rows) == 2 * ROLLOUTS
+
+
+def test_several_samples_of_the_judge_are_one_judgement_with_a_spread(serve, judged, tmp_path):
+    levels = {}
+
+    def answer(request, number):
+        if "response_format" not in request:
+            return "ready"
+        seen = levels.setdefault(str(request["messages"]), [])
+        seen.append(request["seed"])
+        return judged(min(len(seen), 3) - 1, 0, 0, 0, 0, 0)  # 0, then 1, then 2: points 0, 1 and 3
+
+    config = configure(serve(answer).url, environment__judge__samples=3)
+    with open_world(config, tmp_path, None) as world:
+        found = world.score_calibration(5, lambda: None)
+        metrics = world.metrics()
+    assert set(found.values()) == {(1, 0, 0, 0, 0, 0)}
+    assert metrics["judge/calls"] == 32 * 3 and metrics["judge/spread"] == 3
+    assert all(len(set(seeds)) == 3 for seeds in levels.values())
+
+
 def test_a_server_that_is_not_there_is_one_clear_error(serve, well_formed, tmp_path):
     server = serve(lambda request, number: ("status", 401, {}, "no such key"))
     config = configure(server.url)
@@ -277,9 +332,7 @@ def test_the_key_is_found_nowhere(serve, well_formed, chat, tmp_path, monkeypatc
             hold(world, chat, config, notes=notes)
         except UserError as error:
             notes.append(str(error))
-    assert any(f"bearer {KEY}" in headers.lower().replace("sk-live", "sk-live") for headers in server.headers)
-    from mapo_jax.config import to_yaml
-
+    assert any(f"bearer {KEY}" in headers.lower() for headers in server.headers)
     out, err = capfd.readouterr()
     texts = {"yaml": to_yaml(config), "notes": "\n".join(notes), "out": out, "err": err}
     assert notes and any("[key]" in note for note in notes)
