@@ -456,7 +456,7 @@ def _validate_role(name: str, role: RoleConfig) -> None:
         )
     if role.key_variable is not None and not re.fullmatch(r"[A-Za-z_]\w*", role.key_variable):
         raise UserError(  # without the value, which may well be the key
-            f"`{key}.key_variable` must be the name of an environment variable that holds the key, not the key"
+            f"`{key}.key_variable` must be the name of an environment variable, not the key that it holds"
         )
     if role.implementation is not None:
         _require(
