@@ -320,7 +320,11 @@ def _engine_call(
     identity = (role.model, role.temperature, options["slots"], options["tokens"])
     if identity not in engines:
         rollout = RolloutConfig(max_tokens=options["tokens"])
-        policy, params = load_policy(role.model.removeprefix(ENGINE), rollout, mesh=mesh)
+        try:
+            policy, params = load_policy(role.model.removeprefix(ENGINE), rollout, mesh=mesh)
+        except UserError as error:
+            tokens = f"environment.{name}.extra_body.tokens"  # as which the user knows it
+            raise UserError(str(error).replace("rollout.max_tokens", tokens)) from error
         engine = Engine(
             policy.config,
             slots=options["slots"],

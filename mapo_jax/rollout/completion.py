@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.rollout.chat import ChatFormat
-from mapo_jax.rollout.engine import Engine, Request
-
-_GATHER_SECONDS = 0.005  # how long a batch waits for further chats
+from mapo_jax.rollout.engine import Engine, Reply, Request
 
 
 class Completion(NamedTuple):
@@ -33,7 +31,10 @@ class EngineModel:
     def __init__(self, engine: Engine, chat: ChatFormat) -> None:
         """Args: engine: with weights loaded. chat: the model's format."""
         self._engine, self._chat = engine, chat
-        self._waiting: list[tuple[tuple[int, ...], int, int, asyncio.Future]] = []
+        self._free: asyncio.Queue[int] = asyncio.Queue()
+        for slot in range(engine.slots):
+            self._free.put_nowait(slot)
+        self._under_way: dict[int, asyncio.Future[Reply]] = {}
         self._worker: asyncio.Task | None = None
 
     async def __call__(
@@ -59,38 +60,32 @@ class EngineModel:
                 "malformed",
                 f"the prompt has {len(ids)} tokens; raise extra_body.tokens above {self._engine.length}",
             )
-        answered = asyncio.get_running_loop().create_future()
-        self._waiting.append((ids, seed, max_tokens, answered))
+        slot = await self._free.get()
+        self._engine.submit(Request(slot, ids, key=_key(seed, ids), turn=0, limit=max_tokens, start=True))
+        self._under_way[slot] = asyncio.get_running_loop().create_future()
         if self._worker is None or self._worker.done():
             self._worker = asyncio.ensure_future(self._work())
-        reply = await answered
+        reply = await self._under_way[slot]
         text = self._chat.decode(reply.ids)
         if reply.truncated:
             raise RoleFailure("malformed", f"the answer was cut after {len(reply.ids)} tokens", text)
         return Completion(text, len(ids), len(reply.ids))
 
     async def _work(self) -> None:
-        while self._waiting:
-            await asyncio.sleep(_GATHER_SECONDS)
-            slots = self._engine.slots
-            batch, self._waiting = self._waiting[:slots], self._waiting[slots:]
-            batch = [item for item in batch if not item[3].done()]  # given up meanwhile
-            requests = [
-                Request(slot, ids, key=_key(seed, ids), turn=0, limit=limit, start=True)
-                for slot, (ids, seed, limit, _) in enumerate(batch)
-            ]
-            if not requests:
-                continue
+        """Blocks of decode steps until nothing is under way; chats join and leave between them."""
+        while self._engine.busy:
             try:
-                replies = await asyncio.to_thread(self._engine.reply, requests)
+                replies = await asyncio.to_thread(self._engine.advance)
             except Exception as error:  # it is theirs who asked
-                for *_, answered in batch:
+                for answered in self._under_way.values():
                     if not answered.done():
                         answered.set_exception(error)
-                continue
-            for (*_, answered), reply in zip(batch, replies, strict=True):
-                if not answered.done():
+                return
+            for slot, reply in replies.items():
+                answered = self._under_way.pop(slot)
+                if not answered.done():  # else given up meanwhile
                     answered.set_result(reply)
+                self._free.put_nowait(slot)
 
 
 def _key(seed: int, ids: Sequence[int]) -> tuple[int, int, int]:
