@@ -319,23 +319,24 @@ def _engine_call(
         )
     identity = (role.model, role.temperature, options["slots"], options["tokens"])
     if identity not in engines:
-        rollout = RolloutConfig(max_tokens=options["tokens"])
+        roles = (getattr(config.environment, each) for each in ROLES)
+        longest = max(each.max_tokens for each in roles if each.model == role.model)
         try:
+            rollout = RolloutConfig(max_tokens=options["tokens"])
             policy, params = load_policy(role.model.removeprefix(ENGINE), rollout, mesh=mesh)
+            engine = Engine(
+                policy.config,
+                slots=options["slots"],
+                length=options["tokens"],
+                sampling=Sampling(temperature=role.temperature),
+                max_reply_tokens=longest,
+                stop_ids=policy.chat.stop_ids,
+                vocabulary_size=policy.chat.vocabulary_size,
+                dtype=config.model.dtype,
+                mesh=mesh,
+            )
         except UserError as error:
-            tokens = f"environment.{name}.extra_body.tokens"  # as which the user knows it
-            raise UserError(str(error).replace("rollout.max_tokens", tokens)) from error
-        engine = Engine(
-            policy.config,
-            slots=options["slots"],
-            length=options["tokens"],
-            sampling=Sampling(temperature=role.temperature),
-            max_reply_tokens=role.max_tokens,
-            stop_ids=policy.chat.stop_ids,
-            vocabulary_size=policy.chat.vocabulary_size,
-            dtype=config.model.dtype,
-            mesh=mesh,
-        )
+            raise UserError(_in_terms_of_role(str(error), name)) from error
         engine.load(params, 0)
         engines[identity] = EngineModel(engine, policy.chat)
     model = engines[identity]
@@ -347,6 +348,17 @@ def _engine_call(
         return completion
 
     return call
+
+
+def _in_terms_of_role(message: str, name: str) -> str:
+    """What the engine says about the policy's keys, said about those that a role's engine is made from."""
+    for key, own in (
+        ("rollout.max_reply_tokens", "max_tokens"),
+        ("rollout.max_tokens", "extra_body.tokens"),
+        ("rollout.slots", "extra_body.slots"),
+    ):
+        message = message.replace(key, f"environment.{name}.{own}")
+    return message
 
 
 def _need_one_usable(dialogues: Sequence[Sequence[Any]], max_failed_share: float) -> None:

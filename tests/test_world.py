@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mapo_jax.config import load_config, to_yaml
+from mapo_jax.config import ROLES, load_config, to_yaml
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
@@ -17,7 +17,7 @@ from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.collect import collect, derive_seed
 from mapo_jax.rollout.engine import Reply
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mapo_jax.world import open_world
+from mapo_jax.world import open_models, open_world
 
 KEY = "sk-live-0123456789abcdef"
 CARDS = load_scenarios(split="train")[:2]
@@ -293,6 +293,61 @@ def test_several_samples_of_the_judge_are_one_judgement_with_a_spread(serve, jud
     assert set(found.values()) == {(1, 0, 0, 0, 0, 0)}
     assert metrics["judge/calls"] == 32 * 3 and metrics["judge/spread"] == 3
     assert all(len(set(seeds)) == 3 for seeds in levels.values())
+
+
+def test_roles_of_one_model_share_an_engine_with_room_for_the_longest_answer(monkeypatch, chat):
+    """Each role keeps its own limit, and none is cut at another one's."""
+    made = []
+
+    class Engine(TalkingEngine):
+        def __init__(self, config, **options):
+            super().__init__(slots=options["slots"], max_reply_tokens=options["max_reply_tokens"])
+            made.append(self)
+            self.end, self.limits = chat.end_of_turn[0], []
+            self.reset()
+
+        def load(self, params, version):
+            pass
+
+        def submit(self, request):
+            self.limits.append(request.limit)
+            super().submit(request)
+
+    policy = SimpleNamespace(config=None, chat=chat)
+    monkeypatch.setattr("mapo_jax.world.Engine", Engine)
+    monkeypatch.setattr("mapo_jax.world.load_policy", lambda *args, **options: (policy, None))
+    changes = {f"environment__{role}__model": "engine:x" for role in ROLES}
+    changes |= {f"environment__{role}__url": None for role in ROLES}
+    lengths = {"user": 50, "judge": 700, "director": 90}
+    changes |= {f"environment__{role}__max_tokens": length for role, length in lengths.items()}
+
+    async def ask(callers):
+        for role in ROLES:
+            await callers[role]([{"role": "user", "content": "Hm."}])
+
+    with (
+        asyncio.Runner() as runner,
+        open_models(configure(None, **changes), None, None, runner, ROLES) as (callers, log),
+    ):
+        runner.run(ask(callers))
+        metrics = log.take({})
+    (engine,) = made
+    assert engine.max_reply_tokens == 700 and engine.limits == [lengths[role] for role in ROLES]
+    assert all(metrics[f"{role}/latency_p50"] > 0 for role in ROLES)
+
+
+def test_what_is_wrong_with_a_roles_engine_is_said_in_the_roles_own_keys(monkeypatch):
+    def load(*args, **options):
+        raise UserError("`rollout.max_tokens` is 4096; it must be at most the 512 positions of the model x")
+
+    monkeypatch.setattr("mapo_jax.world.load_policy", load)
+    config = configure("http://127.0.0.1:9/v1", environment__judge__model="engine:x")
+    with (
+        asyncio.Runner() as runner,
+        pytest.raises(UserError, match=r"`environment\.judge\.extra_body\.tokens` is 4096"),
+        open_models(config, None, None, runner, ("judge",)),
+    ):
+        pass
 
 
 def test_a_server_that_is_not_there_is_one_clear_error(serve, well_formed, tmp_path):
