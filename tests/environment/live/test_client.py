@@ -148,6 +148,20 @@ def test_the_schema_is_enforced_where_the_server_can(serve):
     assert server.requests[1]["messages"][-1]["content"].endswith('{"type": "object"}')
 
 
+def test_a_server_that_ignores_the_schema_gets_it_in_the_prompt(serve):
+    server = serve(lambda request, number: "Gladly: {}" if number == 1 else "{}")
+
+    async def run():
+        async with Server(RoleConfig(url=server.url, model="m")) as client:
+            return [(await client(CHAT, seed=i, schema={"type": "object"})).text for i in range(2)]
+
+    assert asyncio.run(run()) == ["Gladly: {}", "{}"]
+    first, second = server.requests
+    assert "response_format" in first and first["messages"] == CHAT
+    assert "response_format" not in second
+    assert second["messages"][-1]["content"].endswith('JSON schema: {"type": "object"}')
+
+
 def test_concurrency_is_bounded(serve):
     server = serve(lambda request, number: "Fine.", latency=0.05)
 
