@@ -245,9 +245,8 @@ def write_speaking_model(folder, lines, texts):
             token = tokenizer.token_to_id(line)
             model.lm_head.weight[token] = 8 * embedding[last]
             model.lm_head.weight[chat.end_of_turn[0]] += 8 * embedding[token]
-    model.generation_config.update(
-        do_sample=True, temperature=1.0, top_k=0
-    )  # else servers take the likeliest
+    # Without this a server takes the likeliest token, whatever temperature it is asked for.
+    model.generation_config.update(do_sample=True, temperature=1.0, top_k=0)
     model.save_pretrained(folder)
     return folder
 
