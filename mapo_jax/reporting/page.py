@@ -6,7 +6,7 @@ import base64
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -21,7 +21,7 @@ from markupsafe import Markup
 from mapo_jax.reporting import charts
 from mapo_jax.reporting.behaviour import Behaviour, behaviour, changes, typical_pair
 from mapo_jax.reporting.charts import Chart, Path, Plane, Series, draw, draw_plane, mean_path, tell
-from mapo_jax.reporting.checks import Check, check_run
+from mapo_jax.reporting.checks import ALARM, LOOK, UNKNOWN, Check, check_run
 from mapo_jax.reporting.comparison import (
     Difference,
     by_card,
@@ -36,6 +36,7 @@ from mapo_jax.reporting.folder import Batch, Dialogue, Run, setting
 from mapo_jax.reporting.payload import PAYLOAD_BYTES, Group, pack
 
 MOST_RUNS = 8  # more lines cannot be told apart
+ROLES = ("user", "judge", "director")
 MANY_POINTS = 30  # from here on a running mean is drawn over the points
 
 # Curves of every run: metric, title, form, what it says. Metrics that are not here come under "others".
@@ -46,7 +47,7 @@ CURVES = (
             ("return/mean", "Return of a dialogue", "number", "discounted, from the first turn"),
             ("reward/mean", "Reward of a turn", "number", "how much less the user lacks, in points"),
             ("epm_q", "EPM-Q", "number", "EMPA's score of the dialogues"),
-            ("turns/mean", "Turns of a dialogue", "number", ""),
+            ("turns/mean", "Turns of a dialogue", "count", "more only where dialogues may end early"),
             ("outcome/success", "Successes", "share", "dialogues that reached equilibrium"),
             ("outcome/failure", "Failures", "share", "dialogues that collapsed or went back"),
         ),
@@ -59,7 +60,7 @@ CURVES = (
             ("actor/clip_fraction", "Clip fraction", "share", "tokens whose ratio was clipped"),
             ("actor/grad_norm", "Gradient norm", "number", "before clipping"),
             ("actor/pg_loss", "Surrogate loss", "number", "has no level of its own"),
-            ("actor/lr", "Learning rate", "number", ""),
+            ("actor/lr", "Learning rate", "number", "of the step's last update"),
         ),
     ),
     (
@@ -71,24 +72,45 @@ CURVES = (
                 "number",
                 "mean difference per token; rounding only",
             ),
-            ("sampler/logprob_diff_max", "The same, largest", "number", ""),
+            ("sampler/logprob_diff_max", "The same, largest", "number", "of any token of the step"),
             ("judge/failure_rate", "Turns without a score", "share", "the judge failed"),
             ("dialogues/left_out", "Dialogues left out", "share", "in no statistic and no loss"),
+            ("judge/call_failure_rate", "Judge calls lost", "share", "live world: failed for good"),
+            (
+                "judge/repair_rate",
+                "Judge answers asked for again",
+                "share",
+                "live world: the first was malformed",
+            ),
+            ("judge/spread", "Spread of the judge", "number", "points between samples of one reply"),
             ("response_length/mean", "Reply length", "number", "sampled tokens"),
-            ("response_length/truncated", "Replies cut by the limit", "share", ""),
+            ("response_length/truncated", "Replies cut by the limit", "share", "by rollout.max_reply_tokens"),
         ),
     ),
     (
         "What does it cost?",
         (
-            ("timing_s/step", "A step", "seconds", "seconds"),
-            ("timing_s/rollout", "Its rollout", "seconds", "seconds"),
-            ("timing_s/update", "Its update", "seconds", "seconds"),
-            ("perf/tokens_per_second", "Sampled tokens per second", "number", "world included"),
-            ("perf/compiled_programs", "Compiled programs", "number", "constant after the first steps"),
+            ("timing_s/step", "A step", "seconds", "the first one compiles"),
+            ("timing_s/rollout", "Its rollout", "seconds", "sampling and the world"),
+            ("timing_s/environment", "Of it, the world", "seconds", "user, judge and director"),
+            ("timing_s/update", "Its update", "seconds", "gradients and optimizer"),
+            ("timing_s/checkpoint", "Its checkpoint", "seconds", ""),
+            (
+                "perf/tokens_per_second",
+                "Sampled tokens per second",
+                "number",
+                "of the rollout, world included",
+            ),
+            ("perf/mfu", "Model FLOP utilisation", "share", "of the devices' peak"),
+            ("perf/compiled_programs", "Compiled programs", "count", "constant after the first steps"),
+            ("judge/latency_p50", "A judge call, median", "seconds", "live world"),
+            ("judge/latency_p95", "A judge call, slowest 5 %", "seconds", "live world"),
+            ("environment/cost", "Price of the calls", "number", "live world: of user, judge and director"),
         ),
     ),
 )
+OWN = ("run.directory", "run.name")  # settings that differ between any two runs
+EXACT = ("actor/lr", "perf/compiled_programs")  # curves without noise, so without a band
 TILES = (
     ("return/mean", "Return of a dialogue", "number"),
     ("reward/mean", "Reward of a turn", "number"),
@@ -121,7 +143,7 @@ class Study:
         share = setting(run.config, "environment.max_failed_share")
         if isinstance(share, (int, float)):
             shape["max_failed_share"] = share
-        held_cards = max((d.place[0] + 1 for b in run.validation for d in b.dialogues), default=1)
+        held_cards = max((len({d.place[0] for d in b.dialogues}) for b in run.validation), default=1)
         shape["scenarios"] = max(shape.get("scenarios", 1), held_cards)  # one shape, one compilation
         trained = tuple(tuple(credit_batch(b, run.algorithm, **shape)) for b in run.training)
         held = tuple(tuple(credit_batch(b, run.algorithm, **shape)) for b in run.validation)
@@ -203,6 +225,22 @@ class Study:
         }[change.verdict]
         return word, f"{sentence} {self._net_help()}".strip(), state
 
+    @property
+    def suspicion(self) -> tuple[str, str]:
+        """Whether anything is suspicious, in a sentence, and the state of the worst check."""
+        if not self.checks:
+            return "", UNKNOWN
+        worst = self.checks[0].state
+        seen = [check.name.lower() for check in self.checks if check.state in (ALARM, LOOK)]
+        blind = [check.name.lower() for check in self.checks if check.state == UNKNOWN]
+        unknown = f" Could not be checked: {', '.join(blind)}." if blind else ""
+        if seen:
+            return f"To look at: {', '.join(seen)}.{unknown}", worst
+        if len(blind) == len(self.checks):
+            return "Nothing was logged that a check could look at.", worst
+        fine = len(self.checks) - len(blind)
+        return f"Nothing looks suspicious in {fine} {'check' if fine == 1 else 'checks'}.{unknown}", worst
+
     def _net_help(self) -> str:
         """Whether users end better off than they began: a better return may still be less harm."""
         start, end = self.changes.get("distance/start"), self.changes.get("distance/end")
@@ -274,7 +312,9 @@ def render(
         studies=views,
         hero=hero,
         curves=[group for group in curves if group[1]],
-        against=against_first(studies),
+        against=(against := against_first(studies)),
+        compared=comparison_sentences(against),
+        differing=settings_that_differ(studies) if len(studies) > 1 else [],
         packed=packed,
         data=_inline({"charts": {c.key: c.to_json() for c in drawn}, "steps": _steps_json(studies)}),
     )
@@ -293,6 +333,7 @@ def view(study: Study, many: bool) -> dict[str, Any]:
         "facts": facts(run),
         "recipe": recipe(run),
         "verdict": study.verdict,
+        "suspicion": study.suspicion,
         "tiles": tiles(study),
         "checks": study.checks,
         "behaviour": study.behaviour,
@@ -318,10 +359,13 @@ def recipe(run: Run) -> str:
     if not run.config:
         return "The settings of this run are unknown."
     base = get("model.path")
-    model = "the small model, warm-started" if base is None else str(base).rstrip("/").split("/")[-1]
-    family = {"scripted": "a scripted user, judge and director"}.get(
-        str(get("environment.family")), f"users of the family {get('environment.family')}"
-    )
+    model = "a small warm-started model" if base is None else str(base).rstrip("/").split("/")[-1]
+    players = [str(name) for role in ROLES if (name := get(f"environment.{role}.model"))]
+    played = f" ({', '.join(dict.fromkeys(players))})" if players else ""
+    family = {
+        "scripted": "a scripted user, judge and director",
+        "live": f"a user, judge and director played by language models{played}",
+    }.get(str(get("environment.family")), "a user, judge and director")
     estimator = str(get("algorithm.estimator"))
     weight = get("algorithm.turn_weight")
     if estimator == "mapo" and isinstance(weight, (int, float)):
@@ -390,11 +434,52 @@ def against_first(studies: Sequence[Study]) -> list[dict[str, Any]]:
     rows = []
     for study in studies:
         row: dict[str, Any] = {"study": study, "change": study.changes.get("return/mean"), "against": None}
+        row["step"] = study.last[0].step if study.last else None
         if study is not studies[0] and study.last and studies[0].last:
             sides = [_returns_by_card(*side) for side in (studies[0].last, study.last)]
             row["against"] = compare(*sides)
         rows.append(row)
     return rows
+
+
+def settings_that_differ(studies: Sequence[Study]) -> list[tuple[str, list[str]]]:
+    """Dotted key and each run's value, of the settings that are not the same in all runs."""
+    flat = [_flat(study.run.config) for study in studies]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = [(key, [settings.get(key, "\u2013") for settings in flat]) for key in keys if key not in OWN]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(settings, Mapping):
+        return {prefix: "empty" if settings is None else str(settings)}
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
+def comparison_sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Per other run: where it ends against the first."""
+    said = []
+    for row in rows[1:]:
+        name, first, against = row["study"].run.name, rows[0]["study"].run.name, row["against"]
+        if against is None:
+            said.append(f"{name} and {first} have no evaluation on the same cards to compare.")
+            continue
+        ends = {
+            "up": f"{name} ends better than {first}",
+            "down": f"{name} ends worse than {first}",
+            "unclear": f"{name} and {first} end alike within the noise",
+        }[against.verdict]
+        margin = (
+            f", 95 % interval {signed(against.low)} to {signed(against.high)}" if against.cards > 1 else ""
+        )
+        cards = f"{against.cards} {'card' if against.cards == 1 else 'cards'}"
+        said.append(f"{ends}: {signed(against.change)} in the return of a dialogue{margin}, over {cards}.")
+        if row["step"] != rows[0]["step"]:
+            said.append(f"Their last evaluations were after {row['step']} and {rows[0]['step']} steps.")
+    return said
 
 
 def hero_chart(studies: Sequence[Study]) -> Chart:
@@ -470,9 +555,13 @@ def _metric_chart(studies: Sequence[Study], name: str, title: str, form: str, me
         if x and name in ("return/mean", "reward/mean", "epm_q", "outcome/success", "outcome/failure"):
             label = f"{study.run.name}, validation" if many else "validation"
             series.append(Series(label, x, y, study.colour if many else "after", "2 3", marks=True))
-    zero = form in ("share", "seconds")
     return Chart(
-        name, title, tuple(series), meaning, form="share" if form == "share" else "number", zero=zero
+        name,
+        title,
+        tuple(series),
+        meaning,
+        form="number" if form == "count" else form,
+        zero=form in ("share", "seconds", "count"),
     )
 
 
@@ -485,14 +574,14 @@ def _curve(study: Study, metric: str, name: str) -> Series | None:
     window = 2 * (len(x) // 20) + 1
     smooth = running_mean(y, window) if len(x) >= MANY_POINTS else ()
     band = _spread(study, metric, x)
-    if not band and len(x) >= 5:
+    if not band and len(x) >= 5 and metric not in EXACT:
         band = running_band(y, max(5, window))
     return Series(name, x, y, study.colour, study.dash, band=band, smooth=smooth)
 
 
 def _spread(study: Study, metric: str, x: Sequence[int]) -> list[tuple[float, float]]:
     """10th to 90th percentile over the dialogues of each step; gaps where a step was not read."""
-    if metric not in ("return/mean", "epm_q", "turns/mean"):
+    if metric not in ("return/mean", "reward/mean", "epm_q", "turns/mean"):
         return []
     value = _values(metric)
     known = {}
