@@ -23,23 +23,23 @@ AXES = (
 # The scripted world's kinds of reply, for readers who have never seen them.
 MEANINGS = {
     "reflect_situation": "takes up what happened",
-    "name_feeling": "names the feeling they told of",
-    "name_unstated": "names the feeling behind it",
-    "affirm_strength": "sees what they keep doing",
-    "reframe": "finds what it is about for them",
+    "name_feeling": "names the stated feeling",
+    "name_unstated": "names an unspoken feeling",
+    "affirm_strength": "sees what the user keeps doing",
+    "reframe": "gives it another meaning",
     "offer_step": "offers one small step",
     "ask": "asks an open question",
     "repair": "takes back a misstep",
     "presence": "says that it is there",
     "template": "gives stock sympathy",
     "advise": "pushes advice",
-    "lecture": "tells them what they must do",
+    "lecture": "tells the user what they must do",
     "dismiss": "plays it down",
-    "blame": "puts the fault on them",
+    "blame": "puts the fault on the user",
     "praise": "praises without substance",
     "farewell": "says goodbye",
     "incoherent": "says what makes no sense here",
-    "echo": "repeats their words",
+    "echo": "repeats the user's words",
     "other": "says none of these",
 }
 RARE = 0.02  # a kind with a smaller share before and after is told together with others
@@ -244,16 +244,16 @@ def _headline(before: Batch, after: Batch, kinds: Sequence[Kind]) -> str:
             said.append(
                 f"{'more' if other > one else 'fewer'} replies {what} ({share(one)} → {share(other)})"
             )
-    parts = [" and ".join(said)] if said else []
+    changed = " and ".join(said)
+    sentences = [f"{changed[:1].upper()}{changed[1:]}."] if said else []
     told = [kind for kind in kinds if kind.meaning and kind.reward is not None]
     up = [k for k in told if k.after - k.before >= 0.02][:2]
     down = [k for k in reversed(told) if k.before - k.after >= 0.02][:2]
-    for label, chosen in (("more often", up), ("less often", down)):
+    for label, chosen in (("More", up), ("Less", down)):
         if chosen:
-            changes = [f"{k.meaning} ({share(k.before)} → {share(k.after)})" for k in chosen]
-            parts.append(f"{label} the policy {' or '.join(changes)}")
-    text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+            shares = [f"{k.meaning} ({share(k.before)} → {share(k.after)})" for k in chosen]
+            sentences.append(f"{label} often it {' or '.join(shares)}.")
+    return " ".join(sentences)
 
 
 def _sentences(
