@@ -125,6 +125,14 @@ def tell(value: float | None, form: str = "number") -> str:
     return text.replace("-", "\u2212")
 
 
+def signed(value: float | None) -> str:
+    """A difference as a person writes it: with its sign, 0 without; a dash for none."""
+    if value is None:
+        return "\u2013"
+    text = f"{value:+.2f}" if abs(value) < 10 else f"{value:+.1f}"
+    return "0" if float(text) == 0 else text.replace("-", "\u2212")
+
+
 def draw(chart: Chart) -> Markup:
     """The chart as a figure."""
     x0, x1, y0, y1 = chart.domain

@@ -6,8 +6,10 @@ from importlib import resources
 
 import pytest
 
+from mapo_jax.reporting.charts import signed
 from mapo_jax.reporting.folder import read_run
-from mapo_jax.reporting.page import Study, render, signed
+from mapo_jax.reporting.page import render
+from mapo_jax.reporting.study import Study
 
 
 class Elements(HTMLParser):
