@@ -534,7 +534,7 @@
       return make("section", { class: when(row) === "before" ? "dialogue before" : "dialogue" },
         make("h3", {}, card.topic ?? card.id),
         make("p", { class: "meta" }, make("span", { class: when(row) === "before" ? "tag before" : "tag" }, when(row)), ` ${many ? `${index.runs[row.run].name} · ` : ""}${card.id} · ${card.domain ?? "no domain"} · ${card.split ?? ""} card · rollout ${row.r + 1}`),
-        make("p", { class: "meta" }, `Return ${signed(row.value)} · EPM-Q ${tell(row.score)} · ${ending} after ${row.turns} turns`, talk.rule ? ` (${talk.rule})` : "", talk.failure ? ` (${talk.failure})` : "", row.held ? " · validation: nothing was learnt from it" : ""),
+        make("p", { class: "meta" }, `Return ${signed(row.value)} · EPM-Q ${tell(row.score)} · ${ending} after ${row.turns} turns`, talk.rule ? ` (${talk.rule})` : "", talk.failure ? ` (${talk.failure})` : "", row.held ? " · validation: nothing was learnt from it" : talk.turns.every((turn) => turn.c.length < 5 || turn.c[4] === null) ? " · left out: nothing was learnt from it" : ""),
         about.length ? make("details", { class: "cardtext" }, make("summary", {}, "The card"), make("dl", {}, about.flatMap(([term, text]) => [make("dt", {}, term), make("dd", {}, text)]))) : null,
         make("div", { class: "lack", role: "img", "aria-label": `What is lacking: ${ways.map((d) => d.toFixed(1)).join(", ")}` },
           ways.map((d, t) => make("a", { href: t ? link(row, paired && open?.row.key === row.key ? open.other : paired && open ? open.row : null, t) : null, tabindex: "-1", class: t && d > ways[t - 1] ? "worse" : null, title: `${t ? `after turn ${t}` : "at the start"}: D = ${d.toFixed(1)}`, style: { height: `${(100 * d) / most}%` } }))),
