@@ -73,7 +73,8 @@ def test_an_estimator_nobody_knows_still_gives_rewards(run_folder):
 def test_the_three_advantages_by_an_independent_calculation(run_folder):
     """Plain loops over METHOD's formulas, with a discount and a weight that are nobody's default."""
     discount, weight = 0.93, 0.6
-    batch = read_run(run_folder, dialogues=1000).training[0]
+    run = read_run(run_folder, dialogues=1000)
+    batch = max(run.training, key=lambda b: sum(d.unscored_turns for d in b.dialogues))
     algorithm = AlgorithmConfig(discount=discount, turn_weight=weight)
     credits = credit_batch(batch, algorithm, max_failed_share=1.0)
     rewards, returns = {}, {}
