@@ -473,11 +473,15 @@ def _validate_role(name: str, role: RoleConfig) -> None:
     engine = role.model is not None and role.model.startswith(ENGINE)
     if role.url is not None or (role.model is not None and not engine):
         _require(
-            role.url is not None and re.match(r"https?://[^/@\s]+(/|$)", role.url) is not None,
+            role.url is not None and re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", role.url) is not None,
             f"{key}.url",
-            None if role.url and "@" in role.url else role.url,
-            "the http(s) address of an OpenAI-compatible server, without user or password "
+            None if role.url and re.search("[@?#]", role.url) else role.url,
+            "the http(s) address of an OpenAI-compatible server, without user, password or query "
             "(a key belongs into the variable named by key_variable)",
+        )
+    if role.key_variable is not None and not re.fullmatch(r"[A-Za-z_]\w*", role.key_variable):
+        raise UserError(  # without the value, which may well be the key
+            f"`{key}.key_variable` must be the name of an environment variable, not the key that it holds"
         )
     if role.implementation is not None:
         _require(

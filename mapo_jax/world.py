@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import re
+import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from mapo_jax.commands import printable
 from mapo_jax.config import ENGINE, ROLES, Config, EnvironmentConfig, RoleConfig, RolloutConfig
 from mapo_jax.environment.dialogue import RoleFailure, Roles
 from mapo_jax.environment.live.cache import CACHE_FILE, CallCache
-from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete
+from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete, Messages
 from mapo_jax.environment.live.client import Server
 from mapo_jax.environment.live.director import LiveDirector
 from mapo_jax.environment.live.guard import Guarded, Watch, WorldFailing
@@ -27,7 +28,7 @@ from mapo_jax.environment.live.judge import LiveJudge
 from mapo_jax.environment.live.user import LiveUser
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.errors import UserError
-from mapo_jax.rollout.completion import EngineModel
+from mapo_jax.rollout.completion import Completion, EngineModel
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal, journal_file, prune
 from mapo_jax.rollout.sampling import Sampling
@@ -68,11 +69,10 @@ class World:
         self._config, self._folder, self._runner = config.environment, folder, runner
         self._max_turns = config.rollout.max_turns
         self._log = log or CallLog()
-        self._guard = None
-        self._unguarded = self.roles = roles
-        if live:
-            self._guard = self._guarded(Watch(self._config.failure_share))
-            self.roles = self._guard.roles
+        self._unguarded = roles
+        self._watch = Watch(self._config.failure_share)
+        self._guard = self._guarded(self._watch)
+        self.roles = self._guard.roles if live else roles
         first = 60 * self._config.pause_minutes / (2**PAUSES - 1)
         self._waits = [first * 2**i for i in range(PAUSES)] if self._config.pause_minutes else []
 
@@ -113,9 +113,10 @@ class World:
                     Journal(journal_file(self._folder, stream, step)) as journal,
                 ):
                     dialogues = self.run(collection(journal), check)
-                _need_one_usable(dialogues)
+                _need_one_usable(dialogues, self._config.max_failed_share)
                 return dialogues
             except WorldFailing as failing:
+                self._watch.clear()
                 self.on_pause()
                 if number == len(self._waits):
                     cleared = f"{self._config.pause_minutes:g} minutes of pauses did not clear it"
@@ -188,22 +189,25 @@ def open_models(
     environment = config.environment
     with ExitStack() as stack:
         log = CallLog(None if folder is None else folder / FAILURES_FILE)
-        cache = None
-        if folder is not None:
-            cache = CallCache(folder / CACHE_FILE)
-            stack.callback(cache.close)
         engines: dict[Any, EngineModel] = {}
-        callers: dict[str, Complete | None] = dict.fromkeys(names)
+        calls: dict[str, Callable[..., Awaitable[Any]]] = {}
         for name in names:
             role = getattr(environment, name)
             if role.model is None:
                 continue
             if role.model.startswith(ENGINE):
-                call = _engine_call(role, engines, config, mesh)
+                calls[name] = _engine_call(name, role, engines, config, mesh, log)
             else:
-                call = _server(name, role, environment, log)
-                stack.callback(lambda server=call: runner.run(server.close()))
-                runner.run(_ready(name, role, call))
+                calls[name] = server = _server(name, role, environment, log)
+                stack.callback(lambda server=server: runner.run(server.close()))
+                runner.run(_ready(name, role, server))
+        cache = None
+        if folder is not None:  # only now: a run that could not begin leaves its folder as it was
+            cache = CallCache(folder / CACHE_FILE)
+            stack.callback(cache.close)
+        callers: dict[str, Complete | None] = dict.fromkeys(names)
+        for name, call in calls.items():
+            role = getattr(environment, name)
             settings = {
                 "model": role.model,
                 "temperature": role.temperature,
@@ -232,13 +236,15 @@ def _roles(config: Config, callers: dict[str, Complete | None], log: CallLog) ->
 
 
 def load_role(name: str, path: str) -> Callable[[Complete | None], Any]:
-    """A class of the user's own, from `package.module:Class`.
+    """A class of the user's own, from `package.module:Class`; modules in the working directory are found too.
 
     Raises:
       UserError: there is no such class, or it lacks a method of the role.
     """
     key = f"environment.{name}.implementation"
     module, _, attribute = path.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):  # as under `python -m`, for the console commands
+        sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -261,12 +267,17 @@ def _server(name: str, role: RoleConfig, environment: EnvironmentConfig, log: Ca
                 "which is empty or not set; put the server's key there"
             )
 
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise UserError(
+            f"the key in {role.key_variable} (`environment.{name}.key_variable`) holds a space, a line's "
+            "end or another character that no key has; set it again"
+        )
+
     def attempted(seconds: float | None, failure: str | None) -> None:
         tally = log[name]
-        tally.attempts += 1
-        if failure is not None:
+        if seconds is None:
             tally.lost_attempts += 1
-        elif seconds is not None:
+        else:
             tally.seconds.append(seconds)
 
     return Server(
@@ -291,7 +302,12 @@ async def _ready(name: str, role: RoleConfig, server: Server) -> None:
 
 
 def _engine_call(
-    role: RoleConfig, engines: dict[Any, EngineModel], config: Config, mesh: Mesh
+    name: str,
+    role: RoleConfig,
+    engines: dict[Any, EngineModel],
+    config: Config,
+    mesh: Mesh,
+    log: CallLog,
 ) -> Callable[..., Awaitable[Any]]:
     """A frozen model on our own engine; roles of one model and temperature share it."""
     options = {"slots": _ENGINE_SLOTS, "tokens": _ENGINE_TOKENS} | role.extra_body
@@ -303,29 +319,53 @@ def _engine_call(
         )
     identity = (role.model, role.temperature, options["slots"], options["tokens"])
     if identity not in engines:
-        rollout = RolloutConfig(max_tokens=options["tokens"])
-        policy, params = load_policy(role.model.removeprefix(ENGINE), rollout, mesh=mesh)
-        engine = Engine(
-            policy.config,
-            slots=options["slots"],
-            length=options["tokens"],
-            sampling=Sampling(temperature=role.temperature),
-            max_reply_tokens=role.max_tokens,
-            stop_ids=policy.chat.stop_ids,
-            vocabulary_size=policy.chat.vocabulary_size,
-            dtype=config.model.dtype,
-            mesh=mesh,
-        )
+        roles = (getattr(config.environment, each) for each in ROLES)
+        longest = max(each.max_tokens for each in roles if each.model == role.model)
+        try:
+            rollout = RolloutConfig(max_tokens=options["tokens"])
+            policy, params = load_policy(role.model.removeprefix(ENGINE), rollout, mesh=mesh)
+            engine = Engine(
+                policy.config,
+                slots=options["slots"],
+                length=options["tokens"],
+                sampling=Sampling(temperature=role.temperature),
+                max_reply_tokens=longest,
+                stop_ids=policy.chat.stop_ids,
+                vocabulary_size=policy.chat.vocabulary_size,
+                dtype=config.model.dtype,
+                mesh=mesh,
+            )
+        except UserError as error:
+            raise UserError(_in_terms_of_role(str(error), name)) from error
         engine.load(params, 0)
         engines[identity] = EngineModel(engine, policy.chat)
-    return partial(engines[identity], max_tokens=role.max_tokens)
+    model = engines[identity]
+
+    async def call(messages: Messages, *, seed: int, schema: Mapping[str, Any] | None) -> Completion:
+        started = time.monotonic()
+        completion = await model(messages, seed=seed, schema=schema, max_tokens=role.max_tokens)
+        log[name].seconds.append(time.monotonic() - started)
+        return completion
+
+    return call
 
 
-def _need_one_usable(dialogues: Sequence[Sequence[Any]]) -> None:
+def _in_terms_of_role(message: str, name: str) -> str:
+    """What the engine says about the policy's keys, said about those that a role's engine is made from."""
+    for key, own in (
+        ("rollout.max_reply_tokens", "max_tokens"),
+        ("rollout.max_tokens", "extra_body.tokens"),
+        ("rollout.slots", "extra_body.slots"),
+    ):
+        message = message.replace(key, f"environment.{name}.{own}")
+    return message
+
+
+def _need_one_usable(dialogues: Sequence[Sequence[Any]], max_failed_share: float) -> None:
     """Raises WorldFailing where a step has nothing to learn from."""
-    states = [dialogue.state for group in dialogues for dialogue in group]
-    if not any(state.outcome != "error" and any(t.scored for t in state.turns) for state in states):
-        raise WorldFailing(f"none of the {len(states)} dialogues has a scored turn and a proper end")
+    flat = [dialogue for group in dialogues for dialogue in group]
+    if not any(dialogue.usable(max_failed_share) for dialogue in flat):
+        raise WorldFailing(f"none of the {len(flat)} dialogues has enough scored turns and a proper end")
 
 
 async def _watched(work: Awaitable[T], check: Callable[[], None]) -> T:

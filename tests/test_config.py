@@ -76,6 +76,8 @@ def test_fewer_than_a_hundred_fields_and_each_has_a_doc_line():
         (["environment.judge.extra_body=3"], ["environment.judge.extra_body", "mapping"]),
         ([*LIVE, "environment.judge.url=judge.example"], ["environment.judge.url", "http"]),
         ([*LIVE, "environment.judge.url=https://me:secret@judge.example/v1"], ["key_variable"]),
+        ([*LIVE, "environment.judge.url=https://judge.example/v1?key=secret"], ["key_variable"]),
+        ([*LIVE, "environment.judge.key_variable=sk-secret"], ["the name of an environment variable"]),
         ([*LIVE, "environment.judge.implementation=Judge"], ["package.module:Class"]),
         ([*LIVE, "environment.judge.prices=[1]"], ["environment.judge.prices", "two numbers"]),
         (["environment.judge.prices=dear"], ["environment.judge.prices", "a list of numbers"]),
