@@ -206,7 +206,7 @@ class Engine:
         self._rows: list[list[int]] = [[] for _ in range(self.slots)]
         self._cached = np.zeros(self.slots, int)  # how many tokens of each row are in the cache
         self._started = np.zeros(self.slots, int)  # how many of them were prefilled as the row's start
-        self._place = np.full(self.slots, -1, np.int32)  # where on the device each slot's cache lies; -1: nowhere
+        self._place = np.full(self.slots, -1, np.int32)  # of each cache on the device; -1: it has none
         part = self.resident // self._shards
         self._free = [list(range((s + 1) * part - 1, s * part - 1, -1)) for s in range(self._shards)]
         self._idle: dict[int, None] = {}  # slots with a place and no reply under way, longest idle first
