@@ -116,6 +116,8 @@ def read_answers(path: str | Path) -> dict[str, str]:
         rows = ((f"{path}, question {name}", name, text) for name, text in content.items())
     answers = {}
     for place, name, text in rows:
+        if text is None and name is not None:
+            continue  # not answered
         if not isinstance(name, str | int) or not isinstance(text, str):
             raise UserError(f"{place}: it needs a question's id and the answer as text")
         answers[str(name)] = text
