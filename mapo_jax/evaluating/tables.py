@@ -33,7 +33,7 @@ def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
             parts.add_row(
                 f"  {part}",
                 _with_ends(figures[part], figures["intervals"][part]),
-                "  ".join(f"{index:>7} {figures[index]:5.1f}" for index in indices),
+                "  ".join(f"{index} {figures[index]:5.1f}" for index in indices),
             )
         parts.add_section()
     return [scores, parts, *_group_tables(models)]
@@ -74,9 +74,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
         # On a narrow terminal names are broken, figures never.
-        table.add_column(
-            heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold"
-        )
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     return table
 
 

@@ -211,8 +211,8 @@ def read_answers(path: str | Path, items: Sequence[Item]) -> dict[Asking, Any]:
 def parse(answer: Any, asking: Asking) -> tuple[int | None, ...]:
     """Which choice of each question an answer picks; None where that cannot be told.
 
-    Read in this order: an object with the keys `answer` (EA) or `answer_q1` and `answer_q2` (EU), or a list of
-    as many values; the last such JSON object in a text, with other text around it; those keys with a value
+    Read in this order: an object with the keys `answer` (EA) or `answer_q1` and `answer_q2` (EU), or a list
+    of as many values; the last such JSON object in a text, with other text around it; those keys with a value
     behind each, where the object is broken or there is none (`answer: C`); a text that is nothing but the
     letters. A value is a letter of the choices (`C`, `(c)`, `C) ...`, `Option C`) or the whole text of one.
     Case does not matter, nor do full-width characters and typographic quotes.
@@ -221,7 +221,7 @@ def parse(answer: Any, asking: Asking) -> tuple[int | None, ...]:
     return tuple(_choice(value, asking, question) for question, value in enumerate(values))
 
 
-_QUOTES = str.maketrans("\u201c\u201d\u201e\u2018\u2019", "\"\"\"''")
+_QUOTES = str.maketrans("\u201c\u201d\u201e\u2018\u2019", '"""\'\'')
 
 
 def _plain(text: str) -> str:
