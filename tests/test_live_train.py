@@ -256,6 +256,55 @@ def test_a_kill_in_mid_step_costs_no_call_and_no_turn(serve, well_formed, model_
     assert all(int(file.stem.split("_")[1]) >= 8 for file in (folder / "journal").iterdir())
 
 
+def test_a_held_out_judge_that_fails_costs_its_evaluation_and_not_the_run(
+    serve, well_formed, judged, model_folder, cache, tmp_path, capsys
+):
+    """It scores evaluations and nothing else; after the first it hangs or refuses, until mended."""
+    judges = []
+
+    def held(request, number):
+        if "response_format" not in request:
+            return "ready"
+        judges.append(request)
+        if len(judges) > 6 and held_out.broken:  # after the evaluation before the first step
+            return ("status", 400, {}) if number % 2 else ("silence",)
+        return judged(0, 0, 2, 0, 0, 0)
+
+    held_out = serve(held)
+    held_out.broken = True
+    world = serve(well_formed)
+    folder = tmp_path / "run"
+    settings = {
+        "training__steps": 3,
+        "evaluation__every": 2,
+        "environment__call_seconds": 0.3,
+        "environment__failure_share": 0.01,
+        "environment__held_out_judge__url": held_out.url,
+        "environment__held_out_judge__model": "m",
+    }
+    arguments = command(folder, model_folder, cache, world.url, **settings)
+    started = time.monotonic()
+    assert train.main(arguments) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "validation after 2 steps is left out" in out and "validation after 3 steps is left out" in out
+    assert "the same command tries it again" in out
+    assert time.monotonic() - started < 200  # nothing waited for the 60 s of a silent server, or a pause
+    held = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(row["step"] for row in held if "reward/mean" in row) == [1, 2, 3]
+    assert [row["step"] for row in held if "evaluation/reward/mean" in row] == [0]
+    assert sorted(file.name for file in (folder / "evaluations").glob("step_*.jsonl")) == [
+        "step_000000.jsonl"
+    ]
+
+    held_out.broken = False
+    assert train.main(arguments) == 0
+    lines = (folder / "evaluations" / "step_000003.jsonl").read_text().splitlines()
+    turns = [turn for line in lines for turn in Dialogue.from_json(json.loads(line)).state.turns]
+    assert {turn.judgement.levels for turn in turns} == {(0, 0, 2, 0, 0, 0)}
+    trained = [t for step in (1, 2, 3) for g in saved(folder, step) for d in g for t in d.state.turns]
+    assert {turn.judgement.levels for turn in trained} == {(1, 0, 1, 0, 0, 0)}
+
+
 def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path, capsys):
     arguments = command(tmp_path / "run", model_folder, cache, "http://127.0.0.1:9/v1")
     assert train.main(["--dry-run", *arguments, "environment.judge.prices=[2, 10]"]) == 0
@@ -270,6 +319,12 @@ def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path
     assert cost == pytest.approx((2 * tokens + 10 * answers) / 1e6, abs=0.006)
     assert 500 < tokens / (66 * 3 + 3 * 32) < 3000
     assert not (tmp_path / "run").exists()
+
+    held_out = ["environment.held_out_judge.model=h", "environment.held_out_judge.url=http://127.0.0.1:9/v1"]
+    assert train.main(["--dry-run", *arguments, *held_out]) == 0
+    lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()]
+    calls = {line[0]: int(line[2]) for line in lines if line[:2] in (["judge", "m"], ["held_out_judge", "h"])}
+    assert calls == {"judge": 60 * 3 + 3 * 32, "held_out_judge": 6 * 3}
 
 
 def test_a_wrong_server_stops_before_anything_is_spent(model_folder, cache, tmp_path, capsys):
