@@ -15,6 +15,7 @@ from mapo_jax.evaluating.answers import Answerer
 from mapo_jax.evaluating.endpoint import Endpoint, only_model
 from mapo_jax.evaluating.local import EngineAnswerer, LocalModel, load_model
 from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER, CONFIG_FILE, checkpoint_folder
+from mapo_jax.training.policy import MODEL_FOLDER
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
     own = path / CONFIG_FILE
     if not own.is_file():
         raise UserError(f"the run {path} is half written: it has no {CONFIG_FILE}")
+    if not (path / MODEL_FOLDER / "config.json").is_file():
+        raise UserError(f"the run {path} is half written: it has no {MODEL_FOLDER}/config.json")
     config = load_config(options.config or own, options.overrides)
     step = int(checkpoint_folder(path, options.step).name)
     name, suffix = f"{path.resolve().name} step {step}", f"_step_{step:06d}"
