@@ -260,25 +260,26 @@ def test_a_held_out_judge_that_fails_costs_its_evaluation_and_not_the_run(
     serve, well_formed, judged, model_folder, cache, tmp_path, capsys
 ):
     """It scores evaluations and nothing else; after the first it hangs or refuses, until mended."""
-    judges = []
 
     def held(request, number):
-        if "response_format" not in request:
-            return "ready"
-        judges.append(request)
-        if len(judges) > 6 and held_out.broken:  # after the evaluation before the first step
+        if held_out.broken:
             return ("status", 400, {}) if number % 2 else ("silence",)
-        return judged(0, 0, 2, 0, 0, 0)
+        return judged(0, 0, 2, 0, 0, 0) if "response_format" in request else "ready"
 
-    held_out = serve(held)
-    held_out.broken = True
-    world = serve(well_formed)
+    def answer(request, number):
+        # The judge is asked nothing before the first evaluation is over.
+        held_out.broken |= held_out.breaks and "C_progress" in json.dumps(request.get("response_format", ""))
+        return well_formed(request, number)
+
+    held_out, world = serve(held), serve(answer)
+    held_out.broken, held_out.breaks = False, True
     folder = tmp_path / "run"
     settings = {
         "training__steps": 3,
         "evaluation__every": 2,
-        "environment__call_seconds": 0.3,
+        "environment__call_seconds": 2.0,
         "environment__failure_share": 0.01,
+        "optimizer__learning_rate": 0.1,  # else it says the same in each evaluation, and the cache answers
         "environment__held_out_judge__url": held_out.url,
         "environment__held_out_judge__model": "m",
     }
@@ -296,7 +297,7 @@ def test_a_held_out_judge_that_fails_costs_its_evaluation_and_not_the_run(
         "step_000000.jsonl"
     ]
 
-    held_out.broken = False
+    held_out.broken = held_out.breaks = False
     assert train.main(arguments) == 0
     lines = (folder / "evaluations" / "step_000003.jsonl").read_text().splitlines()
     turns = [turn for line in lines for turn in Dialogue.from_json(json.loads(line)).state.turns]
