@@ -106,6 +106,7 @@ class EnvironmentConfig:
     user: RoleConfig = field(default_factory=RoleConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     director: RoleConfig = field(default_factory=RoleConfig)
+    held_out_judge: JudgeConfig = field(default_factory=JudgeConfig)
     call_seconds: float = 60.0  # live only: longest attempt of a call; a dialogue has twice that a turn
     step_seconds: float = 7200.0  # live only: longest collection; what is unfinished then is left out
     failure_share: float = 0.2  # live only: a larger share of failures in the last 100 calls pauses the run
@@ -421,7 +422,9 @@ def validate(config: Config) -> None:
         _require(size == -1 or size >= 1, f"mesh.{axis}", size, "at least 1, or -1 for the devices left")
     if config.environment.family == "live":
         for name in ROLES:
-            _validate_role(name, getattr(config.environment, name))
+            validate_role(name, getattr(config.environment, name))
+        if held_out(config.environment):
+            validate_role(HELD_OUT, config.environment.held_out_judge)
     fresh = config.model.fresh
     _require(
         fresh.heads % fresh.kv_heads == 0,
@@ -438,7 +441,18 @@ def _value(config: Config, dotted: str) -> Any:
     return value
 
 
-def _validate_role(name: str, role: RoleConfig) -> None:
+def held_out(environment: EnvironmentConfig) -> bool:
+    """Whether evaluations have a judge of their own, who takes no part in training."""
+    role = environment.held_out_judge
+    return role.model is not None or role.implementation is not None
+
+
+def validate_role(name: str, role: RoleConfig) -> None:
+    """Checks who plays a role of the live world.
+
+    Raises:
+      UserError: names the key, its value, and what would be right.
+    """
     key = f"environment.{name}"
     if role.model is None and role.implementation is None:
         raise UserError(
@@ -482,6 +496,7 @@ def _validate_role(name: str, role: RoleConfig) -> None:
 
 
 ROLES = ("user", "judge", "director")
+HELD_OUT = "held_out_judge"  # scores evaluations in the judge's place
 ENGINE = "engine:"  # a role's model of this form is a frozen Qwen in a folder
 _FREE_FORM = ("extra_body",)  # keys whose value is a mapping of the user's own
 
@@ -538,6 +553,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "environment.max_failed_share": (0, 1),
     "environment.concurrency": (1, None),
     "environment.judge.samples": (1, None),
+    "environment.held_out_judge.samples": (1, None),
     "environment.call_seconds": (0.01, None),
     "environment.step_seconds": (0.01, None),
     "environment.failure_share": (0, 1),

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from mapo_jax.commands import Stopped, run_command, use_compilation_cache
+from mapo_jax.commands import Stopped, printable, run_command, use_compilation_cache
 from mapo_jax.config import Config, load_config
 from mapo_jax.environment.live import health
 from mapo_jax.environment.live.forecast import live_forecast
+from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.metrics import reading_metrics
@@ -186,6 +187,7 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     """Holds the validation dialogues with the weights after `done` steps; the same seeds every time.
 
     Written whole to evaluations/step_N.json, so that a run which is killed here repeats or skips it exactly.
+    Once training has begun, a live world that fails here costs this evaluation and no more.
     """
     file = run.folder / "evaluations" / f"step_{done:06d}.json"
     if file.exists():
@@ -193,7 +195,13 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     config = run.config
     run.evaluator.load(state.params, done)
     seed = config.training.seed + EVALUATION_STREAM
-    dialogues = converse(run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0)
+    try:
+        dialogues = converse(
+            run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0, patient=done == 0
+        )
+    except WorldFailing as failing:  # training can do without, and waits for its own world if it must
+        run.display.note(f"validation after {done} steps is left out: {printable(str(failing))}")
+        return
     metrics = measure(run, dialogues) | run.world.metrics()
     write_dialogues(file.with_suffix(".jsonl"), dialogues)
     run.writer.write(done, {f"evaluation/{name}": value for name, value in metrics.items()})
@@ -224,9 +232,15 @@ def inspect_judge(run: Run, done: int) -> None:
 
 
 def converse(
-    run: Run, engine: Engine, scenarios: Sequence[Scenario], rollouts: int, seed: int, step: int
+    run: Run,
+    engine: Engine,
+    scenarios: Sequence[Scenario],
+    rollouts: int,
+    seed: int,
+    step: int,
+    patient: bool = True,
 ) -> list[list[Dialogue]]:
-    """Dialogues of the policy with the world, [S][rollouts]."""
+    """Dialogues of the policy with the world, [S][rollouts]; `patient` as in `World.hold`."""
     total = len(scenarios) * rollouts * run.limits.max_turns
     training = seed == run.config.training.seed
     name = "dialogues" if training else "validation"
@@ -241,7 +255,7 @@ def converse(
             rollouts,
             engine,
             run.policy.chat,
-            run.world.roles,
+            run.world.roles if training else run.world.evaluation_roles,
             run.limits,
             seed=seed,
             step=step,
@@ -256,6 +270,7 @@ def converse(
         step=engine.version,
         check=run.stop.check,
         note=run.display.note,
+        patient=patient,
     )
 
 
@@ -285,10 +300,7 @@ def warm_up(run: Run, state: TrainState) -> None:
 
 def conclude(run: Run, console: Console) -> None:
     """Prints what was learnt, against where it started and the good helper, and where everything lies."""
-    first, last = (
-        json.loads((run.folder / "evaluations" / f"step_{step:06d}.json").read_text())
-        for step in (0, run.config.training.steps)
-    )
+    files = [run.folder / "evaluations" / f"step_{step:06d}.json" for step in (0, run.config.training.steps)]
     states = [
         hold_dialogue(scenario, seed, good_helper, run.world.roles, run.limits)
         for scenario in run.validation
@@ -297,7 +309,11 @@ def conclude(run: Run, console: Console) -> None:
     ]
     helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
     write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
-    console.print(results_table(first, last, helper))
+    if all(file.exists() for file in files):
+        first, last = (json.loads(file.read_text()) for file in files)
+        console.print(results_table(first, last, helper))
+    else:
+        console.print("the last validation could not be held; the same command tries it again")
     try:
         said = f"what it learnt to do, as a page for the browser: {write_report([run.folder])}"
     except Exception as error:  # the run is finished and whole; a page can be had later

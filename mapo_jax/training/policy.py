@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mapo_jax.config import RolloutConfig
 from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import load_params, read_config, write_config
+from mapo_jax.model.peft import base_folder, is_adapter
 from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
 from mapo_jax.rollout.chat import ChatFormat
@@ -41,7 +42,7 @@ def load_policy(
     """Loads a policy and its weights, float32, each array onto its own devices.
 
     Args:
-      path: a Hugging Face folder, or a run folder.
+      path: a Hugging Face folder, a folder of LoRA adapters in PEFT's format, or a run folder.
       rollout: how dialogues are rendered.
       mesh: where the weights go.
       step: of a run: which checkpoint; the latest by default.
@@ -66,7 +67,7 @@ def load_policy(
 def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
     """A policy without its weights; arguments and errors as of `load_policy`."""
     path = Path(path)
-    folder = path / MODEL_FOLDER if _is_run(path) else path
+    folder = path / MODEL_FOLDER if _is_run(path) else base_folder(path) if is_adapter(path) else path
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
     tokenizer = load_tokenizer(folder)
