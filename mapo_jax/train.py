@@ -40,7 +40,7 @@ from mapo_jax.training.forecast import forecast
 from mapo_jax.training.interruption import Interrupted, StopRequest
 from mapo_jax.training.phases import phase
 from mapo_jax.training.step import TrainState, fetch, place
-from mapo_jax.training.utilization import memory, peak_flops, rollout_flops, update_flops, utilization
+from mapo_jax.training.utilization import memory, peak_flops, step_work, utilization
 
 EVALUATION_STREAM = 1_000_003  # added to the seed: evaluation's dialogues are never training's
 
@@ -115,16 +115,14 @@ def gather(
     seconds, work = time.monotonic() - started, run.engine.counts.since(before)
     flat = [dialogue for group in dialogues for dialogue in group]
     sampled = sum(sum(row.sampled) for dialogue in flat for row in dialogue.rows)
-    flops = rollout_flops(
-        run.policy.config, row_sizes(dialogues), prefilled=work.prefilled, sampled=work.sampled
-    )
+    sizes = [len(row) for dialogue in flat for row in dialogue.rows]
     cut = [turn.truncated for dialogue in flat for turn in dialogue.state.turns]
-    return dialogues, measure(run, dialogues) | run.world.metrics() | {
+    figures = measure(run, dialogues) | run.world.metrics()
+    return dialogues, figures | step_work(run.policy.config, run.config, sizes, sampled, work) | {
         "response_length/mean": sampled / max(1, len(cut)),
         "response_length/truncated": sum(cut) / max(1, len(cut)),
         "timing_s/environment": max(0.0, seconds - work.seconds),
         "perf/tokens_per_second": sampled / seconds,
-        "perf/rollout_tflop": flops / 1e12,
         "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
         "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
     }
@@ -167,21 +165,12 @@ def learn(
             "new run from the last good weights with a lower optimizer.learning_rate: "
             f"model.path={run.folder} run.directory=NEW"
         )
-    flops = update_flops(
-        run.policy.config,
-        row_sizes(dialogues),
-        scored=int(batch.mask.sum()),
-        epochs=config.training.epochs,
-        forward_passes=(config.algorithm.old_logprobs == "trainer")
-        + (config.algorithm.kl_coefficient > 0) * config.training.epochs,
-    )
     scored = advantages[cells.scored] if cells.scored.any() else np.zeros(1)
     return state, metrics | {
         "advantages/mean": float(scored.mean()),
         "advantages/std": float(scored.std()),
         "advantages/min": float(scored.min()),
         "advantages/max": float(scored.max()),
-        "perf/update_tflop": flops / 1e12,
     }
 
 
@@ -189,12 +178,11 @@ def record(
     run: Run, done: int, dialogues: list[list[Dialogue]], metrics: dict[str, float], started: float
 ) -> None:
     """Puts a finished step on the disk and on the screen."""
-    seconds, devices = time.monotonic() - started, run.mesh.devices
+    devices = run.mesh.devices
     metrics |= run.phases.take() | {
-        "timing_s/step": seconds,
+        "timing_s/step": time.monotonic() - started,
         "timing_s/compile": run.compiles.take_seconds(),
         "timing_s/unix": time.time(),
-        "perf/tokens_per_second_per_chip": sum(row_sizes(dialogues)) / seconds / devices.size,
         "perf/compiled_programs": float(run.compiles.count),
     }
     peak = peak_flops(devices.flat[0], run.config.logging.peak_flops)
@@ -288,11 +276,6 @@ def measure(run: Run, dialogues: list[list[Dialogue]]) -> dict[str, float]:
     """The figures of some dialogues: what they came to, and what the replies were."""
     states = [dialogue.state for group in dialogues for dialogue in group]
     return summarize(states, run.config.algorithm.discount) | reading_metrics(states)
-
-
-def row_sizes(dialogues: list[list[Dialogue]]) -> list[int]:
-    """Tokens of every row, prompts and replies."""
-    return [len(row) for group in dialogues for dialogue in group for row in dialogue.rows]
 
 
 def write_dialogues(file: Path, dialogues: list[list[Dialogue]]) -> None:

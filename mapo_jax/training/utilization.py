@@ -13,7 +13,9 @@ from pathlib import Path
 
 import jax
 
+from mapo_jax.config import Config
 from mapo_jax.model.qwen import QwenConfig
+from mapo_jax.rollout.engine import Counts
 
 _GIB = 2**30
 
@@ -59,37 +61,34 @@ def forward_flops(config: QwenConfig, *, tokens: float, contexts: float, scored:
     return 2.0 * layers * tokens + attention * contexts + 2.0 * head * scored
 
 
-def rollout_flops(config: QwenConfig, rows: Sequence[int], *, prefilled: int, sampled: int) -> float:
-    """Of a collection: every prefilled or sampled token goes forward once, a copied one never.
+def step_work(
+    model: QwenConfig, config: Config, rows: Sequence[int], sampled: int, done: Counts
+) -> dict[str, float]:
+    """What the mathematics of a step asks for: tokens, and 10^12 FLOPs of its rollout and of its updates.
+
+    Every prefilled or decoded token goes forward once; a copied one never. An update is a forward pass and a
+    backward pass of twice its work; the trainer's own log-probabilities and a reference's are a forward pass
+    more.
 
     Args:
-      rows: lengths of the finished rows; a token's context is taken as the mean over them.
-      prefilled: prompt tokens that were computed.
-      sampled: tokens that were sampled.
+      rows: lengths of the step's token rows.
+      sampled: tokens of the rows that the policy sampled: those that the loss is over.
+      done: the engine's work; the context of its tokens is taken as the mean over the rows.
     """
-    context = sum(map(_causal, rows)) / max(1, sum(rows))
-    tokens = prefilled + sampled
-    return forward_flops(config, tokens=tokens, contexts=tokens * context, scored=sampled)
-
-
-def update_flops(
-    config: QwenConfig, rows: Sequence[int], *, scored: int, epochs: int, forward_passes: int
-) -> float:
-    """Of a step's updates: a forward pass, and a backward pass of twice its work.
-
-    Args:
-      rows: lengths of the rows that are trained on.
-      scored: their loss tokens.
-      epochs: passes over them.
-      forward_passes: further passes without gradient: of the trainer's own log-probabilities, of a reference.
-    """
-    once = forward_flops(config, tokens=sum(rows), contexts=sum(map(_causal, rows)), scored=scored)
-    return once * (3 * epochs + forward_passes)
-
-
-def _causal(length: int) -> int:
-    """1 + 2 + ... + length: what the tokens of a row attend to."""
-    return length * (length + 1) // 2
+    tokens, contexts = sum(rows), sum(size * (size + 1) // 2 for size in rows)
+    computed = done.prefilled + done.sampled
+    rollout = forward_flops(
+        model, tokens=computed, contexts=computed * contexts / max(1, tokens), scored=done.sampled
+    )
+    passes = 3 * config.training.epochs
+    passes += config.algorithm.old_logprobs == "trainer"
+    passes += config.training.epochs * (config.algorithm.kl_coefficient > 0)
+    update = passes * forward_flops(model, tokens=tokens, contexts=contexts, scored=sampled)
+    return {
+        "perf/tokens": float(tokens),
+        "perf/rollout_tflop": rollout / 1e12,
+        "perf/update_tflop": update / 1e12,
+    }
 
 
 def peak_flops(device: jax.Device, given: float | None = None) -> float | None:
@@ -98,12 +97,13 @@ def peak_flops(device: jax.Device, given: float | None = None) -> float | None:
 
 
 def utilization(metrics: Mapping[str, float], *, devices: int, peak: float | None) -> dict[str, float]:
-    """MFU of a step and of its update alone; nothing where the devices' peak is not known."""
+    """Tokens per second and device; where the devices' peak is known, MFU of the step and of its update."""
+    rates = {"perf/tokens_per_second_per_chip": metrics["perf/tokens"] / metrics["timing_s/step"] / devices}
     if peak is None:
-        return {}
+        return rates
     rollout, update = metrics["perf/rollout_tflop"], metrics["perf/update_tflop"]
     most = peak * devices / 1e12
-    return {
+    return rates | {
         "perf/mfu": (rollout + update) / (metrics["timing_s/step"] * most),
         "perf/mfu_update": update / (metrics["timing_s/update"] * most),
     }

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mapo_jax.config import load_config
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params, parameter_count
+from mapo_jax.rollout.engine import Counts
 from mapo_jax.training import utilization
 from mapo_jax.training.utilization import (
     forward_flops,
     matrix_weights,
     memory,
     peak_flops,
-    rollout_flops,
-    update_flops,
+    step_work,
 )
 
 CONFIG = QwenConfig(
@@ -49,26 +50,47 @@ def test_a_forward_pass_is_what_xla_counts():
     assert ours < counted < 1.15 * ours  # the rest is norms, softmax, rotary embedding
 
 
-def test_an_update_is_three_forward_passes_and_a_rollout_one():
+def test_a_step_is_its_rollout_once_and_its_update_three_times():
     attention = 4 * 3 * 4 * 16  # per token and token attended to
     layers, head = matrix_weights(CONFIG)
-    once = 2 * layers * 30 + attention * (10 * 11 / 2 + 20 * 21 / 2) + 2 * head * 12
-    assert update_flops(CONFIG, [10, 20], scored=12, epochs=2, forward_passes=1) == 7 * once
-    half = 2 * layers * 15 + attention * 15 * (55 + 210) / 30 + 2 * head * 12
-    assert rollout_flops(CONFIG, [10, 20], prefilled=3, sampled=12) == pytest.approx(half)
-    assert rollout_flops(CONFIG, [0], prefilled=0, sampled=0) == 0  # the user could not even open
+    causal = 10 * 11 / 2 + 20 * 21 / 2
+    once = 2 * layers * 30 + attention * causal + 2 * head * 12
+    rollout = 2 * layers * 15 + attention * 15 * causal / 30 + 2 * head * 12
+    done = Counts(prefilled=3, copied=15, sampled=12, steps=4)
+    for overrides, passes in (
+        ([], 3),
+        (["training.epochs=2"], 6),
+        (["training.epochs=2", "algorithm.old_logprobs=trainer", "algorithm.kl_coefficient=0.1"], 9),
+    ):
+        work = step_work(CONFIG, load_config(None, overrides), [10, 20], 12, done)
+        assert work == pytest.approx(
+            {
+                "perf/tokens": 30,
+                "perf/rollout_tflop": rollout / 1e12,
+                "perf/update_tflop": passes * once / 1e12,
+            },
+            rel=1e-12,
+        )
+    nothing = step_work(CONFIG, load_config(None, []), [0], 0, Counts())  # no user could even open
+    assert set(nothing.values()) == {0}
 
 
 def test_utilization_is_work_over_what_the_devices_can_do():
     metrics = {
+        "perf/tokens": 640.0,
         "perf/rollout_tflop": 10.0,
         "perf/update_tflop": 30.0,
         "timing_s/step": 8.0,
         "timing_s/update": 2.0,
     }
     found = utilization.utilization(metrics, devices=4, peak=5e12)
-    assert found == {"perf/mfu": 40 / (8 * 20), "perf/mfu_update": 30 / (2 * 20)}
-    assert utilization.utilization(metrics, devices=4, peak=None) == {}
+    assert found == {
+        "perf/tokens_per_second_per_chip": 20,
+        "perf/mfu": 40 / (8 * 20),
+        "perf/mfu_update": 30 / (2 * 20),
+    }
+    rates = utilization.utilization(metrics, devices=4, peak=None)
+    assert rates == {"perf/tokens_per_second_per_chip": 20}
 
 
 def test_an_unknown_device_has_no_peak_unless_it_is_given():
