@@ -30,12 +30,12 @@ python=${MAPO_PYTHON:-$HOME/mapo_venv/bin/python}
 
 going() { [ -f "$state/pid" ] && [ ! -f "$state/status" ] && kill -0 "$(cat "$state/pid")" 2>/dev/null; }
 
-train_command() { # TYPE ARGUMENT...: sets `command`
+train_command() { # TYPE ARGUMENT...: sets `words`
   [ $# -ge 1 ] || die "no slice; see --help"
   local flags
   flags=$(bash "$here/tpu/xla_flags.sh" "$1") || exit 2
   shift
-  command=(env "LIBTPU_INIT_ARGS=${flags}${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}" "$python" -u -m mapo_jax.train "$@")
+  words=(env "LIBTPU_INIT_ARGS=${flags}${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}" "$python" -u -m mapo_jax.train "$@")
 }
 
 setup() {
@@ -55,7 +55,7 @@ setup() {
 start() {
   train_command "$@"
   if [ "$dry_run" = yes ]; then
-    quoted "${command[@]}"
+    quoted "${words[@]}"
     return
   fi
   going && die "a run is going on here ($(cat "$state/pid")); stop it first"
@@ -70,7 +70,7 @@ start() {
     code=0
     wait $! || code=$?
     echo "$code" >"$0/status.new" && mv "$0/status.new" "$0/status"
-  ' "$state" "${command[@]}" </dev/null >/dev/null 2>&1 &
+  ' "$state" "${words[@]}" </dev/null >/dev/null 2>&1 &
   for _ in $(seq 50); do
     [ -s "$state/pid" ] && break
     sleep 0.1
@@ -115,15 +115,15 @@ main() {
     dry_run=yes
     shift
   fi
-  local name=${1:-}
+  local command=${1:-}
   [ $# -gt 0 ] && shift
-  case $name in
+  case $command in
     setup) setup ;;
     start) start "$@" ;;
     exec)
       train_command "$@"
       cd "$here"
-      run exec "${command[@]}"
+      run exec "${words[@]}"
       ;;
     status) status ;;
     logs)
@@ -133,7 +133,7 @@ main() {
     stop) stop "$@" ;;
     -h | --help) usage ;;
     "") die "no command; see --help" ;;
-    *) die "unknown command '$name'; one of setup, start, exec, status, logs, stop" ;;
+    *) die "unknown command '$command'; one of setup, start, exec, status, logs, stop" ;;
   esac
 }
 

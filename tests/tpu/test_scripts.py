@@ -1,4 +1,4 @@
-"""The launch scripts, with stand-ins for gcloud, xpk, kubectl and docker that write down how they were called."""
+"""The launch scripts, with stand-ins for gcloud, xpk, kubectl and docker that write down their calls."""
 
 import os
 import re
@@ -107,11 +107,7 @@ def test_help_needs_nothing_and_names_every_command(machine, script):
     found = machine.run(script, "--help", TPU_NAME="", TPU_TYPE="", TPU_ZONE="", TPU_PROJECT="")
     assert found.returncode == 0 and "usage" in found.stdout
     told = set(re.findall(r"^  ([a-z]+) ", found.stdout, re.MULTILINE))
-    body = (
-        (TPU / script)
-        .read_text()
-        .rpartition("case $command in" if script != "worker.sh" else "case $name in")[2]
-    )
+    body = (TPU / script).read_text().rpartition("case $command in\n")[2]
     assert told == set(re.findall(r"^    ([a-z]+)\)", body, re.MULTILINE))
     assert machine.calls == []
 
@@ -143,7 +139,8 @@ VM = {
     ),
     "status": (
         [],
-        [["gcloud", "compute", "tpus", "queued-resources", "describe", "mapo", *PLACE, "--format=value(state.state)"],
+        [["gcloud", "compute", "tpus", "queued-resources", "describe", "mapo", *PLACE,
+          "--format=value(state.state)"],
          ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "mapo", *PLACE, "--worker=all",
           "--command=bash mapo_jax/tpu/worker.sh status"]],
     ),
