@@ -25,7 +25,7 @@ usage: tpu/vm.sh COMMAND [OPTION...] [ARGUMENT...]
   --spot             much cheaper, may be taken away at any time (create, babysit)
   --reserved         from your reservation (create, babysit)
   --wait MINUTES     how long create waits for the slice (default 1440)
-  --restarts N       most times in a row that babysit tries again after an error (default 20)
+  --restarts N       most times that babysit tries again on one slice, or for one (default 20)
   --dry-run          print the commands, and run none
   -h, --help
 
@@ -159,6 +159,8 @@ start() {
   on_workers all "$(quoted bash mapo_jax/tpu/worker.sh start "$slice" "$@")"
 }
 
+how_it_stands="bash mapo_jax/tpu/worker.sh status 2>/dev/null || echo bare" # bare: nothing is installed yet
+
 again() { # COMMAND ARGUMENT...: one of the commands above, in a process of its own that may fail
   bash "$here/tpu/vm.sh" "$1" --name "$name" --type "$slice" --zone "$zone" --project "$project" "${tier[@]}" \
     --wait "$wait_minutes" "${@:2}"
@@ -169,7 +171,7 @@ babysit() {
   check_run "$@"
   if [ "$dry_run" = yes ]; then
     state
-    on_workers 0 "bash mapo_jax/tpu/worker.sh status"
+    on_workers 0 "$how_it_stands"
     again create --dry-run
     again setup --dry-run
     again run --dry-run "$@"
@@ -180,7 +182,7 @@ babysit() {
     found=$(state)
     said=""
     if [ "$found" = ACTIVE ]; then # no answer: the slice is about to go; look again
-      said=$(on_workers 0 "bash mapo_jax/tpu/worker.sh status" 2>/dev/null | tail -n 1) || said=""
+      said=$(on_workers 0 "$how_it_stands" 2>/dev/null | tail -n 1) || said=""
     fi
     case "$found $said" in
       " " | SUSPENDED* | FAILED*)
@@ -188,9 +190,14 @@ babysit() {
         [ -z "$found" ] || again delete || true
         if again create && again setup && again run "$@"; then tries=0; else tries=$((tries + 1)); fi
         ;;
-      "ACTIVE none") again run "$@" || { again setup && again run "$@"; } || tries=$((tries + 1)) ;;
+      "ACTIVE bare") { again setup && again run "$@"; } || tries=$((tries + 1)) ;;
+      "ACTIVE none") again run "$@" || tries=$((tries + 1)) ;;
       "ACTIVE ended 0")
         say "$name: the run is done; the slice is still there: tpu/vm.sh delete"
+        return
+        ;;
+      "ACTIVE ended 124")
+        say "$name: the run is saved and stopped at its deadline; the slice is still there: tpu/vm.sh delete"
         return
         ;;
       "ACTIVE ended 2") die "the run refuses its input, and would again; see tpu/vm.sh logs" ;;
@@ -203,7 +210,7 @@ babysit() {
     esac
     sleep "$poll_seconds"
   done
-  die "gave up after $restarts tries; see tpu/vm.sh logs and tpu/vm.sh status"
+  die "gave up after $restarts more tries; see tpu/vm.sh logs and tpu/vm.sh status"
 }
 
 status() {

@@ -389,6 +389,11 @@ def test_babysit_starts_a_run_again_that_was_killed_and_leaves_bad_input_alone(m
     found = machine.run("vm.sh", "babysit", *RUN)
     assert found.returncode == 0 and did(machine) == ["start", "stop", "start"]
 
+    machine.answers(state=["ACTIVE"], worker=["bare", "running", "ended 124"])
+    found = machine.run("vm.sh", "babysit", *RUN)
+    assert found.returncode == 0 and "stopped at its deadline" in found.stderr
+    assert did(machine) == ["setup", "start"]
+
     machine.answers(state=["ACTIVE"], worker=["ended 2"])
     found = machine.run("vm.sh", "babysit", *RUN)
     assert found.returncode == 2 and "refuses its input" in found.stderr and did(machine) == []
@@ -397,7 +402,7 @@ def test_babysit_starts_a_run_again_that_was_killed_and_leaves_bad_input_alone(m
 def test_babysit_gives_up_after_so_many_tries(machine):
     machine.answers(state=["ACTIVE"], worker=["ended 1"])
     found = machine.run("vm.sh", "babysit", "--restarts", "2", *RUN)
-    assert found.returncode == 2 and "gave up after 2 tries" in found.stderr
+    assert found.returncode == 2 and "gave up after 2 more tries" in found.stderr
     assert did(machine).count("start") == 3
     machine.answers(fail=["accelerator-types"])
     found = machine.run("vm.sh", "babysit", "--restarts", "1", *RUN)
