@@ -191,6 +191,7 @@ class LoggingConfig:
     wandb: bool = False  # Weights & Biases beside them, if installed
     dialogues_every: int = 1  # steps between files of dialogues
     progress: bool = True  # the live display
+    peak_flops: float | None = None  # FLOP/s of a device, for perf/mfu; empty: from a table, or no MFU
 
 
 @dataclass(frozen=True)
@@ -347,9 +348,10 @@ def _type_name(dotted: str) -> str:
     for name in dotted.split("."):
         section = get_type_hints(section)[name]
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names |= {kind | None: f"{name} or null" for kind, name in names.items()}
     if section == list[float]:
         return "a list of numbers"
-    return names.get(section) or ("a mapping" if dotted.endswith(_FREE_FORM) else "text or null")
+    return names.get(section) or "a mapping"
 
 
 def _require(condition: bool, key: str, value: Any, right: str) -> None:
@@ -589,6 +591,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "checkpoint.every": (1, None),
     "checkpoint.keep": (1, None),
     "logging.dialogues_every": (1, None),
+    "logging.peak_flops": (1, None),
     "evaluation.every": (1, None),
     "evaluation.scenarios": (1, None),
     "evaluation.rollouts": (1, None),

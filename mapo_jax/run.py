@@ -22,8 +22,10 @@ from mapo_jax.rollout.engine import Engine
 from mapo_jax.training import batch as rows
 from mapo_jax.training.checkpoint import Checkpoints, claim, cut_back, whole_steps
 from mapo_jax.training.display import Display
+from mapo_jax.training.heartbeat import Heartbeat
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import CompileCounter, MetricWriter
+from mapo_jax.training.phases import Phases
 from mapo_jax.training.policy import (
     MODEL_FOLDER,
     Policy,
@@ -69,6 +71,7 @@ class Run:
     writer: MetricWriter
     display: Display
     compiles: CompileCounter
+    phases: Phases
     stop: StopRequest
 
 
@@ -81,7 +84,8 @@ def prepare(
       The run, and the weights that it starts from: None where it continues from a checkpoint of its own.
     """
     folder = Path(config.run.directory)
-    compiles = stack.enter_context(CompileCounter())
+    compiles, phases = stack.enter_context(CompileCounter()), Phases()
+    stack.enter_context(Heartbeat(phases))
     training = cards(config, "train")
     validation = cards(config, "validation")[: config.evaluation.scenarios]
     if config.rollout.scenarios > len(training):
@@ -158,6 +162,7 @@ def prepare(
         ),
         display=stack.enter_context(display),
         compiles=compiles,
+        phases=phases,
         stop=stop,
     )
     return run, params

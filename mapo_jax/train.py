@@ -39,7 +39,9 @@ from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
 from mapo_jax.training.interruption import Interrupted, StopRequest
+from mapo_jax.training.phases import phase
 from mapo_jax.training.step import TrainState, fetch, place
+from mapo_jax.training.utilization import memory, peak_flops, step_work, utilization
 
 EVALUATION_STREAM = 1_000_003  # added to the seed: evaluation's dialogues are never training's
 
@@ -67,6 +69,7 @@ def train(config: Config, console: Console | None = None) -> None:
         try:
             if done < config.training.steps:
                 warm_up(run, state)
+                count_lost_time(run)
             while True:
                 if done % config.evaluation.every == 0 or done == config.training.steps:
                     evaluate(run, state, done)
@@ -81,7 +84,8 @@ def train(config: Config, console: Console | None = None) -> None:
                 record(run, done, dialogues, rollout_metrics | update_metrics, started)
 
                 if done % config.checkpoint.every == 0 or done == config.training.steps:
-                    run.checkpoints.save(done, state, progress(config, deck_state))
+                    with run.phases("checkpoint"):
+                        run.checkpoints.save(done, state, progress(config, deck_state))
                 run.stop.check()
         except Interrupted as interruption:
             run.checkpoints.save(done, state, progress(config, deck_state))
@@ -99,6 +103,7 @@ def train(config: Config, console: Console | None = None) -> None:
 # --- One step. ---
 
 
+@phase("rollout")
 def gather(
     run: Run, state: TrainState, scenarios: list[Scenario], step: int
 ) -> tuple[list[list[Dialogue]], dict[str, float]]:
@@ -111,22 +116,24 @@ def gather(
     seconds, work = time.monotonic() - started, run.engine.counts.since(before)
     flat = [dialogue for group in dialogues for dialogue in group]
     sampled = sum(sum(row.sampled) for dialogue in flat for row in dialogue.rows)
+    sizes = [len(row) for dialogue in flat for row in dialogue.rows]
     cut = [turn.truncated for dialogue in flat for turn in dialogue.state.turns]
-    return dialogues, measure(run, dialogues) | run.world.metrics() | {
+    figures = measure(run, dialogues) | run.world.metrics()
+    return dialogues, figures | step_work(run.policy.config, run.config, sizes, sampled, work) | {
         "response_length/mean": sampled / max(1, len(cut)),
         "response_length/truncated": sum(cut) / max(1, len(cut)),
-        "timing_s/rollout": seconds,
+        "timing_s/environment": max(0.0, seconds - work.seconds),
         "perf/tokens_per_second": sampled / seconds,
         "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
         "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
     }
 
 
+@phase("update")
 def learn(
     run: Run, state: TrainState, dialogues: list[list[Dialogue]], step: int
 ) -> tuple[TrainState, dict[str, float]]:
     """Every turn gets its advantage, every token its turn's, and the weights move: one or more updates."""
-    started = time.monotonic()
     config = run.config
     cells = rows.make_cells(
         dialogues, config.rollout.max_turns, max_failed_share=config.environment.max_failed_share
@@ -165,7 +172,6 @@ def learn(
         "advantages/std": float(scored.std()),
         "advantages/min": float(scored.min()),
         "advantages/max": float(scored.max()),
-        "timing_s/update": time.monotonic() - started,
     }
 
 
@@ -173,16 +179,22 @@ def record(
     run: Run, done: int, dialogues: list[list[Dialogue]], metrics: dict[str, float], started: float
 ) -> None:
     """Puts a finished step on the disk and on the screen."""
-    metrics |= {
+    devices = run.mesh.devices
+    metrics |= run.phases.take() | {
         "timing_s/step": time.monotonic() - started,
+        "timing_s/compile": run.compiles.take_seconds(),
+        "timing_s/unix": time.time(),
         "perf/compiled_programs": float(run.compiles.count),
     }
+    peak = peak_flops(devices.flat[0], run.config.logging.peak_flops)
+    metrics |= utilization(metrics, devices=devices.size, peak=peak) | memory()
     if done % run.config.logging.dialogues_every == 0:
         write_dialogues(run.folder / "dialogues" / f"step_{done:06d}.jsonl", dialogues)
     run.writer.write(done, metrics)
     run.display.step(done, metrics)
 
 
+@phase("evaluation")
 def evaluate(run: Run, state: TrainState, done: int) -> None:
     """Holds the validation dialogues with the weights after `done` steps; the same seeds every time.
 
@@ -211,6 +223,7 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
         run.display.note(transcript(dialogues[0][0].state, "before" if done == 0 else "after"))
 
 
+@phase("calibration")
 def inspect_judge(run: Run, done: int) -> None:
     """Scores the fixed calibration replies and probes with a live judge; warns of what a policy would learn.
 
@@ -289,6 +302,7 @@ def write_dialogues(file: Path, dialogues: list[list[Dialogue]]) -> None:
 # --- Before the first step, and after the last. ---
 
 
+@phase("warm_up")
 def warm_up(run: Run, state: TrainState) -> None:
     """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
     for engine in dict.fromkeys((run.engine, run.evaluator)):
@@ -296,6 +310,13 @@ def warm_up(run: Run, state: TrainState) -> None:
         engine.load(state.params, -1)
         engine.warm_up()
         run.stop.check()
+
+
+def count_lost_time(run: Run) -> None:
+    """Counts what an interruption cost: from the end of the step that the run goes on from until now."""
+    finished = run.writer.last("timing_s/unix")
+    if finished is not None:
+        run.phases.add("lost", max(0.0, time.time() - finished))
 
 
 def conclude(run: Run, console: Console) -> None:

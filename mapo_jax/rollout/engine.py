@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -71,6 +72,7 @@ class Counts:
     copied: int = 0  # tokens taken over from another slot, or kept from the slot's row before
     sampled: int = 0  # tokens sampled
     steps: int = 0  # decode steps, each over all lanes
+    seconds: float = 0.0  # in `advance`, the device's work included
 
     def since(self, before: Counts) -> Counts:
         """What was done after `before` was copied."""
@@ -269,8 +271,11 @@ class Engine:
         Returns:
           Replies by slot. Their slots are free for the next request, of the same dialogue or another.
         """
+        started = time.monotonic()
         self._admit()
-        return self._decode()
+        replies = self._decode()
+        self.counts.seconds += time.monotonic() - started
+        return replies
 
     def warm_up(self) -> None:
         """Compiles every program, so that no later call compiles anything. Empties all slots."""
