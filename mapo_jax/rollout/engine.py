@@ -212,6 +212,11 @@ class Engine:
         self._under_way: set[int] = set()  # slots of both
         self._cache: Cache | None = None
 
+    def unload(self) -> None:
+        """Lets go of the weights and the cache, so that their memory is free until the next `load`."""
+        self.reset()
+        self._params = self.version = None
+
     def row(self, slot: int) -> tuple[int, ...]:
         """The tokens of a slot: prompts, replies and all, as the model saw them."""
         return tuple(self._rows[slot])

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from mapo_jax.config import load_config
-from mapo_jax.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path.stem for chip in ("v5p", "v6e") for path in CONFIGS.glob(f"*_{chip}.yaml"))

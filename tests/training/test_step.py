@@ -289,7 +289,9 @@ def test_microbatches_add_up_to_the_whole(params, algorithm):
     batch, reference = loose_rows(), jax.tree.map(jnp.array, make_params(1))
     whole, gradient = gradient_of(params, batch, algorithm=algorithm, reference=reference)
     reference = jax.tree.map(jnp.array, make_params(1))
-    parts, summed = gradient_of(params, batch, algorithm=algorithm, reference=reference, microbatch_tokens=2 * LENGTH)
+    parts, summed = gradient_of(
+        params, batch, algorithm=algorithm, reference=reference, microbatch_tokens=2 * LENGTH
+    )
     for g, s, p in zip(*map(jax.tree.leaves, (gradient, summed, params)), strict=True):
         # A gradient read off the new weights also has their rounding, 6e-8 of the weight, twice.
         assert np.abs(g - s).max() <= 1e-6 * np.abs(g).max() + 1.3e-7 * np.abs(p).max()
