@@ -30,6 +30,7 @@ from mapo_jax.training.checkpoint import (
     whole_steps,
 )
 from mapo_jax.training.display import Display
+from mapo_jax.training.forecast import check_memory, model_shape
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import CompileCounter, MetricWriter
 from mapo_jax.training.policy import (
@@ -148,6 +149,7 @@ def starting_policy(
         # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
         return read_policy(folder, config.rollout), None
     path = config.model.path or run_warmstart(config, console=console, check=stop.check)
+    check_memory(config, model_shape(config), mesh)
     lora = adapters(config.lora)
     dtype = "float32" if lora is None else config.model.dtype
     policy, params = load_policy(path, config.rollout, mesh=mesh, dtype=dtype)

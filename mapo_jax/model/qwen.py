@@ -196,7 +196,8 @@ def _block_graphdef(config: QwenConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Block(config, dtype, rngs=nnx.Rngs(0))))[0]
 
 
-def _run_block(config, dtype, layer: Params, x, rotary, attend: Attend):
+def run_block(config, dtype, layer: Params, x, rotary, attend: Attend):
+    """One layer: (new hidden states, what `attend` carries)."""
     return nnx.merge(_block_graphdef(config, jnp.dtype(dtype)), layer)(x, rotary, attend)
 
 
@@ -286,7 +287,7 @@ def hidden_states(
         return attention(query, key, value, segments), None
 
     def layer(x, weights):
-        x = _run_block(config, dtype, weights, x, rotary, attend)[0]
+        x = run_block(config, dtype, weights, x, rotary, attend)[0]
         return constrain(x, "hidden", mesh), None
 
     if remat not in REMAT:
@@ -351,7 +352,7 @@ def extend(
             return constrain(output, heads, mesh), (keys, values)
 
         weights = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
-        x, entry = _run_block(config, dtype, weights, x, rotary, attend)
+        x, entry = run_block(config, dtype, weights, x, rotary, attend)
         x = constrain(x, hidden, mesh)
         new_cache.append(entry)
     return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps), new_cache
