@@ -1,7 +1,12 @@
 """Against transformers + torch, the independent implementation, on tiny random models."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +26,7 @@ from mapo_jax.model.huggingface import (
     to_huggingface,
     write_config,
 )
-from mapo_jax.model.qwen import QwenConfig, hidden_states, parameter_count
+from mapo_jax.model.qwen import QwenConfig, hidden_states, parameter_count, parameter_shapes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
