@@ -290,7 +290,7 @@ from mapo_jax.config import MeshConfig
 from mapo_jax.model.huggingface import load_params, read_config
 from mapo_jax.model.sharding import make_mesh
 
-def held():  # what is this process's own; pages of the mapped files are the system's, which may take them back
+def held():  # not the pages of mapped files, which are the system's and may be taken back
     with open("/proc/self/status") as status:
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 

@@ -48,7 +48,8 @@ def test_every_mesh_learns_what_one_device_learns():
         from mapo_jax.model.lora import split
         from mapo_jax.model.qwen import parameter_shapes
         from mapo_jax.model.sharding import make_mesh, param_shardings
-        from mapo_jax.training.step import create_state, fetch, make_optimizer, make_scorer, make_update, place
+        from mapo_jax.training.step import create_state, fetch, make_optimizer, place
+        from mapo_jax.training.step import make_scorer, make_update
 
         plain = dataclasses.replace(
             tiny.CONFIG, vocab_size=64, hidden_size=32, intermediate_size=48, num_heads=8, num_kv_heads=8
