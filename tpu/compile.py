@@ -161,7 +161,7 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
     config, model, mesh = job.config, job.model, job.mesh
     programs = make_programs(config, model, TOKENIZER_IDS, mesh)
     state = abstract_state(
-        parameter_shapes(model),
+        parameter_shapes(model, config.model.dtype),
         programs.optimizer,
         shardings=param_shardings(model, mesh),
         reference=config.algorithm.kl_coefficient > 0,

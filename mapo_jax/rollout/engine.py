@@ -216,8 +216,8 @@ class Engine:
         self._under_way: set[int] = set()  # slots of both
         self._cache: Cache | None = None
 
-    def release(self) -> None:
-        """Resets, and lets go of the weights: until the next `load` nothing is held on the device."""
+    def unload(self) -> None:
+        """Lets go of the weights and the cache, so that their memory is free until the next `load`."""
         self.reset()
         self._params = self.version = None
 
