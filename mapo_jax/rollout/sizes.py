@@ -20,9 +20,9 @@ def cache_lengths(length: int) -> tuple[int, ...]:
 
     Decode reads the whole cache at every step, so a longer one costs time before it is needed; each length
     costs a set of compiled programs. Beyond LONG there are five, each twice the one before: there a program
-    is dear to compile. All are multiples of 64, and none is below 256 unless `length` is: then, on a CPU, sums
-    over the cache give the same bits at every length (tested), so that a dialogue does not depend on how long
-    its neighbours are.
+    is dear to compile. All are multiples of 64, and none is below 256 unless `length` is: then, on a CPU,
+    sums over the cache give the same bits at every length (tested), so that a dialogue does not depend on how
+    long its neighbours are.
     """
 
     def up(size: int) -> int:
