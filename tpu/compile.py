@@ -345,7 +345,10 @@ class Entry:
         )
 
 
-# In order of importance: the table is filled from the top.
+_LORA = ("lora.rank=32",)
+
+# In order of importance: the table is filled from the top. First each recipe on its slice, then smaller slices,
+# other chips, and adapters alone.
 ENTRIES = (
     Entry("qwen3_32b_v5p", "v5p-128"),
     Entry("qwen3_8b_v5p", "v5p-64"),
@@ -353,6 +356,13 @@ ENTRIES = (
     Entry("qwen3_8b_v6e", "v6e-64"),
     Entry("qwen3_14b_v5p", "v5p-64"),
     Entry("qwen2.5_7b_v5p", "v5p-32"),
+    Entry("qwen3_32b_v5p", "v5p-32", _LORA),
+    Entry("qwen3_8b_v5p", "v5p-16"),
+    Entry("qwen3_32b_v5p", "v5p-64"),
+    Entry("qwen3_8b_v6e", "v5e-64"),
+    Entry("qwen3_8b_v6e", "v6e-16", _LORA),
+    Entry("qwen3_14b_v5p", "v5p-16", _LORA),
+    Entry("qwen2.5_7b_v5p", "v5p-8", _LORA),
 )
 
 
