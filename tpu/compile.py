@@ -347,7 +347,7 @@ class Entry:
 
 _LORA = ("lora.rank=32",)
 
-# In order of importance: the table is filled from the top. First each recipe on its slice, then smaller slices,
+# In order of importance: the table is filled from the top. First each recipe on its slice, then smaller ones,
 # other chips, and adapters alone.
 ENTRIES = (
     Entry("qwen3_32b_v5p", "v5p-128"),
