@@ -76,8 +76,8 @@ class RolloutConfig:
     max_reply_tokens: int = 32  # a reply longer than this is cut and marked truncated
     max_tokens: int = 448  # longest dialogue in tokens; also the length of the KV cache
     copy_weights: bool = False  # hold dialogues with a copy in model.dtype: faster where that is shorter
-    slots: int | None = None  # dialogues whose KV caches are held at once; empty: all of a step
-    lanes: int | None = None  # dialogues that are decoded at once; empty: all slots
+    slots: int | None = None  # KV caches on the device, the others in host memory; empty: all of a step
+    lanes: int | None = None  # dialogues that are decoded at once; empty: as many as `slots`
     history: str = "append"  # append: one growing row per dialogue; per_turn: one rendered row per turn
     system_prompt: str | None = None  # first message of every dialogue, if any
 

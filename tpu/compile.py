@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -160,21 +161,21 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
     config, model, mesh = job.config, job.model, job.mesh
     programs = make_programs(config, model, TOKENIZER_IDS, mesh)
     state = abstract_state(
-        parameter_shapes(model),
+        parameter_shapes(model, config.model.dtype),
         programs.optimizer,
         shardings=param_shardings(model, mesh),
         reference=config.algorithm.kl_coefficient > 0,
     )
     batch = _abstract_batch(config, mesh)
     held = {
-        "weights": _bytes(state.params),
+        "weights": _bytes(state.weights),
         "moments": _bytes(state.opt_state),
         "reference": _bytes(state.reference),
     }
     found = {"train": (programs.update, (state, batch), held | {"batch": _bytes(batch)}, {})}
-    for name, (function, arguments) in job.engine.abstract_programs(state.params).items():
-        kinds = {"weights": held["weights"], "cache": _bytes(arguments[1])}
-        found[name] = (function, arguments, kinds, {kind: held[kind] for kind in ("moments", "reference")})
+    for name, (function, arguments) in job.engine.abstract_programs(state.weights).items():
+        kinds = {"copy of the weights": _bytes(arguments[0]), "cache": _bytes(arguments[1])}
+        found[name] = (function, arguments, kinds, held)
     return found
 
 
@@ -197,25 +198,43 @@ def _bytes(tree: Any) -> int:
 
 
 def unwanted_gathers(job: Job, program: str, found: Sequence[Collective]) -> list[str]:
-    """All-gathers that put the hidden states or the logits of all devices together on each of them."""
-    model, config = job.model, job.config
+    """All-gathers, but of weights, that give a device the hidden states of all rows or whole logits.
+
+    Decoding moves the hidden states of its lanes, a token each, on purpose: there only logits count.
+    """
+    model, config, length = job.model, job.config, row_lengths(job.config.rollout.max_tokens)[-1]
     if program == "train":
-        length = row_lengths(config.rollout.max_tokens)[-1]
-        budget, shards = config.training.microbatch_tokens, row_shards(job.mesh)
-        tokens = length * microbatch_rows(minibatch_rows(config), length, budget, shards)
+        shards, budget = row_shards(job.mesh), config.training.microbatch_tokens
+        rows = microbatch_rows(minibatch_rows(config), length, budget, shards)
+        loss_tokens = min(config.rollout.max_turns * config.rollout.max_reply_tokens, length)
+        own = max(1, rows // shards)
+        limit = min(rows * length * model.hidden_size, own * loss_tokens * model.vocab_size)
+    elif program == "prefill":
+        limit = job.engine.prefill_rows * job.engine.chunk * model.hidden_size
     else:
-        tokens = {"prefill": job.engine.prefill_rows * job.engine.chunk, "generate": math.inf}[program]
-    unwanted = []
-    for one in found:
-        if one.kind != "all-gather":
-            continue
-        logits = model.vocab_size in one.shape and model.hidden_size not in one.shape
-        rows_of_logits = one.elements // model.vocab_size
-        if (logits and rows_of_logits * row_shards(job.mesh) > job.engine.lanes) or (
-            row_shards(job.mesh) > 1 and one.elements >= tokens * model.hidden_size
-        ):
-            unwanted.append(f"{one.dtype}{list(one.shape)}")
-    return unwanted
+        limit = job.engine.lanes * model.vocab_size
+    weights = _weight_shapes(model, job.mesh)
+    return [
+        f"{one.dtype}{list(one.shape)}"
+        for one in found
+        if one.kind == "all-gather" and one.elements >= limit and _sorted(one.shape) not in weights
+    ]
+
+
+def _weight_shapes(model: QwenConfig, mesh: Mesh) -> set[tuple[int, ...]]:
+    """Shapes that a gathered parameter has, of one layer or all: whole, or cut along one axis of the mesh."""
+    shapes = set()
+    for leaf in jax.tree.leaves(parameter_shapes(model)):
+        for shape in (leaf.shape, leaf.shape[1:]):
+            shapes.add(_sorted(shape))
+            for index, axis in itertools.product(range(len(shape)), mesh.axis_names):
+                part = shape[index] // mesh.shape[axis]
+                shapes.add(_sorted((*shape[:index], part, *shape[index + 1 :])))
+    return shapes
+
+
+def _sorted(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(size for size in shape if size > 1))
 
 
 # --- What a program takes at least. ---
@@ -326,7 +345,10 @@ class Entry:
         )
 
 
-# In order of importance: the table is filled from the top.
+_LORA = ("lora.rank=32",)
+
+# In order of importance: the table is filled from the top. First each recipe on its slice, then smaller ones,
+# other chips, and adapters alone.
 ENTRIES = (
     Entry("qwen3_32b_v5p", "v5p-128"),
     Entry("qwen3_8b_v5p", "v5p-64"),
@@ -334,6 +356,13 @@ ENTRIES = (
     Entry("qwen3_8b_v6e", "v6e-64"),
     Entry("qwen3_14b_v5p", "v5p-64"),
     Entry("qwen2.5_7b_v5p", "v5p-32"),
+    Entry("qwen3_32b_v5p", "v5p-32", _LORA),
+    Entry("qwen3_8b_v5p", "v5p-16"),
+    Entry("qwen3_32b_v5p", "v5p-64"),
+    Entry("qwen3_8b_v6e", "v5e-64"),
+    Entry("qwen3_8b_v6e", "v6e-16", _LORA),
+    Entry("qwen3_14b_v5p", "v5p-16", _LORA),
+    Entry("qwen2.5_7b_v5p", "v5p-8", _LORA),
 )
 
 
@@ -408,9 +437,10 @@ def table_text(known: dict[str, Any]) -> str:
                 lines.append(f"| {entry.recipe} | {entry.slice} | {program} | | | | | not compiled yet | | |")
                 continue
             held = result.arguments | result.beside
+            state = ("weights", "moments", "reference", "copy of the weights")
             lines.append(
                 f"| {entry.recipe} | {entry.slice} | {program} "
-                f"| {_gib(sum(held.get(kind, 0) for kind in ('weights', 'moments', 'reference')))} "
+                f"| {_gib(sum(held.get(kind, 0) for kind in state))} "
                 f"| {_gib(held.get('cache', 0))} | {_gib(result.temporary)} "
                 f"| {_gib(result.bytes) if result.compiled else ''}, {_gib(result.memory)} "
                 f"| {'yes' if result.fits else 'no'} | {result.seconds:.0f} s "

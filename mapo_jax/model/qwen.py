@@ -302,6 +302,24 @@ def hidden_states(
     return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps)
 
 
+def unstack_layers(layers: Params, count: int) -> list[Params]:
+    """The weights of each layer by itself."""
+    return [jax.tree.map(lambda leaf, index=index: leaf[index], layers) for index in range(count)]
+
+
+def for_decoding(params: Params, config: QwenConfig, dtype) -> Params:
+    """Weights as `extend` reads them fastest: layer by layer, in the dtype that they are computed with.
+
+    What is computed stays the same, bit for bit. The scales of norms stay float32, as norms do.
+    """
+
+    def cast(path, leaf):
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    cast_params = jax.tree_util.tree_map_with_path(cast, params)
+    return cast_params | {"layers": unstack_layers(cast_params["layers"], config.num_layers)}
+
+
 def init_cache(config: QwenConfig, slots: int, length: int, dtype=jnp.float32) -> Cache:
     """Empty keys and values for `slots` rows of up to `length` tokens: one [K, G, C, E] pair per layer.
 
@@ -324,6 +342,8 @@ def extend(
 ) -> tuple[Float[Array, "K N D"], Cache]:
     """Appends N tokens to each slot: a chunk of a prompt (N = chunk) or one decoded token (N = 1).
 
+    Within a loop, have the layers unstacked before it (`for_decoding`): else each is copied at every turn.
+
     Keys and values are written at cache index == position; a position >= C is padding: it is not written,
     and its hidden state is meaningless. Every token attends to the cache entries at or before its own
     position, so entries beyond the row's end may hold anything.
@@ -340,7 +360,9 @@ def extend(
     decoding = tokens.shape[1] == 1
     hidden, heads = ("lane_hidden", "lane_heads") if decoding else ("hidden", "heads")
     x = constrain(params["embed"]["embedding"][tokens].astype(dtype), hidden, mesh)
-    new_cache = []
+    layers, new_cache = params["layers"], []
+    if not isinstance(layers, list):
+        layers = unstack_layers(layers, config.num_layers)
     for index, (keys, values) in enumerate(cache):
 
         def attend(query, key, value, keys=keys, values=values):
@@ -351,8 +373,7 @@ def extend(
             output = constrain(cached_attention(query, keys, values, positions), "slot_heads", mesh)
             return constrain(output, heads, mesh), (keys, values)
 
-        weights = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
-        x, entry = run_block(config, dtype, weights, x, rotary, attend)
+        x, entry = run_block(config, dtype, layers[index], x, rotary, attend)
         x = constrain(x, hidden, mesh)
         new_cache.append(entry)
     return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps), new_cache

@@ -136,6 +136,15 @@ def param_shardings(config: QwenConfig, mesh: Mesh) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(sharding, parameter_shapes(config))
 
 
+def decoding_shardings(config: QwenConfig, mesh: Mesh) -> dict[str, Any]:
+    """`param_shardings` for what `qwen.for_decoding` returns: each layer is cut like the stack of them."""
+    shardings = param_shardings(config, mesh)
+    layer = jax.tree.map(
+        lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[1:])), shardings["layers"]
+    )
+    return shardings | {"layers": [layer] * config.num_layers}
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose first axis are rows, [B, ...]: over data and fsdp together."""
     return NamedSharding(mesh, PartitionSpec(RULES["rows"]))

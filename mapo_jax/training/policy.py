@@ -146,7 +146,7 @@ def _is_run(path: Path | str) -> bool:
 def make_engine(
     policy: Policy, rollout: RolloutConfig, temperature: float, *, dtype: str, mesh: Mesh | None
 ) -> Engine:
-    """The sampler of a policy, without weights yet: by default with a slot for every dialogue of a step."""
+    """The sampler of a policy, without weights yet, with a slot for every dialogue of a step."""
     chat = policy.chat
     return engine_for(
         policy.config, chat.stop_ids, chat.vocabulary_size, rollout, temperature, dtype=dtype, mesh=mesh
@@ -164,9 +164,11 @@ def engine_for(
     mesh: Mesh | None,
 ) -> Engine:
     """`make_engine` where there is a shape and no tokenizer."""
+    dialogues = rollout.scenarios * rollout.rollouts
     return Engine(
         model,
-        slots=rollout.slots or rollout.scenarios * rollout.rollouts,
+        slots=dialogues,
+        resident=min(rollout.slots or dialogues, dialogues),
         lanes=rollout.lanes,
         length=rollout.max_tokens,
         max_reply_tokens=rollout.max_reply_tokens,
