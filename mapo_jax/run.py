@@ -42,7 +42,7 @@ from mapo_jax.training.policy import (
     read_policy,
     save_model_files,
 )
-from mapo_jax.training.programs import make_programs, sampling_weights
+from mapo_jax.training.programs import make_programs
 from mapo_jax.training.step import Optimizer, TrainState, Update, abstract_state, create_state
 from mapo_jax.warmstart import run_warmstart
 from mapo_jax.world import World, open_world
@@ -61,7 +61,6 @@ class Run:
     validation: list[Scenario]
     engine: Engine  # samples for training
     evaluator: Engine  # samples for evaluation
-    sampling_weights: Callable[[Params], Params]  # a state's weights as the engines take them
     credit: Callable[..., Any]  # cells -> rewards, advantages
     update: Update
     scorer: Callable[..., Any]  # the trainer's own log-probabilities
@@ -124,7 +123,6 @@ def prepare(
         validation=validation,
         engine=engine,
         evaluator=evaluator,
-        sampling_weights=sampling_weights(config, policy.config, mesh),
         credit=rows.make_credit(config.algorithm),
         update=programs.update,
         scorer=programs.scorer,

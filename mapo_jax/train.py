@@ -104,7 +104,7 @@ def gather(
 ) -> tuple[list[list[Dialogue]], dict[str, float]]:
     """The policy as it stands talks R times in each scenario: dialogues [S][R]."""
     started, before = time.monotonic(), replace(run.engine.counts)
-    run.engine.load(run.sampling_weights(state.weights), step)
+    run.engine.load(state.weights, step)
     dialogues = converse(
         run, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, step
     )
@@ -192,7 +192,7 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     if file.exists():
         return
     config = run.config
-    run.evaluator.load(run.sampling_weights(state.weights), done)
+    run.evaluator.load(state.weights, done)
     seed = config.training.seed + EVALUATION_STREAM
     dialogues = converse(run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0)
     metrics = measure(run, dialogues) | run.world.metrics()
@@ -279,10 +279,9 @@ def write_dialogues(file: Path, dialogues: list[list[Dialogue]]) -> None:
 
 def warm_up(run: Run, state: TrainState) -> None:
     """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
-    weights = run.sampling_weights(state.weights)
     for engine in dict.fromkeys((run.engine, run.evaluator)):
         run.display.phase("compiling")
-        engine.load(weights, -1)
+        engine.load(state.weights, -1)
         engine.warm_up()
         run.stop.check()
 

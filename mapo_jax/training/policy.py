@@ -175,6 +175,7 @@ def engine_for(
         stop_ids=stop_ids,
         vocabulary_size=vocabulary_size,
         sampling=Sampling(temperature=temperature),
+        copy_weights=rollout.copy_weights,
         dtype=dtype,
         mesh=mesh,
     )

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from mapo_jax.config import Config
 from mapo_jax.errors import UserError
 from mapo_jax.model.backends import row_attention
-from mapo_jax.model.qwen import Params, QwenConfig, in_precision
+from mapo_jax.model.qwen import QwenConfig
 from mapo_jax.model.sharding import param_shardings, row_shards
 from mapo_jax.training.step import Optimizer, Scoring, Update, make_optimizer, make_scorer, make_update
 
@@ -62,15 +61,6 @@ def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh:
     )
     scorer = make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
     return Programs(optimizer, update, scorer)
-
-
-def sampling_weights(config: Config, model: QwenConfig, mesh: Mesh) -> Callable[[Params], Params]:
-    """The weights as the sampler takes them: the trainer's own, or, if asked for, a copy in `model.dtype`."""
-    if not config.rollout.copy_weights:
-        return lambda params: params
-    return jax.jit(
-        lambda params: in_precision(params, config.model.dtype), out_shardings=param_shardings(model, mesh)
-    )
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:
