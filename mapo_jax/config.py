@@ -75,7 +75,7 @@ class RolloutConfig:
     top_k: int = 0  # must stay 0 in training
     max_reply_tokens: int = 32  # a reply longer than this is cut and marked truncated
     max_tokens: int = 448  # longest dialogue in tokens; also the length of the KV cache
-    copy_weights: bool = False  # hold dialogues with a copy in model.dtype: faster where that is shorter
+    copy_weights: bool = True  # the sampler casts a copy of the weights once; false: no copy, slower steps
     slots: int | None = None  # KV caches on the device, the others in host memory; empty: all of a step
     lanes: int | None = None  # dialogues that are decoded at once; empty: as many as `slots`
     history: str = "append"  # append: one growing row per dialogue; per_turn: one rendered row per turn

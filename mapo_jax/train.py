@@ -104,7 +104,7 @@ def gather(
 ) -> tuple[list[list[Dialogue]], dict[str, float]]:
     """The policy as it stands talks R times in each scenario: dialogues [S][R]."""
     started, before = time.monotonic(), replace(run.engine.counts)
-    run.engine.load(state.params, step)
+    run.engine.load(state.weights, step)
     dialogues = converse(
         run, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, step
     )
@@ -142,7 +142,7 @@ def learn(
         rows_per_dialogue=rows_each,
     )
     if config.algorithm.old_logprobs == "trainer":
-        batch = replace(batch, old_logprobs=run.scorer(state.params, place(batch, run.mesh)))
+        batch = replace(batch, old_logprobs=run.scorer(state.weights, place(batch, run.mesh)))
     updates = []
     for epoch in range(config.training.epochs):
         order = rows.scenario_order(
@@ -192,7 +192,7 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     if file.exists():
         return
     config = run.config
-    run.evaluator.load(state.params, done)
+    run.evaluator.load(state.weights, done)
     seed = config.training.seed + EVALUATION_STREAM
     dialogues = converse(run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0)
     metrics = measure(run, dialogues) | run.world.metrics()
@@ -258,7 +258,7 @@ def converse(
         check=run.stop.check,
         note=run.display.note,
     )
-    engine.release()  # the update needs the memory
+    engine.unload()  # the update needs the memory
     return dialogues
 
 
@@ -281,7 +281,7 @@ def warm_up(run: Run, state: TrainState) -> None:
     """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
     for engine in dict.fromkeys((run.engine, run.evaluator)):
         run.display.phase("compiling")
-        engine.load(state.params, -1)
+        engine.load(state.weights, -1)
         engine.warm_up()
         run.stop.check()
 

@@ -111,6 +111,7 @@ class Engine:
         prefill_rows: int | None = None,
         chunk: int | None = None,
         block: int | None = None,
+        copy_weights: bool = True,
         dtype=jnp.float32,
         mesh: Mesh | None = None,
     ):
@@ -132,6 +133,8 @@ class Engine:
             but between 32 and 512.
           block: decode steps on the device before the host looks; None: a sixteenth of the longest reply,
             but between 8 and 32.
+          copy_weights: sample with a copy of the weights, cast and cut by layer once; else every step does
+            that on its way, and no second copy is held. What is computed is the same, bit for bit.
           dtype: of computation and cache.
           mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
             `tensor`.
@@ -154,6 +157,7 @@ class Engine:
         self.config = config
         self.slots = slots
         self.resident = resident
+        self.copy_weights = copy_weights
         self.lanes = lanes
         self.length = length
         self.max_reply_tokens = max_reply_tokens
@@ -188,7 +192,8 @@ class Engine:
         """Takes new weights; every dialogue loses its cache and cannot be continued.
 
         Args:
-          params: the weights; copied, in the engine's dtype.
+          params: the weights; copied in the engine's dtype, or, with `copy_weights` off, used as they are:
+            whoever donates them must load again.
           version: a number that tells these weights from others; the cache is kept if it is the loaded one.
 
         Raises:
@@ -199,7 +204,7 @@ class Engine:
                 raise RuntimeError("new weights while replies are under way: advance to their end, or reset")
             self.reset()
         self._params = None  # before there are others
-        self._params, self.version = self._programs.ready(params), version
+        self._params, self.version = self._programs.ready(params) if self.copy_weights else params, version
 
     def reset(self) -> None:
         """Empties every slot, forgets every reply under way, and frees the cache."""
@@ -216,8 +221,8 @@ class Engine:
         self._under_way: set[int] = set()  # slots of both
         self._cache: Cache | None = None
 
-    def release(self) -> None:
-        """Resets, and lets go of the weights: until the next `load` nothing is held on the device."""
+    def unload(self) -> None:
+        """Lets go of the weights and the cache, so that their memory is free until the next `load`."""
         self.reset()
         self._params = self.version = None
 
@@ -328,7 +333,7 @@ class Engine:
         """
         create, ready = self._programs.create, self._programs.ready
         cache = create.eval_shape(self.lengths[-1])
-        weights = ready.eval_shape(params)
+        weights = ready.eval_shape(params) if self.copy_weights else params
         rows = np.zeros(self.prefill_rows, np.int32)
         padding = np.zeros((self.prefill_rows, self.chunk), np.int32)
         return {
