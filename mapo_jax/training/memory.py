@@ -30,7 +30,7 @@ from mapo_jax.model.attention import causal_attention, query_block, rotary_angle
 from mapo_jax.model.backends import attention_name
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import param_shardings, row_shards
-from mapo_jax.rollout.engine import cache_bytes
+from mapo_jax.rollout.sizes import cache_bytes
 from mapo_jax.training.batch import microbatch_rows, row_lengths
 from mapo_jax.training.programs import minibatch_rows
 from mapo_jax.training.step import abstract_state, make_optimizer
