@@ -89,9 +89,10 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
         * _kept(microbatch, config.model.remat),
         "work of one layer or of the head": work,
     }
-    slots = config.rollout.slots or config.rollout.scenarios * config.rollout.rollouts
-    lanes = config.rollout.lanes or slots
-    caches = cache_bytes(model, slots, lanes, config.rollout.max_tokens, jnp.dtype(dtype)) / mesh.size
+    dialogues = config.rollout.scenarios * config.rollout.rollouts
+    resident = min(config.rollout.slots or dialogues, dialogues)
+    lanes = config.rollout.lanes or resident
+    caches = cache_bytes(model, resident, lanes, config.rollout.max_tokens, jnp.dtype(dtype)) / mesh.size
     copy = _bytes(qwen.in_precision(state.weights, dtype)) if config.rollout.copy_weights else 0
     rollout = {
         f"KV caches ({dtype})": caches,
