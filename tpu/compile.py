@@ -174,8 +174,14 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
     }
     found = {"train": (programs.update, (state, batch), held | {"batch": _bytes(batch)}, {})}
     for name, (function, arguments) in job.engine.abstract_programs(state.weights).items():
-        kinds = {"copy of the weights": _bytes(arguments[0]), "cache": _bytes(arguments[1])}
-        found[name] = (function, arguments, kinds, held)
+        kinds = {"cache": _bytes(arguments[1])}
+        beside = held
+        if config.rollout.copy_weights:
+            kinds["copy of the weights"] = _bytes(arguments[0])
+        else:
+            kinds["weights"] = held["weights"]
+            beside = {kind: size for kind, size in held.items() if kind != "weights"}
+        found[name] = (function, arguments, kinds, beside)
     return found
 
 

@@ -74,6 +74,8 @@ class EngineModel:
     async def _reply(self, request: Request) -> Reply:
         if self._serving is None or self._serving.done():
             self._serving = asyncio.ensure_future(self._desk.serve())
+            # What ends it reaches everybody who waits; asyncio need not report it again.
+            self._serving.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             return await self._desk.reply(request)
         finally:

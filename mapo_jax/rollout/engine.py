@@ -245,6 +245,8 @@ class Engine:
         """
         if len({request.slot for request in requests}) != len(requests):
             raise ValueError("two requests for one slot")
+        for request in requests:  # all of them before the first is submitted
+            self._check(request)
         for request in requests:
             self.submit(request)
         replies: dict[int, Reply] = {}
@@ -258,10 +260,17 @@ class Engine:
         Raises:
           StaleSlot: a request continues a row that the slot does not hold (any more).
           UserError: a row that leaves no room for a reply.
-          ValueError: no tokens to start with, a token outside the model, a limit below 1, or a slot that has
-            a reply under way.
+          ValueError: no tokens to start with, a token outside the model, a limit below 1, no such slot, or
+            one that has a reply under way.
         """
+        self._check(request)
+        self._under_way.add(request.slot)
+        self._submitted.append(request)
+
+    def _check(self, request: Request) -> None:
         self._need_weights()
+        if not 0 <= request.slot < self.slots:
+            raise ValueError(f"slot {request.slot} is none of the engine's {self.slots}")
         slot, row = request.slot, self._rows[request.slot]
         if slot in self._under_way:
             raise ValueError(f"slot {slot} has a reply under way")
@@ -283,8 +292,6 @@ class Engine:
                 f"a prompt of {size} tokens leaves no room for a reply in a cache of {self.length}; "
                 "raise `rollout.max_tokens` or shorten the prompt"
             )
-        self._under_way.add(slot)
-        self._submitted.append(request)
 
     def advance(self) -> dict[int, Reply]:
         """Takes in what was submitted, runs one block of decode steps, and returns the replies that ended.

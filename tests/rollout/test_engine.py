@@ -472,7 +472,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match="two requests"):
             engine.reply([request(0, [7], start=True), request(0, [8], start=True)])
         with pytest.raises(ValueError, match="token id 61"):
-            engine.reply([request(0, [61], start=True)])
+            engine.reply([request(1, [7], start=True), request(0, [61], start=True)])
+        assert not engine.busy  # the first one was not begun either
+        with pytest.raises(ValueError, match="slot 4 is none of the engine's 4"):
+            engine.reply([request(4, [7], start=True)])
         with pytest.raises(ValueError, match="at least one"):
             engine.reply([request(0, [], start=True)])
         with pytest.raises(ValueError, match="at most 0"):
