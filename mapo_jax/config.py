@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mapo_jax.errors import UserError
 
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
 
 @dataclass(frozen=True)
 class FreshModelConfig:
@@ -37,8 +39,18 @@ class ModelConfig:
 
     path: str | None = None  # Hugging Face folder or run folder; empty: the small model, warm-started
     dtype: str = "float32"  # compute dtype: float32 or bfloat16 (master weights stay float32)
-    remat: str = "none"  # what the backward pass recomputes: none, or block (each layer)
+    remat: str = "none"  # what the backward pass recomputes: none, minimal or block (qwen.REMAT)
+    attention: str = "auto"  # over whole rows: auto (by the mesh's platform), xla, splash (TPU), cudnn (GPU)
     fresh: FreshModelConfig = field(default_factory=FreshModelConfig)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, trained in the place of the weights (`model/lora.py`)."""
+
+    rank: int = 0  # of the adapters; 0: none, all weights are trained
+    alpha: float = 32.0  # the low-rank term counts alpha / rank times
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # which maps of every layer
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,9 @@ class RolloutConfig:
     top_k: int = 0  # must stay 0 in training
     max_reply_tokens: int = 32  # a reply longer than this is cut and marked truncated
     max_tokens: int = 448  # longest dialogue in tokens; also the length of the KV cache
-    slots: int | None = None  # dialogues whose KV caches are held at once; empty: all of a step
-    lanes: int | None = None  # dialogues that are decoded at once; empty: all slots
+    copy_weights: bool = True  # the sampler casts a copy of the weights once; false: no copy, slower steps
+    slots: int | None = None  # KV caches on the device, the others in host memory; empty: all of a step
+    lanes: int | None = None  # dialogues that are decoded at once; empty: as many as `slots`
     history: str = "append"  # append: one growing row per dialogue; per_turn: one rendered row per turn
     system_prompt: str | None = None  # first message of every dialogue, if any
 
@@ -156,7 +169,9 @@ class TrainingConfig:
     steps: int = 45  # collect-and-update steps
     seed: int = 0  # everything random follows from it
     minibatch_scenarios: int = 2  # scenarios per optimizer update; divides rollout.scenarios
-    microbatch_rows: int = 4  # most rows per forward/backward pass; 0: the whole mini-batch
+    microbatch_tokens: int = (
+        1792  # most tokens of a device per pass, but a row at least; 0: the whole mini-batch
+    )
     epochs: int = 1  # passes over a step's dialogues
 
 
@@ -218,6 +233,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -351,6 +367,8 @@ def _type_name(dotted: str) -> str:
     names |= {kind | None: f"{name} or null" for kind, name in names.items()}
     if section == list[float]:
         return "a list of numbers"
+    if section == list[str]:
+        return "a list of names"
     return names.get(section) or "a mapping"
 
 
@@ -422,6 +440,13 @@ def validate(config: Config) -> None:
     _require(sum(size == -1 for size in sizes.values()) <= 1, "mesh", sizes, "at most one axis of size -1")
     for axis, size in sizes.items():
         _require(size == -1 or size >= 1, f"mesh.{axis}", size, "at least 1, or -1 for the devices left")
+    targets = config.lora.targets
+    _require(
+        bool(targets) and len(set(targets)) == len(targets) and set(targets) <= set(LORA_TARGETS),
+        "lora.targets",
+        targets,
+        f"a list of some of {', '.join(LORA_TARGETS)}, each at most once",
+    )
     if config.environment.family == "live":
         for name in ROLES:
             validate_role(name, getattr(config.environment, name))
@@ -519,7 +544,8 @@ ESTIMATORS_THAT_COMPARE_ROLLOUTS = tuple(
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "block"),
+    "model.remat": ("none", "minimal", "block"),
+    "model.attention": ("auto", "xla", "splash", "cudnn"),
     "rollout.history": ("append", "per_turn"),
     "environment.family": ("scripted", "live"),
     "algorithm.estimator": ESTIMATORS,
@@ -541,6 +567,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "model.fresh.kv_heads": (1, None),
     "model.fresh.head_size": (2, None),
     "model.fresh.rope_theta": (1, None),
+    "lora.rank": (0, None),
+    "lora.alpha": (0, None),
     "rollout.scenarios": (1, None),
     "rollout.rollouts": (1, None),
     "rollout.max_turns": (1, None),
@@ -579,7 +607,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "training.steps": (1, None),
     "training.seed": (0, 2**31 - 1),
     "training.minibatch_scenarios": (1, None),
-    "training.microbatch_rows": (0, None),
+    "training.microbatch_tokens": (0, None),
     "training.epochs": (1, None),
     "warmstart.steps": (1, None),
     "warmstart.rows": (1, None),

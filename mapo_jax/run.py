@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,21 @@ from mapo_jax.config import Config, to_yaml
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.model.qwen import Params, parameter_shapes
+from mapo_jax.model.lora import join
+from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.training import batch as rows
-from mapo_jax.training.checkpoint import Checkpoints, claim, cut_back, whole_steps
+from mapo_jax.training.checkpoint import (
+    Checkpoints,
+    claim,
+    cut_back,
+    restore_base,
+    save_base,
+    whole_steps,
+)
 from mapo_jax.training.display import Display
+from mapo_jax.training.forecast import check_memory, model_shape
 from mapo_jax.training.heartbeat import Heartbeat
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import CompileCounter, MetricWriter
@@ -29,22 +38,14 @@ from mapo_jax.training.phases import Phases
 from mapo_jax.training.policy import (
     MODEL_FOLDER,
     Policy,
+    adapters,
     load_policy,
     make_engine,
     read_policy,
     save_model_files,
 )
-from mapo_jax.training.step import (
-    Optimizer,
-    Scoring,
-    TrainState,
-    Update,
-    abstract_state,
-    create_state,
-    make_optimizer,
-    make_scorer,
-    make_update,
-)
+from mapo_jax.training.programs import make_programs
+from mapo_jax.training.step import Optimizer, TrainState, Update, abstract_state, create_state
 from mapo_jax.warmstart import run_warmstart
 from mapo_jax.world import World, open_world
 
@@ -97,23 +98,7 @@ def prepare(
     stack.enter_context(claim(folder, config))
     world = stack.enter_context(open_world(config, folder, mesh))
     policy, params = starting_policy(config, folder, mesh, stop, console)
-    optimizer = make_optimizer(
-        config.optimizer,
-        config.training.steps
-        * config.training.epochs
-        * (config.rollout.scenarios // config.training.minibatch_scenarios),
-    )
-    scoring = Scoring(
-        policy.config,
-        temperature=config.rollout.temperature,
-        vocabulary_size=policy.chat.vocabulary_size,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        loss_tokens=config.rollout.max_turns * config.rollout.max_reply_tokens,
-    )
-    rows_each = rows_per_dialogue(config)
-    step_rows = config.rollout.scenarios * config.rollout.rollouts * rows_each
-    minibatch_rows = config.training.minibatch_scenarios * config.rollout.rollouts * rows_each
+    programs = make_programs(config, policy.config, policy.chat.vocabulary_size, mesh)
     placed = dict(dtype=config.model.dtype, mesh=mesh)
     engine = make_engine(policy, config.rollout, config.rollout.temperature, **placed)
     evaluator = (
@@ -143,18 +128,9 @@ def prepare(
         engine=engine,
         evaluator=evaluator,
         credit=rows.make_credit(config.algorithm),
-        update=make_update(
-            scoring,
-            optimizer,
-            config.algorithm,
-            microbatch_rows=rows.microbatch_rows(minibatch_rows, config.training.microbatch_rows),
-            constant_length=config.rollout.max_turns * config.rollout.max_reply_tokens,
-            shardings=param_shardings(policy.config, mesh),
-        ),
-        scorer=make_scorer(
-            scoring, microbatch_rows=rows.microbatch_rows(step_rows, config.training.microbatch_rows)
-        ),
-        optimizer=optimizer,
+        update=programs.update,
+        scorer=programs.scorer,
+        optimizer=programs.optimizer,
         row_lengths=rows.row_lengths(config.rollout.max_tokens),
         checkpoints=checkpoints,
         writer=stack.enter_context(
@@ -176,7 +152,14 @@ def starting_policy(
         # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
         return read_policy(folder, config.rollout), None
     path = config.model.path or run_warmstart(config, console=console, check=stop.check)
-    policy, params = load_policy(path, config.rollout, mesh=mesh)
+    check_memory(config, model_shape(config), mesh)
+    lora = adapters(config.lora)
+    dtype = "float32" if lora is None else config.model.dtype
+    policy, params = load_policy(path, config.rollout, mesh=mesh, dtype=dtype)
+    if lora is not None:
+        policy = replace(policy, config=replace(policy.config, lora=lora))
+        save_base(folder, params)
+        params = join(params, init_adapters(policy.config, config.training.seed, mesh))
     save_model_files(folder, policy)
     return policy, params
 
@@ -187,9 +170,11 @@ def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple
     reference = run.config.algorithm.kl_coefficient > 0
     if params is not None:
         return 0, create_state(params, run.optimizer, shardings=shardings, reference=reference)
-    shapes = parameter_shapes(run.policy.config)
+    shapes = parameter_shapes(run.policy.config, run.config.model.dtype)
     template = abstract_state(shapes, run.optimizer, shardings=shardings, reference=reference)
     state, reached = run.checkpoints.restore_latest(template)
+    if template.base is not None:
+        state = replace(state, base=restore_base(run.folder, template.base))
     deck.set_state(reached["deck"])
     if reached["step"] == run.config.training.steps:
         run.display.note(f"the run in {run.folder} is finished; for another choose another run.directory")
@@ -214,11 +199,6 @@ def scenario_deck(config: Config) -> grain.DatasetIterator:
         .batch(config.rollout.scenarios, batch_fn=list)
         .to_iter_dataset()
     )
-
-
-def rows_per_dialogue(config: Config) -> int:
-    """One growing row, or one for each turn."""
-    return config.rollout.max_turns if config.rollout.history == "per_turn" else 1
 
 
 def progress(config: Config, deck_state: dict[str, Any]) -> dict[str, Any]:

@@ -34,12 +34,13 @@ from mapo_jax.reporting.write import write_report
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
-from mapo_jax.run import Run, begin, cards, prepare, progress, rows_per_dialogue, scenario_deck
+from mapo_jax.run import Run, begin, cards, prepare, progress, scenario_deck
 from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
 from mapo_jax.training.interruption import Interrupted, StopRequest
 from mapo_jax.training.phases import phase
+from mapo_jax.training.programs import rows_per_dialogue
 from mapo_jax.training.step import TrainState, fetch, place
 from mapo_jax.training.utilization import memory, peak_flops, step_work, utilization
 
@@ -109,7 +110,7 @@ def gather(
 ) -> tuple[list[list[Dialogue]], dict[str, float]]:
     """The policy as it stands talks R times in each scenario: dialogues [S][R]."""
     started, before = time.monotonic(), replace(run.engine.counts)
-    run.engine.load(state.params, step)
+    run.engine.load(state.weights, step)
     dialogues = converse(
         run, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, step
     )
@@ -149,7 +150,7 @@ def learn(
         rows_per_dialogue=rows_each,
     )
     if config.algorithm.old_logprobs == "trainer":
-        batch = replace(batch, old_logprobs=run.scorer(state.params, place(batch, run.mesh)))
+        batch = replace(batch, old_logprobs=run.scorer(state.weights, place(batch, run.mesh)))
     updates = []
     for epoch in range(config.training.epochs):
         order = rows.scenario_order(
@@ -205,7 +206,7 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     if file.exists():
         return
     config = run.config
-    run.evaluator.load(state.params, done)
+    run.evaluator.load(state.weights, done)
     seed = config.training.seed + EVALUATION_STREAM
     try:
         dialogues = converse(
@@ -277,7 +278,7 @@ def converse(
             journal=journal,
         )
 
-    return run.world.hold(
+    dialogues = run.world.hold(
         collection,
         stream="train" if training else "evaluation",
         step=engine.version,
@@ -285,6 +286,8 @@ def converse(
         note=run.display.note,
         patient=patient,
     )
+    engine.unload()  # the update needs the memory
+    return dialogues
 
 
 def measure(run: Run, dialogues: list[list[Dialogue]]) -> dict[str, float]:
@@ -307,7 +310,7 @@ def warm_up(run: Run, state: TrainState) -> None:
     """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
     for engine in dict.fromkeys((run.engine, run.evaluator)):
         run.display.phase("compiling")
-        engine.load(state.params, -1)
+        engine.load(state.weights, -1)
         engine.warm_up()
         run.stop.check()
 
@@ -361,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
             console = Console(highlight=False)
-            console.print(forecast(config), markup=False)
+            console.print(forecast(config), markup=False, soft_wrap=True)
             if config.environment.family == "live":
                 table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))
                 console.print(table, markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.rollout.chat import ChatFormat
+from mapo_jax.rollout.desk import Desk
 from mapo_jax.rollout.engine import Engine, Reply, Request
 
 
@@ -22,7 +23,8 @@ class Completion(NamedTuple):
 
 
 class EngineModel:
-    """Answers chats, as many at once as the engine has slots. To be used within one event loop.
+    """Answers chats, as many at once as the engine has slots; the next joins as soon as one has ended. To be
+    used within one event loop.
 
     A chat's random numbers follow from its seed and its tokens, so neither its neighbours nor the order of
     arrival matter.
@@ -31,11 +33,11 @@ class EngineModel:
     def __init__(self, engine: Engine, chat: ChatFormat) -> None:
         """Args: engine: with weights loaded. chat: the model's format."""
         self._engine, self._chat = engine, chat
+        self._desk = Desk(engine)
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(engine.slots):
             self._free.put_nowait(slot)
-        self._under_way: dict[int, asyncio.Future[Reply]] = {}
-        self._worker: asyncio.Task | None = None
+        self._serving: asyncio.Task | None = None
 
     async def __call__(
         self,
@@ -61,31 +63,23 @@ class EngineModel:
                 f"the prompt has {len(ids)} tokens; raise extra_body.tokens above {self._engine.length}",
             )
         slot = await self._free.get()
-        self._engine.submit(Request(slot, ids, key=_key(seed, ids), turn=0, limit=max_tokens, start=True))
-        self._under_way[slot] = asyncio.get_running_loop().create_future()
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.ensure_future(self._work())
-        reply = await self._under_way[slot]
+        request = Request(slot, ids, key=_key(seed, ids), turn=0, limit=max_tokens, start=True)
+        # Shielded: a caller who gives up must not free a slot whose reply is still under way.
+        reply = await asyncio.shield(asyncio.ensure_future(self._reply(request)))
         text = self._chat.decode(reply.ids)
         if reply.truncated:
             raise RoleFailure("malformed", f"the answer was cut after {len(reply.ids)} tokens", text)
         return Completion(text, len(ids), len(reply.ids))
 
-    async def _work(self) -> None:
-        """Blocks of decode steps until nothing is under way; chats join and leave between them."""
-        while self._engine.busy:
-            try:
-                replies = await asyncio.to_thread(self._engine.advance)
-            except Exception as error:  # it is theirs who asked
-                for answered in self._under_way.values():
-                    if not answered.done():
-                        answered.set_exception(error)
-                return
-            for slot, reply in replies.items():
-                answered = self._under_way.pop(slot)
-                if not answered.done():  # else given up meanwhile
-                    answered.set_result(reply)
-                self._free.put_nowait(slot)
+    async def _reply(self, request: Request) -> Reply:
+        if self._serving is None or self._serving.done():
+            self._serving = asyncio.ensure_future(self._desk.serve())
+            # What ends it reaches everybody who waits; asyncio need not report it again.
+            self._serving.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            return await self._desk.reply(request)
+        finally:
+            self._free.put_nowait(request.slot)
 
 
 def _key(seed: int, ids: Sequence[int]) -> tuple[int, int, int]:

@@ -1,6 +1,8 @@
-"""Chats answered by an engine: batches, schemas, answers that cannot be used. The engine is a stand-in."""
+"""Chats answered by an engine: slots, schemas, answers that cannot be used. The engine is a stand-in."""
 
 import asyncio
+import itertools
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,31 +15,37 @@ from mapo_jax.rollout.engine import Reply
 
 @dataclass
 class Echo:
-    """Says one word to every chat, a chat a block; cut where the limit says so."""
+    """Says "Nothing", a token at a time; cut where the limit says so."""
 
     chat: ChatFormat
     slots: int = 3
     length: int = 400
+    blocks: list = field(default_factory=list)  # the requests under way at each `advance`
     asked: list = field(default_factory=list)
-    line: list = field(default_factory=list)
-    most: int = 0
+    _under_way: dict = field(default_factory=dict)  # slot -> (request, steps)
+
+    def submit(self, request):
+        assert request.start and 0 <= request.slot < self.slots and request.slot not in self._under_way
+        self._under_way[request.slot] = (request, 0)
+        self.asked.append(request)
 
     @property
     def busy(self):
-        return bool(self.line)
-
-    def submit(self, request):
-        assert request.start and request.slot not in {r.slot for r in self.line}
-        self.asked.append(request)
-        self.line.append(request)
-        self.most = max(self.most, len(self.line))
+        return bool(self._under_way)
 
     def advance(self):
-        request = self.line.pop(0)
+        time.sleep(0.002)
         word = self.chat.tokenizer.encode("Nothing", add_special_tokens=False)
         ids = (*word, self.chat.end_of_turn[0])
-        cut = request.limit < len(ids)
-        return {request.slot: Reply(ids[: request.limit], (0.0,) * len(ids), cut)}
+        self.blocks.append([request for request, _ in self._under_way.values()])
+        replies = {}
+        for slot, (request, steps) in list(self._under_way.items()):
+            self._under_way[slot] = (request, steps + 1)
+            if steps + 1 >= min(request.limit, len(ids)) + len(request.ids) % 3:  # some take longer
+                said = ids[: request.limit]
+                replies[slot] = Reply(said, (0.0,) * len(said), len(said) < len(ids))
+                del self._under_way[slot]
+        return replies
 
 
 @pytest.fixture
@@ -59,27 +67,37 @@ def say(text):
     return [{"role": "system", "content": "Be short."}, {"role": "user", "content": text}]
 
 
-def test_as_many_chats_are_under_way_as_the_engine_has_slots(engine):
-    answers = ask(engine, [say(f"Number {i}.") for i in range(7)])
+def test_chats_take_the_engines_slots_as_they_come_free(engine):
+    answers = ask(engine, [say(f"Number {'x ' * i}.") for i in range(7)])
     assert [answer.text for answer in answers] == ["Nothing"] * 7
-    assert len(engine.asked) == 7 and engine.most == 3
-    assert answers[0].input_tokens == len(engine.chat.prompt(say("Number 0.")))
+    assert len(engine.asked) == 7
+    assert max(len(block) for block in engine.blocks) == 3
+    # Continuous: some block holds a chat that began beside one that has ended, and one that has not.
+    assert any(
+        set(map(id, one)) & set(map(id, next_)) and set(map(id, next_)) - set(map(id, one))
+        for one, next_ in itertools.pairwise(engine.blocks)
+    )
+    assert answers[0].input_tokens == len(engine.chat.prompt(say("Number .")))
     assert answers[0].output_tokens == len(engine.chat.tokenizer.encode("Nothing")) + 1
 
 
-def test_a_chat_that_is_given_up_frees_its_slot_when_it_is_answered(engine):
+def test_who_gives_up_keeps_nobody_waiting(engine):
+    """The slot is handed on when the abandoned reply has ended, not before; and nobody gets another's."""
+
     async def run():
         model = EngineModel(engine, engine.chat)
-        chat = lambda i: model(say(f"{i}"), seed=1, schema=None, max_tokens=20)  # noqa: E731
-        tasks = [asyncio.ensure_future(chat(i)) for i in range(5)]
-        await asyncio.sleep(0)
-        for task in tasks[:4]:  # three under way, one that waits
-            task.cancel()
-        return await asyncio.gather(*tasks, *[chat(i) for i in range(5, 9)], return_exceptions=True)
+        options = dict(seed=1, schema=None, max_tokens=20)
+        calls = [asyncio.ensure_future(model(say(f"Number {i}."), **options)) for i in range(5)]
+        while len(engine.asked) < 3:
+            await asyncio.sleep(0)
+        calls[0].cancel()
+        calls[4].cancel()  # which has no slot yet
+        return await asyncio.gather(*calls, return_exceptions=True)
 
     answers = asyncio.run(run())
-    assert all(isinstance(answer, asyncio.CancelledError) for answer in answers[:4])
-    assert [answer.text for answer in answers[4:]] == ["Nothing"] * 5
+    assert [isinstance(answer, asyncio.CancelledError) for answer in answers] == [True, *[False] * 3, True]
+    assert [answer.text for answer in answers[1:4]] == ["Nothing"] * 3
+    assert len(engine.asked) == 4
 
 
 def test_random_numbers_follow_from_seed_and_prompt(engine):
@@ -111,5 +129,5 @@ def test_a_broken_engine_reaches_whoever_asked(engine):
         raise ValueError("no such thing")
 
     engine.advance = broken
-    (failure,) = ask(engine, [say("One.")])
-    assert isinstance(failure, ValueError)
+    failures = ask(engine, [say("One."), say("Two.")])
+    assert all(isinstance(failure, ValueError) for failure in failures)
