@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,29 @@ from mapo_jax.config import Config, to_yaml
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.model.qwen import Params, parameter_shapes
+from mapo_jax.model.lora import join
+from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.training import batch as rows
-from mapo_jax.training.checkpoint import Checkpoints, claim, cut_back, whole_steps
+from mapo_jax.training.checkpoint import (
+    Checkpoints,
+    claim,
+    cut_back,
+    restore_base,
+    save_base,
+    whole_steps,
+)
 from mapo_jax.training.display import Display
+from mapo_jax.training.forecast import check_memory, model_shape
+from mapo_jax.training.heartbeat import Heartbeat
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import CompileCounter, MetricWriter
+from mapo_jax.training.phases import Phases
 from mapo_jax.training.policy import (
     MODEL_FOLDER,
     Policy,
+    adapters,
     load_policy,
     make_engine,
     read_policy,
@@ -60,6 +72,7 @@ class Run:
     writer: MetricWriter
     display: Display
     compiles: CompileCounter
+    phases: Phases
     stop: StopRequest
 
 
@@ -72,7 +85,8 @@ def prepare(
       The run, and the weights that it starts from: None where it continues from a checkpoint of its own.
     """
     folder = Path(config.run.directory)
-    compiles = stack.enter_context(CompileCounter())
+    compiles, phases = stack.enter_context(CompileCounter()), Phases()
+    stack.enter_context(Heartbeat(phases))
     training = cards(config, "train")
     validation = cards(config, "validation")[: config.evaluation.scenarios]
     if config.rollout.scenarios > len(training):
@@ -124,6 +138,7 @@ def prepare(
         ),
         display=stack.enter_context(display),
         compiles=compiles,
+        phases=phases,
         stop=stop,
     )
     return run, params
@@ -137,7 +152,14 @@ def starting_policy(
         # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
         return read_policy(folder, config.rollout), None
     path = config.model.path or run_warmstart(config, console=console, check=stop.check)
-    policy, params = load_policy(path, config.rollout, mesh=mesh)
+    check_memory(config, model_shape(config), mesh)
+    lora = adapters(config.lora)
+    dtype = "float32" if lora is None else config.model.dtype
+    policy, params = load_policy(path, config.rollout, mesh=mesh, dtype=dtype)
+    if lora is not None:
+        policy = replace(policy, config=replace(policy.config, lora=lora))
+        save_base(folder, params)
+        params = join(params, init_adapters(policy.config, config.training.seed, mesh))
     save_model_files(folder, policy)
     return policy, params
 
@@ -148,9 +170,11 @@ def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple
     reference = run.config.algorithm.kl_coefficient > 0
     if params is not None:
         return 0, create_state(params, run.optimizer, shardings=shardings, reference=reference)
-    shapes = parameter_shapes(run.policy.config)
+    shapes = parameter_shapes(run.policy.config, run.config.model.dtype)
     template = abstract_state(shapes, run.optimizer, shardings=shardings, reference=reference)
     state, reached = run.checkpoints.restore_latest(template)
+    if template.base is not None:
+        state = replace(state, base=restore_base(run.folder, template.base))
     deck.set_state(reached["deck"])
     if reached["step"] == run.config.training.steps:
         run.display.note(f"the run in {run.folder} is finished; for another choose another run.directory")

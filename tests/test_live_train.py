@@ -315,6 +315,56 @@ def test_an_outage_stops_the_run_whole_and_no_key_is_left_anywhere(
         assert file.is_dir() or KEY.encode() not in file.read_bytes(), file
 
 
+def test_a_held_out_judge_that_fails_costs_its_evaluation_and_not_the_run(
+    serve, well_formed, judged, model_folder, cache, tmp_path, capsys
+):
+    """It scores evaluations and nothing else; after the first it hangs or refuses, until mended."""
+
+    def held(request, number):
+        if held_out.broken:
+            return ("status", 400, {}) if number % 2 else ("silence",)
+        return judged(0, 0, 2, 0, 0, 0) if "response_format" in request else "ready"
+
+    def answer(request, number):
+        # The judge is asked nothing before the first evaluation is over.
+        held_out.broken |= held_out.breaks and "C_progress" in json.dumps(request.get("response_format", ""))
+        return well_formed(request, number)
+
+    held_out, world = serve(held), serve(answer)
+    held_out.broken, held_out.breaks = False, True
+    folder = tmp_path / "run"
+    settings = {
+        "training__steps": 3,
+        "evaluation__every": 2,
+        "environment__call_seconds": 2.0,
+        "environment__failure_share": 0.01,
+        "optimizer__learning_rate": 0.1,  # else it says the same in each evaluation, and the cache answers
+        "environment__held_out_judge__url": held_out.url,
+        "environment__held_out_judge__model": "m",
+    }
+    arguments = command(folder, model_folder, cache, world.url, **settings)
+    started = time.monotonic()
+    assert train.main(arguments) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "validation after 2 steps is left out" in out and "validation after 3 steps is left out" in out
+    assert "the same command tries it again" in out
+    assert time.monotonic() - started < 200  # nothing waited for the 60 s of a silent server, or a pause
+    held = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(row["step"] for row in held if "reward/mean" in row) == [1, 2, 3]
+    assert [row["step"] for row in held if "evaluation/reward/mean" in row] == [0]
+    assert sorted(file.name for file in (folder / "evaluations").glob("step_*.jsonl")) == [
+        "step_000000.jsonl"
+    ]
+
+    held_out.broken = held_out.breaks = False
+    assert train.main(arguments) == 0
+    lines = (folder / "evaluations" / "step_000003.jsonl").read_text().splitlines()
+    turns = [turn for line in lines for turn in Dialogue.from_json(json.loads(line)).state.turns]
+    assert {turn.judgement.levels for turn in turns} == {(0, 0, 2, 0, 0, 0)}
+    trained = [t for step in (1, 2, 3) for g in saved(folder, step) for d in g for t in d.state.turns]
+    assert {turn.judgement.levels for turn in trained} == {(1, 0, 1, 0, 0, 0)}
+
+
 def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path, capsys):
     arguments = command(tmp_path / "run", model_folder, cache, "http://127.0.0.1:9/v1")
     settings = ["environment.judge.prices=[2, 10]", "environment.director.requests_per_minute=2"]
@@ -333,6 +383,12 @@ def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path
     assert cost == pytest.approx((2 * tokens + 10 * answers) / 1e6, abs=0.006)
     assert 500 < tokens / (66 * 3 + 3 * 32) < 3000
     assert not (tmp_path / "run").exists()
+
+    held_out = ["environment.held_out_judge.model=h", "environment.held_out_judge.url=http://127.0.0.1:9/v1"]
+    assert train.main(["--dry-run", *arguments, *held_out]) == 0
+    lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()]
+    calls = {line[0]: int(line[2]) for line in lines if line[:2] in (["judge", "m"], ["held_out_judge", "h"])}
+    assert calls == {"judge": 60 * 3 + 3 * 32, "held_out_judge": 6 * 3}
 
 
 def test_a_wrong_server_stops_before_anything_is_spent(model_folder, cache, tmp_path, capsys):

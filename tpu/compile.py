@@ -161,7 +161,7 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
     config, model, mesh = job.config, job.model, job.mesh
     programs = make_programs(config, model, TOKENIZER_IDS, mesh)
     state = abstract_state(
-        parameter_shapes(model),
+        parameter_shapes(model, config.model.dtype),
         programs.optimizer,
         shardings=param_shardings(model, mesh),
         reference=config.algorithm.kl_coefficient > 0,
@@ -174,8 +174,14 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
     }
     found = {"train": (programs.update, (state, batch), held | {"batch": _bytes(batch)}, {})}
     for name, (function, arguments) in job.engine.abstract_programs(state.weights).items():
-        kinds = {"copy of the weights": _bytes(arguments[0]), "cache": _bytes(arguments[1])}
-        found[name] = (function, arguments, kinds, held)
+        kinds = {"cache": _bytes(arguments[1])}
+        beside = held
+        if config.rollout.copy_weights:
+            kinds["copy of the weights"] = _bytes(arguments[0])
+        else:
+            kinds["weights"] = held["weights"]
+            beside = {kind: size for kind, size in held.items() if kind != "weights"}
+        found[name] = (function, arguments, kinds, beside)
     return found
 
 
@@ -345,7 +351,10 @@ class Entry:
         )
 
 
-# In order of importance: the table is filled from the top.
+_LORA = ("lora.rank=32",)
+
+# In order of importance: the table is filled from the top. First each recipe on its slice, then smaller ones,
+# other chips, and adapters alone.
 ENTRIES = (
     Entry("qwen3_32b_v5p", "v5p-128"),
     Entry("qwen3_8b_v5p", "v5p-64"),
@@ -353,6 +362,13 @@ ENTRIES = (
     Entry("qwen3_8b_v6e", "v6e-64"),
     Entry("qwen3_14b_v5p", "v5p-64"),
     Entry("qwen2.5_7b_v5p", "v5p-32"),
+    Entry("qwen3_32b_v5p", "v5p-32", _LORA),
+    Entry("qwen3_8b_v5p", "v5p-16"),
+    Entry("qwen3_32b_v5p", "v5p-64"),
+    Entry("qwen3_8b_v6e", "v5e-64"),
+    Entry("qwen3_8b_v6e", "v6e-16", _LORA),
+    Entry("qwen3_14b_v5p", "v5p-16", _LORA),
+    Entry("qwen2.5_7b_v5p", "v5p-8", _LORA),
 )
 
 

@@ -12,6 +12,7 @@ from mapo_jax.config import Config
 from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import read_config
 from mapo_jax.model.qwen import QwenConfig
+from mapo_jax.training.policy import adapters
 
 TOKENIZER_IDS = 151_669  # of Qwen3; Qwen2.5's has fewer
 STOP_IDS = (151_645, 151_643)  # <|im_end|>, <|endoftext|>
@@ -49,7 +50,7 @@ SHAPES: dict[str, QwenConfig] = {
 
 
 def model_shape(config: Config, layers: int | None = None) -> QwenConfig:
-    """The shape of the model that `model.path` names: its folder's, or the published one of that name.
+    """The shape of the model that `model.path` names, with its adapters: its folder's, or the published one.
 
     Args:
       layers: a model of so many layers instead; None: all.
@@ -67,4 +68,4 @@ def model_shape(config: Config, layers: int | None = None) -> QwenConfig:
             f"`model.path` is {config.model.path!r}: no such folder, and no published shape of that name is "
             f"known here; known are {', '.join(SHAPES)}"
         )
-    return shape if layers is None else replace(shape, num_layers=layers)
+    return replace(shape, num_layers=layers or shape.num_layers, lora=adapters(config.lora))

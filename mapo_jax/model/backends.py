@@ -44,6 +44,14 @@ def row_attention(
     Raises:
       UserError: the implementation cannot do it; says what it lacks and what to choose.
     """
+    name = attention_name(name, mesh, config, dtype, packed=packed)
+    if name == "splash":
+        return functools.partial(_splash, mesh=mesh, interpret=mesh.devices.flat[0].platform == "cpu")
+    return {"xla": causal_attention, "cudnn": _cudnn}[name]
+
+
+def attention_name(name: str, mesh: Mesh, config: QwenConfig, dtype: str, *, packed: bool = False) -> str:
+    """Which implementation `row_attention` takes; arguments and errors are its own."""
     platform = mesh.devices.flat[0].platform
     if name == "auto":
         preferred = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
@@ -51,9 +59,7 @@ def row_attention(
     missing = _missing(name, platform, config, dtype, packed)
     if missing:
         raise UserError(f"`model.attention` is {name!r}, which {missing}; choose xla or auto")
-    if name == "splash":
-        return functools.partial(_splash, mesh=mesh, interpret=platform == "cpu")
-    return {"xla": causal_attention, "cudnn": _cudnn}[name]
+    return name
 
 
 def _missing(name: str, platform: str, config: QwenConfig, dtype: str, packed: bool) -> str | None:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from mapo_jax.errors import UserError
 from mapo_jax.model.attention import cached_attention, causal_attention, rotary_angles, rotate
-from mapo_jax.model.lora import AdaptedLinear, LoRA
+from mapo_jax.model.lora import ADAPTERS, AdaptedLinear, LoRA, split
 from mapo_jax.model.sharding import constrain, param_shardings
 
 Params = dict[str, Any]  # nested dict of arrays, layers stacked on axis 0; what is trained is float32
@@ -116,7 +116,9 @@ class MLP(nnx.Module):
         self.down = linear("down", config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        # One axis of tokens: on a CPU a product over two of them, as the weights' gradient is, is far slower.
+        tokens = x.reshape(-1, x.shape[-1])
+        return self.down(jax.nn.silu(self.gate(tokens)) * self.up(tokens)).reshape(x.shape)
 
 
 class Attention(nnx.Module):
@@ -196,7 +198,8 @@ def _block_graphdef(config: QwenConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Block(config, dtype, rngs=nnx.Rngs(0))))[0]
 
 
-def _run_block(config, dtype, layer: Params, x, rotary, attend: Attend):
+def run_block(config, dtype, layer: Params, x, rotary, attend: Attend):
+    """One layer: (new hidden states, what `attend` carries)."""
     return nnx.merge(_block_graphdef(config, jnp.dtype(dtype)), layer)(x, rotary, attend)
 
 
@@ -206,9 +209,27 @@ def _create(config: QwenConfig, key: Array) -> Params:
 
 
 @functools.lru_cache(maxsize=64)
-def parameter_shapes(config: QwenConfig) -> Params:
-    """The tree of `Params`, adapters included, as float32 `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    return jax.eval_shape(lambda: _create(config, jax.random.key(0)))
+def parameter_shapes(config: QwenConfig, base_dtype: str = "float32") -> Params:
+    """The tree of `Params`, adapters included, as `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Args:
+      base_dtype: of the weights beside adapters, if there are any; norms and all that is trained are float32.
+    """
+    shapes = jax.eval_shape(lambda: _create(config, jax.random.key(0)))
+    return shapes if config.lora is None else in_precision(shapes, base_dtype)
+
+
+def in_precision(params: Params, dtype: str) -> Params:
+    """Frozen weights, or their shapes, in the precision that they are computed with; norms keep float32."""
+
+    def cast(path, leaf):
+        if path[-1].key in ("scale", *ADAPTERS):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
+        return leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def parameter_count(config: QwenConfig) -> int:
@@ -225,6 +246,13 @@ def init_params(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Para
     """
     shardings = None if mesh is None else param_shardings(config, mesh)
     create = jax.jit(functools.partial(_create, config), out_shardings=shardings)
+    return create(jax.random.key(seed))
+
+
+def init_adapters(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Params:
+    """Fresh float32 adapters, which change nothing yet; `mesh` as of `init_params`."""
+    shardings = None if mesh is None else split(param_shardings(config, mesh))[0]
+    create = jax.jit(lambda key: split(_create(config, key))[0], out_shardings=shardings)
     return create(jax.random.key(seed))
 
 
@@ -261,7 +289,7 @@ def hidden_states(
         return attention(query, key, value, segments), None
 
     def layer(x, weights):
-        x = _run_block(config, dtype, weights, x, rotary, attend)[0]
+        x = run_block(config, dtype, weights, x, rotary, attend)[0]
         return constrain(x, "hidden", mesh), None
 
     if remat not in REMAT:
@@ -347,7 +375,7 @@ def extend(
             output = constrain(cached_attention(query, keys, values, positions), "slot_heads", mesh)
             return constrain(output, heads, mesh), (keys, values)
 
-        x, entry = _run_block(config, dtype, layers[index], x, rotary, attend)
+        x, entry = run_block(config, dtype, layers[index], x, rotary, attend)
         x = constrain(x, hidden, mesh)
         new_cache.append(entry)
     return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps), new_cache

@@ -21,6 +21,7 @@ whatever order users answer. Token ids in, token ids out: no text, no dialogue, 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -71,6 +72,7 @@ class Counts:
     copied: int = 0  # tokens taken over from another slot, or kept from the slot's row before
     sampled: int = 0  # tokens sampled
     steps: int = 0  # decode steps, each over all lanes
+    seconds: float = 0.0  # in `advance`, the device's work included
     parked: int = 0  # caches moved to the host's memory
 
     def since(self, before: Counts) -> Counts:
@@ -111,6 +113,7 @@ class Engine:
         prefill_rows: int | None = None,
         chunk: int | None = None,
         block: int | None = None,
+        copy_weights: bool = True,
         dtype=jnp.float32,
         mesh: Mesh | None = None,
     ):
@@ -132,6 +135,8 @@ class Engine:
             but between 32 and 512.
           block: decode steps on the device before the host looks; None: a sixteenth of the longest reply,
             but between 8 and 32.
+          copy_weights: sample with a copy of the weights, cast and cut by layer once; else every step does
+            that on its way, and no second copy is held. What is computed is the same, bit for bit.
           dtype: of computation and cache.
           mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
             `tensor`.
@@ -154,6 +159,7 @@ class Engine:
         self.config = config
         self.slots = slots
         self.resident = resident
+        self.copy_weights = copy_weights
         self.lanes = lanes
         self.length = length
         self.max_reply_tokens = max_reply_tokens
@@ -188,7 +194,8 @@ class Engine:
         """Takes new weights; every dialogue loses its cache and cannot be continued.
 
         Args:
-          params: the weights; copied, in the engine's dtype.
+          params: the weights; copied in the engine's dtype, or, with `copy_weights` off, used as they are:
+            whoever donates them must load again.
           version: a number that tells these weights from others; the cache is kept if it is the loaded one.
 
         Raises:
@@ -199,14 +206,14 @@ class Engine:
                 raise RuntimeError("new weights while replies are under way: advance to their end, or reset")
             self.reset()
         self._params = None  # before there are others
-        self._params, self.version = self._programs.ready(params), version
+        self._params, self.version = self._programs.ready(params) if self.copy_weights else params, version
 
     def reset(self) -> None:
         """Empties every slot, forgets every reply under way, and frees the cache."""
         self._rows: list[list[int]] = [[] for _ in range(self.slots)]
         self._cached = np.zeros(self.slots, int)  # how many tokens of each row are in the cache
         self._started = np.zeros(self.slots, int)  # how many of them were prefilled as the row's start
-        self._place = np.full(self.slots, -1, np.int32)  # of each cache on the device; -1: it has none
+        self._place = np.full(self.slots, -1, np.int32)  # where each slot's cache lies; -1: not there
         part = self.resident // self._shards
         self._free = [list(range((s + 1) * part - 1, s * part - 1, -1)) for s in range(self._shards)]
         self._idle: dict[int, None] = {}  # slots with a place and no reply under way, longest idle first
@@ -216,8 +223,8 @@ class Engine:
         self._under_way: set[int] = set()  # slots of both
         self._cache: Cache | None = None
 
-    def release(self) -> None:
-        """Resets, and lets go of the weights: until the next `load` nothing is held on the device."""
+    def unload(self) -> None:
+        """Lets go of the weights and the cache, so that their memory is free until the next `load`."""
         self.reset()
         self._params = self.version = None
 
@@ -294,8 +301,11 @@ class Engine:
         Returns:
           Replies by slot. Their slots are free for the next request, of the same dialogue or another.
         """
+        started = time.monotonic()
         self._admit()
-        return self._decode()
+        replies = self._decode()
+        self.counts.seconds += time.monotonic() - started
+        return replies
 
     def warm_up(self) -> None:
         """Compiles every program, so that no later call compiles anything. Empties all slots."""
@@ -328,7 +338,7 @@ class Engine:
         """
         create, ready = self._programs.create, self._programs.ready
         cache = create.eval_shape(self.lengths[-1])
-        weights = ready.eval_shape(params)
+        weights = ready.eval_shape(params) if self.copy_weights else params
         rows = np.zeros(self.prefill_rows, np.int32)
         padding = np.zeros((self.prefill_rows, self.chunk), np.int32)
         return {

@@ -120,7 +120,11 @@ def test_known_metrics_have_a_curve_of_their_own_and_absent_ones_none(run_folder
     ("change", "state", "said"),
     [
         ({}, "look", "To look at: judge."),
-        ({"judge/failure_rate": 0.0, "dialogues/left_out": 0.0}, "fine", "Nothing looks suspicious in 8 checks."),
+        (
+            {"judge/failure_rate": 0.0, "dialogues/left_out": 0.0},
+            "fine",
+            "Nothing looks suspicious in 8 checks.",
+        ),
         ({"actor/skipped": 1.0}, "alarm", "To look at: gradients, judge."),
     ],
 )

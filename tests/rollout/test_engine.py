@@ -545,3 +545,13 @@ def test_on_a_mesh_of_four_as_on_one_device():
     command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_without_a_copy_of_the_weights_the_same_is_sampled_bit_for_bit(engine, params):
+    requests = [request(slot, prompt(slot, 5 + slot), start=True) for slot in range(2)]
+    copied = engine.reply(requests)
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    bare = make_engine(sampling=Sampling(temperature=TEMPERATURE), mesh=mesh, copy_weights=False)
+    bare.load(params, 0)
+    assert bare._params is params
+    assert bare.reply(requests) == copied
