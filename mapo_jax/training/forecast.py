@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from mapo_jax.config import Config, FreshModelConfig, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import read_config
+from mapo_jax.model.peft import base_folder, is_adapter
 from mapo_jax.model.qwen import QwenConfig, parameter_count
 from mapo_jax.model.sharding import make_mesh, sharding_table
 from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER
@@ -129,4 +130,4 @@ def model_shape(config: Config) -> QwenConfig:
     folder = path / MODEL_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path
     if not folder.is_dir():
         raise UserError(f"`model.path` is {config.model.path!r}; there is no such folder")
-    return replace(read_config(folder), lora=lora)
+    return replace(read_config(base_folder(folder) if is_adapter(folder) else folder), lora=lora)
