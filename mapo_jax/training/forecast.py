@@ -65,9 +65,9 @@ def forecast(config: Config) -> str:
         f"({model.family}, {model.num_layers} layers x {model.hidden_size})",
         "sharding  size/mesh axis = size on each device",
         *(f"  {line}" for line in sharding_table(model, mesh)),
-        "memory    per device, GiB, while       updating     talking",
+        f"{'memory    per device, GiB, while':<48}  updating   talking",
         *memory_table(memory),
-        *([] if limit is None else [f"  a device has                    {limit / GIB:9.3f}"]),
+        *([] if limit is None else [f"  {'a device has':<46}{limit / GIB:10.3f}{limit / GIB:10.3f}"]),
         "a step",
         f"  dialogues                      {dialogues:9,} ({rollout.scenarios} x {rollout.rollouts})",
         f"  sampled tokens, at most        {turns * rollout.max_reply_tokens:9,}",
@@ -84,7 +84,7 @@ def memory_table(memory: Forecast) -> list[str]:
 
     def line(kind: str, *sizes: float | None) -> str:
         cells = ("" if size is None else f"{size / GIB:.3f}" for size in sizes)
-        return f"  {kind:<35}" + "".join(f"{cell:>12}" for cell in cells)
+        return f"  {kind:<46}" + "".join(f"{cell:>10}" for cell in cells)
 
     held = sum(memory.held.values())
     return [
