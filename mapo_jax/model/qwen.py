@@ -297,7 +297,9 @@ def hidden_states(
     if remat != "none":
         # scan already keeps the recomputation apart
         layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
-    x = constrain(params["embed"]["embedding"][tokens].astype(dtype), "hidden", mesh)
+    # Each device looks up its part of the width for the rows of all that have the others; then rows are cut.
+    x = constrain(params["embed"]["embedding"][tokens].astype(dtype), "looked_up", mesh)
+    x = constrain(x, "hidden", mesh)
     # Where layers are computed again they stay in a loop, which keeps the compiler from merging the two.
     unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS and remat == "none" else 1
     x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
