@@ -194,6 +194,11 @@ class Engine:
             self.reset()
         self._params, self.version = params, version
 
+    def unload(self) -> None:
+        """Lets go of the weights and the cache, so that their memory is free until the next `load`."""
+        self.reset()
+        self._params = self.version = None
+
     def reset(self) -> None:
         """Empties every slot, forgets every reply under way, and frees the cache."""
         self._rows: list[list[int]] = [[] for _ in range(self.slots)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from mapo_jax.config import RolloutConfig
 from mapo_jax.errors import UserError
+from mapo_jax.files import as_path, copy_files, in_bucket, local_folder, write_whole
 from mapo_jax.model.huggingface import load_params, read_config, write_config
 from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
@@ -65,29 +67,49 @@ def load_policy(
 
 def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
     """A policy without its weights; arguments and errors as of `load_policy`."""
-    path = Path(path)
+    path = as_path(path)
     folder = path / MODEL_FOLDER if _is_run(path) else path
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
-    tokenizer = load_tokenizer(folder)
+    with local_folder(folder) as here:
+        tokenizer = load_tokenizer(here)
+        config = read_config(here)
     chat = ChatFormat(tokenizer, rollout.history, rollout.system_prompt)
-    policy = Policy(read_config(folder), tokenizer, chat)
+    policy = Policy(config, tokenizer, chat)
     _check_fit(policy, rollout, path)
     return policy
 
 
 def _is_run(path: Path | str) -> bool:
-    return (Path(path) / CHECKPOINTS_FOLDER).is_dir()
+    return (as_path(path) / CHECKPOINTS_FOLDER).is_dir()
 
 
 def make_engine(
-    policy: Policy, rollout: RolloutConfig, temperature: float, *, dtype: str, mesh: Mesh | None
+    policy: Policy,
+    rollout: RolloutConfig,
+    temperature: float,
+    *,
+    dtype: str,
+    mesh: Mesh | None,
+    processes: int = 1,
 ) -> Engine:
-    """The sampler of a policy, without weights yet: by default with a slot for every dialogue of a step."""
+    """The sampler of a policy, without weights yet: by default with a slot for every dialogue of a step.
+
+    Args:
+      mesh: of the devices it samples on.
+      processes: how many have such a sampler, each with its share of the slots and lanes.
+
+    Raises:
+      UserError: the slots or lanes cannot be shared evenly.
+    """
+    sizes = {"slots": rollout.slots or rollout.scenarios * rollout.rollouts, "lanes": rollout.lanes}
+    for name, size in sizes.items():
+        if size is not None and size % processes:
+            raise UserError(f"`rollout.{name}` is {size}; it must be a multiple of the {processes} processes")
     return Engine(
         policy.config,
-        slots=rollout.slots or rollout.scenarios * rollout.rollouts,
-        lanes=rollout.lanes,
+        slots=sizes["slots"] // processes,
+        lanes=sizes["lanes"] and sizes["lanes"] // processes,
         length=rollout.max_tokens,
         max_reply_tokens=rollout.max_reply_tokens,
         stop_ids=policy.chat.stop_ids,
@@ -100,8 +122,15 @@ def make_engine(
 
 def save_model_files(run_folder: Path | str, policy: Policy) -> None:
     """Writes what a run's checkpoints lack to be a model: its shape and its tokenizer."""
-    folder = Path(run_folder) / MODEL_FOLDER
+    folder = as_path(run_folder) / MODEL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
+    if in_bucket(folder):
+        with tempfile.TemporaryDirectory(prefix="mapo_jax.") as here:
+            policy.tokenizer.save_pretrained(here)
+            copy_files(Path(here), folder)
+            write_config(Path(here), policy.config)
+            write_whole(folder / "config.json", (Path(here) / "config.json").read_bytes())
+        return
     policy.tokenizer.save_pretrained(folder)
     write_config(folder, policy.config)  # last: its presence says that the rest is there
 

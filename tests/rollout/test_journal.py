@@ -6,7 +6,7 @@ import pytest
 
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, Turn
 from mapo_jax.environment.scenario import load_scenarios
-from mapo_jax.rollout.journal import Journal, journal_file, prune
+from mapo_jax.rollout.journal import Journal, journal_files, prune
 
 CARD = load_scenarios()[0]
 JUDGED = Judgement((1, 0, 0, -1, 2, 0), ("e",) * 6, ("r",) * 6, {"kind": "x"})
@@ -92,7 +92,7 @@ def test_a_journal_of_another_dialogue_is_not_taken_up(tmp_path):
 def test_journals_that_a_checkpoint_covers_are_removed(tmp_path):
     for step in (3, 4, 5):
         for stream in ("train", "evaluation"):
-            Journal(journal_file(tmp_path, stream, step)).close()
+            Journal(*journal_files(tmp_path, stream, step)).close()
     prune(tmp_path, 4)
     assert sorted(file.name for file in (tmp_path / "journal").iterdir()) == [
         "evaluation_000004.jsonl",
