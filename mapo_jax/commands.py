@@ -13,7 +13,7 @@ from mapo_jax.errors import UserError
 
 
 class Stopped(Exception):
-    """The command was asked to stop, by a signal or by what else `reason` says, and has left everything whole."""
+    """The command was asked to stop, by a signal or what `reason` says, and has left everything whole."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)

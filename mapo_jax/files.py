@@ -86,7 +86,7 @@ def part_of(file: Path, part: str) -> Path:
 
 @contextmanager
 def local_folder(folder: Path | str) -> Iterator[Path]:
-    """A flat folder as one of this machine's, for libraries that know no buckets; what they read is copied."""
+    """A flat folder as one of this machine's, a copy if need be: for libraries that know no buckets."""
     folder = as_path(folder)
     if not in_bucket(folder):
         yield folder

@@ -84,9 +84,10 @@ def train(config: Config, console: Console | None = None) -> None:
 
                 started = time.monotonic()
                 dialogues, rollout_metrics = gather(run, state, next(deck), done)
-                if done and (length := row_length(run, dialogues)) not in lengths:
-                    save()  # to compile an update may take longer than a machine waits that is taken away
-                    lengths.add(length)
+                if (length := row_length(run, dialogues)) not in lengths:
+                    lengths.add(length)  # an update of this length is compiled now, which may outlast the
+                    if done:  # time that a machine leaves us which is taken away
+                        save()
                 state, update_metrics = learn(run, state, dialogues, done)
                 done, deck_state = done + 1, deck.get_state()
                 record(run, done, dialogues, rollout_metrics | update_metrics, started)

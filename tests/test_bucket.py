@@ -19,7 +19,7 @@ from mapo_jax.training.metrics import MetricWriter
 
 
 class Bucket(backend._OsPathBackend):
-    """gs://... as files below a folder. Objects cannot be renamed, nor appended to; folders need no making."""
+    """gs://... as files below a folder; objects are neither renamed nor appended to, folders not made."""
 
     def __init__(self, root):
         self.root, self.writable = root, True

@@ -275,7 +275,9 @@ def test_a_process_with_other_code_is_refused(settings, tmp_path):
     shutil.copytree(ROOT / "mapo_jax", other / "mapo_jax", ignore=shutil.ignore_patterns("__pycache__"))
     with open(other / "mapo_jax" / "errors.py", "a") as file:
         file.write("# changed\n")
-    driver = "-c import sys; sys.path.insert(0, sys.argv.pop(1)); import mapo_jax.train as t; sys.exit(t.main())"
+    driver = (
+        "-c import sys; sys.path.insert(0, sys.argv.pop(1)); import mapo_jax.train as t; sys.exit(t.main())"
+    )
     address, ended = f"127.0.0.1:{free_port()}", []
     for index, code in enumerate((ROOT, other)):
         own = settings | {"run.directory": tmp_path / "run"}
@@ -304,9 +306,7 @@ def test_a_missing_worker_is_counted(settings, tmp_path):
 
 
 def test_what_processes_cannot_share_is_one_sentence_each(settings, tmp_path):
-    ended = finish(
-        launch(settings, tmp_path / "run", rollout__scenarios=3, training__minibatch_scenarios=3)
-    )
+    ended = finish(launch(settings, tmp_path / "run", rollout__scenarios=3, training__minibatch_scenarios=3))
     for status, _, errors in ended:
         assert status in (2, STATUS)
         assert "`rollout.scenarios` is 3; it must be a multiple of the 2 processes" in errors

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -36,7 +37,9 @@ def star(count, about=None, ends=None, join_seconds=10, silent_seconds=10, prese
         except UserError as error:
             made[index] = error
 
-    threads = [threading.Thread(target=make, args=(i,)) for i in (range(count) if present is None else present)]
+    threads = [
+        threading.Thread(target=make, args=(i,)) for i in (range(count) if present is None else present)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -68,9 +71,10 @@ def until(condition, seconds=10):
 def test_values_meet_in_the_order_of_processes():
     peers = star(3)
     for turn in range(20):
-        met = at_once([lambda p=p: p.exchange("place", [p.index, turn, "x" * 10_000 * turn]) for p in peers])
-        assert met == [[[i, turn, "x" * 10_000 * turn] for i in range(3)]] * 3
-        told = at_once([lambda p=p: p.report("figures", p.index) for p in peers])
+        text = "x" * 10_000 * turn
+        met = at_once([partial(p.exchange, "place", [p.index, turn, text]) for p in peers])
+        assert met == [[[i, turn, text] for i in range(3)]] * 3
+        told = at_once([partial(p.report, "figures", p.index) for p in peers])
         assert told == [[0, 1, 2], None, None]
     for peer in peers:
         peer.leave()

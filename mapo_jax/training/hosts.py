@@ -50,7 +50,7 @@ class Hosts:
         return self.index == 0
 
     def share(self, total: int) -> slice:
-        """Which of `total` things are this process's; in the order of processes, the shares are all of them."""
+        """Which of `total` things are this process's; the shares of all, in order, are all things."""
         return slice(self.index * total // self.count, (self.index + 1) * total // self.count)
 
     def exchange(self, what: str, value: Any) -> list[Any]:
