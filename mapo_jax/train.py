@@ -250,8 +250,7 @@ def inspect_judge(run: Run, done: int) -> None:
     file = folder / f"step_{done:06d}_judge.json"
     if not run.world.live or run.hosts.exchange("before the judge's inspection", file.exists())[0]:
         return
-    if run.hosts.first:
-        score_judge(run, folder, done)
+    run.hosts.together("the judge's inspection", lambda: run.hosts.first and score_judge(run, folder, done))
 
 
 def score_judge(run: Run, folder: Path, done: int) -> None:

@@ -158,8 +158,9 @@ def facts(state: DialogueState) -> dict[str, Any]:
         judgement = turn.judgement
         reading = None if judgement is None else judgement.reading
         if reading is not None:
-            named = [{"what": name["what"], "right": name["right"]} for name in reading["named"]]
-            reading = {"kind": reading["kind"], "named": named, "stage": reading["stage"]}
+            named = [{"what": name["what"], "right": name["right"]} for name in reading.get("named", ())]
+            kept = {name: reading[name] for name in ("kind", "stage") if name in reading}
+            reading = kept | {"named": named}
         levels = None if judgement is None else judgement.levels
         return {
             "position": turn.position,

@@ -187,7 +187,13 @@ def _detected() -> tuple[str, int, int] | None:
     """Address, count and index as `jax.distributed.initialize` would find them; None if there are none."""
     from jax._src.clusters import ClusterEnv
 
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, [], None, 300)
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, [], None, 300)
+    except Exception as error:  # whatever a cluster's own library raises
+        raise UserError(
+            f"this looks like a cluster, but its processes cannot be found ({error}); set {ADDRESS}, {COUNT} "
+            f"and {INDEX}, or {COUNT}=1 for a run of one process"
+        ) from error
     return None if None in found[:3] else found[:3]
 
 
