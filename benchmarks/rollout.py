@@ -3,14 +3,19 @@
     python benchmarks/rollout.py [--rounds 3] [--peers transformers tunix] [--json FILE]
 
 Reference work: a Qwen3 of 4.2 M random parameters (hidden 256, 4 layers, 8/4 heads of 32, MLP 768,
-vocabulary 4,096), float32; 32 dialogues of 6 turns, a first prompt of 64 tokens, user turns of 24, replies of
-exactly 32 sampled tokens. Ragged work: 64 dialogues of 2 to 8 turns with replies of 8 to 32 tokens, whose
-users answer at once or after 200 ms. All that is compared runs in turn, round after round, in one run of this
-program, so that a busy machine slows all of it down; what counts are the ratios. A peer that cannot be had is
-left out by name.
+vocabulary 4,096), float32; 32 dialogues of 6 turns, a first prompt of 64 tokens, user turns of 24, replies
+of exactly 32 tokens, sampled at temperature 1 by all.
+
+Ragged work: 64 dialogues of 2 to 8 turns with replies of 8 to 32 tokens, whose users answer at once or after
+200 ms. Ours has 16 caches on the device and parks the others. In lock step, our own engine takes all 64
+dialogues at once, every turn as long as its longest reply, or four times 16, each until its longest dialogue
+has ended; the faster of the two counts.
+
+All that is compared runs in turn, round after round, in one run of this program, on all cores, so that a busy
+machine slows all of it down; what counts are the ratios. A peer that cannot be had is left out by name.
 
 transformers runs with torch on the CPU (`pip install torch`), with its cache kept from turn to turn and
-starting over at every turn; Tunix is installed into an environment of its own.
+starting over at every turn; Tunix, which always starts over, is installed into an environment of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -38,6 +44,7 @@ from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params, parameter_count
 from mapo_jax.rollout.desk import Desk
 from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.training.metrics import CompileCounter
 
 SHAPE = QwenConfig(
     vocab_size=4096,
@@ -50,8 +57,10 @@ SHAPE = QwenConfig(
     max_position_embeddings=1024,
 )
 DIALOGUES, TURNS, FIRST, USER, REPLY = 32, 6, 64, 24, 32
-RAGGED, LANES, LATENCY = 64, 16, 0.2
+RAGGED, RESIDENT, LATENCY = 64, 16, 0.2
 LENGTH = FIRST + TURNS * REPLY + (TURNS - 1) * USER
+PEERS = ("transformers_cached", "transformers_reprefill", "tunix")
+PEER_SECONDS = 600  # longest wait for one answer of a peer's process
 
 
 def tokens(seed: int, size: int) -> list[int]:
@@ -71,8 +80,9 @@ def make_engine(params, **options) -> Engine:
 
 
 def reference(engine: Engine) -> int:
-    """Sampled tokens of our engine."""
+    """Sampled tokens of our engine; a turn prefills its new tokens and nothing else."""
     engine.reset()
+    before = engine.counts.prefilled
     for turn in range(TURNS):
         engine.reply(
             [
@@ -80,6 +90,8 @@ def reference(engine: Engine) -> int:
                 for d in range(DIALOGUES)
             ]
         )
+    # A prompt's last token is the first input of decoding; a reply's last one is prefilled in the next turn.
+    assert engine.counts.prefilled - before == DIALOGUES * (FIRST - 1 + (TURNS - 1) * USER)
     return DIALOGUES * TURNS * REPLY
 
 
@@ -106,9 +118,7 @@ def transformers_peer(folder: Path) -> dict[str, Callable[[], int]]:
             new = [tokens(100 * d + turn, USER if turn else FIRST) for d in range(DIALOGUES)]
             row = torch.cat([row, torch.tensor(new)], dim=1)
             with torch.inference_mode():
-                row = model.generate(
-                    row, attention_mask=torch.ones_like(row), past_key_values=cache, **options
-                )
+                row = model.generate(row, attention_mask=torch.ones_like(row), cache=cache, **options)
         assert row.shape[1] == LENGTH
         return DIALOGUES * TURNS * REPLY
 
@@ -138,7 +148,6 @@ def tunix_peer(folder: Path) -> dict[str, Callable[[], int]]:
         "reply": REPLY,
         "length": LENGTH,
         "users": users,
-        "ends": [FIRST + (turn + 1) * REPLY + turn * USER for turn in range(TURNS)],
     }
     script = Path(__file__).parent / "peers" / "tunix_rollout.py"
     process = subprocess.Popen(
@@ -147,10 +156,15 @@ def tunix_peer(folder: Path) -> dict[str, Callable[[], int]]:
     atexit.register(process.kill)
 
     def say(line: str) -> str:
-        process.stdin.write(line + "\n")
-        answer = process.stdout.readline().strip()
+        limit = threading.Timer(PEER_SECONDS, process.kill)
+        limit.start()
+        try:
+            process.stdin.write(line + "\n")
+            answer = process.stdout.readline().strip()
+        finally:
+            limit.cancel()
         if not answer:
-            raise RuntimeError("its process has ended")
+            raise RuntimeError(f"its process has ended, or took more than {PEER_SECONDS} seconds")
         return answer
 
     say(json.dumps(work))
@@ -176,20 +190,23 @@ def ragged_dialogues() -> list[list[tuple[int, int]]]:
     return dialogues
 
 
-def ragged_request(dialogue: int, turn: int, sizes: tuple[int, int]) -> Request:
+def ragged_request(slot: int, dialogue: int, turn: int, sizes: tuple[int, int]) -> Request:
     ids = tokens(10_000 + 100 * dialogue + turn, sizes[0])
-    return Request(dialogue, ids, (2, 1, dialogue), turn, limit=sizes[1], start=turn == 0)
+    return Request(slot, ids, (2, 1, dialogue), turn, limit=sizes[1], start=turn == 0)
 
 
 def lockstep(engine: Engine, latency: float) -> int:
-    """All dialogues take their turns together, and all wait for the slowest reply and the slowest user."""
+    """As many dialogues as the engine has slots take their turns together, and all wait for the slowest reply
+    and the slowest user; then the next ones."""
     engine.reset()
     dialogues, sampled = ragged_dialogues(), 0
-    for turn in range(max(map(len, dialogues))):
-        going = [d for d in range(RAGGED) if turn < len(dialogues[d])]
-        replies = engine.reply([ragged_request(d, turn, dialogues[d][turn]) for d in going])
-        sampled += sum(len(reply.ids) for reply in replies)
-        time.sleep(latency)
+    for first in range(0, RAGGED, engine.slots):
+        batch = range(first, first + engine.slots)
+        for turn in range(max(len(dialogues[d]) for d in batch)):
+            going = [d for d in batch if turn < len(dialogues[d])]
+            replies = engine.reply([ragged_request(d - first, d, turn, dialogues[d][turn]) for d in going])
+            sampled += sum(len(reply.ids) for reply in replies)
+            time.sleep(latency)
     return sampled
 
 
@@ -201,7 +218,7 @@ def continuous(engine: Engine, latency: float) -> int:
     async def hold(desk: Desk, d: int) -> int:
         sampled = 0
         for turn, sizes in enumerate(dialogues[d]):
-            sampled += len((await desk.reply(ragged_request(d, turn, sizes))).ids)
+            sampled += len((await desk.reply(ragged_request(d, d, turn, sizes))).ids)
             if latency:
                 await asyncio.sleep(latency)
         return sampled
@@ -219,17 +236,27 @@ def continuous(engine: Engine, latency: float) -> int:
 # --- The run. ---
 
 
-def measure(work: dict[str, Callable[[], int]], rounds: int, console: Console) -> dict[str, list[float]]:
-    """Tokens per second of each piece of work, in turn, `rounds` times after one that warms up."""
+def measure(
+    work: dict[str, Callable[[], int]], rounds: int, say: Callable[[str], None]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Tokens per second of each piece of work, in turn, `rounds` times after one that warms up; and what
+    failed, with the reason."""
     speeds: dict[str, list[float]] = {name: [] for name in work}
+    failed: dict[str, str] = {}
     for number in range(rounds + 1):
-        for name, run in work.items():
+        for name in [name for name in work if name not in failed]:
             started = time.perf_counter()
-            speed = run() / (time.perf_counter() - started)
+            try:
+                speed = work[name]() / (time.perf_counter() - started)
+            except Exception as error:
+                if name not in PEERS:
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}"
+                continue
             if number:
                 speeds[name].append(speed)
-        console.print(f"round {number} of {rounds}" + (" done" if number else ": warmed up"))
-    return speeds
+        say(f"round {number} of {rounds}" + (" done" if number else ": warmed up"))
+    return {name: values for name, values in speeds.items() if name not in failed}, failed
 
 
 def ratios(ours: list[float], theirs: list[float]) -> list[float]:
@@ -237,61 +264,77 @@ def ratios(ours: list[float], theirs: list[float]) -> list[float]:
     return [mine / other for mine, other in zip(ours, theirs, strict=True)]
 
 
+def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> Table:
+    made = Table(title=title, title_justify="left")
+    for heading in columns:
+        made.add_column(heading, justify="right" if heading != columns[0] else "left")
+    for name, cells in rows.items():
+        made.add_row(name, *cells)
+    return made
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
     parser.add_argument("--peers", nargs="*", default=["transformers", "tunix"], help="which to compare with")
     parser.add_argument("--json", type=Path, help="file for the ratios")
     options = parser.parse_args()
     console = Console(highlight=False)
-    console.print(f"Qwen3 of {parameter_count(SHAPE):,} parameters on {jax.devices()[0].device_kind}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    console.print(f"Qwen3 of {parameter_count(SHAPE):,} parameters on {jax.devices()[0]}, {cores} cores")
     params = init_params(SHAPE, seed=0)
     work: dict[str, Callable[[], int]] = {}
-    engine = make_engine(params, slots=DIALOGUES, block=REPLY)
-    work["reference"] = lambda: reference(engine)
-    with tempfile.TemporaryDirectory() as folder:
+    left_out: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder, CompileCounter() as compiled:
+        engine = make_engine(params, slots=DIALOGUES)
+        programs = compiled.count
+        work["reference"] = lambda: reference(engine)
         save_params(folder, params, SHAPE, dtype="float32")
         write_config(folder, SHAPE)
         for name, peer in (("transformers", transformers_peer), ("tunix", tunix_peer)):
-            if name not in options.peers:
-                continue
             try:
+                if name not in options.peers:
+                    raise RuntimeError("not asked for")
                 work |= peer(Path(folder))
             except Exception as error:
-                console.print(f"left out: {name} ({type(error).__name__}: {error})", markup=False)
-        wide = make_engine(params, slots=RAGGED, block=REPLY)
-        lanes = make_engine(params, slots=RAGGED, lanes=LANES)
-        work["lockstep_ragged"] = lambda: lockstep(wide, 0)
-        work["ragged"] = lambda: continuous(lanes, 0)
-        work["ragged_latency"] = lambda: continuous(lanes, LATENCY)
-        work["lockstep_latency"] = lambda: lockstep(wide, LATENCY)
-        speeds = measure(work, options.rounds, console)
+                left_out[name] = f"{type(error).__name__}: {error}"
+        longest = max(sum(map(sum, dialogue)) for dialogue in ragged_dialogues())
+        narrow = make_engine(params, slots=RAGGED, resident=RESIDENT, length=longest)
+        together = make_engine(params, slots=RAGGED, block=REPLY, length=longest)
+        batches = make_engine(params, slots=RESIDENT, block=REPLY, length=longest)
+        for suffix, latency in (("", 0), (", users of 200 ms", LATENCY)):
+            work["ragged" + suffix] = lambda latency=latency: continuous(narrow, latency)
+            work["64 in lock step" + suffix] = lambda latency=latency: lockstep(together, latency)
+            work["4 x 16 in lock step" + suffix] = lambda latency=latency: lockstep(batches, latency)
+        with compiled.steady("the work after warm-up"):
+            speeds, failed = measure(work, options.rounds, console.print)
+    left_out |= failed
+    compared = {name: ratios(speeds["reference"], speeds[name]) for name in PEERS if name in speeds}
+    slow, fast = "ragged, users of 200 ms", "ragged"
+    for name, suffix in (("lockstep_ragged", ""), ("lockstep_latency", ", users of 200 ms")):
+        rivals = [speeds[f"{batch} in lock step{suffix}"] for batch in ("64", "4 x 16")]
+        compared[name] = ratios(speeds["ragged" + suffix], max(rivals, key=statistics.median))
+    compared["latency"] = ratios(speeds[slow], speeds[fast])
 
-    table = Table(title="sampled tokens per second", title_justify="left")
-    for heading in ("work", "median", "least", "most"):
-        table.add_column(heading, justify="left" if heading == "work" else "right")
-    for name, values in speeds.items():
-        table.add_row(name, *(f"{f(values):,.0f}" for f in (statistics.median, min, max)))
-    console.print(table)
-    compared = {
-        name: ratios(speeds["reference"], speeds[name])
-        for name in ("transformers_cached", "transformers_reprefill", "tunix")
-        if name in speeds
-    }
-    compared["lockstep_ragged"] = ratios(speeds["ragged"], speeds["lockstep_ragged"])
-    compared["latency"] = ratios(speeds["ragged_latency"], speeds["ragged"])
-    compared["lockstep_latency"] = ratios(speeds["ragged_latency"], speeds["lockstep_latency"])
-    table = Table(title="ours / theirs", title_justify="left")
-    for heading in ("", "median", "least", "most"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, values in compared.items():
-        table.add_row(name, *(f"{f(values):.2f}" for f in (statistics.median, min, max)))
-    console.print(table)
+    three = (statistics.median, min, max)
+    columns = ["median", "least", "most"]
+    rows = {name: [f"{f(values):,.0f}" for f in three] for name, values in speeds.items()}
+    console.print(table("sampled tokens per second", ["work", *columns], rows))
+    rows = {name: [f"{f(values):.2f}" for f in three] for name, values in compared.items()}
+    console.print(table("ours / theirs", ["", *columns], rows))
+    for name, reason in left_out.items():
+        console.print(f"left out: {name} ({reason})", markup=False)
+    console.print(
+        f"reference work: {programs} programs for the cache lengths {engine.lengths}, none after warm-up"
+    )
     if options.json:
         result = {
             "ratio": {name: statistics.median(values) for name, values in compared.items()},
             "spread": {name: [min(values), max(values)] for name, values in compared.items()},
             "tokens_per_second": {name: statistics.median(values) for name, values in speeds.items()},
+            "left_out": left_out,
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mapo_jax.errors import UserError
 
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
 
 @dataclass(frozen=True)
 class FreshModelConfig:
@@ -37,8 +39,18 @@ class ModelConfig:
 
     path: str | None = None  # Hugging Face folder or run folder; empty: the small model, warm-started
     dtype: str = "float32"  # compute dtype: float32 or bfloat16 (master weights stay float32)
-    remat: str = "none"  # what the backward pass recomputes: none, or block (each layer)
+    remat: str = "none"  # what the backward pass recomputes: none, minimal or block (qwen.REMAT)
+    attention: str = "auto"  # over whole rows: auto (by the mesh's platform), xla, splash (TPU), cudnn (GPU)
     fresh: FreshModelConfig = field(default_factory=FreshModelConfig)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, trained in the place of the weights (`model/lora.py`)."""
+
+    rank: int = 0  # of the adapters; 0: none, all weights are trained
+    alpha: float = 32.0  # the low-rank term counts alpha / rank times
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # which maps of every layer
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,9 @@ class RolloutConfig:
     top_k: int = 0  # must stay 0 in training
     max_reply_tokens: int = 32  # a reply longer than this is cut and marked truncated
     max_tokens: int = 448  # longest dialogue in tokens; also the length of the KV cache
-    slots: int | None = None  # dialogues whose KV caches are held at once; empty: all of a step
-    lanes: int | None = None  # dialogues that are decoded at once; empty: all slots
+    copy_weights: bool = True  # the sampler casts a copy of the weights once; false: no copy, slower steps
+    slots: int | None = None  # KV caches on the device, the others in host memory; empty: all of a step
+    lanes: int | None = None  # dialogues that are decoded at once; empty: as many as `slots`
     history: str = "append"  # append: one growing row per dialogue; per_turn: one rendered row per turn
     system_prompt: str | None = None  # first message of every dialogue, if any
 
@@ -106,6 +119,7 @@ class EnvironmentConfig:
     user: RoleConfig = field(default_factory=RoleConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     director: RoleConfig = field(default_factory=RoleConfig)
+    held_out_judge: JudgeConfig = field(default_factory=JudgeConfig)
     call_seconds: float = 60.0  # live only: longest attempt of a call; a dialogue has twice that a turn
     step_seconds: float = 7200.0  # live only: longest collection; what is unfinished then is left out
     failure_share: float = 0.2  # live only: a larger share of failures in the last 100 calls pauses the run
@@ -155,7 +169,9 @@ class TrainingConfig:
     steps: int = 45  # collect-and-update steps
     seed: int = 0  # everything random follows from it
     minibatch_scenarios: int = 2  # scenarios per optimizer update; divides rollout.scenarios
-    microbatch_rows: int = 4  # most rows per forward/backward pass; 0: the whole mini-batch
+    microbatch_tokens: int = (
+        1792  # most tokens of a device per pass, but a row at least; 0: the whole mini-batch
+    )
     epochs: int = 1  # passes over a step's dialogues
 
 
@@ -191,6 +207,7 @@ class LoggingConfig:
     wandb: bool = False  # Weights & Biases beside them, if installed
     dialogues_every: int = 1  # steps between files of dialogues
     progress: bool = True  # the live display
+    peak_flops: float | None = None  # FLOP/s of a device, for perf/mfu; empty: from a table, or no MFU
 
 
 @dataclass(frozen=True)
@@ -220,6 +237,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -350,9 +368,12 @@ def _type_name(dotted: str) -> str:
     for name in dotted.split("."):
         section = get_type_hints(section)[name]
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names |= {kind | None: f"{name} or null" for kind, name in names.items()}
     if section == list[float]:
         return "a list of numbers"
-    return names.get(section) or ("a mapping" if dotted.endswith(_FREE_FORM) else "text or null")
+    if section == list[str]:
+        return "a list of names"
+    return names.get(section) or "a mapping"
 
 
 def _require(condition: bool, key: str, value: Any, right: str) -> None:
@@ -423,9 +444,18 @@ def validate(config: Config) -> None:
     _require(sum(size == -1 for size in sizes.values()) <= 1, "mesh", sizes, "at most one axis of size -1")
     for axis, size in sizes.items():
         _require(size == -1 or size >= 1, f"mesh.{axis}", size, "at least 1, or -1 for the devices left")
+    targets = config.lora.targets
+    _require(
+        bool(targets) and len(set(targets)) == len(targets) and set(targets) <= set(LORA_TARGETS),
+        "lora.targets",
+        targets,
+        f"a list of some of {', '.join(LORA_TARGETS)}, each at most once",
+    )
     if config.environment.family == "live":
         for name in ROLES:
-            _validate_role(name, getattr(config.environment, name))
+            validate_role(name, getattr(config.environment, name))
+        if held_out(config.environment):
+            validate_role(HELD_OUT, config.environment.held_out_judge)
     fresh = config.model.fresh
     _require(
         fresh.heads % fresh.kv_heads == 0,
@@ -443,7 +473,18 @@ def value_of(config: Config, dotted: str) -> Any:
     return value
 
 
-def _validate_role(name: str, role: RoleConfig) -> None:
+def held_out(environment: EnvironmentConfig) -> bool:
+    """Whether evaluations have a judge of their own, who takes no part in training."""
+    role = environment.held_out_judge
+    return role.model is not None or role.implementation is not None
+
+
+def validate_role(name: str, role: RoleConfig) -> None:
+    """Checks who plays a role of the live world.
+
+    Raises:
+      UserError: names the key, its value, and what would be right.
+    """
     key = f"environment.{name}"
     if role.model is None and role.implementation is None:
         raise UserError(
@@ -453,11 +494,15 @@ def _validate_role(name: str, role: RoleConfig) -> None:
     engine = role.model is not None and role.model.startswith(ENGINE)
     if role.url is not None or (role.model is not None and not engine):
         _require(
-            role.url is not None and re.match(r"https?://[^/@\s]+(/|$)", role.url) is not None,
+            role.url is not None and re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", role.url) is not None,
             f"{key}.url",
-            None if role.url and "@" in role.url else role.url,
-            "the http(s) address of an OpenAI-compatible server, without user or password "
+            None if role.url and re.search("[@?#]", role.url) else role.url,
+            "the http(s) address of an OpenAI-compatible server, without user, password or query "
             "(a key belongs into the variable named by key_variable)",
+        )
+    if role.key_variable is not None and not re.fullmatch(r"[A-Za-z_]\w*", role.key_variable):
+        raise UserError(  # without the value, which may well be the key
+            f"`{key}.key_variable` must be the name of an environment variable, not the key that it holds"
         )
     if role.implementation is not None:
         _require(
@@ -483,6 +528,7 @@ def _validate_role(name: str, role: RoleConfig) -> None:
 
 
 ROLES = ("user", "judge", "director")
+HELD_OUT = "held_out_judge"  # scores evaluations in the judge's place
 ENGINE = "engine:"  # a role's model of this form is a frozen Qwen in a folder
 _FREE_FORM = ("extra_body",)  # keys whose value is a mapping of the user's own
 
@@ -503,7 +549,8 @@ ESTIMATORS_THAT_COMPARE_ROLLOUTS = tuple(
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "block"),
+    "model.remat": ("none", "minimal", "block"),
+    "model.attention": ("auto", "xla", "splash", "cudnn"),
     "rollout.history": ("append", "per_turn"),
     "environment.family": ("scripted", "live"),
     "algorithm.estimator": ESTIMATORS,
@@ -528,6 +575,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "model.fresh.kv_heads": (1, None),
     "model.fresh.head_size": (2, None),
     "model.fresh.rope_theta": (1, None),
+    "lora.rank": (0, None),
+    "lora.alpha": (0, None),
     "rollout.scenarios": (1, None),
     "rollout.rollouts": (1, None),
     "rollout.max_turns": (1, None),
@@ -542,6 +591,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "environment.max_failed_share": (0, 1),
     "environment.concurrency": (1, None),
     "environment.judge.samples": (1, None),
+    "environment.held_out_judge.samples": (1, None),
     "environment.call_seconds": (0.01, None),
     "environment.step_seconds": (0.01, None),
     "environment.failure_share": (0, 1),
@@ -565,7 +615,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "training.steps": (1, None),
     "training.seed": (0, 2**31 - 1),
     "training.minibatch_scenarios": (1, None),
-    "training.microbatch_rows": (0, None),
+    "training.microbatch_tokens": (0, None),
     "training.epochs": (1, None),
     "warmstart.steps": (1, None),
     "warmstart.rows": (1, None),
@@ -578,6 +628,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "checkpoint.keep": (1, None),
     "checkpoint.keep_best": (0, None),
     "logging.dialogues_every": (1, None),
+    "logging.peak_flops": (1, None),
     "evaluation.every": (1, None),
     "evaluation.scenarios": (1, None),
     "evaluation.rollouts": (1, None),

@@ -1,12 +1,16 @@
 """From a run's checkpoint to a Hugging Face folder that others can load, with a model card.
 
     python -m mapo_jax.export --run RUN --output FOLDER [--step N] [--dtype float32|bfloat16] [--check]
+                              [--part merged|adapters|base]
 
 The folder holds weights (safetensors, in files of up to 5 GB), config.json, the tokenizer with the chat
 template that renders dialogues as they were trained on, generation_config.json, README.md and, once a run has
 some steps behind it, the curve of its return. The weights go from the checkpoint to the files tensor by
 tensor, so that a model larger than the memory can be exported. The folder is written whole or not at all, and
 read again and compared before it takes its name; `--check` also lets transformers compute with it.
+
+Of a run with adapters (`lora.rank`) they are merged into the weights; or the adapters alone are written, in
+PEFT's format, or the frozen weights beside them.
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 from mapo_jax.commands import run_command
 from mapo_jax.config import Config, load_config
@@ -30,15 +36,23 @@ from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.head import logits
-from mapo_jax.model.huggingface import Reader, differing_tensor
+from mapo_jax.model.huggingface import (
+    ADAPTER_WEIGHTS,
+    Reader,
+    adapter_tensors,
+    differing_tensor,
+    write_adapter_config,
+)
+from mapo_jax.model.lora import split
 from mapo_jax.model.qwen import hidden_states, parameter_count, parameter_shapes
-from mapo_jax.training.checkpoint import CONFIG_FILE, checkpoint_folder, open_params
+from mapo_jax.training.checkpoint import CONFIG_FILE, checkpoint_folder, open_base, open_params
 from mapo_jax.training.metrics import METRICS_FILE
-from mapo_jax.training.model_folder import whole_folder, write_model_folder
-from mapo_jax.training.policy import Policy, load_policy, read_policy
+from mapo_jax.training.model_folder import save_tokenizer_files, whole_folder, write_model_folder
+from mapo_jax.training.policy import Policy, load_policy, open_weights, read_policy
 from mapo_jax.warmstarting.rows import Renderer
 
 DTYPES = ("float32", "bfloat16")
+PARTS = ("merged", "adapters", "base")
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
 CURVE_FILE = "curve.png"
 _SAMPLE = [
@@ -56,6 +70,7 @@ def export(
     step: int | None = None,
     dtype: str = "float32",
     max_shard_bytes: float = 5e9,
+    part: str = "merged",
 ) -> int:
     """Writes the policy of a run's checkpoint to `output`.
 
@@ -65,13 +80,14 @@ def export(
       step: which checkpoint; the latest by default.
       dtype: of the written weights; the run's own are float32.
       max_shard_bytes: of one weights file.
+      part: one of PARTS: the policy's weights; its adapters alone; or the frozen weights beside them.
 
     Returns:
       The step that was exported.
 
     Raises:
-      UserError: no run, no such checkpoint, an occupied output folder, a full disk, or a written folder that
-        does not reproduce the policy.
+      UserError: no run, no such checkpoint, no adapters where they are asked for, an occupied output folder,
+        a full disk, or a written folder that does not reproduce the policy.
     """
     run, output = Path(run), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -81,23 +97,50 @@ def export(
     config = load_config(run / CONFIG_FILE)
     step = int(checkpoint_folder(run, step).name)
     policy = read_policy(run, config.rollout)
-    read = open_params(run, parameter_shapes(policy.config), step=step)
+    lora = policy.config.lora
+    if part != "merged" and lora is None:
+        raise UserError(
+            f"{run} trained all weights (lora.rank=0), so there is no part {part!r}; leave out --part"
+        )
+    plain = replace(policy, config=replace(policy.config, lora=None))
     try:
         with whole_folder(output) as temporary:
-            write_model_folder(
-                temporary, policy, read, config.rollout, dtype=dtype, max_shard_bytes=max_shard_bytes
-            )
+            if part == "adapters":
+                _write_adapters(temporary, run, policy, config, step)
+            else:
+                if part == "base":
+                    read = open_base(run, parameter_shapes(plain.config))
+                else:
+                    read = open_weights(run, policy.config, step=step)
+                write_model_folder(
+                    temporary, plain, read, config.rollout, dtype=dtype, max_shard_bytes=max_shard_bytes
+                )
+                verify(temporary, plain, read, config)
+            if part == "base":
+                return step
             curve = draw_curve(run / METRICS_FILE, step)
             if curve is not None:
                 write_whole(temporary / CURVE_FILE, curve)
-            card = model_card(run, config, policy, step, dtype, curve=curve is not None)
+            alone = part == "adapters"
+            card = model_card(run, config, policy, step, dtype, curve=curve is not None, adapters=alone)
             write_whole(temporary / "README.md", card)
-            verify(temporary, policy, read, config)
     except FileExistsError as error:
         raise UserError(
             f"the output {output} was filled by someone else meanwhile; give another folder"
         ) from error
     return step
+
+
+def _write_adapters(folder: Path, run: Path, policy: Policy, config: Config, step: int) -> None:
+    """The adapters as PEFT has them, read again and compared, and the tokenizer with the rows' template."""
+    read = open_params(run, split(parameter_shapes(policy.config))[0], step=step)
+    tensors = adapter_tensors(read, policy.config)
+    write_adapter_config(folder, policy.config.lora, config.model.path and Path(config.model.path).name)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    again = load_file(folder / ADAPTER_WEIGHTS)
+    if name := next((name for name in tensors if not np.array_equal(tensors[name], again.get(name))), None):
+        raise UserError(f"the exported tensor {name} reads back differently; check the disk of {folder}")
+    save_tokenizer_files(folder, policy)
 
 
 def verify(folder: Path, policy: Policy, read: Reader, config: Config) -> None:
@@ -171,21 +214,43 @@ def _sample_row(policy: Policy, config: Config) -> tuple[int, ...]:
 
 
 def model_card(
-    run: Path, config: Config, policy: Policy, step: int, dtype: str, *, curve: bool = False
+    run: Path,
+    config: Config,
+    policy: Policy,
+    step: int,
+    dtype: str,
+    *,
+    curve: bool = False,
+    adapters: bool = False,
 ) -> str:
     """README.md of the exported folder: what it is, how it was made, what it scores, what it is not for.
 
     Args:
       curve: whether CURVE_FILE lies beside it.
+      adapters: whether the folder holds adapters alone.
     """
+    loading = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+    ]
+    if adapters:
+        loading[0] = "from peft import PeftModel\n" + loading[0]
+        loading[3] = (
+            'base = AutoModelForCausalLM.from_pretrained("BASE")  # what the run started from\n'
+            'model = PeftModel.from_pretrained(base, "FOLDER")'
+        )
     first, last = _scores(run / METRICS_FILE, step)
     model, rollout, algorithm = policy.config, config.rollout, config.algorithm
     base = f"`{Path(config.model.path).name}`" if config.model.path else "a fresh model, warm-started"
     world = "the embedded scenario cards" if config.environment.scenarios is None else "other scenario cards"
+    adapted = "all" if model.lora is None else f"adapters of rank {model.lora.rank}"
     recipe = [
         ("starts from", base),
+        ("trained", adapted),
         ("architecture", f"{model.family}, {model.num_layers} layers, width {model.hidden_size}"),
-        ("parameters", f"{parameter_count(model):,}"),
+        ("parameters", f"{parameter_count(replace(model, lora=None)):,}"),
         ("weights", dtype),
         ("estimator", f"{algorithm.estimator} (turn weight {algorithm.turn_weight:g})"),
         ("reward", f"{algorithm.reward} distance, discount {algorithm.discount:g} per turn"),
@@ -198,7 +263,7 @@ def model_card(
     ]
     parts = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'peft' if adapters else 'transformers'}",
         "pipeline_tag: text-generation",
         "tags: [mapo, dialogue, reinforcement-learning]",
         "---",
@@ -235,10 +300,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+        *loading,
         'messages = [{"role": "user", "content": "I keep thinking about the night shifts."}]',
         "prompt = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
@@ -411,6 +473,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint; without it the latest")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     parser.add_argument(
+        "--part",
+        choices=PARTS,
+        default="merged",
+        help="of a run with adapters: merged into the weights (default), alone for PEFT, or what was frozen",
+    )
+    parser.add_argument(
         "--shard-gb", type=float, default=5.0, metavar="GB", help="most of one weights file (default: 5)"
     )
     parser.add_argument(
@@ -422,6 +490,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         say = partial(Console(highlight=False).print, soft_wrap=True, markup=False)
+        if options.check and options.part == "adapters":
+            raise UserError("--check computes with a whole model; leave it out with --part adapters")
         if not options.shard_gb > 0:
             raise UserError(f"--shard-gb is {options.shard_gb:g}; it must be above 0")
         step = export(
@@ -430,6 +500,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             step=options.step,
             dtype=options.dtype,
             max_shard_bytes=options.shard_gb * 1e9,
+            part=options.part,
         )
         say(f"step {step} of {options.run} is in {options.output}: read again and found the same")
         if options.check:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,38 @@ from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, in_bucket, part_name
-from mapo_jax.model.qwen import Params, parameter_shapes
+from mapo_jax.model.lora import join
+from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.training import batch as rows
-from mapo_jax.training.checkpoint import CONFIG_FILE, Checkpoints, claim, cut_back, whole_steps
+from mapo_jax.training.checkpoint import (
+    CONFIG_FILE,
+    Checkpoints,
+    claim,
+    cut_back,
+    restore_base,
+    save_base,
+    whole_steps,
+)
 from mapo_jax.training.display import Display
+from mapo_jax.training.forecast import check_memory, model_shape
+from mapo_jax.training.heartbeat import Heartbeat
 from mapo_jax.training.hosts import Hosts, rollout_mesh, rollout_weights
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import CompileCounter, MetricWriter
+from mapo_jax.training.phases import Phases
 from mapo_jax.training.policy import (
     MODEL_FOLDER,
     Policy,
+    adapters,
     load_policy,
     make_engine,
     read_policy,
     save_model_files,
 )
-from mapo_jax.training.step import (
-    Optimizer,
-    Scoring,
-    TrainState,
-    Update,
-    abstract_state,
-    create_state,
-    make_optimizer,
-    make_scorer,
-    make_update,
-)
+from mapo_jax.training.programs import make_programs
+from mapo_jax.training.step import Optimizer, TrainState, Update, abstract_state, create_state
 from mapo_jax.warmstart import run_warmstart
 from mapo_jax.world import World, open_world
 
@@ -74,6 +78,7 @@ class Run:
     writer: MetricWriter | None  # of the first process
     display: Display
     compiles: CompileCounter
+    phases: Phases
     stop: StopRequest
 
 
@@ -90,7 +95,8 @@ def prepare(
     """
     hosts = hosts or Hosts()
     folder = as_path(config.run.directory)
-    compiles = stack.enter_context(CompileCounter())
+    compiles, phases = stack.enter_context(CompileCounter()), Phases()
+    stack.enter_context(Heartbeat(phases))
     training = cards(config, "train")
     validation = cards(config, "validation")[: config.evaluation.scenarios]
     if config.rollout.scenarios > len(training):
@@ -113,23 +119,7 @@ def prepare(
         )
     )
     policy, params = starting_policy(config, folder, mesh, stop, console, hosts)
-    optimizer = make_optimizer(
-        config.optimizer,
-        config.training.steps
-        * config.training.epochs
-        * (config.rollout.scenarios // config.training.minibatch_scenarios),
-    )
-    scoring = Scoring(
-        policy.config,
-        temperature=config.rollout.temperature,
-        vocabulary_size=policy.chat.vocabulary_size,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        loss_tokens=config.rollout.max_turns * config.rollout.max_reply_tokens,
-    )
-    rows_each = rows_per_dialogue(config)
-    step_rows = config.rollout.scenarios * config.rollout.rollouts * rows_each
-    minibatch_rows = config.training.minibatch_scenarios * config.rollout.rollouts * rows_each
+    programs = make_programs(config, policy.config, policy.chat.vocabulary_size, mesh)
     placed = dict(dtype=config.model.dtype, mesh=sampling_mesh, processes=hosts.count)
     engine = make_engine(policy, config.rollout, config.rollout.temperature, **placed)
     evaluator = (
@@ -165,18 +155,9 @@ def prepare(
         evaluator=evaluator,
         sampling_weights=rollout_weights(policy.config, mesh, hosts, config.model.dtype),
         credit=rows.make_credit(config.algorithm),
-        update=make_update(
-            scoring,
-            optimizer,
-            config.algorithm,
-            microbatch_rows=rows.microbatch_rows(minibatch_rows, config.training.microbatch_rows),
-            constant_length=config.rollout.max_turns * config.rollout.max_reply_tokens,
-            shardings=param_shardings(policy.config, mesh),
-        ),
-        scorer=make_scorer(
-            scoring, microbatch_rows=rows.microbatch_rows(step_rows, config.training.microbatch_rows)
-        ),
-        optimizer=optimizer,
+        update=programs.update,
+        scorer=programs.scorer,
+        optimizer=programs.optimizer,
         row_lengths=rows.row_lengths(config.rollout.max_tokens),
         checkpoints=checkpoints,
         writer=stack.enter_context(
@@ -186,6 +167,7 @@ def prepare(
         else None,
         display=stack.enter_context(display),
         compiles=compiles,
+        phases=phases,
         stop=stop,
     )
     return run, params
@@ -228,7 +210,14 @@ def starting_policy(
         # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
         return read_policy(folder, config.rollout), None
     path = config.model.path or run_warmstart(config, console=console, check=stop.check)
-    policy, params = load_policy(path, config.rollout, mesh=mesh)
+    check_memory(config, model_shape(config), mesh)
+    lora = adapters(config.lora)
+    dtype = "float32" if lora is None else config.model.dtype
+    policy, params = load_policy(path, config.rollout, mesh=mesh, dtype=dtype)
+    if lora is not None:
+        policy = replace(policy, config=replace(policy.config, lora=lora))
+        save_base(folder, params)
+        params = join(params, init_adapters(policy.config, config.training.seed, mesh))
     if hosts.first:
         save_model_files(folder, policy)
     return policy, params
@@ -240,9 +229,11 @@ def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple
     reference = run.config.algorithm.kl_coefficient > 0
     if params is not None:
         return 0, create_state(params, run.optimizer, shardings=shardings, reference=reference)
-    shapes = parameter_shapes(run.policy.config)
+    shapes = parameter_shapes(run.policy.config, run.config.model.dtype)
     template = abstract_state(shapes, run.optimizer, shardings=shardings, reference=reference)
     state, reached = run.checkpoints.restore_latest(template)
+    if template.base is not None:
+        state = replace(state, base=restore_base(run.folder, template.base))
     deck.set_state(reached["deck"])
     if not run.hosts.first:
         pass
@@ -269,11 +260,6 @@ def scenario_deck(config: Config) -> grain.DatasetIterator:
         .batch(config.rollout.scenarios, batch_fn=list)
         .to_iter_dataset()
     )
-
-
-def rows_per_dialogue(config: Config) -> int:
-    """One growing row, or one for each turn."""
-    return config.rollout.max_turns if config.rollout.history == "per_turn" else 1
 
 
 def progress(config: Config, deck_state: dict[str, Any]) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mapo_jax.commands import Stopped, run_command, use_compilation_cache
+from mapo_jax.commands import Stopped, printable, run_command, use_compilation_cache
 from mapo_jax.config import Config, load_config
 from mapo_jax.environment.dialogue import facts, from_facts
 from mapo_jax.environment.live import health
 from mapo_jax.environment.live.forecast import live_forecast
+from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.metrics import reading_metrics
@@ -35,13 +36,16 @@ from mapo_jax.reporting.write import write_report
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
-from mapo_jax.run import Run, begin, cards, prepare, progress, rows_per_dialogue, scenario_deck
+from mapo_jax.run import Run, begin, cards, prepare, progress, scenario_deck
 from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
 from mapo_jax.training.hosts import join
 from mapo_jax.training.interruption import Interrupted, StopRequest
+from mapo_jax.training.phases import phase
+from mapo_jax.training.programs import rows_per_dialogue
 from mapo_jax.training.step import TrainState, fetch, place
+from mapo_jax.training.utilization import memory, peak_flops, step_work, utilization
 
 EVALUATION_STREAM = 1_000_003  # added to the seed: evaluation's dialogues are never training's
 
@@ -67,7 +71,8 @@ def train(config: Config, console: Console | None = None) -> None:
         deck_state = deck.get_state()
 
         def save() -> None:
-            run.checkpoints.save(done, state, progress(config, deck_state))
+            with run.phases("checkpoint"):
+                run.checkpoints.save(done, state, progress(config, deck_state))
 
         if hosts.count == 1:  # a checkpoint is everybody's work, a pause is one's own
             run.world.on_pause = save
@@ -75,6 +80,7 @@ def train(config: Config, console: Console | None = None) -> None:
         try:
             if done < config.training.steps:
                 warm_up(run, state)
+                count_lost_time(run)
             while True:
                 if done % config.evaluation.every == 0 or done == config.training.steps:
                     evaluate(run, state, done)
@@ -117,45 +123,49 @@ def train(config: Config, console: Console | None = None) -> None:
 # --- One step. ---
 
 
+@phase("rollout")
 def gather(
     run: Run, state: TrainState, scenarios: list[Scenario], step: int
 ) -> tuple[list[list[Dialogue]], dict[str, float]]:
     """The policy as it stands talks R times in each scenario: dialogues [S][R]."""
     started, before = time.monotonic(), replace(run.engine.counts)
-    run.engine.load(run.sampling_weights(state.params), step)
+    run.engine.load(run.sampling_weights(state.weights), step)
     dialogues = converse(
         run, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, step
     )
     seconds, work = time.monotonic() - started, run.engine.counts.since(before)
-    rows_held = [row for group in dialogues for dialogue in group for row in dialogue.rows]
+    held = [row for group in dialogues for dialogue in group for row in dialogue.rows]
     metrics, parts = measure(
         run,
         scenarios,
         dialogues,
         seconds=seconds,
-        tokens=sum(sum(row.sampled) for row in rows_held),
+        tokens=sum(sum(row.sampled) for row in held),
+        sizes=[len(row) for row in held],
         work=asdict(work),
     )
     if parts:
-        tokens = sum(part["tokens"] for part in parts)
-        cut = [turn["truncated"] for part in parts for _, held in part["dialogues"] for turn in held["turns"]]
-        work = {name: sum(part["work"][name] for part in parts) for name in asdict(work)}
-        metrics |= {
-            "response_length/mean": tokens / max(1, len(cut)),
+        sampled = sum(part["tokens"] for part in parts)
+        sizes = [size for part in parts for size in part["sizes"]]
+        cut = [turn["truncated"] for part in parts for _, told in part["dialogues"] for turn in told["turns"]]
+        work = replace(work, **{name: sum(part["work"][name] for part in parts) for name in asdict(work)})
+        waited = max(part["seconds"] - part["work"]["seconds"] for part in parts)
+        metrics |= step_work(run.policy.config, run.config, sizes, sampled, work) | {
+            "response_length/mean": sampled / max(1, len(cut)),
             "response_length/truncated": sum(cut) / max(1, len(cut)),
-            "timing_s/rollout": seconds,
-            "perf/tokens_per_second": tokens / max(part["seconds"] for part in parts),
-            "perf/prefilled_share": work["prefilled"] / max(1, work["prefilled"] + work["copied"]),
-            "perf/lanes_busy": work["sampled"] / max(1, work["steps"] * run.engine.lanes),
+            "timing_s/environment": max(0.0, waited),
+            "perf/tokens_per_second": sampled / max(part["seconds"] for part in parts),
+            "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
+            "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
         }
     return dialogues, metrics
 
 
+@phase("update")
 def learn(
     run: Run, state: TrainState, dialogues: list[list[Dialogue]], step: int
 ) -> tuple[TrainState, dict[str, float]]:
     """Every turn gets its advantage, every token its turn's, and the weights move: one or more updates."""
-    started = time.monotonic()
     config = run.config
     cells = rows.make_cells(
         dialogues, config.rollout.max_turns, max_failed_share=config.environment.max_failed_share
@@ -175,7 +185,7 @@ def learn(
     )
     batch = run.hosts.gather(batch)
     if config.algorithm.old_logprobs == "trainer":
-        old = run.scorer(state.params, place(batch, run.mesh))
+        old = run.scorer(state.weights, place(batch, run.mesh))
         batch = replace(batch, old_logprobs=run.hosts.whole(old))
     updates = []
     for epoch in range(config.training.epochs):
@@ -199,7 +209,6 @@ def learn(
         "advantages/std": float(scored.std()),
         "advantages/min": float(scored.min()),
         "advantages/max": float(scored.max()),
-        "timing_s/update": time.monotonic() - started,
     }
 
 
@@ -207,29 +216,43 @@ def record(
     run: Run, done: int, dialogues: list[list[Dialogue]], metrics: dict[str, float], started: float
 ) -> None:
     """Puts a finished step on the disk and on the screen."""
-    metrics |= {
+    devices = run.mesh.devices
+    metrics |= run.phases.take() | {
         "timing_s/step": time.monotonic() - started,
+        "timing_s/compile": run.compiles.take_seconds(),
+        "timing_s/unix": time.time(),
         "perf/compiled_programs": float(run.compiles.count),
     }
     if done % run.config.logging.dialogues_every == 0:
         write_dialogues(run, run.folder / "dialogues" / f"step_{done:06d}.jsonl", dialogues)
-    if run.hosts.first:
-        run.writer.write(done, metrics)
-        run.display.step(done, metrics)
+    if not run.hosts.first:
+        return
+    peak = peak_flops(devices.flat[0], run.config.logging.peak_flops)
+    metrics |= utilization(metrics, devices=devices.size, peak=peak) | memory()
+    run.writer.write(done, metrics)
+    run.display.step(done, metrics)
 
 
+@phase("evaluation")
 def evaluate(run: Run, state: TrainState, done: int) -> None:
     """Holds the validation dialogues with the weights after `done` steps; the same seeds every time.
 
     Written whole to evaluations/step_N.json, so that a run which is killed here repeats or skips it exactly.
+    Once training has begun, a live world that fails here costs this evaluation and no more.
     """
     file = run.folder / "evaluations" / f"step_{done:06d}.json"
     if run.hosts.exchange("before an evaluation", file.exists())[0]:
         return
     config = run.config
-    run.evaluator.load(run.sampling_weights(state.params), done)
+    run.evaluator.load(run.sampling_weights(state.weights), done)
     seed = config.training.seed + EVALUATION_STREAM
-    dialogues = converse(run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0)
+    try:
+        dialogues = converse(
+            run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0, patient=done == 0
+        )
+    except WorldFailing as failing:  # training can do without, and waits for its own world if it must
+        run.display.note(f"validation after {done} steps is left out: {printable(str(failing))}")
+        return
     metrics, _ = measure(run, run.validation, dialogues)
     write_dialogues(run, file.with_suffix(".jsonl"), dialogues)
     if not run.hosts.first:
@@ -237,10 +260,11 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     run.writer.write(done, {f"evaluation/{name}": value for name, value in metrics.items()})
     write_whole(file, json.dumps(metrics, indent=1))
     run.display.evaluation(done, metrics)
-    if done in (0, config.training.steps):
+    if dialogues and done in (0, config.training.steps):
         run.display.note(transcript(dialogues[0][0].state, "before" if done == 0 else "after"))
 
 
+@phase("calibration")
 def inspect_judge(run: Run, done: int) -> None:
     """Scores the fixed calibration replies and probes with a live judge; warns of what a policy would learn.
 
@@ -268,9 +292,18 @@ def score_judge(run: Run, folder: Path, done: int) -> None:
 
 
 def converse(
-    run: Run, engine: Engine, scenarios: Sequence[Scenario], rollouts: int, seed: int, step: int
+    run: Run,
+    engine: Engine,
+    scenarios: Sequence[Scenario],
+    rollouts: int,
+    seed: int,
+    step: int,
+    patient: bool = True,
 ) -> list[list[Dialogue]]:
-    """This process's share of the dialogues of the policy with the world, [S / processes][rollouts]."""
+    """This process's share of the dialogues of the policy with the world, [S / processes][rollouts].
+
+    `patient` and what is raised as in `World.hold`; a world that fails one process fails all.
+    """
     own = run.hosts.share(len(scenarios))
     total = (own.stop - own.start) * rollouts * run.limits.max_turns
     training = seed == run.config.training.seed
@@ -286,7 +319,7 @@ def converse(
             rollouts,
             engine,
             run.policy.chat,
-            run.world.roles,
+            run.world.roles if training else run.world.evaluation_roles,
             run.limits,
             seed=seed,
             step=step,
@@ -296,18 +329,24 @@ def converse(
             journal=journal,
         )
 
-    def hold() -> list[list[Dialogue]]:
-        return run.world.hold(
-            collection,
-            stream="train" if training else "evaluation",
-            step=engine.version,
-            check=run.stop.check,
-            note=run.display.note,
-        )
+    def hold() -> tuple[list[list[Dialogue]] | None, str | None]:
+        try:
+            dialogues = run.world.hold(
+                collection,
+                stream="train" if training else "evaluation",
+                step=engine.version,
+                check=run.stop.check,
+                note=run.display.note,
+                patient=patient,
+            )
+        except WorldFailing as failing:
+            return None, str(failing)
+        return dialogues, None
 
-    dialogues = run.hosts.together(name, hold)
-    if run.hosts.count > 1:
-        engine.unload()  # its copy of the weights would lie beside the update
+    dialogues, failing = run.hosts.together(name, hold)
+    if words := next(filter(None, run.hosts.exchange("the world", failing)), None):
+        raise WorldFailing(words)
+    engine.unload()  # the update needs the memory
     return dialogues
 
 
@@ -346,9 +385,10 @@ def write_dialogues(run: Run, file: Path, dialogues: list[list[Dialogue]]) -> No
 # --- Before the first step, and after the last. ---
 
 
+@phase("warm_up")
 def warm_up(run: Run, state: TrainState) -> None:
     """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
-    weights = run.sampling_weights(state.params)
+    weights = run.sampling_weights(state.weights)
     for engine in dict.fromkeys((run.engine, run.evaluator)):
         run.display.phase("compiling")
         engine.load(weights, -1)
@@ -356,12 +396,16 @@ def warm_up(run: Run, state: TrainState) -> None:
         run.hosts.together("compiling", run.stop.check)
 
 
+def count_lost_time(run: Run) -> None:
+    """Counts what an interruption cost: from the end of the step that the run goes on from until now."""
+    finished = run.writer and run.writer.last("timing_s/unix")
+    if finished is not None:
+        run.phases.add("lost", max(0.0, time.time() - finished))
+
+
 def conclude(run: Run, console: Console) -> None:
     """Prints what was learnt, against where it started and the good helper, and where everything lies."""
-    first, last = (
-        json.loads((run.folder / "evaluations" / f"step_{step:06d}.json").read_text())
-        for step in (0, run.config.training.steps)
-    )
+    files = [run.folder / "evaluations" / f"step_{step:06d}.json" for step in (0, run.config.training.steps)]
     states = [
         hold_dialogue(scenario, seed, good_helper, run.world.roles, run.limits)
         for scenario in run.validation
@@ -370,7 +414,11 @@ def conclude(run: Run, console: Console) -> None:
     ]
     helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
     write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
-    console.print(results_table(first, last, helper))
+    if all(file.exists() for file in files):
+        first, last = (json.loads(file.read_text()) for file in files)
+        console.print(results_table(first, last, helper))
+    else:
+        console.print("the last validation could not be held; the same command tries it again")
     try:
         if in_bucket(run.folder):
             raise UserError("it lies in a bucket; copy the folder to a disk")
@@ -399,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
             console = Console(highlight=False)
-            console.print(forecast(config), markup=False)
+            console.print(forecast(config), markup=False, soft_wrap=True)
             if config.environment.family == "live":
                 table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))
                 console.print(table, markup=False, soft_wrap=True)

@@ -219,6 +219,8 @@ def _train(
         dtype=config.model.dtype,
         remat=config.model.remat,
         loss_tokens=int(rows.mask.sum(axis=1).max()),
+        attention=row_attention(config.model.attention, mesh, policy.config, config.model.dtype, packed=True),
+        mesh=mesh,
     )
     shardings = param_shardings(policy.config, mesh)
     update = make_supervised_update(scoring, optimizer, shardings=shardings)

@@ -70,7 +70,7 @@ def settings(model_folder, cache):
         "training.steps": STEPS,
         "training.seed": 5,
         "training.minibatch_scenarios": 2,
-        "training.microbatch_rows": 0,
+        "training.microbatch_tokens": 0,
         "evaluation.every": 5,
         "evaluation.scenarios": 3,
         "evaluation.rollouts": 2,

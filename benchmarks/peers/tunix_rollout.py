@@ -3,8 +3,8 @@
 Reads the work as JSON from the first line of standard input and says "ready"; then runs it once for each
 further line and answers with the number of sampled tokens.
 
-Tunix's sampler takes strings and keeps no cache between calls, so every turn starts over. It decodes greedily
-here: that is its fastest way, its sampling at temperature 1 sorts the vocabulary.
+Tunix's sampler takes strings and keeps no cache between calls, so every turn starts over. It samples at
+temperature 1 without filters, and knows no stop id, so that every reply has its full length.
 """
 
 import json
@@ -56,7 +56,7 @@ def main() -> None:
     dialogues, turns, reply, length = (work[name] for name in ("dialogues", "turns", "reply", "length"))
     sampler = Sampler(
         Qwen3(config, rngs=nnx.Rngs(0)),
-        Numbers(shape["vocab_size"] - 1),
+        Numbers(shape["vocab_size"]),
         CacheConfig(length + 8, config.num_layers, config.num_kv_heads, config.head_dim),
     )
 
@@ -70,11 +70,15 @@ def main() -> None:
                 [" ".join(map(str, row)) for row in rows],
                 max_generation_steps=reply,
                 max_prompt_length=len(rows[0]),
-                eos_tokens=[shape["vocab_size"] - 1],
+                eos_tokens=[shape["vocab_size"]],
+                temperature=1.0,
+                top_p=1.0,
+                seed=turn,
             )
             for row, tokens in zip(rows, output.tokens, strict=True):
-                row += [int(i) for i in np.asarray(tokens)][:reply]
-                row += [8] * (work["ends"][turn] - len(row))  # a reply that ended by chance
+                assert len(tokens) == reply
+                row += np.asarray(tokens).tolist()
+        assert all(len(row) == length for row in rows)
         return dialogues * turns * reply
 
     print("ready", flush=True)

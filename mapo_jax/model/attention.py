@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 MASKED = -1e30  # finite, so that a row of masked scores gives a (meaningless) average instead of NaN
 MAX_QUERY_BLOCKS = 8
-MIN_QUERY_BLOCK = 128
+MIN_QUERY_BLOCK = 64
 
 
 def rotary_angles(
@@ -48,7 +48,7 @@ def causal_attention(
     no [B, H, L, L] array outlives its block.
     """
     length = query.shape[1]
-    size = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    size = query_block(length)
     block = jax.checkpoint(_causal_block, static_argnums=(4,))
     outputs = []
     for start in range(0, length, size):
@@ -56,6 +56,11 @@ def causal_attention(
         segment_pair = None if segments is None else (segments[:, start:end], segments[:, :end])
         outputs.append(block(query[:, start:end], key[:, :end], value[:, :end], segment_pair, start))
     return jnp.concatenate(outputs, axis=1)
+
+
+def query_block(length: int) -> int:
+    """Queries of a row whose scores are held at once."""
+    return min(length, max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS)))
 
 
 def _causal_block(query, key, value, segment_pair, start):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from mapo_jax.model.attention import MASKED
 from mapo_jax.model.qwen import Params, QwenConfig
+from mapo_jax.model.sharding import RULES
 
 
 def logits(
@@ -19,19 +24,23 @@ def logits(
       vocabulary_size: ids from here on are no tokens (the embedding has more rows than the tokenizer has
         ids); their logits are -1e30, so that they have probability 0 and are never sampled.
     """
+    kernel, axis = _kernel(params, config)
+    vocabulary = jnp.arange(config.vocab_size)
+    return _logits(kernel.astype(hidden.dtype), axis, hidden, vocabulary, vocabulary_size)
+
+
+def _kernel(params: Params, config: QwenConfig) -> tuple[Array, int]:
+    """The head's matrix, and which of its axes is D."""
     if config.tie_word_embeddings:
-        kernel, axis = params["embed"]["embedding"], 1
-    else:
-        kernel, axis = params["head"]["kernel"], 0
+        return params["embed"]["embedding"], 1
+    return params["head"]["kernel"], 0
+
+
+def _logits(kernel, axis, hidden, vocabulary, vocabulary_size):
     scores = jax.lax.dot_general(
-        hidden,
-        kernel.astype(hidden.dtype),
-        (((hidden.ndim - 1,), (axis,)), ((), ())),
-        preferred_element_type=jnp.float32,
+        hidden, kernel, (((hidden.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
     )
-    if vocabulary_size is None or vocabulary_size >= config.vocab_size:
-        return scores
-    return jnp.where(jnp.arange(config.vocab_size) < vocabulary_size, scores, MASKED)
+    return scores if vocabulary_size is None else jnp.where(vocabulary < vocabulary_size, scores, MASKED)
 
 
 def token_logprobs(
@@ -43,42 +52,170 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     vocabulary_size: int | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Log-probability of each target, and the entropy of the distribution it comes from.
 
-    The distribution is softmax(logits / temperature). About `chunk` tokens are taken at a time, the same
-    columns of every row, and their logits are recomputed in the backward pass: memory is that of one
-    [chunk, V] array.
+    The distribution is softmax(logits / temperature). About `chunk` tokens of each device are taken at a
+    time, the same columns of every row, and their logits are recomputed in the backward pass: memory is that
+    of a few [chunk, V] arrays.
 
     Args:
       wanted: columns in which no row wants anything are mostly skipped, a chunk at a time, and give 0; so
         it pays to have what is wanted in the first columns.
+      chunk: None: `head_chunk`.
+      mesh: where weights and rows lie. The head's matrix is then gathered once before the first chunk and its
+        gradient reduced once after the last, not with every chunk; the vocabulary stays cut over `tensor`.
 
     Returns:
       (log-probabilities, entropies), float32, in nats.
     """
-    batch, length, _ = hidden.shape
-    width = max(1, min(length, chunk // batch))
+    kernel, axis = _kernel(params, config)
+    if wanted is None:
+        wanted = jnp.ones(targets.shape, bool)
+    cut = mesh is not None and mesh.shape[RULES["vocabulary"]] > 1
+    score = functools.partial(
+        _scores,
+        axis=axis,
+        temperature=temperature,
+        vocabulary_size=vocabulary_size,
+        cut_over=RULES["vocabulary"] if cut else None,
+    )
+    chunks = _Chunks(score, chunk or head_chunk(config.vocab_size), axis, hidden.dtype, mesh)
+    return _in_chunks(chunks, kernel, hidden, targets, wanted)
 
-    @jax.checkpoint
-    def score(states, ids):
-        scores = logits(params, config, states, vocabulary_size=vocabulary_size) / temperature
+
+def head_chunk(vocabulary: int) -> int:
+    """Tokens whose logits are held at once.
+
+    The backward pass adds to the matrix's whole gradient with every chunk: on an accelerator fewer tokens
+    would mean more traffic than arithmetic. A small vocabulary is computed on a CPU, from its cache.
+    """
+    return 256 if vocabulary <= 2**15 else 512
+
+
+def _scores(kernel, states, ids, *, axis, temperature, vocabulary_size, cut_over):
+    """Log-probabilities and entropies of some tokens, from their logits.
+
+    Args:
+      cut_over: the mesh axis that the vocabulary is cut over, inside a `shard_map`: each device has its part
+        of the logits, and only their sums and maxima travel.
+    """
+    size = kernel.shape[1 - axis]
+    vocabulary = jnp.arange(size) + (0 if cut_over is None else size * jax.lax.axis_index(cut_over))
+    scores = _logits(kernel, axis, states, vocabulary, vocabulary_size) / temperature
+    here = vocabulary == ids[..., None]
+    chosen = jnp.sum(jnp.where(here, scores, 0.0), axis=-1)  # one term and zeros: exact
+    if cut_over is None:
         normaliser = jax.nn.logsumexp(scores, axis=-1)
-        chosen = jnp.take_along_axis(scores, ids[..., None], axis=-1)[..., 0]
         mean = jnp.sum(jnp.exp(scores - normaliser[..., None]) * scores, axis=-1)
-        return chosen - normaliser, normaliser - mean
+    else:
+        top = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(scores, axis=-1)), cut_over)
+        weights = jnp.exp(scores - top[..., None])
+        parts = jnp.stack([chosen, jnp.sum(weights, axis=-1), jnp.sum(weights * scores, axis=-1)])
+        chosen, total, weighted = _sum_over(cut_over, parts)
+        normaliser, mean = top + jnp.log(total), weighted / total
+    return chosen - normaliser, normaliser - mean
 
-    def skip(states, ids):
-        nothing = jnp.zeros(ids.shape, jnp.float32)
-        return nothing, nothing
 
-    def columns(array):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over(axis: str, part: Array) -> Array:
+    """The sum over a mesh axis, whose gradient every device has already: it goes to each part as it is."""
+    return jax.lax.psum(part, axis)
+
+
+_sum_over.defvjp(lambda axis, part: (jax.lax.psum(part, axis), None), lambda axis, _, given: (given,))
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """What `_in_chunks` does not differentiate by."""
+
+    score: functools.partial  # (kernel, states [B, W, D], ids [B, W]) -> (log-probabilities, entropies)
+    tokens: int  # of each device at a time
+    axis: int  # of the kernel: D
+    dtype: jnp.dtype
+    mesh: Mesh | None
+
+    def cut(self, array: Array) -> Array:
+        """[B, L, ...] -> [chunks, B, W, ...], padded with zeros."""
+        batch, length = array.shape[:2]
+        width = max(1, min(length, self.tokens // batch))
         padded = jnp.pad(array, ((0, 0), (0, -length % width), *((0, 0),) * (array.ndim - 2)))
         return jnp.moveaxis(padded.reshape(batch, -1, width, *array.shape[2:]), 1, 0)
 
-    if wanted is None:
-        wanted = jnp.ones(targets.shape, bool)
-    chunks = (columns(hidden), columns(targets), columns(wanted))
-    found = jax.lax.map(lambda part: jax.lax.cond(jnp.any(part[2]), score, skip, *part[:2]), chunks)
-    return tuple(jnp.moveaxis(part, 0, 1).reshape(batch, -1)[:, :length] for part in found)
+    def whole(self, array: Array, length: int) -> Array:
+        """The inverse of `cut`."""
+        array = jnp.moveaxis(array, 0, 1)
+        return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
+
+    def on_mesh(self, function, *, gradient: bool):
+        """Lets every device run `function` on its own rows and its own part of the vocabulary."""
+        if self.mesh is None:
+            return function
+        rows, width, vocabulary = (PartitionSpec(RULES[axis]) for axis in ("rows", "width", "vocabulary"))
+        order = slice(None, None, 1 if self.axis == 0 else -1)
+        own = PartitionSpec(*(*width, *vocabulary)[order])  # the kernel as it lies
+        gathered = PartitionSpec(*(None, *vocabulary)[order])
+        if gradient:
+            places = (gathered, rows, rows, rows, rows, rows), (own, rows)
+        else:
+            places = (own, rows, rows, rows), (rows, rows, gathered)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=places[0], out_specs=places[1], check_vma=False
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(chunks: _Chunks, kernel, hidden, targets, wanted):
+    return _forward(chunks, kernel, hidden, targets, wanted)[0]
+
+
+def _forward(chunks, kernel, hidden, targets, wanted):
+    def local(kernel, hidden, targets, wanted):
+        kernel = kernel.astype(chunks.dtype)
+        if chunks.mesh is not None:
+            kernel = jax.lax.all_gather(kernel, RULES["width"], axis=chunks.axis, tiled=True)
+
+        def one(part):
+            states, ids, asked = part
+            nothing = (jnp.zeros(ids.shape, jnp.float32),) * 2
+            return jax.lax.cond(jnp.any(asked), lambda: chunks.score(kernel, states, ids), lambda: nothing)
+
+        found = jax.lax.map(one, tuple(map(chunks.cut, (hidden, targets, wanted))))
+        return *(chunks.whole(part, targets.shape[1]) for part in found), kernel
+
+    *found, gathered = chunks.on_mesh(local, gradient=False)(kernel, hidden, targets, wanted)
+    # An empty array remembers the kernel's own type.
+    return tuple(found), (gathered, jnp.zeros(0, kernel.dtype), hidden, targets, wanted)
+
+
+def _backward(chunks, residuals, cotangents):
+    gathered, own, hidden, targets, wanted = residuals
+
+    def local(kernel, hidden, targets, wanted, *cotangents):
+        def one(total, part):
+            states, ids, asked, *given = part
+
+            def add():
+                _, pull = jax.vjp(lambda k, s: chunks.score(k, s, ids), kernel, states)
+                for_kernel, for_states = pull(tuple(given))
+                return total + for_kernel.astype(jnp.float32), for_states
+
+            return jax.lax.cond(jnp.any(asked), add, lambda: (total, jnp.zeros_like(states)))
+
+        parts = tuple(map(chunks.cut, (hidden, targets, wanted, *cotangents)))
+        total, states = jax.lax.scan(one, jnp.zeros(kernel.shape, jnp.float32), parts, reverse=True)
+        states = chunks.whole(states, targets.shape[1])
+        if chunks.mesh is not None:
+            total = jax.lax.psum_scatter(total, RULES["width"], scatter_dimension=chunks.axis, tiled=True)
+            total = jax.lax.psum(total, tuple(axis for axis in RULES["rows"] if axis != RULES["width"]))
+            states = jax.lax.psum(states, RULES["vocabulary"])
+        return total, states
+
+    total, states = chunks.on_mesh(local, gradient=True)(gathered, hidden, targets, wanted, *cotangents)
+    return total.astype(own.dtype), states, None, None
+
+
+_in_chunks.defvjp(_forward, _backward)

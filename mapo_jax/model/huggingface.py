@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
-from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
+from mapo_jax.model.lora import TARGETS, LoRA
+from mapo_jax.model.peft import adapt, base_folder, is_adapter
+from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
 
 INDEX = "model.safetensors.index.json"
@@ -230,30 +232,38 @@ def to_huggingface(params: Params, config: QwenConfig) -> Iterator[tuple[str, np
 # --- loading -----------------------------------------------------------------------------------------------
 
 
-def load_params(folder: str | Path, config: QwenConfig, mesh: Mesh | None = None) -> Params:
-    """Float32 parameters from the safetensors files of a folder.
+def load_params(
+    folder: str | Path, config: QwenConfig, mesh: Mesh | None = None, *, dtype: str = "float32"
+) -> Params:
+    """Parameters from the safetensors files of a folder: a model's, or adapters and their base's.
 
     The files are memory-mapped, and each device's part of each tensor is read on its own: with a mesh, a
     host's memory holds its own shards and one part of one tensor more.
+
+    Args:
+      dtype: of the parameters; norms are float32 in any case.
 
     Raises:
       UserError: no weights, an unreadable or truncated file, or a tensor that is missing, surplus, of
         another shape, or quantised; the tensor or file is named.
     """
     folder = Path(folder)
-    shapes = parameter_shapes(config)
+    base = base_folder(folder) if is_adapter(folder) else folder
+    shapes = in_precision(parameter_shapes(config), dtype)
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
         shardings = param_shardings(config, mesh)
     with ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
-        _check_tensors(folder, tensors, config)
+        tensors = _open_tensors(base, stack)
+        _check_tensors(base, tensors, config)
+        if base is not folder:
+            tensors = adapt(folder, tensors, stack)
 
         def load(path, leaf, sharding):
             name = "/".join(entry.key for entry in path)
             return jax.make_array_from_callback(
-                leaf.shape, sharding, lambda index: _read_part(tensors, name, leaf.shape, index)
+                leaf.shape, sharding, lambda index: _read_part(tensors, name, leaf, index)
             )
 
         return jax.tree_util.tree_map_with_path(load, shapes, shardings)
@@ -334,21 +344,24 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig)
 
 
 def _read_part(
-    tensors: Mapping[str, Any], path: str, shape: tuple[int, ...], index: tuple[slice, ...]
+    tensors: Mapping[str, Any], path: str, leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]
 ) -> np.ndarray:
     """The part `index` of our array `path`, read from the layers that it touches."""
+    shape, dtype = leaf.shape, leaf.dtype
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     template, groups = NAMES[path]
     if not path.startswith("layers/"):
-        return _read_tensor(tensors[template], groups, shape, bounds)
+        return _read_tensor(tensors[template], groups, shape, bounds, dtype)
     layers = range(*bounds[0])
-    part = np.empty((len(layers), *(end - start for start, end in bounds[1:])), np.float32)
+    part = np.empty((len(layers), *(end - start for start, end in bounds[1:])), dtype)
     for row, layer in enumerate(layers):
-        part[row] = _read_tensor(tensors[template.format(layer)], groups, shape[1:], bounds[1:])
+        part[row] = _read_tensor(tensors[template.format(layer)], groups, shape[1:], bounds[1:], dtype)
     return part
 
 
-def _read_tensor(tensor: Any, groups, shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> np.ndarray:
+def _read_tensor(
+    tensor: Any, groups, shape: tuple[int, ...], bounds: list[tuple[int, int]], dtype: np.dtype
+) -> np.ndarray:
     """Reads `bounds` of one tensor (ours: `shape`) from the file, and only them."""
     window = []
     for group in groups:
@@ -358,7 +371,7 @@ def _read_tensor(tensor: Any, groups, shape: tuple[int, ...], bounds: list[tuple
         start, end = bounds[group[0]]
         window.append(slice(start * inner, end * inner))
     order = sum(groups, ())
-    data = np.asarray(tensor[tuple(window)]).astype(np.float32)
+    data = np.asarray(tensor[tuple(window)]).astype(dtype, copy=False)
     data = data.reshape([bounds[axis][1] - bounds[axis][0] for axis in order])
     return np.ascontiguousarray(data.transpose(np.argsort(order)))
 
@@ -493,3 +506,69 @@ def _blocks(view: np.ndarray, kind: np.dtype) -> Iterator[bytes]:
     rows = max(1, _BLOCK_BYTES // max(1, view[:1].nbytes))
     for start in range(0, len(view), rows):
         yield np.ascontiguousarray(view[start : start + rows]).astype(kind, copy=False).tobytes()
+
+
+# --- adapters, in PEFT's format ----------------------------------------------------------------------------
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def write_adapter_config(folder: str | Path, lora: LoRA, base: str | None = None) -> None:
+    """Writes `adapter_config.json` as PEFT has it.
+
+    Args:
+      base: where PEFT finds the weights beside the adapters.
+    """
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": [TARGETS[name] for name in lora.targets],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+    write_whole(Path(folder) / ADAPTER_CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def read_adapter_config(folder: str | Path) -> LoRA | None:
+    """The shape of the adapters that `write_adapter_config` described; None if there are none.
+
+    Raises:
+      UserError: the file is not valid.
+    """
+    file = Path(folder) / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        ours = {theirs: name for name, theirs in TARGETS.items()}
+        targets = tuple(ours[name] for name in content["target_modules"])
+        return LoRA(int(content["r"]), float(content["lora_alpha"]), targets)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} does not describe adapters of this project ({error!r})") from error
+
+
+def adapter_tensors(read: Reader, config: QwenConfig) -> dict[str, np.ndarray]:
+    """Every adapter under PEFT's name and in its layout: A `[rank, in]`, B `[out, rank]`, float32.
+
+    Args:
+      read: reads `layers/.../lora_a` and `lora_b` by layer.
+    """
+    tensors = {}
+    for path, (template, _) in NAMES.items():
+        module, kind = path.rsplit("/", 1)
+        if kind != "kernel" or module.rsplit("/", 1)[-1] not in config.lora.targets:
+            continue
+        for layer in range(config.num_layers):
+            stem = "base_model.model." + template.format(layer).removesuffix("weight")
+            a, b = (np.asarray(read(f"{module}/lora_{side}", layer), np.float32) for side in "ab")
+            tensors[stem + "lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, config.lora.rank).T)
+            tensors[stem + "lora_B.weight"] = np.ascontiguousarray(b.reshape(config.lora.rank, -1).T)
+    return tensors

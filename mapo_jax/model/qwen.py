@@ -21,14 +21,24 @@ from jaxtyping import Array, Float, Int
 
 from mapo_jax.errors import UserError
 from mapo_jax.model.attention import cached_attention, causal_attention, rotary_angles, rotate
+from mapo_jax.model.lora import ADAPTERS, AdaptedLinear, LoRA, split
+from mapo_jax.model.sharding import constrain, param_shardings
 
-Params = dict[str, Any]  # nested dict of float32 arrays, layers stacked on axis 0
+Params = dict[str, Any]  # nested dict of arrays, layers stacked on axis 0; what is trained is float32
 Cache = list[tuple[Array, Array]]  # per layer: keys and values, each [K, G, C, E]
 
 INIT_SCALE = 0.02  # standard deviation of fresh weights, Qwen's own `initializer_range`
 # Up to so many layers are trained without a loop: its stacked residuals are copied in and out at every turn,
 # a quarter of a small model's step on a CPU. Deeper stacks would take too long to compile.
 MAX_UNROLLED_LAYERS = 4
+
+
+# Name -> what `jax.checkpoint` may keep of a layer. A product with weights is one without batch axes.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class QwenConfig:
     qk_norm: bool = True  # Qwen3
     max_position_embeddings: int = 32_768
     family: str = "qwen3"  # qwen2 or qwen3
+    lora: LoRA | None = None  # adapters beside the kernels
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim"):
@@ -77,6 +88,13 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
     return (x32 * inverse * scale).astype(x.dtype)
 
 
+def _linear(config: QwenConfig, name: str, *sizes, **options) -> nnx.LinearGeneral:
+    """The linear map `name` of a layer: with adapters where the model has them."""
+    if config.lora is None or name not in config.lora.targets:
+        return nnx.LinearGeneral(*sizes, kernel_init=_normal, **options)
+    return AdaptedLinear(*sizes, lora=config.lora, kernel_init=_normal, **options)
+
+
 class RMSNorm(nnx.Module):
     """`rms_norm` with its scale."""
 
@@ -92,13 +110,15 @@ class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: QwenConfig, dtype, *, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, kernel_init=_normal, rngs=rngs)
-        self.gate = linear(config.hidden_size, config.intermediate_size)
-        self.up = linear(config.hidden_size, config.intermediate_size)
-        self.down = linear(config.intermediate_size, config.hidden_size)
+        linear = functools.partial(_linear, config, use_bias=False, dtype=dtype, rngs=rngs)
+        self.gate = linear("gate", config.hidden_size, config.intermediate_size)
+        self.up = linear("up", config.hidden_size, config.intermediate_size)
+        self.down = linear("down", config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        # One axis of tokens: on a CPU a product over two of them, as the weights' gradient is, is far slower.
+        tokens = x.reshape(-1, x.shape[-1])
+        return self.down(jax.nn.silu(self.gate(tokens)) * self.up(tokens)).reshape(x.shape)
 
 
 class Attention(nnx.Module):
@@ -111,11 +131,11 @@ class Attention(nnx.Module):
             config.num_kv_heads,
             config.head_dim,
         )
-        linear = functools.partial(nnx.LinearGeneral, dtype=dtype, kernel_init=_normal, rngs=rngs)
-        self.q = linear(width, (heads, size), use_bias=config.qkv_bias)
-        self.k = linear(width, (groups, size), use_bias=config.qkv_bias)
-        self.v = linear(width, (groups, size), use_bias=config.qkv_bias)
-        self.o = linear((heads, size), width, axis=(-2, -1), use_bias=False)
+        linear = functools.partial(_linear, config, dtype=dtype, rngs=rngs)
+        self.q = linear("q", width, (heads, size), use_bias=config.qkv_bias)
+        self.k = linear("k", width, (groups, size), use_bias=config.qkv_bias)
+        self.v = linear("v", width, (groups, size), use_bias=config.qkv_bias)
+        self.o = linear("o", (heads, size), width, axis=(-2, -1), use_bias=False)
         if config.qk_norm:
             self.q_norm = RMSNorm(size, config.rms_norm_eps)
             self.k_norm = RMSNorm(size, config.rms_norm_eps)
@@ -167,6 +187,9 @@ class Qwen(nnx.Module):
 # (query, key, value), rotated -> (output of the heads, whatever the layer carries: its cache entry, or None)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
+# (query, key, value, segments) -> output of the heads, for whole rows: as `causal_attention`
+RowAttention = Callable[[Array, Array, Array, Array | None], Array]
+
 _normal = nnx.initializers.normal(INIT_SCALE)
 
 
@@ -175,7 +198,8 @@ def _block_graphdef(config: QwenConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Block(config, dtype, rngs=nnx.Rngs(0))))[0]
 
 
-def _run_block(config, dtype, layer: Params, x, rotary, attend: Attend):
+def run_block(config, dtype, layer: Params, x, rotary, attend: Attend):
+    """One layer: (new hidden states, what `attend` carries)."""
     return nnx.merge(_block_graphdef(config, jnp.dtype(dtype)), layer)(x, rotary, attend)
 
 
@@ -185,13 +209,31 @@ def _create(config: QwenConfig, key: Array) -> Params:
 
 
 @functools.lru_cache(maxsize=64)
-def parameter_shapes(config: QwenConfig) -> Params:
-    """The tree of `Params` as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    return jax.eval_shape(lambda: _create(config, jax.random.key(0)))
+def parameter_shapes(config: QwenConfig, base_dtype: str = "float32") -> Params:
+    """The tree of `Params`, adapters included, as `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Args:
+      base_dtype: of the weights beside adapters, if there are any; norms and all that is trained are float32.
+    """
+    shapes = jax.eval_shape(lambda: _create(config, jax.random.key(0)))
+    return shapes if config.lora is None else in_precision(shapes, base_dtype)
+
+
+def in_precision(params: Params, dtype: str) -> Params:
+    """Frozen weights, or their shapes, in the precision that they are computed with; norms keep float32."""
+
+    def cast(path, leaf):
+        if path[-1].key in ("scale", *ADAPTERS):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
+        return leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def parameter_count(config: QwenConfig) -> int:
-    """Number of weights; a tied head is counted once."""
+    """Number of weights, adapters included; a tied head is counted once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
 
 
@@ -202,10 +244,15 @@ def init_params(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Para
       mesh: creates every weight already sharded (`sharding.param_shardings`); no device ever holds the
         whole model. The values do not depend on the mesh.
     """
-    from mapo_jax.model.sharding import param_shardings  # which needs this module's shapes
-
     shardings = None if mesh is None else param_shardings(config, mesh)
     create = jax.jit(functools.partial(_create, config), out_shardings=shardings)
+    return create(jax.random.key(seed))
+
+
+def init_adapters(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Params:
+    """Fresh float32 adapters, which change nothing yet; `mesh` as of `init_params`."""
+    shardings = None if mesh is None else split(param_shardings(config, mesh))[0]
+    create = jax.jit(lambda key: split(_create(config, key))[0], out_shardings=shardings)
     return create(jax.random.key(seed))
 
 
@@ -218,6 +265,8 @@ def hidden_states(
     *,
     dtype=jnp.float32,
     remat: str = "none",
+    attention: RowAttention = causal_attention,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B L D"]:
     """Final hidden states (after the last norm) of whole rows, for scoring and training.
 
@@ -228,25 +277,49 @@ def hidden_states(
       positions: rotary positions.
       segments: for rows that hold several texts; a token attends to its own segment only.
       dtype: compute dtype; norms and softmax are float32 in any case.
-      remat: "block" recomputes each layer in the backward pass and keeps only its input; "none" keeps
-        what the gradient needs.
+      remat: what the backward pass recomputes. "block": each layer, of which only the input is kept;
+        "minimal": norms, rotation, attention and the MLP's product, while the outputs of the matrix products
+        with weights are kept; "none": nothing but attention.
+      attention: of whole rows; `backends.row_attention` chooses one.
+      mesh: where the weights and rows lie; hidden states are pinned to it.
     """
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
 
     def attend(query, key, value):
-        return causal_attention(query, key, value, segments), None
+        return attention(query, key, value, segments), None
 
     def layer(x, weights):
-        return _run_block(config, dtype, weights, x, rotary, attend)[0], None
+        x = run_block(config, dtype, weights, x, rotary, attend)[0]
+        return constrain(x, "hidden", mesh), None
 
-    if remat == "block":
-        layer = jax.checkpoint(layer, prevent_cse=False)  # scan already keeps the recomputation apart
-    elif remat != "none":
-        raise ValueError(f"remat is {remat!r}; it must be none or block")
-    x = params["embed"]["embedding"][tokens].astype(dtype)
-    unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS else 1
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}; it must be one of {', '.join(REMAT)}")
+    if remat != "none":
+        # scan already keeps the recomputation apart
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
+    x = constrain(params["embed"]["embedding"][tokens].astype(dtype), "hidden", mesh)
+    # Where layers are computed again they stay in a loop, which keeps the compiler from merging the two.
+    unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS and remat == "none" else 1
     x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
     return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps)
+
+
+def unstack_layers(layers: Params, count: int) -> list[Params]:
+    """The weights of each layer by itself."""
+    return [jax.tree.map(lambda leaf, index=index: leaf[index], layers) for index in range(count)]
+
+
+def for_decoding(params: Params, config: QwenConfig, dtype) -> Params:
+    """Weights as `extend` reads them fastest: layer by layer, in the dtype that they are computed with.
+
+    What is computed stays the same, bit for bit. The scales of norms stay float32, as norms do.
+    """
+
+    def cast(path, leaf):
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    cast_params = jax.tree_util.tree_map_with_path(cast, params)
+    return cast_params | {"layers": unstack_layers(cast_params["layers"], config.num_layers)}
 
 
 def init_cache(config: QwenConfig, slots: int, length: int, dtype=jnp.float32) -> Cache:
@@ -267,28 +340,42 @@ def extend(
     cache: Cache,
     *,
     dtype=jnp.float32,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "K N D"], Cache]:
     """Appends N tokens to each slot: a chunk of a prompt (N = chunk) or one decoded token (N = 1).
+
+    Within a loop, have the layers unstacked before it (`for_decoding`): else each is copied at every turn.
 
     Keys and values are written at cache index == position; a position >= C is padding: it is not written,
     and its hidden state is meaningless. Every token attends to the cache entries at or before its own
     position, so entries beyond the row's end may hold anything.
+
+    On a `mesh` a chunk of a prompt is computed where its slot lies, as in training: the weights travel. A
+    decoded token goes to all the weights instead, and to its slot only to meet the cache: of a few tokens the
+    hidden states are far smaller than the weights.
 
     Returns:
       Hidden states after the last norm, and the new cache (donate the old one).
     """
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
     slots = jnp.arange(tokens.shape[0])[:, None]
-    x = params["embed"]["embedding"][tokens].astype(dtype)
-    new_cache = []
+    decoding = tokens.shape[1] == 1
+    hidden, heads = ("lane_hidden", "lane_heads") if decoding else ("hidden", "heads")
+    x = constrain(params["embed"]["embedding"][tokens].astype(dtype), hidden, mesh)
+    layers, new_cache = params["layers"], []
+    if not isinstance(layers, list):
+        layers = unstack_layers(layers, config.num_layers)
     for index, (keys, values) in enumerate(cache):
 
         def attend(query, key, value, keys=keys, values=values):
+            query = constrain(query, "slot_heads", mesh)
+            key, value = (constrain(array, "slot_kv_heads", mesh) for array in (key, value))
             keys = keys.at[slots, :, positions].set(key.astype(keys.dtype), mode="drop")
             values = values.at[slots, :, positions].set(value.astype(values.dtype), mode="drop")
-            return cached_attention(query, keys, values, positions), (keys, values)
+            output = constrain(cached_attention(query, keys, values, positions), "slot_heads", mesh)
+            return constrain(output, heads, mesh), (keys, values)
 
-        weights = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
-        x, entry = _run_block(config, dtype, weights, x, rotary, attend)
+        x, entry = run_block(config, dtype, layers[index], x, rotary, attend)
+        x = constrain(x, hidden, mesh)
         new_cache.append(entry)
     return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps), new_cache

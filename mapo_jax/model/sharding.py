@@ -1,16 +1,19 @@
-"""Which axis of which array lies on which axis of the device mesh: two tables, and what follows from them."""
+"""Which axis of which array lies on which axis of the device mesh: the tables, and what follows from them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mapo_jax.config import MeshConfig
 from mapo_jax.errors import UserError
-from mapo_jax.model.qwen import QwenConfig, parameter_shapes
+
+if TYPE_CHECKING:
+    from mapo_jax.model.qwen import QwenConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -26,6 +29,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "layers": None,
     "norm": None,
+    "rank": None,
+    "length": None,  # tokens of a row
+    "features": None,  # the width of hidden states, whose rows are cut already
+    "slots": ("data", "fsdp"),
+    "cache_length": None,
+    # Decoding has a token to a lane: it moves hidden states to the weights, not weights to hidden states, and
+    # cuts the hidden states as the weights are cut (Pope et al. 2022, arXiv:2211.05102, section 3.2.2).
+    "lanes": "data",
+    "lane_features": "fsdp",
 }
 
 # For rollout on several processes: each has all of every weight on its own devices, cut by tensor alone. A
@@ -51,6 +63,28 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "layers/mlp/down/kernel": ("layers", "mlp", "width"),
     "norm/scale": ("norm",),
     "head/kernel": ("width", "vocabulary"),
+}
+
+# Adapters lie as the sides of their kernel do.
+for _kernel in [path for path in PARAMETER_AXES if path.startswith("layers/") and path.endswith("/kernel")]:
+    _layers, *_axes = PARAMETER_AXES[_kernel]
+    _inner = 2 if "/o/" in _kernel else 1  # axes that are summed over
+    _module = _kernel.removesuffix("kernel")
+    PARAMETER_AXES[_module + "lora_a"] = (_layers, *_axes[:_inner], "rank")
+    PARAMETER_AXES[_module + "lora_b"] = (_layers, "rank", *_axes[_inner:])
+
+# Other arrays -> logical axis of each array axis. Optimizer moments and gradients lie like their parameters.
+ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
+    "tokens": ("rows", "length"),  # and everything of a batch that is [B, L]
+    "hidden": ("rows", "length", "features"),
+    "heads": ("rows", "length", "heads", "head_dim"),
+    "kv_heads": ("rows", "length", "kv_heads", "head_dim"),
+    "cache": ("slots", "kv_heads", "cache_length", "head_dim"),
+    "slot_heads": ("slots", "length", "heads", "head_dim"),
+    "slot_kv_heads": ("slots", "length", "kv_heads", "head_dim"),
+    "lane_heads": ("lanes", "length", "heads", "head_dim"),
+    "lane_hidden": ("lanes", "length", "lane_features"),
+    "slot_logits": ("slots", "features"),  # a device samples for its own slots
 }
 
 
@@ -93,6 +127,8 @@ def param_shardings(
       UserError: a dimension of the model does not divide by the mesh axis that it is cut along.
     """
 
+    from mapo_jax.model.qwen import parameter_shapes  # which needs this module's tables
+
     def sharding(path, leaf):
         name = "/".join(entry.key for entry in path)
         axes = PARAMETER_AXES[name]
@@ -109,6 +145,57 @@ def param_shardings(
     return jax.tree_util.tree_map_with_path(sharding, parameter_shapes(config))
 
 
+def decoding_shardings(config: QwenConfig, mesh: Mesh) -> dict[str, Any]:
+    """`param_shardings` for what `qwen.for_decoding` returns: each layer is cut like the stack of them."""
+    shardings = param_shardings(config, mesh)
+    layer = jax.tree.map(
+        lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[1:])), shardings["layers"]
+    )
+    return shardings | {"layers": [layer] * config.num_layers}
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose first axis are rows, [B, ...]: over data and fsdp together."""
     return NamedSharding(mesh, PartitionSpec(RULES["rows"]))
+
+
+def activation_spec(name: str) -> PartitionSpec:
+    """Mesh axes of an array of ACTIVATION_AXES."""
+    return PartitionSpec(*(RULES[axis] for axis in ACTIVATION_AXES[name]))
+
+
+def constrain(array: jax.Array, name: str, mesh: Mesh | None) -> jax.Array:
+    """Pins an array inside a compiled program to its place on the mesh; on one device, does nothing."""
+    if mesh is None or mesh.size == 1:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, activation_spec(name)))
+
+
+def row_shards(mesh: Mesh | None) -> int:
+    """Into how many parts rows, and slots, are cut."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["rows"])
+
+
+def sharding_table(config: QwenConfig, mesh: Mesh) -> list[str]:
+    """Where everything lies, a line for each parameter and each kind of other array.
+
+    `embed/embedding  4096/tensor x 128/fsdp = 2048 x 64`: sizes, mesh axes that they are cut along, and what
+    each device has.
+    """
+    from mapo_jax.model.qwen import parameter_shapes
+
+    def cut(sizes: Sequence[Any], spec: PartitionSpec) -> str:
+        axes = ("+".join(axis) if isinstance(axis, tuple) else axis for axis in spec)
+        return " x ".join(
+            f"{size}/{axis}" if axis else f"{size}" for size, axis in zip(sizes, axes, strict=True)
+        )
+
+    lines = []
+    parameters = jax.tree_util.tree_leaves_with_path(parameter_shapes(config))
+    for (path, leaf), placed in zip(parameters, jax.tree.leaves(param_shardings(config, mesh)), strict=True):
+        name = "/".join(entry.key for entry in path)
+        part = " x ".join(map(str, placed.shard_shape(leaf.shape)))
+        lines.append(f"{name:<30} {cut(leaf.shape, placed.spec)} = {part}")
+    return lines + [
+        f"{name:<30} {cut(axes, activation_spec(name))}" for name, axes in ACTIVATION_AXES.items()
+    ]

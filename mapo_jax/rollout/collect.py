@@ -140,7 +140,7 @@ async def finished_groups(
     Args:
       scenarios: S of them; a scenario may occur more than once and then has further rollouts.
       rollouts: R. The rollouts of one scenario share the user's first message.
-      engine: with weights loaded; what its slots held is dropped. More dialogues than slots take turns.
+      engine: with weights loaded; what its slots held is dropped. More dialogues than slots wait for one.
       chat: how dialogues become token rows.
       roles: user, judge, director.
       limits: fewest and most turns, tolerance of success.
@@ -188,7 +188,7 @@ async def finished_groups(
         nonlocal finished_turns
         own_seed = derive_seed(seed, step, ids[s], occurrences[s] * rollouts + r)
         message = await openings[s]
-        rows = [Row()]
+        rows, version = [Row()], engine.version
         if isinstance(message, RoleFailure):
             state = DialogueState(scenarios[s], own_seed, (), "", outcome="error", failure=message.kind)
         else:
@@ -234,7 +234,7 @@ async def finished_groups(
             scenario=s,
             rollout=r,
             step=step,
-            weight_version=engine.version,
+            weight_version=version,
             earlier_rows=tuple(rows[:-1]),
         )
 
@@ -259,6 +259,8 @@ async def finished_groups(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if engine.busy:  # replies that nobody waits for any more
+            engine.reset()
 
 
 def _take_up(

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.rollout.chat import ChatFormat
-from mapo_jax.rollout.engine import Engine, Request
-
-_GATHER_SECONDS = 0.005  # how long a batch waits for further chats
+from mapo_jax.rollout.desk import Desk
+from mapo_jax.rollout.engine import Engine, Reply, Request
 
 
 class Completion(NamedTuple):
@@ -24,7 +23,8 @@ class Completion(NamedTuple):
 
 
 class EngineModel:
-    """Answers chats, as many at once as the engine has slots. To be used within one event loop.
+    """Answers chats, as many at once as the engine has slots; the next joins as soon as one has ended. To be
+    used within one event loop.
 
     A chat's random numbers follow from its seed and its tokens, so neither its neighbours nor the order of
     arrival matter.
@@ -33,8 +33,11 @@ class EngineModel:
     def __init__(self, engine: Engine, chat: ChatFormat) -> None:
         """Args: engine: with weights loaded. chat: the model's format."""
         self._engine, self._chat = engine, chat
-        self._waiting: list[tuple[tuple[int, ...], int, int, asyncio.Future]] = []
-        self._worker: asyncio.Task | None = None
+        self._desk = Desk(engine)
+        self._free: asyncio.Queue[int] = asyncio.Queue()
+        for slot in range(engine.slots):
+            self._free.put_nowait(slot)
+        self._serving: asyncio.Task | None = None
 
     async def __call__(
         self,
@@ -51,7 +54,7 @@ class EngineModel:
         """
         if schema is not None:
             *earlier, last = messages
-            text = f"{last['content']}\n\n{json.dumps(schema, ensure_ascii=False)}"
+            text = f"{last['content']}\n\nJSON schema: {json.dumps(schema, ensure_ascii=False)}"
             messages = [*earlier, {**last, "content": text}]
         ids = self._chat.prompt(messages)
         if len(ids) >= self._engine.length:
@@ -59,38 +62,24 @@ class EngineModel:
                 "malformed",
                 f"the prompt has {len(ids)} tokens; raise extra_body.tokens above {self._engine.length}",
             )
-        answered = asyncio.get_running_loop().create_future()
-        self._waiting.append((ids, seed, max_tokens, answered))
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.ensure_future(self._work())
-        reply = await answered
+        slot = await self._free.get()
+        request = Request(slot, ids, key=_key(seed, ids), turn=0, limit=max_tokens, start=True)
+        # Shielded: a caller who gives up must not free a slot whose reply is still under way.
+        reply = await asyncio.shield(asyncio.ensure_future(self._reply(request)))
         text = self._chat.decode(reply.ids)
         if reply.truncated:
             raise RoleFailure("malformed", f"the answer was cut after {len(reply.ids)} tokens", text)
         return Completion(text, len(ids), len(reply.ids))
 
-    async def _work(self) -> None:
-        while self._waiting:
-            await asyncio.sleep(_GATHER_SECONDS)
-            slots = self._engine.slots
-            batch, self._waiting = self._waiting[:slots], self._waiting[slots:]
-            batch = [item for item in batch if not item[3].done()]  # given up meanwhile
-            requests = [
-                Request(slot, ids, key=_key(seed, ids), turn=0, limit=limit, start=True)
-                for slot, (ids, seed, limit, _) in enumerate(batch)
-            ]
-            if not requests:
-                continue
-            try:
-                replies = await asyncio.to_thread(self._engine.reply, requests)
-            except BaseException as error:
-                for *_, answered in batch:
-                    if not answered.done():
-                        answered.set_exception(error)
-                raise
-            for (*_, answered), reply in zip(batch, replies, strict=True):
-                if not answered.done():
-                    answered.set_result(reply)
+    async def _reply(self, request: Request) -> Reply:
+        if self._serving is None or self._serving.done():
+            self._serving = asyncio.ensure_future(self._desk.serve())
+            # What ends it reaches everybody who waits; asyncio need not report it again.
+            self._serving.add_done_callback(lambda task: task.cancelled() or task.exception())
+        try:
+            return await self._desk.reply(request)
+        finally:
+            self._free.put_nowait(request.slot)
 
 
 def _key(seed: int, ids: Sequence[int]) -> tuple[int, int, int]:

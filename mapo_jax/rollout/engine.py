@@ -5,6 +5,8 @@ values. A new turn *prefills* the row's new tokens, in chunks and at each slot's
 another slot has already is *inserted* by copying. Then the dialogue takes a *lane*, and *generate* decodes
 all lanes together: a loop on the device of up to `block` steps, after which the host looks. A reply that has
 ended leaves its lane to the next dialogue that waits; one whose user is thinking holds a slot and no lane.
+Where the device has no room for the caches of all slots, those of users who think longest are *parked* in the
+host's memory while others need the room.
 
 An example with two rows and a chunk of 4. Slot 0 goes on at position 9 with five new tokens, slot 1 starts
 with three. The last new token of each is the first input of `generate`; `-` is padding, which is dropped:
@@ -19,24 +21,23 @@ whatever order users answer. Token ids in, token ids out: no text, no dialogue, 
 
 from __future__ import annotations
 
-import functools
-import os
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jax.sharding import Mesh
 
 from mapo_jax.errors import UserError
-from mapo_jax.model.head import logits
-from mapo_jax.model.qwen import Cache, Params, QwenConfig, extend, init_cache
-from mapo_jax.model.sharding import RULES
-from mapo_jax.rollout.sampling import KEY_WORDS, Sampling, penalise, sample, uniforms
+from mapo_jax.model.qwen import Cache, Params, QwenConfig
+from mapo_jax.model.sharding import row_shards
+from mapo_jax.rollout.programs import make_programs
+from mapo_jax.rollout.sampling import KEY_WORDS, Sampling
+from mapo_jax.rollout.sizes import cache_lengths, check_memory, check_sizes
 
 
 class StaleSlot(RuntimeError):
@@ -71,6 +72,8 @@ class Counts:
     copied: int = 0  # tokens taken over from another slot, or kept from the slot's row before
     sampled: int = 0  # tokens sampled
     steps: int = 0  # decode steps, each over all lanes
+    seconds: float = 0.0  # in `advance`, the device's work included
+    parked: int = 0  # caches moved to the host's memory
 
     def since(self, before: Counts) -> Counts:
         """What was done after `before` was copied."""
@@ -87,31 +90,12 @@ class _Going:
     logprobs: list[float] = field(default_factory=list)
 
 
-def cache_lengths(length: int) -> tuple[int, ...]:
-    """Lengths that the cache grows through: `length`, and below it two significant bits (256, 384, 512, ...).
-
-    Decode reads the whole cache at every step, so a longer one costs time before it is needed; each length
-    costs a set of compiled programs. The shortest is 256, or half of `length` if that is less. All are
-    multiples of 32: then sums over the cache run in the same order at every length.
-    """
-
-    def up(size: int) -> int:
-        return -(-size // 32) * 32
-
-    if length <= 256:
-        return tuple(sorted({up(-(-length // 2)), up(length)}))
-    lengths, size = {up(length)}, 256
-    while size < length:
-        lengths |= {size, size + size // 2} if size + size // 2 < length else {size}
-        size *= 2
-    return tuple(sorted(lengths))
-
-
 class Engine:
     """Replies to dialogues: `slots` caches of up to `length` tokens, `lanes` of them decoded at a time.
 
-    Programs that are compiled, for each of the `cache_lengths`: prefill, insert, generate; one that makes the
-    cache, and one that grows it for each step between two lengths. `warm_up` compiles them all.
+    Programs that are compiled, for each of the `cache_lengths`: prefill, insert, generate, and if not all
+    slots are resident park and restore; one that makes the weights ready, one that makes the cache, and one
+    that grows it for each step between two lengths. `load` and `warm_up` compile them all.
     """
 
     def __init__(
@@ -124,10 +108,12 @@ class Engine:
         stop_ids: Sequence[int],
         vocabulary_size: int,
         sampling: Sampling | None = None,
+        resident: int | None = None,
         lanes: int | None = None,
         prefill_rows: int | None = None,
-        chunk: int = 32,
-        block: int = 8,
+        chunk: int | None = None,
+        block: int | None = None,
+        copy_weights: bool = True,
         dtype=jnp.float32,
         mesh: Mesh | None = None,
     ):
@@ -135,34 +121,45 @@ class Engine:
 
         Args:
           config: the model.
-          slots: K, dialogues whose caches are held at once.
+          slots: dialogues under way at once.
           length: C, longest row in tokens.
           max_reply_tokens: longest reply.
           stop_ids: ids that end a reply.
           vocabulary_size: ids from here on are never sampled.
           sampling: the distribution; by default at temperature 1, unfiltered.
-          lanes: M <= K, dialogues decoded at once; None: all slots. With as many lanes as slots the caches
-            are decoded in place; with fewer, those in the lanes are copied out for a block.
+          resident: K <= slots, caches on the device at once; None: all. The others lie in the host's memory.
+          lanes: M <= K, dialogues decoded at once; None: all resident ones. With M = K the caches are decoded
+            in place; with fewer lanes, those in the lanes are copied out for a block.
           prefill_rows: rows of one prefill program; None: a quarter of the lanes.
-          chunk: most tokens that one prefill program takes from each row.
-          block: decode steps on the device before the host looks.
+          chunk: most tokens that one prefill program takes from each row; None: a sixteenth of the length,
+            but between 32 and 512.
+          block: decode steps on the device before the host looks; None: a sixteenth of the longest reply,
+            but between 8 and 32.
+          copy_weights: sample with a copy of the weights, cast and cut by layer once; else every step does
+            that on its way, and no second copy is held. What is computed is the same, bit for bit.
           dtype: of computation and cache.
-          mesh: where the weights lie; slots and lanes are cut over its row axes, KV heads over `tensor`.
+          mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
+            `tensor`.
 
         Raises:
           UserError: a size that does not fit the model, the mesh or the device's memory, or a stop id
             outside the vocabulary.
         """
-        shards = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in RULES["rows"]]))
-        lanes = slots if lanes is None else lanes
+        shards = row_shards(mesh)
+        resident = slots if resident is None else resident
+        lanes = resident if lanes is None else lanes
         if prefill_rows is None:
             prefill_rows = max(1, lanes // 4 // shards) * shards
-        _check_sizes(
+        chunk = min(max(length // 16, 32), 512) if chunk is None else chunk
+        block = min(max(max_reply_tokens // 16, 8), 32) if block is None else block
+        check_sizes(
             config, shards, length, max_reply_tokens, tuple(stop_ids), vocabulary_size,
-            slots=slots, lanes=lanes, prefill_rows=prefill_rows, chunk=chunk, block=block,
+            slots=slots, resident=resident, lanes=lanes, prefill_rows=prefill_rows, chunk=chunk, block=block,
         )  # fmt: skip
         self.config = config
         self.slots = slots
+        self.resident = resident
+        self.copy_weights = copy_weights
         self.lanes = lanes
         self.length = length
         self.max_reply_tokens = max_reply_tokens
@@ -177,36 +174,59 @@ class Engine:
         self.counts = Counts()
         self._shards = shards
         self._params: Params | None = None
-        _check_memory(config, slots, lanes, length, self.dtype, mesh)
-        self._compile(mesh)
+        check_memory(config, resident, lanes, length, self.dtype, mesh)
+        self._programs = make_programs(
+            config,
+            resident=resident,
+            lanes=lanes,
+            block=self.block,
+            stop_ids=self.stop_ids,
+            vocabulary_size=vocabulary_size,
+            sampling=self.sampling,
+            dtype=self.dtype,
+            mesh=mesh,
+        )
         self.reset()
 
     # --- Weights and rows. ---
 
     def load(self, params: Params, version: int) -> None:
-        """Takes new weights; every dialogue under way loses its cache and cannot be continued.
+        """Takes new weights; every dialogue loses its cache and cannot be continued.
 
         Args:
-          params: the weights; not copied (whoever donates them must load again).
+          params: the weights; copied in the engine's dtype, or, with `copy_weights` off, used as they are:
+            whoever donates them must load again.
           version: a number that tells these weights from others; the cache is kept if it is the loaded one.
+
+        Raises:
+          RuntimeError: replies of another version are under way.
         """
         if version != self.version:
+            if self.busy:
+                raise RuntimeError("new weights while replies are under way: advance to their end, or reset")
             self.reset()
-        self._params, self.version = params, version
-
-    def unload(self) -> None:
-        """Lets go of the weights and the cache, so that their memory is free until the next `load`."""
-        self.reset()
-        self._params = self.version = None
+        self._params = None  # before there are others
+        self._params, self.version = self._programs.ready(params) if self.copy_weights else params, version
 
     def reset(self) -> None:
         """Empties every slot, forgets every reply under way, and frees the cache."""
         self._rows: list[list[int]] = [[] for _ in range(self.slots)]
         self._cached = np.zeros(self.slots, int)  # how many tokens of each row are in the cache
+        self._started = np.zeros(self.slots, int)  # how many of them were prefilled as the row's start
+        self._place = np.full(self.slots, -1, np.int32)  # where each slot's cache lies; -1: not there
+        part = self.resident // self._shards
+        self._free = [list(range((s + 1) * part - 1, s * part - 1, -1)) for s in range(self._shards)]
+        self._idle: dict[int, None] = {}  # slots with a place and no reply under way, longest idle first
+        self._parked: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # by slot
         self._submitted: deque[Request] = deque()
         self._going: dict[int, _Going] = {}  # by slot, in the order of their turn for a lane
         self._under_way: set[int] = set()  # slots of both
         self._cache: Cache | None = None
+
+    def unload(self) -> None:
+        """Lets go of the weights and the cache, so that their memory is free until the next `load`."""
+        self.reset()
+        self._params = self.version = None
 
     def row(self, slot: int) -> tuple[int, ...]:
         """The tokens of a slot: prompts, replies and all, as the model saw them."""
@@ -227,6 +247,8 @@ class Engine:
         """
         if len({request.slot for request in requests}) != len(requests):
             raise ValueError("two requests for one slot")
+        for request in requests:  # all of them before the first is submitted
+            self._check(request)
         for request in requests:
             self.submit(request)
         replies: dict[int, Reply] = {}
@@ -240,10 +262,17 @@ class Engine:
         Raises:
           StaleSlot: a request continues a row that the slot does not hold (any more).
           UserError: a row that leaves no room for a reply.
-          ValueError: no tokens to start with, a token outside the model, a limit below 1, or a slot that has
-            a reply under way.
+          ValueError: no tokens to start with, a token outside the model, a limit below 1, no such slot, or
+            one that has a reply under way.
         """
+        self._check(request)
+        self._under_way.add(request.slot)
+        self._submitted.append(request)
+
+    def _check(self, request: Request) -> None:
         self._need_weights()
+        if not 0 <= request.slot < self.slots:
+            raise ValueError(f"slot {request.slot} is none of the engine's {self.slots}")
         slot, row = request.slot, self._rows[request.slot]
         if slot in self._under_way:
             raise ValueError(f"slot {slot} has a reply under way")
@@ -265,8 +294,6 @@ class Engine:
                 f"a prompt of {size} tokens leaves no room for a reply in a cache of {self.length}; "
                 "raise `rollout.max_tokens` or shorten the prompt"
             )
-        self._under_way.add(slot)
-        self._submitted.append(request)
 
     def advance(self) -> dict[int, Reply]:
         """Takes in what was submitted, runs one block of decode steps, and returns the replies that ended.
@@ -274,30 +301,60 @@ class Engine:
         Returns:
           Replies by slot. Their slots are free for the next request, of the same dialogue or another.
         """
+        started = time.monotonic()
         self._admit()
-        return self._decode()
+        replies = self._decode()
+        self.counts.seconds += time.monotonic() - started
+        return replies
 
     def warm_up(self) -> None:
         """Compiles every program, so that no later call compiles anything. Empties all slots."""
         self._need_weights()
-        cache = self._create(self.lengths[0])
+        cache = self._programs.create(self.lengths[0])
         for length in self.lengths:
             if length > self.lengths[0]:
-                cache = self._grow(cache, length)
-            rows = np.full(self.prefill_rows, self.slots, np.int32)
+                cache = [self._programs.grow(entry, length) for entry in cache]
+            rows = np.full(self.prefill_rows, self.resident, np.int32)
             padding = np.full((self.prefill_rows, self.chunk), length, np.int32)
-            cache = self._prefill(self._params, cache, rows, np.zeros_like(padding), padding)
-            nowhere = np.full(self.slots, self.slots, np.int32)
-            cache = self._insert(cache, nowhere, nowhere)
-            cache, *_ = self._generate(self._params, cache, *self._lane_inputs([]))
+            cache = self._programs.prefill(self._params, cache, rows, np.zeros_like(padding), padding)
+            nowhere = np.full(self.resident, self.resident, np.int32)
+            cache = self._programs.insert(cache, nowhere, nowhere)
+            if self.resident < self.slots:
+                place = np.int32(0)
+                parked = jax.tree.map(np.asarray, self._programs.park(cache, place))
+                cache = self._programs.restore(cache, place, parked)
+            cache, *_ = self._programs.generate(self._params, cache, *self._lane_inputs([]))
         jax.block_until_ready(cache)
         self.reset()
+
+    def abstract_programs(self, params: Params) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """The programs at the longest cache, to be compiled without any array.
+
+        Args:
+          params: the weights as `jax.ShapeDtypeStruct`s with shardings.
+
+        Returns:
+          Of prefill and generate: the jitted function and its arguments, as `warm_up` would give them.
+        """
+        create, ready = self._programs.create, self._programs.ready
+        cache = create.eval_shape(self.lengths[-1])
+        weights = ready.eval_shape(params) if self.copy_weights else params
+        rows = np.zeros(self.prefill_rows, np.int32)
+        padding = np.zeros((self.prefill_rows, self.chunk), np.int32)
+        return {
+            "prefill": (self._programs.prefill, (weights, cache, rows, padding, padding)),
+            "generate": (self._programs.generate, (weights, cache, *self._lane_inputs([]))),
+        }
 
     # --- Taking in. ---
 
     def _admit(self) -> None:
         """Prefills what was submitted: a start that another slot holds, or is about to hold, is copied."""
-        requests = [self._submitted.popleft() for _ in range(len(self._submitted))]
+        requests, waiting = [], []
+        for _ in range(len(self._submitted)):
+            request = self._submitted.popleft()
+            (requests if self._seat(request.slot) else waiting).append(request)
+        self._submitted.extendleft(reversed(waiting))
         if not requests:
             return
         later, leaders = [], set()
@@ -323,17 +380,51 @@ class Engine:
             left = min(left, self.length - len(self._rows[request.slot]))
             self._going[request.slot] = _Going(request, left)
 
+    def _seat(self, slot: int) -> bool:
+        """Gives a slot's cache its place on the device; False if all places belong to replies under way."""
+        if self._place[slot] < 0:
+            free = self._free[self._shard(slot)]
+            if not free:
+                others = (s for s in self._idle if self._shard(s) == self._shard(slot))
+                longest = next((s for s in others if s not in self._under_way), None)
+                if longest is None:
+                    return False
+                self._park(longest)
+            self._place[slot] = free.pop()
+            if slot in self._parked:
+                self._restore(slot)
+        self._idle.pop(slot, None)
+        return True
+
+    def _park(self, slot: int) -> None:
+        """Moves a cache to the host's memory."""
+        self._parked[slot] = jax.tree.map(np.asarray, self._programs.park(self._cache, self._place[slot]))
+        self._free[self._shard(slot)].append(int(self._place[slot]))
+        self._place[slot] = -1
+        del self._idle[slot]
+        self.counts.parked += 1
+
+    def _restore(self, slot: int) -> None:
+        """Moves a cache back to the device; the device's may have grown meanwhile."""
+        length = self._cache[0][0].shape[2]
+        entries = jax.tree.map(
+            lambda array: np.pad(array, ((0, 0), (0, length - array.shape[1]), (0, 0))),
+            self._parked.pop(slot),
+        )
+        self._cache = self._programs.restore(self._cache, self._place[slot], entries)
+
     def _prefix(self, request: Request) -> tuple[int, int]:
         """The slot that holds most of a new row's start, and how many tokens of it; its last is never taken.
 
-        Only slots on the same devices are looked at, so that no cache travels between them.
+        Only slots on the same devices are looked at, so that no cache travels between them; and only the
+        tokens of their own starts, since what was decoded differs in rounding from what is prefilled.
         """
         ids, best, most = list(request.ids), request.slot, 0
         head = ids[: self.chunk]
         shard = self._shard(request.slot)
         for slot in (request.slot, *range(shard * self._local, (shard + 1) * self._local)):
-            row, cached = self._rows[slot], min(int(self._cached[slot]), len(ids) - 1)
-            if cached <= most or row[: len(head)] != head:
+            row, cached = self._rows[slot], min(int(self._started[slot]), len(ids) - 1)
+            if self._place[slot] < 0 or cached <= most or row[: len(head)] != head:
                 continue
             same = next((i for i in range(cached) if row[i] != ids[i]), cached)
             if same < len(ids) - 1:
@@ -344,14 +435,16 @@ class Engine:
 
     def _copy(self, sources: dict[int, tuple[int, int]]) -> None:
         """Fills slots (keys) with the first tokens of others: values are (slot, how many tokens)."""
-        source, target = np.full((2, self.slots), self.slots, np.int32)
+        source, target = np.full((2, self.resident), self.resident, np.int32)
         for slot, (origin, count) in sources.items():
             self._cached[slot] = count
+            self._started[slot] = len(self._rows[slot]) - 1
             self.counts.copied += count
             if count and origin != slot:
-                source[slot], target[slot] = origin, slot
-        if (target < self.slots).any():
-            self._cache = self._insert(self._cache, source, target)
+                place = self._place[slot]
+                source[place], target[place] = self._place[origin], place
+        if (target < self.resident).any():
+            self._cache = self._programs.insert(self._cache, source, target)
 
     def _write(self, ends: dict[int, int]) -> None:
         """Puts the tokens of each row up to its end into the cache, chunk by chunk."""
@@ -359,7 +452,7 @@ class Engine:
         waiting = deque(slot for slot, end in ends.items() if end > self._cached[slot])
         width = self.prefill_rows // self._shards
         while waiting:
-            slots = np.full(self.prefill_rows, self.slots, np.int32)
+            places = np.full(self.prefill_rows, self.resident, np.int32)
             tokens = np.zeros((self.prefill_rows, self.chunk), np.int32)
             positions = np.full_like(tokens, self.lengths[-1])  # beyond the cache: dropped
             taken = [0] * self._shards
@@ -369,18 +462,18 @@ class Engine:
                 if taken[shard] == width:
                     waiting.append(slot)
                     continue
-                place = shard * width + taken[shard]
+                line = shard * width + taken[shard]
                 taken[shard] += 1
                 begin = int(self._cached[slot])
                 count = min(self.chunk, ends[slot] - begin)
-                slots[place] = slot
-                tokens[place, :count] = self._rows[slot][begin : begin + count]
-                positions[place, :count] = np.arange(begin, begin + count)
+                places[line] = self._place[slot]
+                tokens[line, :count] = self._rows[slot][begin : begin + count]
+                positions[line, :count] = np.arange(begin, begin + count)
                 self._cached[slot] += count
                 self.counts.prefilled += count
                 if self._cached[slot] < ends[slot]:
                     waiting.append(slot)
-            self._cache = self._prefill(self._params, self._cache, slots, tokens, positions)
+            self._cache = self._programs.prefill(self._params, self._cache, places, tokens, positions)
 
     # --- Decoding. ---
 
@@ -394,10 +487,10 @@ class Engine:
                 taken[shard] += 1
         if not chosen:
             return {}
-        if self.lanes == self.slots:
-            chosen = [(slot, slot) for _, slot in chosen]
+        if self.lanes == self.resident:
+            chosen = [(int(self._place[slot]), slot) for _, slot in chosen]
         self._fit(max(len(self._rows[slot]) + min(self.block, self._going[slot].left) for _, slot in chosen))
-        self._cache, *sampled = self._generate(self._params, self._cache, *self._lane_inputs(chosen))
+        self._cache, *sampled = self._programs.generate(self._params, self._cache, *self._lane_inputs(chosen))
         for array in sampled:
             array.copy_to_host_async()
         ids, logprobs, counts, steps = map(np.asarray, sampled)
@@ -415,21 +508,22 @@ class Engine:
             if closed or going.left == 0:
                 ended[slot] = Reply(tuple(going.ids), tuple(going.logprobs), not closed)
                 del self._going[slot]
+                self._idle[slot] = None
                 self._under_way.remove(slot)
         return ended
 
     def _lane_inputs(self, chosen: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Arguments of `generate` after the cache, for (lane, slot) pairs; the other lanes stay idle."""
-        slots = np.full(self.lanes, self.slots, np.int32)
+        places = np.full(self.lanes, self.resident, np.int32)
         words = np.zeros((self.lanes, KEY_WORDS), np.uint32)
         tokens, positions, limits = np.zeros((3, self.lanes), np.int32)
         for lane, slot in chosen:
             row, going = self._rows[slot], self._going[slot]
-            slots[lane] = slot
+            places[lane] = self._place[slot]
             words[lane] = (*going.request.key, going.request.turn)
             tokens[lane], positions[lane] = row[-1], len(row) - 1
             limits[lane] = min(going.left, self.block)
-        inputs = [slots, words, tokens, positions, limits]
+        inputs = [places, words, tokens, positions, limits]
         if self.sampling.repetition_penalty != 1:
             seen = np.zeros((self.lanes, self.config.vocab_size), bool)
             for lane, slot in chosen:
@@ -452,255 +546,8 @@ class Engine:
         """Makes the cache at least so long."""
         length = next(size for size in self.lengths if size >= tokens)
         if self._cache is None:
-            self._cache = self._create(self.lengths[0])
+            self._cache = self._programs.create(self.lengths[0])
         while self._cache[0][0].shape[2] < length:
             longer = self.lengths[self.lengths.index(self._cache[0][0].shape[2]) + 1]
-            self._cache = self._grow(self._cache, longer)
-
-    def _compile(self, mesh: Mesh | None) -> None:
-        """Makes the jitted programs; each compiles when first called with a new shape."""
-        cache_sharding = everywhere = None
-        if mesh is not None:
-            cache_sharding = NamedSharding(mesh, PartitionSpec(RULES["rows"], RULES["kv_heads"]))
-            everywhere = NamedSharding(mesh, PartitionSpec())
-        static = dict(config=self.config, dtype=self.dtype)
-        create = functools.partial(init_cache, self.config, self.slots, dtype=self.dtype)
-        self._create = jax.jit(create, static_argnums=0, out_shardings=cache_sharding)
-        self._grow = jax.jit(_grow, static_argnums=1, out_shardings=cache_sharding)
-        insert = functools.partial(_insert, shards=self._shards)
-        self._insert = jax.jit(insert, donate_argnums=0, out_shardings=cache_sharding)
-        prefill = functools.partial(_prefill, **static, shards=self._shards)
-        self._prefill = jax.jit(prefill, donate_argnums=1, out_shardings=cache_sharding)
-        generate = functools.partial(
-            _generate,
-            **static,
-            shards=self._shards,
-            in_place=self.lanes == self.slots,
-            stop_ids=self.stop_ids,
-            vocabulary_size=self.vocabulary_size,
-            sampling=self.sampling,
-            block=self.block,
-        )
-        shardings = None if mesh is None else (cache_sharding, *(everywhere,) * 4)
-        self._generate = jax.jit(generate, donate_argnums=1, out_shardings=shardings)
-
-
-# --- Sizes. ---
-
-
-def _check_sizes(
-    config: QwenConfig,
-    shards: int,
-    length: int,
-    max_reply_tokens: int,
-    stop_ids: tuple[int, ...],
-    vocabulary_size: int,
-    **sizes: int,
-) -> None:
-    for name, value in {**sizes, "length": length, "max_reply_tokens": max_reply_tokens}.items():
-        if value < 1:
-            raise UserError(f"the engine's `{name}` is {value}; it must be at least 1")
-    if sizes["lanes"] > sizes["slots"]:
-        raise UserError(f"{sizes['lanes']} lanes are more than the {sizes['slots']} slots; lower the lanes")
-    if not 0 < vocabulary_size <= config.vocab_size:
-        raise UserError(
-            f"a vocabulary of {vocabulary_size} tokens does not fit the model's {config.vocab_size}; "
-            "give the model its own tokenizer"
-        )
-    for stop in stop_ids:
-        if not 0 <= stop < vocabulary_size:
-            raise UserError(
-                f"stop id {stop} is outside the vocabulary of {vocabulary_size} tokens; "
-                "no reply would ever end with it"
-            )
-    if length > config.max_position_embeddings:
-        raise UserError(
-            f"dialogues of {length} tokens exceed the model's {config.max_position_embeddings} "
-            "positions; lower `rollout.max_tokens`"
-        )
-    if max_reply_tokens >= length:
-        raise UserError(
-            f"replies of {max_reply_tokens} tokens leave no room for a prompt in {length} tokens; "
-            "lower `rollout.max_reply_tokens` or raise `rollout.max_tokens`"
-        )
-    for name in ("slots", "lanes", "prefill_rows"):
-        if sizes[name] % shards:
-            raise UserError(
-                f"{sizes[name]} {name} cannot be cut over the {shards} devices of the mesh's axes "
-                f"{' and '.join(RULES['rows'])}; choose a multiple of {shards}"
-            )
-
-
-def cache_bytes(config: QwenConfig, slots: int, lanes: int, length: int, dtype) -> int:
-    """Bytes of the caches: every slot's, and the copies of those in the lanes where they are fewer."""
-    token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
-    return token * length * (slots + (lanes if lanes < slots else 0))
-
-
-def _check_memory(config, slots, lanes, length, dtype, mesh: Mesh | None) -> None:
-    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
-    needed = cache_bytes(config, slots, lanes, length, dtype) / len(devices)
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None and devices[0].platform == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
-    if limit is not None and needed > limit:
-        raise UserError(
-            f"the caches of {slots} slots of {length} tokens need {needed / 2**30:.1f} GiB on each device, "
-            f"which has {limit / 2**30:.1f} GiB; lower `rollout.slots` or `rollout.max_tokens`"
-        )
-
-
-# --- Programs. ---
-
-
-def _local_rows(slots: Int[Array, " M"], total: int, shards: int) -> Int[Array, "D M/D"]:
-    """Slots as rows of their own shard's part; idle ones (`total`) stay out of range."""
-    part = total // shards
-    local = slots.reshape(shards, -1) - part * jnp.arange(shards)[:, None]
-    return jnp.where(slots.reshape(shards, -1) < total, local, part)
-
-
-def _take(array: Array, rows: Int[Array, "D M/D"]) -> Array:
-    """Rows of a cache array, each shard's from its own part; what an idle row gives does not matter."""
-    shards, count = rows.shape
-    parts = array.reshape(shards, -1, *array.shape[1:])
-    return jax.vmap(lambda part, index: part.at[index].get(mode="clip"))(parts, rows).reshape(
-        shards * count, *array.shape[1:]
-    )
-
-
-def _put(array: Array, rows: Int[Array, "D M/D"], positions: Int[Array, "M N"], new: Array) -> Array:
-    """Writes `new` [M, N, G, E] at positions of rows; idle rows and positions beyond the end are dropped."""
-    shards = rows.shape[0]
-    parts = array.reshape(shards, -1, *array.shape[1:])
-
-    def put(part, index, position, value):
-        return part.at[index[:, None], :, position].set(value.astype(part.dtype), mode="drop")
-
-    return jax.vmap(put)(
-        parts, rows, *(value.reshape(shards, -1, *value.shape[1:]) for value in (positions, new))
-    ).reshape(array.shape)
-
-
-def _new_entries(cache: Cache, positions: Int[Array, "M N"]) -> Cache:
-    """Keys and values that lie at the positions: [M, N, G, E] each."""
-    rows = jnp.arange(positions.shape[0])[:, None]
-    return jax.tree.map(lambda array: array.at[rows, :, positions].get(mode="clip"), cache)
-
-
-def _write_back(cache: Cache, work: Cache, rows: Int[Array, "D M/D"], positions: Int[Array, "M N"]) -> Cache:
-    return jax.tree.map(
-        lambda array, new: _put(array, rows, positions, new), cache, _new_entries(work, positions)
-    )
-
-
-def _prefill(
-    params: Params,
-    cache: Cache,
-    slots: Int[Array, " P"],
-    tokens: Int[Array, "P N"],
-    positions: Int[Array, "P N"],
-    *,
-    config: QwenConfig,
-    dtype,
-    shards: int,
-) -> Cache:
-    rows = _local_rows(slots, cache[0][0].shape[0], shards)
-    work = jax.tree.map(lambda array: _take(array, rows), cache)
-    _, work = extend(params, config, tokens, positions, work, dtype=dtype)
-    return _write_back(cache, work, rows, positions)
-
-
-def _generate(
-    params: Params,
-    cache: Cache,
-    slots: Int[Array, " M"],
-    words: UInt32[Array, "M 4"],
-    tokens: Int[Array, " M"],
-    positions: Int[Array, " M"],
-    limits: Int[Array, " M"],
-    seen: Bool[Array, "M V"] | None = None,
-    *,
-    config: QwenConfig,
-    dtype,
-    shards: int,
-    in_place: bool,
-    stop_ids: tuple[int, ...],
-    vocabulary_size: int,
-    sampling: Sampling,
-    block: int,
-) -> tuple[Cache, Int[Array, "M N"], Float[Array, "M N"], Int[Array, " M"], Int[Array, ""]]:
-    """Samples up to `limits` tokens in each lane (0: none); stops when all are done.
-
-    Args:
-      slots: which slot each lane decodes.
-      words: keys of the random numbers.
-      tokens: the last token of each row, not in the cache yet.
-      positions: its index in the row.
-      seen: tokens that the row holds; for the repetition penalty alone.
-
-    Returns:
-      (cache, ids, log-probabilities, how many of them each lane has, decode steps); N = `block`.
-    """
-    lanes, length = len(tokens), cache[0][0].shape[2]
-    numbers = uniforms(words, positions[:, None] + 1 + jnp.arange(block))
-    rows = _local_rows(slots, cache[0][0].shape[0], shards)
-    work = cache if in_place else jax.tree.map(lambda array: _take(array, rows), cache)
-
-    def going(state):
-        step, *_, done = state
-        return (step < block) & ~jnp.all(done)
-
-    def advance(state):
-        step, work, token, seen, ids, logprobs, counts, done = state
-        position = jnp.where(done, length, positions + step)
-        hidden, work = extend(params, config, token[:, None], position[:, None], work, dtype=dtype)
-        scores = logits(params, config, hidden[:, 0], vocabulary_size=vocabulary_size)
-        if seen is not None:
-            scores = penalise(scores, seen, sampling.repetition_penalty)
-        token, logprob = sample(scores, numbers[:, step], sampling)
-        if seen is not None:
-            seen = seen.at[jnp.arange(lanes), token].set(True)
-        counts = counts + ~done
-        ids = ids.at[:, step].set(token)  # what a done lane samples lies beyond its count
-        logprobs = logprobs.at[:, step].set(logprob)
-        stopped = functools.reduce(jnp.logical_or, [token == stop for stop in stop_ids], done)
-        return step + 1, work, token, seen, ids, logprobs, counts, stopped | (counts >= limits)
-
-    start = (
-        jnp.int32(0),
-        work,
-        tokens,
-        seen,
-        jnp.zeros((lanes, block), jnp.int32),
-        jnp.zeros((lanes, block), jnp.float32),
-        jnp.zeros(lanes, jnp.int32),
-        limits <= 0,
-    )
-    steps, work, _, _, ids, logprobs, counts, _ = jax.lax.while_loop(going, advance, start)
-    if in_place:
-        return work, ids, logprobs, counts, steps
-    written = positions[:, None] + jnp.arange(block)
-    written = jnp.where(jnp.arange(block) < counts[:, None], written, length)
-    return _write_back(cache, work, rows, written), ids, logprobs, counts, steps
-
-
-def _insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *, shards: int) -> Cache:
-    """Copies whole rows; `source` and `target` are slots of one shard each, K where there is nothing."""
-    total = cache[0][0].shape[0]
-    sources, targets = (_local_rows(slots, total, shards) for slots in (source, target))
-
-    def insert(array):
-        parts = array.reshape(shards, -1, *array.shape[1:])
-        copied = _take(array, sources).reshape(parts.shape)
-        put = jax.vmap(lambda part, index, new: part.at[index].set(new, mode="drop"))
-        return put(parts, targets, copied).reshape(array.shape)
-
-    return jax.tree.map(insert, cache)
-
-
-def _grow(cache: Cache, length: int) -> Cache:
-    """The cache with room for `length` tokens."""
-    return jax.tree.map(
-        lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, length - array.shape[2]), (0, 0))), cache
-    )
+            for index, entry in enumerate(self._cache):  # layer by layer: never two whole caches at once
+                self._cache[index] = self._programs.grow(entry, longer)

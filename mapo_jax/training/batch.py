@@ -189,9 +189,24 @@ def row_length(dialogues: Sequence[Sequence[Dialogue]], lengths: Sequence[int]) 
     raise ValueError(f"a row has {longest} tokens; the longest length is {lengths[-1]}")
 
 
-def microbatch_rows(total: int, most: int) -> int:
-    """The largest divisor of `total` rows that is at most `most`; 0 (no cut) where `most` is 0."""
-    return max((size for size in range(1, most + 1) if total % size == 0), default=0)
+def microbatch_rows(total: int, length: int, tokens: int, shards: int = 1) -> int:
+    """Rows of a micro-batch: the largest part of a mini-batch that is cut evenly and keeps to a budget.
+
+    Args:
+      total: rows of the mini-batch.
+      length: of a row, in tokens.
+      tokens: most tokens that each device gets, though it gets one row at least; 0: no limit.
+      shards: devices that rows are spread over.
+
+    Returns:
+      A divisor of `total` and a multiple of `shards`; `total` if that does not divide by the shards at all.
+    """
+    if not tokens or total % shards:
+        return total
+    own = total // shards
+    return shards * max(
+        size for size in range(1, own + 1) if own % size == 0 and size * length <= max(tokens, length)
+    )
 
 
 def scenario_order(

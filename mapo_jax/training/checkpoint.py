@@ -28,13 +28,14 @@ import tensorstore
 import yaml
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from mapo_jax.config import Config, differing_keys, to_yaml
+from mapo_jax.config import HELD_OUT, ROLES, Config, differing_keys, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, in_bucket, write_whole
 from mapo_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE, full_disk_is_a_user_error
 from mapo_jax.training.step import TrainState
 
 CHECKPOINTS_FOLDER = "checkpoints"
+BASE_FOLDER = "base"  # of a run with adapters: the frozen weights, once for all its checkpoints
 CONFIG_FILE = "config.yaml"
 _PIECE_BYTES = 16 * 2**20  # most bytes of an array that lie together on the disk
 STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
@@ -47,14 +48,14 @@ HARMLESS_KEYS = (
     "mesh.",  # it changes the order of sums, and so the last bits
     "rollout.slots",
     "rollout.lanes",
-    "training.microbatch_rows",
+    "training.microbatch_tokens",
     "logging.",
     "checkpoint.",
     "environment.concurrency",
     *(f"environment.{name}_seconds" for name in ("call", "step")),
     "environment.failure_share",
     "environment.pause_minutes",
-    *(f"environment.{role}.{key}" for role in ("user", "judge", "director") for key in _ROLE_KEYS),
+    *(f"environment.{role}.{key}" for role in (*ROLES, HELD_OUT) for key in _ROLE_KEYS),
 )
 
 
@@ -251,6 +252,22 @@ def restore_params(run_folder: Path | str, template: Any, *, step: int | None = 
     return _restore(checkpoint_folder(run_folder, step), {"params": template})["params"]
 
 
+def save_base(run_folder: Path | str, params: Any) -> None:
+    """Writes the frozen weights of a run with adapters, whole or not at all; replaces earlier ones.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    folder = _absolute(as_path(run_folder)) / BASE_FOLDER
+    with full_disk_is_a_user_error(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder / "state", args=_in_pieces({"params": params}), force=True)
+
+
+def restore_base(run_folder: Path | str, template: Any) -> Any:
+    """What `save_base` wrote; arguments and errors as of `restore_params`."""
+    return _restore(as_path(run_folder) / BASE_FOLDER, {"params": template})["params"]
+
+
 def _in_pieces(saved: Any) -> ocp.args.PyTreeSave:
     """How arrays are stored: in pieces, stacked matrices layer by layer, so that one can be read alone."""
 
@@ -272,14 +289,22 @@ def open_params(
       step: which checkpoint; the latest by default.
 
     Returns:
-      A function from a path ("layers/attention/q/kernel") and a layer, or None for all of the array, to a
-      float32 array; only what is asked for is read.
+      A function from a path ("layers/attention/q/kernel") and a layer, or None for all of the array, to an
+      array; only what is asked for is read.
 
     Raises:
       UserError: there is no such checkpoint, it cannot be read, or a parameter is missing or of another
         shape.
     """
-    folder = checkpoint_folder(run_folder, step)
+    return _open(checkpoint_folder(run_folder, step), template)
+
+
+def open_base(run_folder: Path | str, template: Any) -> Callable[[str, int | None], np.ndarray]:
+    """Opens what `save_base` wrote as `open_params` does a checkpoint's parameters."""
+    return _open(as_path(run_folder) / BASE_FOLDER, template)
+
+
+def _open(folder: Path, template: Any) -> Callable[[str, int | None], np.ndarray]:
     state = _absolute(folder) / "state"
     stores = {}
     try:
@@ -306,7 +331,8 @@ def open_params(
 
 
 def _to_saved(state: TrainState) -> dict[str, Any]:
-    # The optimizer's named tuples become a flat dict, so that the format is names and arrays only.
+    # The optimizer's named tuples become a flat dict, so that the format is names and arrays only. The base
+    # beside adapters never changes: it lies in the run's folder once.
     saved = {
         "params": state.params,
         "optimizer": {_dotted(path): leaf for path, leaf in _leaves(state.opt_state)},

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+from jax.sharding import Mesh
 
 from mapo_jax.config import Config, FreshModelConfig, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import read_config
 from mapo_jax.model.qwen import QwenConfig, parameter_count
-from mapo_jax.model.sharding import make_mesh
+from mapo_jax.model.sharding import make_mesh, sharding_table
 from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER
-from mapo_jax.training.policy import MODEL_FOLDER
-
-GIB = 2**30
+from mapo_jax.training.memory import GIB, Forecast, device_memory, forecast_memory
+from mapo_jax.training.policy import MODEL_FOLDER, adapters
+from mapo_jax.training.programs import check_rows
 
 
 def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> QwenConfig:
@@ -33,29 +36,23 @@ def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> Qw
 def forecast(config: Config) -> str:
     """The resolved configuration, the mesh, and what a step holds, samples and calls. Nothing is written.
 
-    Memory is what is certain before compilation: weights, moments, gradient, reference and KV cache, cut
-    evenly over the mesh; activations come on top.
+    Memory is that of the update and that of the rollout, each at its worst moment (`memory.py`).
 
     Raises:
       UserError: the model folder cannot be read, or the mesh does not fit the devices.
     """
     mesh = make_mesh(config.mesh)
-    model = _model(config)
+    model = model_shape(config)
     count = parameter_count(model)
     rollout, training = config.rollout, config.training
     dialogues = rollout.scenarios * rollout.rollouts
     turns = dialogues * rollout.max_turns
-    item = 4 if config.model.dtype == "float32" else 2
-    cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * item * dialogues * rollout.max_tokens
-    cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    memory = {
-        "weights (float32)": 4 * count / cut,
-        "gradient (float32)": 4 * count / cut,
-        "AdamW's moments (float32)": 8 * count / cut,
-        "frozen reference (float32)": 4 * count / cut if config.algorithm.kl_coefficient else 0,
-        f"KV cache ({config.model.dtype})": cache / mesh.size,
-    }
-    memory["together, without activations"] = sum(memory.values())
+    check_rows(config, mesh)
+    memory = forecast_memory(config, model, mesh)
+    limit = device_memory(mesh)
+    trained = parameter_count(model)
+    if model.lora is not None:
+        trained -= parameter_count(replace(model, lora=None))
     updates = training.epochs * rollout.scenarios // training.minibatch_scenarios
     world = "scripted: free of charge" if config.environment.family == "scripted" else "live: see below"
     most = "" if config.model.path else "at most "  # the tokenizer may find fewer tokens than it may have
@@ -63,10 +60,13 @@ def forecast(config: Config) -> str:
         to_yaml(config),
         f"devices   {mesh.size} x {mesh.devices.flat[0].device_kind}: "
         + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        f"model     {most}{count:,} parameters "
+        f"model     {most}{count:,} parameters, {trained:,} of them trained "
         f"({model.family}, {model.num_layers} layers x {model.hidden_size})",
-        "memory    per device",
-        *(f"  {name:<30} {size / GIB:9.3f} GiB" for name, size in memory.items() if size),
+        "sharding  size/mesh axis = size on each device",
+        *(f"  {line}" for line in sharding_table(model, mesh)),
+        "memory    per device, GiB, while       updating     talking",
+        *memory_table(memory),
+        *([] if limit is None else [f"  a device has                    {limit / GIB:9.3f}"]),
         "a step",
         f"  dialogues                      {dialogues:9,} ({rollout.scenarios} x {rollout.rollouts})",
         f"  sampled tokens, at most        {turns * rollout.max_reply_tokens:9,}",
@@ -78,12 +78,55 @@ def forecast(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _model(config: Config) -> QwenConfig:
+def memory_table(memory: Forecast) -> list[str]:
+    """A line for each kind, and one for the sum."""
+
+    def line(kind: str, *sizes: float | None) -> str:
+        cells = ("" if size is None else f"{size / GIB:.3f}" for size in sizes)
+        return f"  {kind:<35}" + "".join(f"{cell:>12}" for cell in cells)
+
+    held = sum(memory.held.values())
+    return [
+        *(line(kind, size, size) for kind, size in memory.held.items()),
+        *(line(kind, size, None) for kind, size in memory.update.items()),
+        *(line(kind, None, size) for kind, size in memory.rollout.items()),
+        line("together", *(held + sum(part.values()) for part in (memory.update, memory.rollout))),
+    ]
+
+
+def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
+    """Stops where a device is too small for what is certain: what is held all the time, and the gradient.
+
+    The rest is a forecast, and the compiler has the last word.
+
+    Raises:
+      UserError: the figures, and what to change.
+    """
+    limit = device_memory(mesh)
+    if limit is None:
+        return
+    memory = forecast_memory(config, model, mesh)
+    certain = sum(memory.held.values()) + memory.update["gradient"]
+    if certain > limit:
+        raise UserError(
+            f"weights, moments and gradient need {certain / GIB:.1f} GiB of each device, which has "
+            f"{limit / GIB:.1f} GiB; use more devices (mesh.fsdp x mesh.tensor is "
+            f"{mesh.shape['fsdp'] * mesh.shape['tensor']}), a smaller model, or adapters (lora.rank=16)"
+        )
+
+
+def model_shape(config: Config) -> QwenConfig:
+    """The shape of the model that a run would train, adapters included, from its folder or the settings.
+
+    Raises:
+      UserError: there is no such folder, or its configuration cannot be read.
+    """
+    lora = adapters(config.lora)
     if config.model.path is None:
         fresh = config.model.fresh
-        return fresh_model(fresh, fresh.vocabulary, config.rollout.max_tokens)
+        return replace(fresh_model(fresh, fresh.vocabulary, config.rollout.max_tokens), lora=lora)
     path = Path(config.model.path)
     folder = path / MODEL_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path
     if not folder.is_dir():
         raise UserError(f"`model.path` is {config.model.path!r}; there is no such folder")
-    return read_config(folder)
+    return replace(read_config(folder), lora=lora)

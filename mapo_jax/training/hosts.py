@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from mapo_jax.commands import printable
 from mapo_jax.config import Config, known_keys, value_of
 from mapo_jax.errors import UserError
-from mapo_jax.model.qwen import Params, QwenConfig
+from mapo_jax.model.qwen import Params, QwenConfig, in_precision
 from mapo_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, param_shardings
 from mapo_jax.peers import AGAIN, Peers, Sentinel
 from mapo_jax.training.interruption import Interrupted
@@ -243,12 +243,8 @@ def rollout_weights(config: QwenConfig, mesh: Mesh, hosts: Hosts, dtype: str) ->
     local = param_shardings(config, rollout_mesh(mesh, hosts), ROLLOUT_RULES)
     cut = param_shardings(config, mesh)
 
-    def cast(path, leaf, sharding):
-        leaf = leaf if path[-1].key == "scale" else leaf.astype(dtype)
-        return jax.lax.with_sharding_constraint(leaf, sharding)
-
     gathered = jax.jit(
-        lambda params: jax.tree_util.tree_map_with_path(cast, params, cut),
+        lambda params: jax.lax.with_sharding_constraint(in_precision(params, dtype), cut),
         out_shardings=param_shardings(config, mesh, ROLLOUT_RULES),
     )
 

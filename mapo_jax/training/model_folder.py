@@ -43,12 +43,7 @@ def write_model_folder(
     token_ids = {"eos_token_id": stop, **({} if pad is None else {"pad_token_id": pad})}
     save_params(folder, params, policy.config, dtype=dtype, max_shard_bytes=max_shard_bytes)
     write_config(folder, policy.config, dtype=dtype, token_ids=token_ids)
-    own_template = policy.tokenizer.chat_template
-    policy.tokenizer.chat_template = policy.chat.template
-    try:
-        policy.tokenizer.save_pretrained(folder)
-    finally:
-        policy.tokenizer.chat_template = own_template
+    save_tokenizer_files(folder, policy)
     generation = {
         "do_sample": True,
         "temperature": rollout.temperature,
@@ -58,6 +53,16 @@ def write_model_folder(
         **token_ids,
     }
     write_whole(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+
+
+def save_tokenizer_files(folder: Path, policy: Policy) -> None:
+    """Writes the tokenizer with the chat template of the rows."""
+    own_template = policy.tokenizer.chat_template
+    policy.tokenizer.chat_template = policy.chat.template
+    try:
+        policy.tokenizer.save_pretrained(folder)
+    finally:
+        policy.tokenizer.chat_template = own_template
 
 
 @contextmanager

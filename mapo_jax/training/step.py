@@ -24,10 +24,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mapo_jax.algorithm import objective
 from mapo_jax.config import AlgorithmConfig, OptimizerConfig
+from mapo_jax.model.attention import causal_attention
 from mapo_jax.model.head import token_logprobs
-from mapo_jax.model.qwen import Params, QwenConfig, hidden_states, parameter_shapes
-from mapo_jax.model.sharding import batch_sharding
-from mapo_jax.training.batch import Batch
+from mapo_jax.model.lora import join, split
+from mapo_jax.model.qwen import Params, QwenConfig, RowAttention, hidden_states, parameter_shapes
+from mapo_jax.model.sharding import batch_sharding, row_shards
+from mapo_jax.training.batch import Batch, microbatch_rows
 
 _UNDECAYED = ("scale", "bias")  # last name of a parameter's path: norms and biases
 
@@ -37,10 +39,16 @@ _UNDECAYED = ("scale", "bias")  # last name of a parameter's path: norms and bia
 class TrainState:
     """What an update changes, and the frozen weights it may compare with."""
 
-    params: Params
+    params: Params  # what is trained: all weights, or the adapters
     opt_state: optax.OptState
     step: Int[Array, ""]  # updates applied so far
     reference: Params | None = None  # weights of the KL term; never updated
+    base: Params | None = None  # the weights beside the adapters, in the compute dtype; never updated
+
+    @property
+    def weights(self) -> Params:
+        """The whole policy; nothing is copied."""
+        return self.params if self.base is None else join(self.base, self.params)
 
 
 class Optimizer(NamedTuple):
@@ -103,17 +111,20 @@ def create_state(
     """A state before its first update.
 
     Args:
-      params: start weights; they are donated with the state, so the caller must not use them afterwards.
+      params: start weights; they are donated with the state, so the caller must not use them afterwards. If
+        there are adapters among them, these alone are trained.
       shardings: `model.sharding.param_shardings`, if there is a mesh; the moments are cut like the weights.
-      reference: keep a frozen copy of `params` for the KL term.
+      reference: the KL term needs the start weights: keep a frozen copy, unless they are frozen anyway.
     """
     placed = _state_shardings(optimizer, params, shardings, reference)
+    trained, base = _parts(params)
     initial = jax.jit(optimizer.transform.init, out_shardings=placed and placed.opt_state)
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placed and placed.params)
     step = jnp.zeros((), jnp.int32)
     if placed is not None:
         step = jax.device_put(step, placed.step)
-    return TrainState(params, initial(params), step, copy(params) if reference else None)
+    reference = reference and base is None
+    return TrainState(trained, initial(trained), step, copy(trained) if reference else None, base)
 
 
 def abstract_state(
@@ -123,20 +134,27 @@ def abstract_state(
 
     Args:
       params: the weights' tree, arrays or `jax.ShapeDtypeStruct`s.
-      shardings: `model.sharding.param_shardings`.
-      reference: whether a frozen copy of the weights is kept.
+      shardings, reference: as of `create_state`.
     """
+    trained, base = _parts(params)
     shapes = TrainState(
-        params,
-        jax.eval_shape(optimizer.transform.init, params),
+        trained,
+        jax.eval_shape(optimizer.transform.init, trained),
         jax.ShapeDtypeStruct((), jnp.int32),
-        params if reference else None,
+        trained if reference and base is None else None,
+        base,
     )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         _state_shardings(optimizer, params, shardings, reference),
     )
+
+
+def _parts(params: Any) -> tuple[Any, Any]:
+    """What is trained, and what is frozen beside it (None: nothing); of weights, shapes or shardings."""
+    adapters, base = split(params)
+    return (adapters, base) if adapters else (params, None)
 
 
 def _state_shardings(
@@ -146,14 +164,15 @@ def _state_shardings(
     if shardings is None:
         return None
     everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    trained, base = _parts(shardings)
     moments = optax.tree_utils.tree_map_params(
         optimizer.transform,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.transform.init, params),
-        shardings,
+        jax.eval_shape(optimizer.transform.init, _parts(params)[0]),
+        trained,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(shardings, moments, everywhere, shardings if reference else None)
+    return TrainState(trained, moments, everywhere, trained if reference and base is None else None, base)
 
 
 @dataclass(frozen=True)
@@ -164,8 +183,10 @@ class Scoring:
     temperature: float = 1.0  # of the sampler, so that both sides are of the distribution sampled from
     vocabulary_size: int | None = None  # ids from here on have probability 0, as in the sampler
     dtype: str = "float32"  # compute dtype
-    remat: str = "none"  # none or block
+    remat: str = "none"  # a name in `model.qwen.REMAT`
     loss_tokens: int | None = None  # most loss tokens that a row can have; None: as many as its length
+    attention: RowAttention = causal_attention  # of whole rows
+    mesh: Mesh | None = None  # where weights and rows lie
 
 
 def _loss_columns(mask: Bool[Array, "B L"], limit: int | None) -> Int[Array, "B N"]:
@@ -204,6 +225,8 @@ def _score(
         segments,
         dtype=jnp.dtype(scoring.dtype),
         remat=scoring.remat,
+        attention=scoring.attention,
+        mesh=scoring.mesh,
     )
     before = jnp.maximum(columns - 1, 0)  # a token is predicted where the one before it stands
     return token_logprobs(
@@ -214,6 +237,7 @@ def _score(
         wanted,
         temperature=scoring.temperature,
         vocabulary_size=scoring.vocabulary_size,
+        mesh=scoring.mesh,
     )
 
 
@@ -240,7 +264,8 @@ def _policy_loss(
         entropy = jax.lax.stop_gradient(entropy)  # only reported: no backward pass for it
     reference_logprobs = None
     if algorithm.kl_coefficient:
-        reference_logprobs = jax.lax.stop_gradient(_score(reference, scoring, *rows)[0])
+        plain = replace(scoring, config=replace(scoring.config, lora=None))
+        reference_logprobs = jax.lax.stop_gradient(_score(reference, plain, *rows)[0])
     weights = None
     if algorithm.old_logprobs == "trainer":
         weights = objective.truncated_importance_weights(old, sampled, mask, algorithm.importance_cap)
@@ -314,12 +339,17 @@ def _microbatches(batch: Any, rows: int) -> Any:
 
 
 def _gradient(
-    loss: Callable[[Params, Any], tuple[Array, dict[str, Array]]], params: Params, batch: Any, rows: int
+    loss: Callable[[Params, Any], tuple[Array, dict[str, Array]]],
+    params: Params,
+    batch: Any,
+    tokens: int,
+    mesh: Mesh | None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Params]:
-    """Loss, metrics and gradient of a mini-batch, `rows` rows at a time (0: all at once)."""
+    """Loss, metrics and gradient of a mini-batch, at most `tokens` tokens of each device at a time."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
-    size = jax.tree.leaves(batch)[0].shape[0]
-    if rows in (0, size):
+    size, length = batch.tokens.shape
+    rows = microbatch_rows(size, length, tokens, row_shards(mesh))
+    if rows == size:
         (value, metrics), gradient = value_and_grad(params, batch)
         return value, metrics, gradient
 
@@ -375,7 +405,7 @@ def make_update(
     optimizer: Optimizer,
     algorithm: AlgorithmConfig,
     *,
-    microbatch_rows: int = 0,
+    microbatch_tokens: int = 0,
     constant_length: int | None = None,
     shardings: Any = None,
 ) -> Update:
@@ -385,7 +415,7 @@ def make_update(
     the policy's: nothing is kept between programs, and with one pass over the data it costs the same.
 
     Args:
-      microbatch_rows: rows per forward and backward pass, a divisor of B; 0: all.
+      microbatch_tokens: most tokens of a device per forward and backward pass (`batch.microbatch_rows`).
       constant_length: of the aggregation constant-length: the most tokens a row can have.
       shardings: `param_shardings`, if there is a mesh.
 
@@ -397,17 +427,22 @@ def make_update(
       sampler's and the trainer's log-probabilities, of the weights before this update.
     """
 
+    trained = None if shardings is None else _parts(shardings)[0]
+
     def update(state: TrainState, batch: Batch):
         totals = objective.loss_denominator(
             batch.mask, aggregation=algorithm.aggregation, constant_length=constant_length
         )
 
-        def loss(params: Params, part: Batch):
-            return _policy_loss(params, state.reference, part, totals, scoring, algorithm, constant_length)
+        reference = state.reference if state.base is None else state.base
 
-        value, metrics, gradient = _gradient(loss, state.params, batch, microbatch_rows)
+        def loss(params: Params, part: Batch):
+            weights = replace(state, params=params).weights
+            return _policy_loss(weights, reference, part, totals, scoring, algorithm, constant_length)
+
+        value, metrics, gradient = _gradient(loss, state.params, batch, microbatch_tokens, scoring.mesh)
         tokens = jnp.sum(batch.mask, dtype=jnp.float32)
-        state, applied = _apply(state, optimizer, value, gradient, tokens, shardings)
+        state, applied = _apply(state, optimizer, value, gradient, tokens, trained)
         return state, metrics | {f"actor/{name}": number for name, number in applied.items()}
 
     if algorithm.aggregation == "constant-length" and constant_length is None:
@@ -424,12 +459,12 @@ def _compile(
 
 
 def make_supervised_update(
-    scoring: Scoring, optimizer: Optimizer, *, microbatch_rows: int = 0, shardings: Any = None
+    scoring: Scoring, optimizer: Optimizer, *, microbatch_tokens: int = 0, shardings: Any = None
 ) -> Update:
     """The compiled update of the warm start: token-mean negative log-likelihood; donates the state.
 
     Args:
-      microbatch_rows, shardings: as in `make_update`.
+      microbatch_tokens, shardings: as in `make_update`.
 
     Returns:
       `(state, SupervisedBatch) -> (state, metrics)` with `loss`, `grad_norm`, `lr`, `loss_tokens`, `skipped`.
@@ -442,17 +477,17 @@ def make_supervised_update(
         def loss(params: Params, part: SupervisedBatch):
             return _supervised_loss(params, part, total, scoring)
 
-        value, _, gradient = _gradient(loss, state.params, batch, microbatch_rows)
+        value, _, gradient = _gradient(loss, state.params, batch, microbatch_tokens, scoring.mesh)
         return _apply(state, optimizer, value, gradient, tokens, shardings)
 
     return _compile(supervised_update, scoring, optimizer, shardings, reference=False)
 
 
-def make_scorer(scoring: Scoring, *, microbatch_rows: int = 0) -> Callable[[Params, Batch], Array]:
+def make_scorer(scoring: Scoring, *, microbatch_tokens: int = 0) -> Callable[[Params, Batch], Array]:
     """The trainer's log-probabilities of a batch's loss tokens, compiled: `(params, batch) -> [B, L]`.
 
     For `old_logprobs: trainer`, on the weights before a step's first update:
-    `dataclasses.replace(batch, old_logprobs=scorer(params, batch))`. 0 outside the mask.
+    `dataclasses.replace(batch, old_logprobs=scorer(state.weights, batch))`. 0 outside the mask.
     """
 
     def score(params: Params, batch: Batch) -> Float[Array, "B L"]:
@@ -464,10 +499,11 @@ def make_scorer(scoring: Scoring, *, microbatch_rows: int = 0) -> Callable[[Para
         return jnp.zeros(batch.mask.shape, jnp.float32).at[rows, columns].set(logprobs)
 
     def scorer(params: Params, batch: Batch) -> Float[Array, "B L"]:
-        size = batch.mask.shape[0]
-        if microbatch_rows in (0, size):
+        size, length = batch.mask.shape
+        rows = microbatch_rows(size, length, microbatch_tokens, row_shards(scoring.mesh))
+        if rows == size:
             return score(params, batch)
-        parts = jax.lax.map(lambda part: score(params, part), _microbatches(batch, microbatch_rows))
+        parts = jax.lax.map(lambda part: score(params, part), _microbatches(batch, rows))
         return jnp.swapaxes(parts, 0, 1).reshape(batch.mask.shape)
 
     return jax.jit(scorer)

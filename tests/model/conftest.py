@@ -49,6 +49,11 @@ def qwen3() -> QwenConfig:
 
 
 @pytest.fixture(scope="session")
+def draw_params():
+    return random_params
+
+
+@pytest.fixture(scope="session")
 def qwen3_params(qwen3):
     return random_params(qwen3)
 

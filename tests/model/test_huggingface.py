@@ -1,7 +1,12 @@
 """Against transformers + torch, the independent implementation, on tiny random models."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +26,7 @@ from mapo_jax.model.huggingface import (
     to_huggingface,
     write_config,
 )
-from mapo_jax.model.qwen import QwenConfig, hidden_states, parameter_count
+from mapo_jax.model.qwen import QwenConfig, hidden_states, parameter_count, parameter_shapes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -274,3 +279,74 @@ def test_damaged_files_are_named(qwen3, saved, tmp_path_factory):
     (folder / INDEX).unlink()
     with pytest.raises(UserError, match="holds no weights"):
         load_params(folder, qwen3)
+
+
+HOST = """
+import sys, threading, time
+import jax
+index, folder, address = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(coordinator_address=address, num_processes=2, process_id=index)
+from mapo_jax.config import MeshConfig
+from mapo_jax.model.huggingface import load_params, read_config
+from mapo_jax.model.sharding import make_mesh
+
+def held():  # not the pages of mapped files, which are the system's and may be taken back
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+config, mesh = read_config(folder), make_mesh(MeshConfig(fsdp=4, tensor=2))
+before, most, over = held(), 0, threading.Event()
+
+def watch():
+    global most
+    while not over.wait(0.002):
+        most = max(most, held())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+params = jax.block_until_ready(load_params(folder, config, mesh))
+over.set()
+watcher.join()
+share = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+print(share, most - before)
+"""
+
+
+def test_each_of_two_hosts_holds_less_than_twice_its_own_share_while_it_loads(tmp_path):
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    config = QwenConfig(
+        vocab_size=8192, hidden_size=512, intermediate_size=2048, num_layers=8, num_heads=8, num_kv_heads=8,
+        head_dim=64,
+    )  # fmt: skip
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.random(leaf.shape, np.float32), parameter_shapes(config))
+    save_params(tmp_path, params, config)
+    write_config(tmp_path, config)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(index), str(tmp_path), address],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    try:
+        ended = [host.communicate(timeout=300) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    model = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    for host, (output, error) in zip(hosts, ended, strict=True):
+        assert host.returncode == 0, error[-2000:]
+        share, grown = map(int, output.split()[-2:])
+        assert 0.45 * model < share < 0.55 * model  # norms lie on both
+        assert grown < 2 * share, f"{grown / 1e6:.0f} MB for a share of {share / 1e6:.0f} MB"

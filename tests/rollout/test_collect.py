@@ -393,8 +393,8 @@ class TestEnds:
         for dialogue in flat(hold(engine, chat, World(blind_turns=frozenset(range(9))))):
             assert not dialogue.usable(1.0)  # nothing scored at all
 
-    def test_progress_and_interruption(self, engine, chat):
-        """What the callback raises comes out as it is, and no task is left behind."""
+    def test_progress_and_interruption(self, engine, chat, dialogues):
+        """What the callback raises comes out as it is, and no task is left behind, nor any reply."""
         counts = []
         groups = hold(engine, chat, on_turn=counts.append)
         assert counts == list(range(1, 1 + sum(d.state.turn_count for d in flat(groups))))
@@ -423,6 +423,8 @@ class TestEnds:
             assert len(asyncio.all_tasks()) == 1
 
         asyncio.run(run())
+        assert not engine.busy
+        assert hold(engine, chat) == dialogues
 
 
 class TestSaved:

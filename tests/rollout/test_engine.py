@@ -1,7 +1,7 @@
 """The engine against transformers' generate, against one whole forward pass, and against itself.
 
 The shape is tiny and nothing in it is a default: 2 layers, 4/2 heads of 6 on a width of 20, 61 embedding rows
-of which 53 are tokens. A cache of 64 tokens grows through 32; rows cross that boundary on purpose.
+of which 53 are tokens. Most caches have 64 tokens; where they grow, through 256, 384, 512 and 640.
 """
 
 import os
@@ -17,12 +17,13 @@ import pytest
 
 from mapo_jax.config import MeshConfig
 from mapo_jax.errors import UserError
-from mapo_jax.model.head import token_logprobs
+from mapo_jax.model.head import logits, token_logprobs
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params
 from mapo_jax.model.sharding import make_mesh
-from mapo_jax.rollout.engine import Engine, Request, StaleSlot, cache_bytes, cache_lengths
+from mapo_jax.rollout.engine import Engine, Request, StaleSlot
 from mapo_jax.rollout.sampling import Sampling
+from mapo_jax.rollout.sizes import cache_bytes, cache_lengths
 from mapo_jax.training.metrics import CompileCounter
 
 CONFIG = QwenConfig(
@@ -34,7 +35,7 @@ CONFIG = QwenConfig(
     num_kv_heads=2,
     head_dim=6,
     rope_theta=5e6,
-    max_position_embeddings=64,
+    max_position_embeddings=640,
 )
 TOKENS, STOPS, LENGTH, LIMIT, TEMPERATURE = 53, (2, 5), 64, 8, 0.8
 
@@ -85,21 +86,44 @@ def request(slot, ids, turn=0, dialogue=None, **options):
     return Request(slot, ids, key=(11, 4, slot if dialogue is None else dialogue), turn=turn, **options)
 
 
-def whole_pass(params, row):
+def whole_pass(params, row, length=LENGTH):
     """Log-probability of each token of a row but the first, given those before it, by one forward pass."""
-    padded = np.zeros((1, LENGTH), np.int32)
+    padded = np.zeros((1, length), np.int32)
     padded[0, : len(row)] = row
     return np.asarray(_whole_pass(params, padded))[0, : len(row) - 1]
 
 
 @jax.jit
 def _whole_pass(params, tokens):
-    positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = hidden_states(params, CONFIG, tokens, positions)
     targets = jnp.roll(tokens, -1, axis=1)
     return token_logprobs(
         params, CONFIG, hidden, targets, temperature=TEMPERATURE, vocabulary_size=TOKENS, chunk=64
     )[0]
+
+
+@jax.jit
+def _scores(params, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return logits(params, CONFIG, hidden_states(params, CONFIG, tokens, positions))
+
+
+@pytest.fixture(scope="module")
+def long_engine(params):
+    """Three slots of four cache lengths, two lanes."""
+    engine = Engine(
+        CONFIG,
+        slots=3,
+        lanes=2,
+        length=640,
+        max_reply_tokens=30,
+        stop_ids=STOPS[:1],
+        vocabulary_size=TOKENS,
+        sampling=Sampling(temperature=TEMPERATURE),
+    )
+    engine.load(params, 0)
+    return engine
 
 
 class TestAgreement:
@@ -120,10 +144,10 @@ class TestAgreement:
 
         penalty = 1.3
         sampling = Sampling(temperature=0, repetition_penalty=penalty)
-        engine = make_engine(sampling=sampling, lanes=2)
+        engine = make_engine(sampling=sampling, lanes=2, length=384, chunk=32)
         engine.load(weights, version=0)
         rows = {slot: [] for slot in (0, 1, 3)}
-        lengths = [(5, 17, 9), (3, 12, 1), (7, 1, 13)]
+        lengths = [(5, 17, 49), (3, 232, 1), (7, 1, 213)]
         for turn, sizes in enumerate(lengths):
             new = {slot: prompt(10 * turn + slot, size) for slot, size in zip(rows, sizes, strict=True)}
             replies = engine.reply([request(s, ids, turn, start=turn == 0) for s, ids in new.items()])
@@ -141,10 +165,10 @@ class TestAgreement:
                 )[0, len(rows[slot]) :]
                 assert list(reply.ids) == expected.tolist()
                 rows[slot] += reply.ids
-        assert max(map(len, rows.values())) > cache_lengths(LENGTH)[0]
+        assert [len(row) > 256 for row in rows.values()] == [False, True, True]
 
     def test_logprobs_equal_one_forward_pass(self, engine, params):
-        """Turn by turn, with a shared start that was copied, across the cache's growth."""
+        """Turn by turn, with a shared start that was copied."""
         start = prompt(0, 11)
         sampled = {slot: {} for slot in range(4)}
         for turn in range(4):
@@ -160,7 +184,6 @@ class TestAgreement:
                         strict=True,
                     )
                 )
-        assert max(len(engine.row(slot)) for slot in range(4)) > cache_lengths(LENGTH)[0]
         for slot in range(4):
             row = engine.row(slot)
             logprobs = whole_pass(params, row)
@@ -170,6 +193,73 @@ class TestAgreement:
             np.testing.assert_allclose(
                 [logprob for _, logprob in sampled[slot].values()], logprobs[places - 1], atol=1e-4
             )
+
+    def test_across_every_length_of_the_cache(self, long_engine, params):
+        """Seven dialogues of two starts, through four lengths, in three slots that are filled again as they
+        come free: turn by turn as in one forward pass."""
+        assert long_engine.lengths == (256, 384, 512, 640)
+        starts, numbers = (prompt(1, 70), prompt(2, 33)), np.random.default_rng(5)
+        boundaries, waiting, slots, turns, sampled = set(), list(range(7)), {}, {}, {}
+        before = replace(long_engine.counts)
+        while waiting or slots:
+            for slot in range(3):
+                if slot not in slots and waiting:
+                    dialogue = slots[slot] = waiting.pop(0)
+                    turns[dialogue], sampled[dialogue] = 0, {}
+                    start = request(slot, starts[dialogue % 2], dialogue=dialogue, start=True)
+                    long_engine.submit(start)
+            for slot, reply in long_engine.advance().items():
+                dialogue, row = slots[slot], long_engine.row(slot)
+                places = range(len(row) - len(reply.ids), len(row))
+                boundaries |= {b for b in long_engine.lengths if places[0] <= b < len(row)}
+                sampled[dialogue] |= dict(zip(places, reply.logprobs, strict=True))
+                new = prompt(numbers.integers(1000), 90 - 20 * (dialogue % 3))
+                if len(row) + len(new) < 600:
+                    turns[dialogue] += 1
+                    long_engine.submit(request(slot, new, turns[dialogue], dialogue=dialogue))
+                    continue
+                whole = whole_pass(params, row, 640)
+                places = np.array(list(sampled[dialogue]))
+                # The project's tolerance for float32.
+                np.testing.assert_allclose(list(sampled[dialogue].values()), whole[places - 1], atol=1e-4)
+                del slots[slot]
+        assert boundaries == {256, 384, 512}  # each was crossed in the middle of a reply
+        assert long_engine.counts.since(before).copied >= 5 * 32
+
+    def test_filtered_logprobs_are_those_of_the_distribution_sampled_from(self, params):
+        """All filters at once, with a penalty on all that the row holds, over two turns: against a forward
+        pass by the model's own code, filtered by transformers' processors."""
+        import torch
+        from transformers.generation import logits_process as theirs
+
+        sampling = Sampling(repetition_penalty=1.4, temperature=0.9, top_k=14, top_p=0.93, min_p=0.01)
+        engine = make_engine(sampling=sampling, lanes=2)
+        engine.load(params, 0)
+        processors = [
+            theirs.RepetitionPenaltyLogitsProcessor(1.4),
+            theirs.TemperatureLogitsWarper(0.9),
+            theirs.TopKLogitsWarper(14),
+            theirs.TopPLogitsWarper(0.93),
+            theirs.MinPLogitsWarper(0.01),
+        ]
+        checked = 0
+        for turn in range(2):
+            replies = engine.reply(
+                [request(s, prompt(30 + 4 * turn + s, 6 + s), turn, start=turn == 0) for s in range(4)]
+            )
+            for slot, reply in enumerate(replies):
+                row = np.array(engine.row(slot))
+                scores = np.asarray(_scores(params, np.pad(row, (0, LENGTH - len(row)))[None]))[0].copy()
+                scores[:, TOKENS:] = -1e30
+                places = range(len(row) - len(reply.ids), len(row))
+                for place, logprob in zip(places, reply.logprobs, strict=True):
+                    filtered = torch.tensor(scores[place - 1][None])
+                    for processor in processors:
+                        filtered = processor(torch.tensor(row[None, :place]), filtered)
+                    expected = torch.log_softmax(filtered, dim=-1)[0, row[place]]
+                    assert abs(expected - logprob) < 1e-4
+                    checked += 1
+        assert checked > 20
 
     def test_a_copied_start_equals_an_own_one(self, engine):
         """Of a slot that goes on, of one that starts beside it, and of the slot's own row."""
@@ -193,12 +283,7 @@ class TestAgreement:
         engine.reset()
         (other,) = engine.reply([request(3, longer, dialogue=10, start=True)])
         assert own == copied[0] == together[0]
-        assert other.ids == copied[1].ids == again.ids
-        for one in (
-            copied[1],
-            again,
-        ):  # over another cache length, which shows in rounding
-            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
+        assert other == copied[1] == again
 
 
 class TestIdentity:
@@ -213,28 +298,63 @@ class TestIdentity:
         assert alone == together[1]
 
     def test_same_whenever_it_comes(self, params):
-        """Requests that join while others are under way, with fewer lanes than slots: bit for bit."""
-        engine = make_engine(sampling=Sampling(temperature=TEMPERATURE), slots=6, lanes=2)
-        engine.load(params, 0)
+        """Requests that join while others are under way, with fewer lanes than slots, with and without room
+        for every cache on the device: bit for bit, and nothing is prefilled twice."""
+        options = dict(sampling=Sampling(temperature=TEMPERATURE), slots=6, lanes=2, length=384, chunk=32)
+        engine, narrow = make_engine(**options), make_engine(**options, resident=2)
         first = [request(s, prompt(40 + s, 4 + 3 * s), start=True) for s in range(6)]
-        second = [request(s, prompt(50 + s, 9 - s), turn=1) for s in range(6)]
+        second = [request(s, prompt(50 + s, (250, 9, 12)[s % 3]), turn=1) for s in range(6)]
+        engine.load(params, 0)
         expected = [engine.reply(first), engine.reply(second)]
-        for seed in range(4):
-            engine.reset()
-            order = np.random.default_rng(seed).permutation(6)
-            waiting = [first[i] for i in order]
+        assert max(len(engine.row(slot)) for slot in range(6)) > 256  # the cache has grown
+        prefilled = engine.counts.prefilled
+        assert prefilled == sum(len(r.ids) for r in first + second) - 6
+        for one, seed in [(engine, 0), (engine, 1), (engine, 2), (narrow, 0), (narrow, 1), (narrow, 2)]:
+            one.load(params, 0)
+            one.reset()
+            before = replace(one.counts)
+            waiting = [first[i] for i in np.random.default_rng(seed).permutation(6)]
             found = {}, {}
-            while waiting or engine.busy:
+            while waiting or one.busy:
                 for _ in range(1 + seed % 3):
                     if waiting:
-                        engine.submit(waiting.pop())
-                for slot, reply in engine.advance().items():
+                        one.submit(waiting.pop())
+                for slot, reply in one.advance().items():
                     turn = int(slot in found[0])
                     found[turn][slot] = reply
                     if turn == 0:
                         waiting.insert(0, second[slot])
             for turn in range(2):
                 assert [found[turn][slot] for slot in range(6)] == expected[turn]
+            work = one.counts.since(before)
+            assert work.prefilled == prefilled
+            assert (work.parked >= 4) == (one is narrow)
+
+    def test_same_after_anyone(self, engine):
+        """A start that goes on from what another slot said: its sampled tokens are not copied, since decoding
+        and prefill round differently."""
+        ids = prompt(3, 19)
+        (reply,) = engine.reply([request(0, ids, start=True)])
+        on = [*ids, *reply.ids, *prompt(4, 9)]
+        before = engine.counts.copied
+        (copied,) = engine.reply([request(1, on, start=True)])
+        assert engine.counts.copied - before == 16  # two chunks of the 18 tokens that were prefilled
+        (again,) = engine.reply([request(0, on, dialogue=1, start=True)])  # over its own row
+        engine.reset()
+        (own,) = engine.reply([request(1, on, start=True)])
+        assert copied == own == again
+
+    def test_same_beside_a_longer_one(self, long_engine):
+        """What the cache's length is follows from the longest dialogue, and changes no bit of the others."""
+        long_engine.reset()
+        alone = long_engine.reply(
+            [request(0, prompt(3, 90), start=True), request(1, prompt(4, 20), start=True)]
+        )
+        for size in (250, 380, 500):
+            long_engine.reset()
+            long_engine.reply([request(2, prompt(5, size), start=True)])
+            together = [request(0, prompt(3, 90), start=True), request(1, prompt(4, 20), start=True)]
+            assert long_engine.reply(together) == alone
 
     def test_lanes_change_nothing_but_rounding(self, engine, params):
         narrow = make_engine(sampling=Sampling(temperature=TEMPERATURE), lanes=1, block=5)
@@ -292,14 +412,17 @@ class TestReplies:
         assert work.steps >= max(len(first.ids), len(second.ids))
 
     def test_nothing_compiles_after_warm_up(self, params):
-        engine = make_engine(sampling=Sampling(temperature=1.3), lanes=2)
-        engine.load(params, 0)
+        engine = make_engine(sampling=Sampling(temperature=1.3), resident=2, lanes=1, length=300)
+        assert len(engine.lengths) == 2
         with CompileCounter() as counter:
+            engine.load(params, 0)
             engine.warm_up()
-            assert counter.count <= 2 * 3 + 2  # as the class says: two lengths x three; creation and growth
+            # As the class says: two lengths x five; the weights, creation and growth.
+            assert counter.count <= 2 * 5 + 3
             with counter.steady():
-                for turn in range(3):
-                    engine.reply([request(s, prompt(turn, 11), turn, start=turn == 0) for s in (0, 2)])
+                for turn, size in enumerate((11, 260, 4)):
+                    engine.reply([request(s, prompt(turn, size), turn, start=turn == 0) for s in (0, 2, 3)])
+                assert engine.counts.parked
                 engine.load(params, 1)
                 engine.reply([request(1, prompt(3, 3), start=True)])
 
@@ -309,6 +432,10 @@ class TestWeights:
         engine.reply([request(0, prompt(1, 5), start=True)])
         engine.load(params, version=0)
         engine.reply([request(0, prompt(2, 3), turn=1)])  # the same weights: it goes on
+        engine.submit(request(0, prompt(4, 2), turn=2))
+        with pytest.raises(RuntimeError, match="under way"):
+            engine.load(params, version=1)
+        engine.reset()
         engine.load(params, version=1)
         with pytest.raises(StaleSlot, match="slot 0 holds no dialogue of weights version 1"):
             engine.reply([request(0, prompt(3, 3), turn=2)])
@@ -325,12 +452,14 @@ class TestBadInput:
             (dict(stop_ids=(2, TOKENS)), "stop id 53 is outside the vocabulary of 53"),
             (dict(stop_ids=(-1,)), "stop id -1"),
             (dict(vocabulary_size=62), "62 tokens does not fit the model's 61"),
-            (dict(length=65), "65 tokens exceed the model's 64"),
+            (dict(length=641), "641 tokens exceed the model's 640"),
             (dict(max_reply_tokens=64), "no room for a prompt"),
             (dict(slots=0), "`slots` is 0"),
             (dict(chunk=0), "`chunk` is 0"),
-            (dict(lanes=5), "5 lanes are more than the 4 slots"),
-            (dict(slots=10**9), r"slots of 64 tokens need .* GiB"),
+            (dict(lanes=5), "5 lanes are more than the 4 resident"),
+            (dict(resident=5), "5 resident are more than the 4 slots"),
+            (dict(lanes=3, resident=2), "3 lanes are more than the 2 resident"),
+            (dict(slots=10**9), r"1000000000 dialogues of 64 tokens need .* GiB"),
         ],
     )
     def test_engine(self, options, words):
@@ -343,7 +472,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match="two requests"):
             engine.reply([request(0, [7], start=True), request(0, [8], start=True)])
         with pytest.raises(ValueError, match="token id 61"):
-            engine.reply([request(0, [61], start=True)])
+            engine.reply([request(1, [7], start=True), request(0, [61], start=True)])
+        assert not engine.busy  # the first one was not begun either
+        with pytest.raises(ValueError, match="slot 4 is none of the engine's 4"):
+            engine.reply([request(4, [7], start=True)])
         with pytest.raises(ValueError, match="at least one"):
             engine.reply([request(0, [], start=True)])
         with pytest.raises(ValueError, match="at most 0"):
@@ -355,16 +487,18 @@ class TestBadInput:
 
 def test_cache_lengths():
     assert cache_lengths(640) == (256, 384, 512, 640)
-    assert cache_lengths(2000) == (256, 384, 512, 768, 1024, 1536, 2016)
+    assert cache_lengths(2000) == (256, 384, 512, 768, 1024, 1536, 2048)
+    assert cache_lengths(25_600) == (1600, 3200, 6400, 12_800, 25_600)
+    assert cache_lengths(25_000) == (1600, 3136, 6272, 12_544, 25_024)
     assert cache_lengths(300) == (256, 320)
-    assert cache_lengths(150) == (96, 160)
-    assert cache_lengths(64) == (32, 64)
+    assert cache_lengths(150) == (192,)
+    assert cache_lengths(64) == (64,)
 
 
 def test_cache_bytes():
     # 2 layers x keys and values x 2 heads of 6 numbers of 4 bytes
-    assert cache_bytes(CONFIG, slots=4, lanes=4, length=64, dtype="float32") == 2 * 2 * 2 * 6 * 4 * 64 * 4
-    assert cache_bytes(CONFIG, slots=4, lanes=2, length=64, dtype="bfloat16") == 2 * 2 * 2 * 6 * 2 * 64 * 6
+    assert cache_bytes(CONFIG, resident=4, lanes=4, length=64, dtype="float32") == 2 * 2 * 2 * 6 * 4 * 64 * 4
+    assert cache_bytes(CONFIG, resident=4, lanes=2, length=64, dtype="bfloat16") == 2 * 2 * 2 * 6 * 2 * 64 * 6
 
 
 def test_on_a_mesh_of_four_as_on_one_device():
@@ -381,8 +515,9 @@ def test_on_a_mesh_of_four_as_on_one_device():
         params = tiny.scaled(init_params(tiny.CONFIG, seed=3))
         mesh = make_mesh(MeshConfig(data=2, fsdp=2))
         found = []
+        on_mesh = jax.device_put(params, param_shardings(tiny.CONFIG, mesh))
         for options, weights in (
-            ({}, params), (dict(mesh=mesh), jax.device_put(params, param_shardings(tiny.CONFIG, mesh)))
+            ({}, params), (dict(mesh=mesh), on_mesh), (dict(mesh=mesh, resident=4), on_mesh)
         ):
             engine = tiny.make_engine(
                 sampling=Sampling(temperature=tiny.TEMPERATURE), slots=8, lanes=4, prefill_rows=4, **options
@@ -399,8 +534,9 @@ def test_on_a_mesh_of_four_as_on_one_device():
             found.append((replies, engine.counts))
             cache = engine._cache[0][0]
             assert len(cache.sharding.device_set) == (4 if options else 1)
-        (alone, counts), (cut, cut_counts) = found
+        (alone, counts), (cut, cut_counts), (parked, parked_counts) = found
         assert counts.prefilled == cut_counts.prefilled and counts.sampled == cut_counts.sampled
+        assert parked == cut and parked_counts.parked >= 8
         for one, other in zip(alone, cut, strict=True):
             assert one.ids == other.ids
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)  # programs of other widths
@@ -409,3 +545,13 @@ def test_on_a_mesh_of_four_as_on_one_device():
     command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_without_a_copy_of_the_weights_the_same_is_sampled_bit_for_bit(engine, params):
+    requests = [request(slot, prompt(slot, 5 + slot), start=True) for slot in range(2)]
+    copied = engine.reply(requests)
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    bare = make_engine(sampling=Sampling(temperature=TEMPERATURE), mesh=mesh, copy_weights=False)
+    bare.load(params, 0)
+    assert bare._params is params
+    assert bare.reply(requests) == copied

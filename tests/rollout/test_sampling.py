@@ -1,4 +1,4 @@
-"""Distributions against scipy-free numpy arithmetic; keys; and what must never be sampled."""
+"""Distributions against numpy arithmetic and transformers' processors; keys; what must never be sampled."""
 
 import functools
 import itertools
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mapo_jax.errors import UserError
-from mapo_jax.rollout.sampling import Sampling, sample, shape, uniforms
+from mapo_jax.rollout.sampling import Sampling, penalise, sample, shape, uniforms
 
 ROWS, VOCABULARY = 4096, 23  # one shape for all: compilation is most of these tests' cost
 
@@ -82,6 +82,51 @@ def test_distribution(scores, sampling):
     np.testing.assert_allclose(logprobs, np.log(expected[ids]), atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7),
+        Sampling(top_k=5),
+        Sampling(top_p=0.7),
+        Sampling(min_p=0.15),
+        Sampling(repetition_penalty=1.7),
+        Sampling(repetition_penalty=0.6, temperature=1.4, top_k=15, top_p=0.85, min_p=0.04),
+    ],
+    ids=str,
+)
+def test_equals_transformers_processors(sampling):
+    """In the order in which its `generate` applies them: the same tokens are left, equally probable."""
+    import torch
+    from transformers import LogitsProcessorList
+    from transformers.generation import logits_process as theirs
+
+    numbers = np.random.default_rng(7)
+    logits = numbers.normal(scale=2.5, size=(64, VOCABULARY)).astype(np.float32)
+    rows = numbers.integers(0, VOCABULARY, (64, 9))  # what was said before, some of it twice
+    seen = np.zeros(logits.shape, bool)
+    np.put_along_axis(seen, rows, True, axis=1)
+
+    processors = LogitsProcessorList([theirs.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)])
+    processors.append(theirs.TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        processors.append(theirs.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(theirs.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(theirs.MinPLogitsWarper(sampling.min_p))
+    expected = torch.log_softmax(processors(torch.tensor(rows), torch.tensor(logits)), dim=-1).numpy()
+
+    penalised = penalise(logits, seen, sampling.repetition_penalty)
+    found = np.asarray(jax.nn.log_softmax(shape(penalised, sampling), axis=-1))
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
+    filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    assert np.isfinite(found).all() == (not filtered)
+    # Both in float32, a few operations on numbers below 16.
+    np.testing.assert_allclose(found, expected, atol=5e-6)
+    ids, logprobs = sample(penalised, numbers.random(64, np.float32), sampling)
+    np.testing.assert_allclose(logprobs, expected[np.arange(64), ids], atol=5e-6)
+
+
 def test_greedy(scores):
     ids, logprobs = draw(scores, Sampling(temperature=0))
     assert (ids == scores.argmax()).all() and (logprobs == 0).all()
@@ -146,6 +191,7 @@ def test_filters_keep_the_most_probable():
         ("top_p", 0),
         ("top_p", 1.1),
         ("min_p", 2),
+        ("repetition_penalty", 0),
     ],
 )
 def test_bad_values(name, value):

@@ -160,8 +160,11 @@ def test_a_saved_step_gives_the_same_batch_bit_for_bit(dialogues):
 
 
 def test_microbatches_divide_the_minibatch():
-    assert [microbatch_rows(total, 4) for total in (16, 6, 7, 3)] == [4, 3, 1, 3]
-    assert microbatch_rows(16, 0) == 0
+    assert [microbatch_rows(total, 10, 49) for total in (16, 6, 7, 3)] == [4, 3, 1, 3]
+    assert [microbatch_rows(16, length, 49) for length in (5, 12, 13, 99)] == [8, 4, 2, 1]  # one row at least
+    assert microbatch_rows(16, 10, 0) == 16
+    # on a mesh the budget is each device's
+    assert [microbatch_rows(24, 10, tokens, shards=4) for tokens in (1, 20, 39, 60)] == [4, 8, 12, 24]
 
 
 def test_few_lengths_hold_every_row(dialogues):

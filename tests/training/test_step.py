@@ -16,6 +16,7 @@ import pytest
 
 from mapo_jax.config import AlgorithmConfig, OptimizerConfig
 from mapo_jax.model.huggingface import to_huggingface
+from mapo_jax.model.lora import LoRA, join, merge, split
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
 from mapo_jax.training.batch import Batch
 from mapo_jax.training.metrics import CompileCounter
@@ -289,7 +290,9 @@ def test_microbatches_add_up_to_the_whole(params, algorithm):
     batch, reference = loose_rows(), jax.tree.map(jnp.array, make_params(1))
     whole, gradient = gradient_of(params, batch, algorithm=algorithm, reference=reference)
     reference = jax.tree.map(jnp.array, make_params(1))
-    parts, summed = gradient_of(params, batch, algorithm=algorithm, reference=reference, microbatch_rows=2)
+    parts, summed = gradient_of(
+        params, batch, algorithm=algorithm, reference=reference, microbatch_tokens=2 * LENGTH
+    )
     for g, s, p in zip(*map(jax.tree.leaves, (gradient, summed, params)), strict=True):
         # A gradient read off the new weights also has their rounding, 6e-8 of the weight, twice.
         assert np.abs(g - s).max() <= 1e-6 * np.abs(g).max() + 1.3e-7 * np.abs(p).max()
@@ -349,7 +352,7 @@ def test_scorer_gives_the_trainers_logprobs(params):
     batch = make_rows()
     trainer = np.asarray(scorer()(params, batch))
     np.testing.assert_array_equal(trainer[~batch.mask], 0)
-    np.testing.assert_allclose(make_scorer(SCORING, microbatch_rows=1)(params, batch), trainer, atol=1e-5)
+    np.testing.assert_allclose(make_scorer(SCORING, microbatch_tokens=1)(params, batch), trainer, atol=1e-5)
     metrics, _ = gradient_of(params, dataclasses.replace(batch, sampler_logprobs=trainer))
     assert metrics["sampler/logprob_diff_max"] < 1e-5
     metrics, _ = gradient_of(params, batch)
@@ -459,3 +462,59 @@ def test_update_on_a_mesh_of_eight_equals_that_of_one(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# --- Adapters. ---
+
+LORA = LoRA(rank=2, alpha=3.0, targets=("q", "o", "gate", "down"))
+ADAPTED = dataclasses.replace(SCORING, config=dataclasses.replace(CONFIG, lora=LORA))
+
+
+def adapted_params():
+    random = np.random.default_rng(5)
+    shapes = split(parameter_shapes(ADAPTED.config))[0]
+    adapters = jax.tree.map(lambda leaf: random.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    return join(make_params(0), adapters)
+
+
+def test_adapters_alone_are_trained_by_the_chain_rule():
+    """dA = s dW B^T and dB = s A^T dW, with dW the gradient of all weights where the merged weights stand.
+
+    The reference of the KL term is the frozen base, and needs no copy.
+    """
+    params, scale = adapted_params(), 3 / 2
+    base = split(params)[1]
+    batch = loose_rows()
+    state = state_of(params, DESCENT, reference=True)
+    assert state.reference is None
+    state, metrics = descent(EVERYTHING, ADAPTED)(state, batch)
+    assert_trees_equal(state.base, base)
+    merged = jax.tree.map(np.asarray, merge(params, LORA))
+    reference = jax.tree.map(jnp.array, base)
+    expected, whole = gradient_of(merged, batch, algorithm=EVERYTHING, reference=reference)
+    found = fetch([metrics])
+    for name in ("actor/loss", "actor/kl", "actor/entropy"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    old, new = split(params)[0]["layers"], state.params["layers"]
+    for part, names in (("attention", "qo"), ("mlp", ("gate", "down"))):
+        for name in names:
+            for layer in range(CONFIG.num_layers):
+                dw = whole["layers"][part][name]["kernel"][layer]
+                a, b = (old[part][name][side][layer] for side in ("lora_a", "lora_b"))
+                rows = dw.reshape(a.size // 2, -1)
+                da, db = scale * rows @ b.reshape(2, -1).T, scale * a.reshape(-1, 2).T @ rows
+                for side, right in (("lora_a", da), ("lora_b", db)):
+                    mine = old[part][name][side][layer] - np.asarray(new[part][name][side][layer])
+                    # relative 1e-4 of the largest entry: merged weights round and sum in another order
+                    np.testing.assert_allclose(
+                        mine.reshape(right.shape), right, atol=1e-4 * np.abs(right).max() + 1e-6
+                    )
+
+
+def test_moments_and_checkpointed_weights_are_those_of_adapters():
+    optimizer, _ = adamw()
+    state = state_of(adapted_params(), optimizer)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * trained and trained < 0.5 * sum(leaf.size for leaf in jax.tree.leaves(state.base))
+    assert jax.tree.structure(state.weights) == jax.tree.structure(adapted_params())

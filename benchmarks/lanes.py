@@ -1,0 +1,171 @@
+"""Decoding some of the caches: what it costs when most users are thinking.
+
+    python benchmarks/lanes.py [--slots 64] [--speaking 16] [--rounds 10]
+
+Of the reference work's model (benchmarks/rollout.py), so many dialogues have caches and so many of them are
+speaking. Compared are a block of 8 decode steps
+
+    all decoded           every cache in place, those of the silent too
+    copied for a block    what the engine does if it has fewer lanes than resident caches
+    gathered every step   what pages cost without a kernel for them: each step looks its caches up by index
+    parked                only the speaking ones are on the device; with parking and restoring one of them
+
+and the cache's layout: position before head size ([K, G, C, E], ours) or before the heads ([K, C, G, E]).
+All take turns, round after round; medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rollout import SHAPE
+
+from mapo_jax.model.qwen import init_cache, init_params
+from mapo_jax.rollout.programs import generate, park, restore
+from mapo_jax.rollout.sampling import Sampling
+
+BLOCK, LENGTHS = 8, (256, 384)
+OPTIONS = dict(
+    config=SHAPE,
+    dtype=jnp.float32,
+    mesh=None,
+    stop_ids=(),
+    vocabulary_size=SHAPE.vocab_size,
+    sampling=Sampling(),
+)
+
+
+def ways(slots: int, speaking: int, length: int) -> dict[str, Callable[[], None]]:
+    """A block of each way, on caches of its own."""
+    params = init_params(SHAPE, seed=0)
+
+    def inputs(lanes: int, places) -> list[np.ndarray]:
+        tokens = np.zeros(lanes, np.int32)
+        words = np.zeros((lanes, 4), np.uint32)
+        positions = np.full(lanes, length - BLOCK - 1, np.int32)
+        limits = np.where(np.arange(lanes) < speaking, BLOCK, 0).astype(np.int32)
+        return [np.asarray(places, np.int32), words, tokens, positions, limits]
+
+    def kept(step, caches: int, *arguments) -> Callable[[], None]:
+        compiled = jax.jit(step, donate_argnums=1)
+        state = [init_cache(SHAPE, caches, length)]
+
+        def block() -> None:
+            state[0] = jax.block_until_ready(compiled(params, state[0], *arguments))
+
+        return block
+
+    def whole(in_place: bool):
+        return lambda params, cache, *rest: generate(
+            params, cache, *rest, **OPTIONS, in_place=in_place, block=BLOCK
+        )[0]
+
+    def step_by_step(params, cache, places, words, tokens, positions, limits):
+        def step(carry, offset):
+            cache, tokens = carry
+            cache, ids, *_ = generate(
+                params, cache, places, words, tokens, positions + offset, limits,
+                **OPTIONS, in_place=False, block=1,
+            )  # fmt: skip
+            return (cache, ids[:, 0]), None
+
+        return jax.lax.scan(step, (cache, tokens), jnp.arange(BLOCK))[0][0]
+
+    some = np.random.default_rng(0).permutation(slots)[:speaking]
+    resident = kept(whole(True), speaking, *inputs(speaking, range(speaking)))
+    out, back = jax.jit(park), jax.jit(restore, donate_argnums=0)
+    other = [init_cache(SHAPE, speaking, length)]
+
+    def parked() -> None:
+        moved = jax.tree.map(np.asarray, out(other[0], np.int32(0)))
+        other[0] = back(other[0], np.int32(0), moved)
+        resident()
+
+    return {
+        "all decoded": kept(whole(True), slots, *inputs(slots, range(slots))),
+        "copied for a block": kept(whole(False), slots, *inputs(speaking, some)),
+        "gathered every step": kept(step_by_step, slots, *inputs(speaking, some)),
+        "parked": parked,
+    }
+
+
+def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
+    """BLOCK steps of one layer's attention, with the write of the new entries, in either layout."""
+    heads, groups, size = SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim
+    rows, share = jnp.arange(lanes), heads // groups
+    allowed = jnp.arange(length) <= length - BLOCK
+
+    def attend(cache, query, scores: str, values: str):
+        keys, entries = cache
+        query = query.reshape(lanes, groups, share, size)
+        weights = jax.nn.softmax(jnp.where(allowed, jnp.einsum(scores, query, keys), -1e30), axis=-1)
+        return jnp.einsum(values, weights, entries).reshape(lanes, heads, size)
+
+    def inner(cache, query, position):
+        cache = tuple(array.at[rows, :, position].set(query[:, :groups]) for array in cache)
+        return cache, attend(cache, query, "kgse,kgce->kgsc", "kgsc,kgce->kgse")
+
+    def outer(cache, query, position):
+        cache = tuple(array.at[rows, position].set(query[:, :groups]) for array in cache)
+        return cache, attend(cache, query, "kgse,kcge->kgsc", "kgsc,kcge->kgse")
+
+    def block(step, shape):
+        @functools.partial(jax.jit, donate_argnums=0)
+        def compiled(cache, query):
+            return jax.lax.fori_loop(
+                0, BLOCK, lambda i, state: step(*state, length - BLOCK + i), (cache, query)
+            )
+
+        state = [((jnp.zeros(shape), jnp.zeros(shape)), jnp.ones((lanes, heads, size)))]
+
+        def run() -> None:
+            state[0] = jax.block_until_ready(compiled(*state[0]))
+
+        return run
+
+    return {
+        "layer, [K, G, C, E]": block(inner, (lanes, groups, length, size)),
+        "layer, [K, C, G, E]": block(outer, (lanes, length, groups, size)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--slots", type=int, default=64, help="dialogues with a cache")
+    parser.add_argument("--speaking", type=int, default=16, help="those of them that are decoded")
+    parser.add_argument("--rounds", type=int, default=10, help="how often everything is measured")
+    options = parser.parse_args()
+    table = Table(title=f"milliseconds for {BLOCK} steps", title_justify="left")
+    table.add_column("")
+    found: dict[str, list[str]] = {}
+    for length in LENGTHS:
+        table.add_column(f"{length} tokens", justify="right")
+        blocks = ways(options.slots, options.speaking, length) | layouts(options.speaking, length)
+        times: dict[str, list[float]] = {name: [] for name in blocks}
+        for number in range(options.rounds + 1):
+            for name, block in blocks.items():
+                started = time.perf_counter()
+                block()
+                if number:
+                    times[name].append(time.perf_counter() - started)
+        for name, values in times.items():
+            found.setdefault(name, []).append(f"{1e3 * statistics.median(values):.1f}")
+    for name, cells in found.items():
+        table.add_row(name, *cells)
+    Console(highlight=False).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

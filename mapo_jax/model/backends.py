@@ -1,0 +1,150 @@
+"""Causal attention over whole rows by three implementations, and which of them a mesh gets.
+
+| name   | runs on | packed rows | notes |
+|--------|---------|-------------|-------|
+| xla    | everything | yes | `attention.causal_attention`; scores of one block of queries at a time |
+| splash | TPU (on a CPU interpreted, for tests) | yes | JAX's Pallas kernel; no scores in memory |
+| cudnn  | NVIDIA GPU | no | `jax.nn.dot_product_attention`; bfloat16 only |
+
+The platform is the mesh's, never the process's: so a TPU program can be compiled where there is no TPU.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from mapo_jax.errors import UserError
+from mapo_jax.model.attention import causal_attention
+from mapo_jax.model.qwen import QwenConfig, RowAttention
+from mapo_jax.model.sharding import activation_spec, row_shards
+
+LANES = 128  # width of a TPU vector register: splash cuts a row into multiples of it
+SPLASH_BLOCK = 512  # most tokens of a block of queries or keys
+CUDNN_HEAD_DIM = 128  # largest head of cuDNN's backward pass
+
+
+def row_attention(
+    name: str, mesh: Mesh, config: QwenConfig, dtype: str, *, packed: bool = False
+) -> RowAttention:
+    """The attention that `model.attention` asks for.
+
+    Args:
+      name: xla, splash, cudnn, or auto: splash on TPUs, cudnn on GPUs where it can do what is asked, or xla.
+      mesh: where the rows lie.
+      config, dtype: the model, and what it is computed in.
+      packed: whether rows hold several texts, kept apart by segments.
+
+    Raises:
+      UserError: the implementation cannot do it; says what it lacks and what to choose.
+    """
+    name = attention_name(name, mesh, config, dtype, packed=packed)
+    if name == "splash":
+        return functools.partial(_splash, mesh=mesh, interpret=mesh.devices.flat[0].platform == "cpu")
+    return {"xla": causal_attention, "cudnn": _cudnn}[name]
+
+
+def attention_name(name: str, mesh: Mesh, config: QwenConfig, dtype: str, *, packed: bool = False) -> str:
+    """Which implementation `row_attention` takes; arguments and errors are its own."""
+    platform = mesh.devices.flat[0].platform
+    if name == "auto":
+        preferred = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+        name = "xla" if _missing(preferred, platform, config, dtype, packed) else preferred
+    missing = _missing(name, platform, config, dtype, packed)
+    if missing:
+        raise UserError(f"`model.attention` is {name!r}, which {missing}; choose xla or auto")
+    return name
+
+
+def _missing(name: str, platform: str, config: QwenConfig, dtype: str, packed: bool) -> str | None:
+    """What an implementation cannot do of what is asked, to follow the word "which"; None: nothing."""
+    if name == "splash" and platform not in ("tpu", "cpu"):
+        return f"runs on TPUs, not on the mesh's {platform}"
+    if name == "cudnn":
+        if platform != "gpu":
+            return f"runs on GPUs, not on the mesh's {platform}"
+        if dtype != "bfloat16":
+            return f"computes in bfloat16, not in `model.dtype` {dtype}"
+        if config.head_dim > CUDNN_HEAD_DIM or config.head_dim % 8:
+            return f"takes heads of up to {CUDNN_HEAD_DIM} in steps of 8, not the model's {config.head_dim}"
+        if packed:
+            return "takes one text to a row, not packed rows"
+    return None
+
+
+def _cudnn(
+    query: Float[Array, "B L H E"],
+    key: Float[Array, "B L G E"],
+    value: Float[Array, "B L G E"],
+    segments: Int[Array, "B L"] | None = None,
+) -> Float[Array, "B L H E"]:
+    # Rows are right-padded, so that the causal mask alone keeps tokens from padding.
+    if segments is not None:
+        raise UserError("`model.attention` is 'cudnn', which takes one text to a row; choose xla or auto")
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+
+
+def _splash(
+    query: Float[Array, "B L H E"],
+    key: Float[Array, "B L G E"],
+    value: Float[Array, "B L G E"],
+    segments: Int[Array, "B L"] | None = None,
+    *,
+    mesh: Mesh,
+    interpret: bool,
+) -> Float[Array, "B L H E"]:
+    """Splash attention of each device's own rows and heads: nothing travels."""
+    batch, length, _, size = query.shape
+    if batch % row_shards(mesh):
+        raise UserError(
+            f"{batch} rows at a time cannot be cut over the {row_shards(mesh)} devices of mesh.data x "
+            "mesh.fsdp; choose `training.minibatch_scenarios` so that they can"
+        )
+    # Padding comes last, so that no token sees it; its own output is cut off again.
+    block = min(SPLASH_BLOCK, -(-length // LANES) * LANES)
+    padding = ((0, 0), (0, -length % block))
+    if segments is not None:
+        segments = jnp.pad(segments, padding, constant_values=-1)
+    query, key, value = (
+        jnp.pad(array, (*padding, (0, 0), (0, 0))) for array in (query * size**-0.5, key, value)
+    )
+    attend = functools.partial(_splash_rows, block=block, interpret=interpret)
+    heads, groups = activation_spec("heads"), activation_spec("kv_heads")
+    attended = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(heads, groups, groups, None if segments is None else activation_spec("tokens")),
+        out_specs=heads,
+        check_vma=False,
+    )(query, key, value, segments)
+    return attended[:, :length]
+
+
+def _splash_rows(query, key, value, segments, *, block: int, interpret: bool):
+    batch, length, heads, size = query.shape
+    share = heads // key.shape[2]
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * share)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = splash.make_splash_mqa_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+
+    def row(query, key, value, segments):
+        ids = None if segments is None else splash.SegmentIds(segments, segments)
+        return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))(query, key, value)
+
+    query = query.reshape(batch, length, -1, share, size).transpose(0, 2, 3, 1, 4)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    attended = jax.vmap(row)(query, key, value, segments)  # [B, G, H/G, L, E]
+    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)

@@ -1,0 +1,114 @@
+"""Sizes of an engine: the lengths its cache grows through; and what does not fit, said before it is made."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mapo_jax.errors import UserError
+from mapo_jax.model.qwen import QwenConfig
+from mapo_jax.model.sharding import RULES
+
+LONG = 4096  # tokens of a cache
+
+
+def cache_lengths(length: int) -> tuple[int, ...]:
+    """Lengths that the cache grows through: `length`, and below it two significant bits (256, 384, 512, ...).
+
+    Decode reads the whole cache at every step, so a longer one costs time before it is needed; each length
+    costs a set of compiled programs. Beyond LONG there are five, each twice the one before: there a program
+    is dear to compile. All are multiples of 64, and none is below 256 unless `length` is: then, on a CPU,
+    sums over the cache give the same bits at every length (tested), so that a dialogue does not depend on how
+    long its neighbours are.
+    """
+
+    def up(size: int) -> int:
+        return -(-size // 64) * 64
+
+    if length > LONG:
+        return tuple(up(-(-length // 2**halvings)) for halvings in (4, 3, 2, 1, 0))
+    lengths, size = {up(length)}, 256
+    while size < length:
+        lengths |= {size, size + size // 2} if size + size // 2 < length else {size}
+        size *= 2
+    return tuple(sorted(lengths))
+
+
+def check_sizes(
+    config: QwenConfig,
+    shards: int,
+    length: int,
+    max_reply_tokens: int,
+    stop_ids: tuple[int, ...],
+    vocabulary_size: int,
+    **sizes: int,
+) -> None:
+    for name, value in {**sizes, "length": length, "max_reply_tokens": max_reply_tokens}.items():
+        if value < 1:
+            raise UserError(f"the engine's `{name}` is {value}; it must be at least 1")
+    for fewer, more in (("resident", "slots"), ("lanes", "resident")):
+        if sizes[fewer] > sizes[more]:
+            raise UserError(
+                f"{sizes[fewer]} {fewer} are more than the {sizes[more]} {more}; lower the former"
+            )
+    if sizes["resident"] < sizes["slots"] and jax.process_count() > 1:
+        raise UserError(
+            f"{sizes['resident']} resident caches for {sizes['slots']} slots: several processes cannot park "
+            "caches in their memory; leave `rollout.slots` empty"
+        )
+    if not 0 < vocabulary_size <= config.vocab_size:
+        raise UserError(
+            f"a vocabulary of {vocabulary_size} tokens does not fit the model's {config.vocab_size}; "
+            "give the model its own tokenizer"
+        )
+    for stop in stop_ids:
+        if not 0 <= stop < vocabulary_size:
+            raise UserError(
+                f"stop id {stop} is outside the vocabulary of {vocabulary_size} tokens; "
+                "no reply would ever end with it"
+            )
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"dialogues of {length} tokens exceed the model's {config.max_position_embeddings} "
+            "positions; lower `rollout.max_tokens`"
+        )
+    if max_reply_tokens >= length:
+        raise UserError(
+            f"replies of {max_reply_tokens} tokens leave no room for a prompt in {length} tokens; "
+            "lower `rollout.max_reply_tokens` or raise `rollout.max_tokens`"
+        )
+    for name in ("slots", "resident", "lanes", "prefill_rows"):
+        if sizes[name] % shards:
+            raise UserError(
+                f"{sizes[name]} {name} cannot be cut over the {shards} devices of the mesh's axes "
+                f"{' and '.join(RULES['rows'])}; choose a multiple of {shards}"
+            )
+
+
+def cache_bytes(config: QwenConfig, resident: int, lanes: int, length: int, dtype) -> int:
+    """Bytes of the caches: every resident one, and the copies of those in the lanes where they are fewer."""
+    token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    return token * length * (resident + (lanes if lanes < resident else 0))
+
+
+def check_memory(config, resident, lanes, length, dtype, mesh: Mesh | None) -> None:
+    """Raises UserError if the caches do not fit into what is free of the devices' memory."""
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    needed = cache_bytes(config, resident, lanes, length, dtype) / len(devices)
+    try:
+        stats = devices[0].memory_stats() or {}
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for
+        return
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    if not stats.get("bytes_limit"):
+        if devices[0].platform != "cpu":
+            return
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+    if needed > free:
+        raise UserError(
+            f"the caches of {resident} dialogues of {length} tokens need {needed / 2**30:.1f} GiB on each "
+            f"device, which has {free / 2**30:.1f} GiB; lower `rollout.slots` or `rollout.max_tokens`"
+        )

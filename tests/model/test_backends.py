@@ -1,0 +1,149 @@
+"""Attention by three implementations: equal numbers, and clear refusals. On a CPU splash is interpreted."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mapo_jax.config import MeshConfig
+from mapo_jax.errors import UserError
+from mapo_jax.model import backends
+from mapo_jax.model.attention import causal_attention
+from mapo_jax.model.qwen import hidden_states
+from mapo_jax.model.sharding import make_mesh
+
+# Four query heads on two key/value heads; a length that no block divides.
+ROWS, LENGTH, HEADS, GROUPS, SIZE = 2, 200, 4, 2, 16
+
+
+def mesh_of(platform):
+    """What the choice asks of a mesh on a platform that is not here."""
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)], object))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    shapes = [(ROWS, LENGTH, heads, SIZE) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def packed_segments():
+    segments = np.zeros((ROWS, LENGTH), np.int32)
+    segments[0, 70:] = 1  # a cut inside a block, and
+    segments[1, 128:] = 1  # at the end of one
+    segments[1, 190:] = 2
+    return segments
+
+
+@pytest.mark.parametrize("segments", [None, packed_segments()], ids=["one text", "packed"])
+def test_splash_equals_xla_forward_and_backward(monkeypatch, qwen3, mesh, arrays, segments):
+    """Two blocks of 128, the second one ragged; grouped heads; a weighted sum for the gradient."""
+    monkeypatch.setattr(backends, "SPLASH_BLOCK", 128)
+    splash = backends.row_attention("splash", mesh, qwen3, "float32")
+    *inputs, weights = arrays
+
+    def value_and_gradient(attend):
+        def total(inputs):
+            output = attend(*inputs, segments)
+            return jnp.sum(output * weights), output
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(inputs)
+
+    (_, found), gradient = value_and_gradient(splash)
+    (_, expected), right = value_and_gradient(causal_attention)
+    # Both in float32; they sum up to 200 terms of order 1 in another order.
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    for one, other in zip(gradient, right, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_padding_changes_nothing_before_it(qwen3, mesh, arrays):
+    splash = jax.jit(backends.row_attention("splash", mesh, qwen3, "float32"))
+    query, key, value, _ = (array[:, :130] for array in arrays)
+    changed = [array.copy() for array in (query, key, value)]
+    for array in changed:
+        array[:, 100:] = 7.0
+    before, after = splash(query, key, value, None), splash(*changed, None)
+    np.testing.assert_array_equal(before[:, :100], after[:, :100])
+    assert np.isfinite(after).all()
+
+
+def test_a_model_computes_the_same_with_splash(qwen3, qwen3_params, mesh):
+    tokens = np.arange(2 * 20).reshape(2, 20)
+    positions = np.broadcast_to(np.arange(20), (2, 20))
+    splash = backends.row_attention("splash", mesh, qwen3, "float32")
+    found = jax.jit(hidden_states, static_argnums=1, static_argnames=("attention", "mesh"))(
+        qwen3_params, qwen3, tokens, positions, attention=splash, mesh=mesh
+    )
+    expected = hidden_states(qwen3_params, qwen3, tokens, positions)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "packed", "chosen"),
+    [
+        ("cpu", "float32", False, "causal_attention"),
+        ("cpu", "bfloat16", False, "causal_attention"),
+        ("tpu", "bfloat16", False, "_splash"),
+        ("tpu", "float32", True, "_splash"),
+        ("gpu", "bfloat16", False, "_cudnn"),
+        ("gpu", "bfloat16", True, "causal_attention"),
+        ("gpu", "float32", False, "causal_attention"),
+    ],
+)
+def test_auto_follows_the_platform_and_what_it_can_do(qwen3, platform, dtype, packed, chosen):
+    config = dataclasses.replace(qwen3, head_dim=64)
+    found = backends.row_attention("auto", mesh_of(platform), config, dtype, packed=packed)
+    assert getattr(found, "func", found).__name__ == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "dtype", "head_dim", "packed", "words"),
+    [
+        ("cudnn", "cpu", "bfloat16", 64, False, "runs on GPUs, not on the mesh's cpu"),
+        ("cudnn", "tpu", "bfloat16", 64, False, "runs on GPUs, not on the mesh's tpu"),
+        ("splash", "gpu", "bfloat16", 64, False, "runs on TPUs, not on the mesh's gpu"),
+        ("cudnn", "gpu", "float32", 64, False, "bfloat16, not in `model.dtype` float32"),
+        ("cudnn", "gpu", "bfloat16", 256, False, "up to 128 in steps of 8, not the model's 256"),
+        ("cudnn", "gpu", "bfloat16", 20, False, "up to 128 in steps of 8, not the model's 20"),
+        ("cudnn", "gpu", "bfloat16", 64, True, "not packed rows"),
+    ],
+)
+def test_what_an_implementation_cannot_do_is_refused(qwen3, name, platform, dtype, head_dim, packed, words):
+    config = dataclasses.replace(qwen3, head_dim=head_dim)
+    with pytest.raises(UserError, match=r"`model.attention` is") as refusal:
+        backends.row_attention(name, mesh_of(platform), config, dtype, packed=packed)
+    assert words in str(refusal.value) and "choose xla or auto" in str(refusal.value)
+
+
+def test_cudnn_refuses_segments_that_come_unannounced(qwen3, arrays):
+    config = dataclasses.replace(qwen3, head_dim=64)
+    cudnn = backends.row_attention("cudnn", mesh_of("gpu"), config, "bfloat16")
+    with pytest.raises(UserError, match="one text to a row"):
+        cudnn(*arrays[:3], packed_segments())
+
+
+@pytest.mark.gpu
+def test_cudnn_equals_xla_forward_and_backward(qwen3, arrays):
+    mesh = make_mesh(MeshConfig(), jax.devices("gpu")[:1])
+    config = dataclasses.replace(qwen3, head_dim=SIZE)
+    cudnn = backends.row_attention("cudnn", mesh, config, "bfloat16")
+    *inputs, weights = (jnp.asarray(array, jnp.bfloat16) for array in arrays)
+
+    def gradient(attend):
+        return jax.jit(
+            jax.grad(lambda inputs: jnp.sum((attend(*inputs, None) * weights).astype(jnp.float32)))
+        )(inputs)
+
+    for one, other in zip(gradient(cudnn), gradient(causal_attention), strict=True):
+        # bfloat16 has 8 bits; sums of up to 200 terms of order 1
+        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (one, other)), atol=0.1, rtol=0.05)

@@ -1,0 +1,51 @@
+"""The benchmark for accelerators, on the CPU with its tiny shape: it runs, and its bound is right."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def decode():
+    spec = importlib.util.spec_from_file_location("benchmark_decode", BENCHMARKS / "decode.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_decode(decode, tmp_path, monkeypatch, capsys):
+    arguments = "decode.py --shape tiny --batch 2 --context 64 --blocks 2 --block 4 --copy-gib 0.01 --json"
+    monkeypatch.setattr(sys, "argv", [*arguments.split(), str(tmp_path / "decode.json")])
+    assert decode.main() == 0
+    result = json.loads((tmp_path / "decode.json").read_text())
+    (row,) = result["rows"]
+    # Embedding 512 x 64; per layer q and o 64 x 64, k and v 64 x 32, MLP 3 x 64 x 128, norms 2 x 64 + 2 x 16;
+    # the last norm 64. Two bytes each.
+    weights = 2 * (512 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 160) + 64)
+    # 2 rows x 2 layers x keys and values x 2 heads of 16, two bytes each; 60 tokens midway.
+    cache = 2 * 2 * 2 * 2 * 16 * 2 * 60
+    assert row["bytes_per_step"] == weights + cache
+    assert row["bound"] == pytest.approx(2 * result["bytes_per_second"] / (weights + cache))
+    assert row["share"] == pytest.approx(row["tokens_per_second"] / row["bound"])
+    assert "tiny" in capsys.readouterr().out
+
+
+def test_published_shapes(decode):
+    """0.6B and 4B as Qwen3 counts them: 0.6 and 4.0 billion, of which 0.44 and 3.6 are no embedding."""
+    from mapo_jax.model.qwen import parameter_count
+
+    for name, total, rest in (("0.6b", 0.6e9, 0.44e9), ("4b", 4.0e9, 3.6e9)):
+        config = decode.SHAPES[name]
+        count, embedding = parameter_count(config), config.vocab_size * config.hidden_size
+        assert count == pytest.approx(total, rel=0.02)
+        assert count - embedding == pytest.approx(rest, rel=0.02)
+
+
+def test_no_room(decode):
+    with pytest.raises(SystemExit, match="no room"):
+        decode.measure(decode.SHAPES["tiny"], {}, 2, 12, 2, 4)

@@ -1,0 +1,123 @@
+"""The programs of every TPU recipe, with two layers of full width, compiled for chips that are not here."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from mapo_jax.config import load_config
+from mapo_jax.errors import UserError
+from mapo_jax.model.sharding import MESH_AXES
+from tpu.shapes import SHAPES
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = sorted(path.stem for chip in ("v5p", "v6e") for path in CONFIGS.glob(f"*_{chip}.yaml"))
+# Few chips and short rows: the program's text is that of the large slice, with smaller numbers in it.
+SMALL = [
+    "rollout.scenarios=4", "rollout.rollouts=2", "rollout.max_turns=4", "rollout.max_reply_tokens=64",
+    "rollout.min_turns=2", "rollout.max_tokens=1024", "training.minibatch_scenarios=4",
+    "training.microbatch_tokens=2048", "mesh.fsdp=2",
+]  # fmt: skip
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed (requirements-tpu.txt): nothing here can compile for TPUs",
+)
+
+
+def job_of(recipe, chip, *overrides):
+    from tpu.compile import make_job
+
+    config = load_config(CONFIGS / f"{recipe}.yaml", [*SMALL, *overrides])
+    chips = 2 * config.mesh.tensor
+    return make_job(config, f"{chip}-{2 * chips if chip == 'v5p' else chips}", layers=2)
+
+
+@pytest.mark.aot
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_compiles_for_every_chip(recipe, chip):
+    from tpu.compile import PROGRAMS, compile_program
+
+    job = job_of(recipe, chip)
+    for program in PROGRAMS:
+        result = compile_program(job, program)
+        assert result.good, (program, result)
+
+
+def test_a_gather_of_everything_is_noticed():
+    """By size, whatever the shape; weights are no activations."""
+    from tpu.compile import Job, unwanted_gathers
+    from tpu.hlo import Collective
+
+    config = load_config(CONFIGS / "qwen3_32b_v5p.yaml", SMALL)
+    mesh = jax.sharding.AbstractMesh((1, 2, 4), MESH_AXES)
+    job = Job(config, SHAPES["Qwen3-32B"], "v5p-16", mesh)
+    # A micro-batch of 4 rows of 1,024 tokens, width 5,120; 4 turns of 64 loss tokens in each of 2 own rows.
+    everything = Collective("all-gather", "bf16", (2, 2, 1024, 5120))
+    logits = Collective("all-gather", "f32", (2, 256, 4, 37984))
+    part = Collective("all-gather", "bf16", (1, 1024, 5120))
+    weights = Collective("all-gather", "bf16", (5120, 37984))
+    reduced = Collective("all-reduce", "bf16", (4, 1024, 5120))
+    found = unwanted_gathers(job, "train", [everything, logits, part, weights, reduced])
+    assert found == ["bf16[2, 2, 1024, 5120]", "f32[2, 256, 4, 37984]"]
+
+
+@pytest.mark.aot
+@needs_libtpu
+def test_what_does_not_fit_is_a_result_with_figures(capsys):
+    from tpu.compile import main
+
+    # 32 billion float32 weights and their moments on four chips: refused before anything is compiled.
+    arguments = ["--config", str(CONFIGS / "qwen3_32b_v5p.yaml"), "--slice", "v5e-4"]
+    assert main(arguments) == 1
+    shown = capsys.readouterr().out
+    assert "NO" in shown and "takes 91" in shown and "15.75 GiB" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--config configs/NAME.yaml --slice v5p-64"),
+        (["--config", "configs/qwen3_8b_v5p.yaml", "--slice", "v5p-100"], "no slice 'v5p-100'"),
+        (["--config", "configs/tiny.yaml", "--slice", "v5p-8"], "no published shape"),
+        (["--config", "x.yaml", "--slice", "v5p-8", "--programs", "decode"], "train,prefill,generate"),
+    ],
+)
+def test_bad_input_gets_a_sentence(arguments, words, capsys, monkeypatch):
+    from tpu.compile import main
+
+    monkeypatch.chdir(CONFIGS.parent)
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+RESULT = {
+    "program": "train", "compiled": True, "seconds": 12.3, "memory": 100 * 2**30,
+    "bounds": {"operations": 1.5}, "arguments": {"weights": 2**30, "moments": 2 * 2**30},
+    "beside": {}, "temporary": 4 * 2**30,
+    "collectives": {}, "gathered": [], "error": "", "configuration": "x", "made_by": "commit abc, jax 1",
+}  # fmt: skip
+
+
+class TestTable:
+    def test_results_go_between_the_markers(self, tmp_path):
+        from tpu.compile import BEGIN, END, ENTRIES, write_table
+
+        file = tmp_path / "README.md"
+        file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+        write_table(file, {f"{ENTRIES[0].command} train": RESULT})
+        text = file.read_text()
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+        line = next(line for line in text.splitlines() if line.startswith(f"| {ENTRIES[0].recipe} "))
+        assert "| 3.00 GiB | " in line and "| 7.00 GiB, 100.00 GiB | yes | 12 s | 1.500 s |" in line
+        assert "not compiled yet" in text and ENTRIES[0].command in text and "commit abc" in text
+
+    def test_a_file_without_markers_is_refused(self, tmp_path):
+        from tpu.compile import write_table
+
+        (tmp_path / "README.md").write_text("nothing")
+        with pytest.raises(UserError, match="has no lines"):
+            write_table(tmp_path / "README.md", {})

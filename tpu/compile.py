@@ -1,0 +1,505 @@
+"""Compiles a recipe's programs for a TPU slice on a machine without one: do they fit, what would they take?
+
+    python -m tpu.compile --config configs/qwen3_32b_v5p.yaml --slice v5p-128 [key=value ...]
+    python -m tpu.compile --all       compiles what tpu/compiled.json lacks of ENTRIES, and rewrites the table
+
+Needs libtpu (requirements-tpu.txt), and minutes for each program. The programs are those of `mapo_jax.train`,
+made by the same functions from shapes instead of arrays: the update, and the engine's prefill and generate,
+each at its longest. The exit status is 0 only if everything asked for compiles and fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: nothing runs here
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from mapo_jax.commands import run_command
+from mapo_jax.config import Config, load_config, to_yaml
+from mapo_jax.errors import UserError
+from mapo_jax.files import write_whole
+from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
+from mapo_jax.model.sharding import batch_sharding, make_mesh, param_shardings, row_shards
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.training.batch import Batch, microbatch_rows, row_lengths
+from mapo_jax.training.policy import engine_for
+from mapo_jax.training.programs import make_programs, minibatch_rows
+from mapo_jax.training.step import abstract_state
+from tpu.hlo import KINDS, Collective, collectives
+from tpu.shapes import STOP_IDS, TOKENIZER_IDS, model_shape
+from tpu.slices import chip, slice_devices
+
+PROGRAMS = ("train", "prefill", "generate")
+FOLDER = Path(__file__).parent
+RESULTS, TABLE = FOLDER / "compiled.json", FOLDER / "README.md"
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is compiled: a recipe and its programs for one slice."""
+
+    config: Config
+    model: QwenConfig
+    slice: str
+    mesh: Mesh
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        rollout, dtype = self.config.rollout, self.config.model.dtype
+        return engine_for(
+            self.model, STOP_IDS, TOKENIZER_IDS, rollout, rollout.temperature, dtype=dtype, mesh=self.mesh
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one program. Bytes are those of one device."""
+
+    program: str
+    compiled: bool
+    seconds: float  # of compilation
+    memory: int  # bytes that a chip's programs may use
+    bounds: dict[str, float]  # seconds that the program takes at least
+    arguments: dict[str, int]  # bytes of what the program is given, by kind
+    beside: dict[str, int]  # bytes of what lies in memory meanwhile
+    temporary: int = 0  # bytes that the program needs on top
+    collectives: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # kind -> operations, bytes of the largest
+    gathered: list[str] = field(default_factory=list)  # all-gathers of whole activations or logits
+    error: str = ""  # the compiler's, if it gave up
+
+    @property
+    def bytes(self) -> int:
+        """All that a device must hold while the program runs."""
+        return sum(self.arguments.values()) + sum(self.beside.values()) + self.temporary
+
+    @property
+    def fits(self) -> bool:
+        return self.compiled and self.bytes <= self.memory
+
+    @property
+    def good(self) -> bool:
+        """It fits, and puts no whole activations or logits on every device."""
+        return self.fits and not self.gathered
+
+
+def make_job(config: Config, slice_name: str, layers: int | None = None) -> Job:
+    """Checks that a recipe and a slice go together.
+
+    Raises:
+      UserError: an unknown model or slice, a mesh that does not fit them, or no libtpu.
+    """
+    model = model_shape(config, layers)
+    mesh = make_mesh(config.mesh, slice_devices(slice_name))
+    return Job(config, model, slice_name, mesh)
+
+
+def compile_program(job: Job, program: str) -> Result:
+    """Compiles one of PROGRAMS. That it does not fit the slice is a result, not an error."""
+    function, arguments, kinds, beside = _programs(job)[program]
+    given = dict(memory=int(chip(job.slice).memory), bounds=bounds(job, program), beside=beside)
+    held = sum(kinds.values()) + sum(beside.values())
+    if held > given["memory"]:
+        error = f"what it is given alone takes {_gib(held)} of the {_gib(given['memory'])} that a chip has"
+        return Result(program, False, 0.0, arguments=kinds, error=error, **given)
+    began = time.monotonic()
+    try:
+        compiled = function.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        message = " ".join(str(error).split())[:400]
+        seconds = time.monotonic() - began
+        return Result(program, False, seconds, arguments=kinds, error=message, **given)
+    seconds, memory = time.monotonic() - began, compiled.memory_analysis()
+    found = collectives(compiled.as_text())
+    summed: dict[str, dict[str, int]] = {}
+    for one in found:
+        entry = summed.setdefault(one.kind, {"operations": 0, "largest": 0})
+        entry["operations"] += 1
+        entry["largest"] = max(entry["largest"], one.bytes)
+    rest = memory.argument_size_in_bytes - sum(kinds.values())
+    # What is given back takes the place of what was given (donated), or is counted as temporary.
+    returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Result(
+        program,
+        True,
+        seconds,
+        arguments=kinds | {"other": max(0, rest)},
+        temporary=memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + returned,
+        collectives=summed,
+        gathered=unwanted_gathers(job, program, found),
+        **given,
+    )
+
+
+def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int], dict[str, int]]]:
+    """Program -> (jitted function, abstract arguments, their bytes by kind, bytes of what lies beside)."""
+    config, model, mesh = job.config, job.model, job.mesh
+    programs = make_programs(config, model, TOKENIZER_IDS, mesh)
+    state = abstract_state(
+        parameter_shapes(model, config.model.dtype),
+        programs.optimizer,
+        shardings=param_shardings(model, mesh),
+        reference=config.algorithm.kl_coefficient > 0,
+    )
+    batch = _abstract_batch(config, mesh)
+    held = {
+        "weights": _bytes(state.weights),
+        "moments": _bytes(state.opt_state),
+        "reference": _bytes(state.reference),
+    }
+    found = {"train": (programs.update, (state, batch), held | {"batch": _bytes(batch)}, {})}
+    for name, (function, arguments) in job.engine.abstract_programs(state.weights).items():
+        kinds = {"cache": _bytes(arguments[1])}
+        beside = held
+        if config.rollout.copy_weights:
+            kinds["copy of the weights"] = _bytes(arguments[0])
+        else:
+            kinds["weights"] = held["weights"]
+            beside = {kind: size for kind, size in held.items() if kind != "weights"}
+        found[name] = (function, arguments, kinds, beside)
+    return found
+
+
+def _abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    shape = (minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
+    kinds = dict(
+        tokens=jnp.int32, positions=jnp.int32, mask=jnp.bool_,
+        sampler_logprobs=jnp.float32, old_logprobs=jnp.float32, advantages=jnp.float32,
+    )  # fmt: skip
+    place = batch_sharding(mesh)
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()})
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def unwanted_gathers(job: Job, program: str, found: Sequence[Collective]) -> list[str]:
+    """All-gathers, but of weights, that give a device the hidden states of all rows or whole logits.
+
+    Decoding moves the hidden states of its lanes, a token each, on purpose: there only logits count.
+    """
+    model, config, length = job.model, job.config, row_lengths(job.config.rollout.max_tokens)[-1]
+    if program == "train":
+        shards, budget = row_shards(job.mesh), config.training.microbatch_tokens
+        rows = microbatch_rows(minibatch_rows(config), length, budget, shards)
+        loss_tokens = min(config.rollout.max_turns * config.rollout.max_reply_tokens, length)
+        own = max(1, rows // shards)
+        limit = min(rows * length * model.hidden_size, own * loss_tokens * model.vocab_size)
+    elif program == "prefill":
+        limit = job.engine.prefill_rows * job.engine.chunk * model.hidden_size
+    else:
+        limit = job.engine.lanes * model.vocab_size
+    weights = _weight_shapes(model, job.mesh)
+    return [
+        f"{one.dtype}{list(one.shape)}"
+        for one in found
+        if one.kind == "all-gather" and one.elements >= limit and _sorted(one.shape) not in weights
+    ]
+
+
+def _weight_shapes(model: QwenConfig, mesh: Mesh) -> set[tuple[int, ...]]:
+    """Shapes that a gathered parameter has, of one layer or all: whole, or cut along one axis of the mesh."""
+    shapes = set()
+    for leaf in jax.tree.leaves(parameter_shapes(model)):
+        for shape in (leaf.shape, leaf.shape[1:]):
+            shapes.add(_sorted(shape))
+            for index, axis in itertools.product(range(len(shape)), mesh.axis_names):
+                part = shape[index] // mesh.shape[axis]
+                shapes.add(_sorted((*shape[:index], part, *shape[index + 1 :])))
+    return shapes
+
+
+def _sorted(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(size for size in shape if size > 1))
+
+
+# --- What a program takes at least. ---
+
+
+def bounds(job: Job, program: str) -> dict[str, float]:
+    """Seconds that a program takes at least: by its operations, and by the bytes that memory must deliver.
+
+    A weight costs 2 operations a token forward and 4 backward; `model.remat` other than none computes the
+    forward pass twice. Causal attention over a row of L tokens costs 2 L H E operations a token and layer
+    forward, over a cache of C tokens 4 C H E. Of the head only loss tokens count, and it is always computed
+    twice. The bytes of a decode step, or of a chunk of prompts, are those of the weights and of the caches in
+    use, once, in the compute dtype. Exchange between chips is in neither bound.
+    """
+    config, model, hardware = job.config, job.model, chip(job.slice)
+    heads, head = model.num_heads * model.head_dim, model.vocab_size * model.hidden_size
+    body = parameter_count(model) - (head if model.tie_word_embeddings else 2 * head)
+    if program == "train":
+        rows, length = minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1]
+        loss_tokens = min(config.rollout.max_turns * config.rollout.max_reply_tokens, length)
+        passes = 3 + (config.model.remat != "none")
+        layers = 2 * body * length + model.num_layers * 2 * length * length * heads
+        operations = rows * (passes * layers + 4 * 2 * head * loss_tokens)
+        return {"operations": operations / job.mesh.size / hardware.operations}
+    engine = job.engine
+    rows, width, steps, logits = {
+        "prefill": (engine.prefill_rows, engine.chunk, 1, 0),
+        "generate": (engine.lanes, 1, engine.block, head),
+    }[program]
+    operations = rows * width * (2 * (body + logits) + model.num_layers * 4 * engine.length * heads)
+    item = jnp.dtype(config.model.dtype).itemsize
+    cache = model.num_layers * 2 * model.num_kv_heads * model.head_dim * item * engine.length
+    moved = item * (body + logits) * job.mesh.shape["data"] + cache * rows
+    return {
+        "operations": steps * operations / job.mesh.size / hardware.operations,
+        "bytes": steps * moved / job.mesh.size / hardware.bandwidth,
+    }
+
+
+# --- What is asked, and what is shown. ---
+
+
+def compile_all(job: Job, programs: Sequence[str], say: Callable[[Result], None]) -> list[Result]:
+    """Compiles programs one after another; `say` hears of each as it is there."""
+    results = []
+    for program in programs:
+        results.append(compile_program(job, program))
+        say(results[-1])
+    return results
+
+
+def summary(job: Job, results: Sequence[Result]) -> Table:
+    """A column for each program: bytes per device by kind, collectives, compile time, bounds."""
+    table = Table(title=f"{Path(job.config.model.path).name}, {job.model.num_layers} layers, on {job.slice}")
+    table.add_column("per device")
+    for result in results:
+        table.add_column(result.program, justify="right")
+
+    def row(name: str, cells: Iterable[str]) -> None:
+        cells = list(cells)
+        if any(cells):
+            table.add_row(name, *cells)
+
+    kinds = dict.fromkeys(kind for result in results for kind in (*result.arguments, *result.beside))
+    for kind in kinds:
+        row(kind, (_gib(r.arguments.get(kind, 0) + r.beside.get(kind, 0)) for r in results))
+    row("temporary", (_gib(r.temporary) if r.compiled else "" for r in results))
+    row("together", (_gib(r.bytes) if r.compiled else "" for r in results))
+    row("memory of a chip", (_gib(r.memory) for r in results))
+    row("fits", ("yes" if r.fits else "NO" for r in results))
+    for kind in KINDS:
+        row(f"{kind}: in the text, largest", (_collective(r, kind) for r in results))
+    row("gathered whole", (", ".join(r.gathered) for r in results))
+    row("seconds to compile", (f"{r.seconds:.0f}" for r in results))
+    row("at least, by operations", (f"{r.bounds['operations']:.3f} s" for r in results))
+    row("at least, by bytes", (f"{r.bounds['bytes']:.3f} s" if "bytes" in r.bounds else "" for r in results))
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size else ""
+
+
+def _collective(result: Result, kind: str) -> str:
+    found = result.collectives.get(kind)
+    return f"{found['operations']}, {found['largest'] / 2**20:.1f} MiB" if found else ""
+
+
+# --- The table of everything. ---
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table: a recipe on a slice."""
+
+    recipe: str
+    slice: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        return " ".join(
+            [
+                "python -m tpu.compile --config",
+                f"configs/{self.recipe}.yaml --slice {self.slice}",
+                *self.overrides,
+            ]
+        )
+
+
+_LORA = ("lora.rank=32",)
+
+# In order of importance: the table is filled from the top. First each recipe on its slice, then smaller ones,
+# other chips, and adapters alone.
+ENTRIES = (
+    Entry("qwen3_32b_v5p", "v5p-128"),
+    Entry("qwen3_8b_v5p", "v5p-64"),
+    Entry("qwen3_32b_v6e", "v6e-256"),
+    Entry("qwen3_8b_v6e", "v6e-64"),
+    Entry("qwen3_14b_v5p", "v5p-64"),
+    Entry("qwen2.5_7b_v5p", "v5p-32"),
+    Entry("qwen3_32b_v5p", "v5p-32", _LORA),
+    Entry("qwen3_8b_v5p", "v5p-16"),
+    Entry("qwen3_32b_v5p", "v5p-64"),
+    Entry("qwen3_8b_v6e", "v5e-64"),
+    Entry("qwen3_8b_v6e", "v6e-16", _LORA),
+    Entry("qwen3_14b_v5p", "v5p-16", _LORA),
+    Entry("qwen2.5_7b_v5p", "v5p-8", _LORA),
+)
+
+
+def fill_table(file: Path, table: Path, console: Console) -> bool:
+    """Compiles what `file` lacks of ENTRIES, saving each program's result; then rewrites the table.
+
+    A result belongs to the recipe as it was: one whose configuration has changed is compiled again.
+
+    Returns:
+      Whether everything compiles and fits.
+    """
+    known = json.loads(file.read_text()) if file.exists() else {}
+    for entry in ENTRIES:
+        config = load_config(FOLDER.parent / "configs" / f"{entry.recipe}.yaml", entry.overrides)
+        digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]
+        job = None
+        for program in PROGRAMS:
+            key = f"{entry.command} {program}"
+            if known.get(key, {}).get("configuration") == digest:
+                continue
+            job = job or make_job(config, entry.slice)
+            result = compile_program(job, program)
+            console.print(summary(job, [result]))
+            known[key] = {"configuration": digest, "made_by": _made_by(), **asdict(result)}
+            write_whole(file, json.dumps(known, indent=1) + "\n")
+            write_table(table, known)
+    write_table(table, known)
+    return all(
+        f"{entry.command} {program}" in known and _result(known, entry, program).good
+        for entry in ENTRIES
+        for program in PROGRAMS
+    )
+
+
+def _result(known: dict[str, Any], entry: Entry, program: str) -> Result | None:
+    found = known.get(f"{entry.command} {program}")
+    return found and Result(**{field.name: found[field.name] for field in fields(Result)})
+
+
+def _made_by() -> str:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True
+    ).stdout.strip()
+    versions = (f"{name} {metadata.version(name)}" for name in ("jax", "libtpu"))
+    return ", ".join([f"commit {commit or 'unknown'}", *versions])
+
+
+def write_table(file: Path, known: dict[str, Any]) -> None:
+    """Puts the results between the markers in a Markdown file.
+
+    Raises:
+      UserError: the file lacks the markers.
+    """
+    text = file.read_text() if file.exists() else ""
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{file} has no lines {BEGIN} and {END} to put the table between")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    write_whole(file, before + BEGIN + "\n" + table_text(known) + END + after)
+
+
+def table_text(known: dict[str, Any]) -> str:
+    """The Markdown table of the results: a line for each program."""
+    lines = [
+        "| recipe | slice | program | weights, moments | cache | temporary | together, of a chip's | fits "
+        "| compiled in | at least |",
+        "|---|---|---|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for entry in ENTRIES:
+        for program in PROGRAMS:
+            result = _result(known, entry, program)
+            if result is None:
+                lines.append(f"| {entry.recipe} | {entry.slice} | {program} | | | | | not compiled yet | | |")
+                continue
+            held = result.arguments | result.beside
+            state = ("weights", "moments", "reference", "copy of the weights")
+            lines.append(
+                f"| {entry.recipe} | {entry.slice} | {program} "
+                f"| {_gib(sum(held.get(kind, 0) for kind in state))} "
+                f"| {_gib(held.get('cache', 0))} | {_gib(result.temporary)} "
+                f"| {_gib(result.bytes) if result.compiled else ''}, {_gib(result.memory)} "
+                f"| {'yes' if result.fits else 'no'} | {result.seconds:.0f} s "
+                f"| {max(result.bounds.values()):.3f} s |"
+            )
+    made = sorted({entry["made_by"] for entry in known.values()})
+    lines += ["", f"Compiled by {'; '.join(made)}. The command of each line:", ""]
+    lines += [f"- `{entry.command}`" for entry in ENTRIES]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tpu.compile",
+        description="Compiles the programs of a training run for a TPU slice, without a TPU: do they fit, "
+        "and what do they take? Minutes for each program.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="the recipe")
+    parser.add_argument(
+        "--slice", metavar="NAME", help="such as v5p-64 (a v5p is named by its cores, 2 a chip)"
+    )
+    parser.add_argument("--programs", default=",".join(PROGRAMS), help="which of %(default)s")
+    parser.add_argument("--layers", type=int, help="of the model: so many layers, for a quick look")
+    parser.add_argument(
+        "--all", action="store_true", help=f"what {RESULTS.name} lacks of the table; rewrites it"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    console, good = Console(highlight=False, width=None if sys.stdout.isatty() else 110), False
+
+    def command() -> None:
+        nonlocal good
+        if options.all:
+            good = fill_table(RESULTS, TABLE, console)
+            return
+        if not options.config or not options.slice:
+            raise UserError("say which recipe and which slice: --config configs/NAME.yaml --slice v5p-64")
+        programs = options.programs.split(",")
+        if not set(programs) <= set(PROGRAMS):
+            raise UserError(f"`--programs` is {options.programs!r}; choose of {','.join(PROGRAMS)}")
+        job = make_job(load_config(options.config, options.overrides), options.slice, options.layers)
+        results = compile_all(
+            job, programs, lambda r: console.print(f"{r.program}: {r.seconds:.0f} s to compile", markup=False)
+        )
+        console.print(summary(job, results))
+        for result in results:
+            if result.error:
+                console.print(f"{result.program}: {result.error}", markup=False)
+        good = all(result.good for result in results)
+
+    return run_command(command) or (0 if good else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

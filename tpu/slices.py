@@ -1,0 +1,69 @@
+"""TPU slices by their names on Google Cloud: topology, memory and speed of a chip, as published there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import jax
+from jax.experimental import topologies
+
+from mapo_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip has. https://cloud.google.com/tpu/docs/system-architecture-tpu-vm"""
+
+    memory: float  # bytes that programs may use, as the compiler says when one does not fit
+    operations: float  # bfloat16 operations a second
+    bandwidth: float  # bytes a second between memory and chip
+
+
+GB = 1e9
+CHIPS = {
+    "v5e": Chip(15.75 * 2**30, 197e12, 819 * GB),
+    "v5p": Chip(95.74 * 2**30, 459e12, 2765 * GB),
+    "v6e": Chip(31.25 * 2**30, 918e12, 1640 * GB),
+}
+
+# A v5p slice is named by its cores, two to a chip; the others by their chips.
+_FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBE = {
+    8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8",
+}  # fmt: skip
+TOPOLOGIES = {
+    **{f"v5e-{chips}": f"v5e:{shape}" for chips, shape in _FLAT.items()},
+    **{f"v5p-{cores}": f"v5p:{shape}" for cores, shape in _CUBE.items()},
+    **{f"v6e-{chips}": f"v6e:{shape}" for chips, shape in _FLAT.items()},
+}
+
+
+def chip(name: str) -> Chip:
+    """The chip of a slice; raises as `slice_devices`."""
+    _known(name)
+    return CHIPS[name.split("-")[0]]
+
+
+def slice_devices(name: str) -> list[jax.Device]:
+    """The devices of a slice that is not there, to compile for.
+
+    Raises:
+      UserError: an unknown slice, or no libtpu.
+    """
+    _known(name)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud which machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_LOG_DIR", "disabled")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name]).devices)
+    except (RuntimeError, ImportError) as error:
+        raise UserError(
+            f"nothing here can compile for TPUs ({' '.join(str(error).split())[:200]}); "
+            "install libtpu: pip install -r requirements-tpu.txt"
+        ) from error
+
+
+def _known(name: str) -> None:
+    if name not in TOPOLOGIES:
+        raise UserError(f"there is no slice {name!r}; known are {', '.join(TOPOLOGIES)}")
