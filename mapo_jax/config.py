@@ -119,6 +119,7 @@ class EnvironmentConfig:
     user: RoleConfig = field(default_factory=RoleConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     director: RoleConfig = field(default_factory=RoleConfig)
+    held_out_judge: JudgeConfig = field(default_factory=JudgeConfig)
     call_seconds: float = 60.0  # live only: longest attempt of a call; a dialogue has twice that a turn
     step_seconds: float = 7200.0  # live only: longest collection; what is unfinished then is left out
     failure_share: float = 0.2  # live only: a larger share of failures in the last 100 calls pauses the run
@@ -205,6 +206,7 @@ class LoggingConfig:
     wandb: bool = False  # Weights & Biases beside them, if installed
     dialogues_every: int = 1  # steps between files of dialogues
     progress: bool = True  # the live display
+    peak_flops: float | None = None  # FLOP/s of a device, for perf/mfu; empty: from a table, or no MFU
 
 
 @dataclass(frozen=True)
@@ -362,11 +364,12 @@ def _type_name(dotted: str) -> str:
     for name in dotted.split("."):
         section = get_type_hints(section)[name]
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names |= {kind | None: f"{name} or null" for kind, name in names.items()}
     if section == list[float]:
         return "a list of numbers"
     if section == list[str]:
         return "a list of names"
-    return names.get(section) or ("a mapping" if dotted.endswith(_FREE_FORM) else "text or null")
+    return names.get(section) or "a mapping"
 
 
 def _require(condition: bool, key: str, value: Any, right: str) -> None:
@@ -446,7 +449,9 @@ def validate(config: Config) -> None:
     )
     if config.environment.family == "live":
         for name in ROLES:
-            _validate_role(name, getattr(config.environment, name))
+            validate_role(name, getattr(config.environment, name))
+        if held_out(config.environment):
+            validate_role(HELD_OUT, config.environment.held_out_judge)
     fresh = config.model.fresh
     _require(
         fresh.heads % fresh.kv_heads == 0,
@@ -463,7 +468,18 @@ def _value(config: Config, dotted: str) -> Any:
     return value
 
 
-def _validate_role(name: str, role: RoleConfig) -> None:
+def held_out(environment: EnvironmentConfig) -> bool:
+    """Whether evaluations have a judge of their own, who takes no part in training."""
+    role = environment.held_out_judge
+    return role.model is not None or role.implementation is not None
+
+
+def validate_role(name: str, role: RoleConfig) -> None:
+    """Checks who plays a role of the live world.
+
+    Raises:
+      UserError: names the key, its value, and what would be right.
+    """
     key = f"environment.{name}"
     if role.model is None and role.implementation is None:
         raise UserError(
@@ -473,11 +489,15 @@ def _validate_role(name: str, role: RoleConfig) -> None:
     engine = role.model is not None and role.model.startswith(ENGINE)
     if role.url is not None or (role.model is not None and not engine):
         _require(
-            role.url is not None and re.match(r"https?://[^/@\s]+(/|$)", role.url) is not None,
+            role.url is not None and re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", role.url) is not None,
             f"{key}.url",
-            None if role.url and "@" in role.url else role.url,
-            "the http(s) address of an OpenAI-compatible server, without user or password "
+            None if role.url and re.search("[@?#]", role.url) else role.url,
+            "the http(s) address of an OpenAI-compatible server, without user, password or query "
             "(a key belongs into the variable named by key_variable)",
+        )
+    if role.key_variable is not None and not re.fullmatch(r"[A-Za-z_]\w*", role.key_variable):
+        raise UserError(  # without the value, which may well be the key
+            f"`{key}.key_variable` must be the name of an environment variable, not the key that it holds"
         )
     if role.implementation is not None:
         _require(
@@ -503,6 +523,7 @@ def _validate_role(name: str, role: RoleConfig) -> None:
 
 
 ROLES = ("user", "judge", "director")
+HELD_OUT = "held_out_judge"  # scores evaluations in the judge's place
 ENGINE = "engine:"  # a role's model of this form is a frozen Qwen in a folder
 _FREE_FORM = ("extra_body",)  # keys whose value is a mapping of the user's own
 
@@ -562,6 +583,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "environment.max_failed_share": (0, 1),
     "environment.concurrency": (1, None),
     "environment.judge.samples": (1, None),
+    "environment.held_out_judge.samples": (1, None),
     "environment.call_seconds": (0.01, None),
     "environment.step_seconds": (0.01, None),
     "environment.failure_share": (0, 1),
@@ -597,6 +619,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "checkpoint.every": (1, None),
     "checkpoint.keep": (1, None),
     "logging.dialogues_every": (1, None),
+    "logging.peak_flops": (1, None),
     "evaluation.every": (1, None),
     "evaluation.scenarios": (1, None),
     "evaluation.rollouts": (1, None),

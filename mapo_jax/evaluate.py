@@ -15,25 +15,31 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 
-from mapo_jax.commands import Stopped, run_command, use_compilation_cache
-from mapo_jax.config import load_config
+from mapo_jax.commands import Stopped, printable, run_command, use_compilation_cache
+from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_config
+from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import SPLITS, load_scenarios
+from mapo_jax.errors import UserError
 from mapo_jax.evaluating import conversations, page, tables, transcripts
 from mapo_jax.evaluating.answers import ANSWERS, Answerer, Folder, Prompt, ask
 from mapo_jax.evaluating.items import HOMES, find_items
 from mapo_jax.evaluating.subject import Subject, add_options, find_subject
-from mapo_jax.evaluating.world import open_world
+from mapo_jax.evaluating.world import World
 from mapo_jax.evaluation import emobench, empa, eqbench
 from mapo_jax.files import write_whole
+from mapo_jax.model.sharding import make_mesh
 from mapo_jax.training.interruption import Interrupted, StopRequest
+from mapo_jax.world import open_judge, open_world
 
 # Most tokens of an answer. Four ratings take about 40; with a critique and a revision, several hundred.
 EQBENCH_TOKENS, EQBENCH_REVISION_TOKENS = 128, 1024
@@ -145,13 +151,21 @@ def run_empa(options: argparse.Namespace, console: Console) -> None:
     if options.trajectories is not None:
         cases = empa.read_cases(options.trajectories)
     else:
-        folder = _converse(options, console)
+        folder, expected = _converse(options, console)
         rows = conversations.saved_rows(folder)
+        if not rows:
+            raise UserError(f"no dialogue came to an end in {folder.path}; the same command tries again")
         cases = [empa.make_case(row, f"dialogue {row['case']}") for row in rows]
     models = empa.summarize_models(cases, seed=options.seed)
     _show(console, tables.empa_tables(models))
     if left_out := sum(case is None for case in cases):
         console.print(f"{left_out} dialogues left out: they ended in an error or have no scored turn")
+    if folder is not None and (broken := expected - len(rows)):
+        console.print(
+            f"{broken} of {expected} dialogues broke off, as the user or the director failed; the same "
+            "command tries them again",
+            soft_wrap=True,
+        )
     if folder is not None and (short := sum(row["rule"] == "max_tokens" for row in rows)):
         console.print(
             f"{short} of {len(rows)} dialogues ended because no further reply fitted the model's row"
@@ -159,20 +173,24 @@ def run_empa(options: argparse.Namespace, console: Console) -> None:
     _write(options, folder, models, console)
 
 
-def _converse(options: argparse.Namespace, console: Console) -> Folder:
-    """Has a dialogue held with every card; the folder that then holds them."""
+def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, int]:
+    """Has dialogues held with every card; the folder that then holds them, and how many there should be."""
     subject = find_subject(options, BENCHMARK_DIALOGUES)
     config = subject.config
     cards = load_scenarios(
-        options.cards or config.environment.scenarios, None if options.cards else options.split
+        options.cards or config.environment.scenarios,
+        None if options.cards else options.split,
+        scripted=config.environment.family == "scripted",
     )
     temperature = config.evaluation.temperature if options.temperature is None else options.temperature
     if options.max_tokens is not None:
         config = replace(config, rollout=replace(config.rollout, max_reply_tokens=options.max_tokens))
     rollouts, limits = config.evaluation.rollouts, conversations.limits_of(config)
+    live = config.environment.family == "live"
     console.print(
         f"{subject.name}: {rollouts} dialogues with each of {len(cards)} cards, {limits.min_turns} to "
-        f"{limits.max_turns} turns, {config.environment.family} world",
+        f"{limits.max_turns} turns, {config.environment.family} world"
+        + (", held-out judge" if live and held_out(config.environment) else ""),
         soft_wrap=True,
     )
     folder = Folder(options.output or subject.output("empa"), conversations.DIALOGUES)
@@ -187,7 +205,11 @@ def _converse(options: argparse.Namespace, console: Console) -> Folder:
         **_flat("environment", config.environment),
     }
     use_compilation_cache(config.run.compilation_cache)
-    with stoppable(folder) as check, open_world(config) as world:
+    with folder.opened(settings):  # whose folder it is, before a live world puts its files there
+        if not conversations.missing_cards(folder, cards, rollouts):
+            return folder, len(cards) * rollouts
+    with stoppable(folder) as check, open_world(_unhurried(config), folder.path, _mesh(config)) as w:
+        world = World(w.evaluation_roles, w.run)
         session = conversations.Session(
             subject.name,
             cards,
@@ -208,16 +230,19 @@ def _converse(options: argparse.Namespace, console: Console) -> Folder:
             conversations.hold_remotely(session, endpoint)
         else:
             conversations.hold_locally(session, subject.load, config, slots=options.concurrency)
-    return folder
+    return folder, len(cards) * rollouts
 
 
 def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     """Real conversations: has the configured judge score every reply."""
     config = load_config(options.config, options.overrides)
+    role = config.environment.judge
+    judge = role.model or role.implementation or "scripted judge"
+    scripted = judge == "scripted judge"
     chats = transcripts.read_transcripts(
         options.transcripts,
-        load_scenarios(config.environment.scenarios),
-        need_card=config.environment.family == "scripted",
+        load_scenarios(config.environment.scenarios, scripted=scripted),
+        need_card=scripted,
     )
     default = Path("evaluations") / f"dialogues-{Path(options.transcripts).stem}"
     folder = Folder(options.output or default, transcripts.JUDGED)
@@ -226,16 +251,17 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
         "transcripts": transcripts.fingerprint(chats),
         **_flat("environment", config.environment),
     }
-    with stoppable(folder) as check, open_world(config) as world:
+    with folder.opened(settings):
+        pass  # whose folder it is, before a judge's cache is put there
+    with stoppable(folder) as check, open_judge(_unhurried(config), folder.path, _mesh(config)) as w:
+        world = World(w.roles, w.run)
         rows = transcripts.judge_all(
             chats, world, folder, settings, console, concurrency=config.environment.concurrency, check=check
         )
     cases = [empa.make_case(row, f"conversation {row['case']}") for row in rows]
     models = empa.summarize_models(cases, seed=options.seed)
     worst = transcripts.worst_turns(rows, options.worst)
-    title = (
-        f"{len(rows)} conversations of {Path(options.transcripts).name}, {config.environment.family} judge"
-    )
+    title = f"{len(rows)} conversations of {Path(options.transcripts).name}, judged by {judge}"
     _show(console, [*tables.empa_tables(models), tables.worst_table(worst)])
     unjudged = sum(levels is None for row in rows for levels in row["levels"])
     if unjudged or len(rows) < len(chats):
@@ -252,7 +278,7 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
 
 @contextmanager
 def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
-    """Ends well on a signal; yields what to call at safe points."""
+    """Ends well on a signal, and where a live world keeps failing; yields what to call at safe points."""
     with StopRequest() as stop:
         try:
             yield stop.check
@@ -262,6 +288,22 @@ def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
                 f"stopped by {interruption}: what was finished is saved in {folder.path}; the same command "
                 "goes on from there",
             ) from interruption
+        except WorldFailing as failing:
+            raise UserError(
+                f"{printable(str(failing))}; what was finished is saved in {folder.path}, and the same "
+                "command goes on from there"
+            ) from failing
+
+
+def _mesh(config: Config) -> Mesh | None:
+    """Devices for roles on our own engine; none are touched where there is no such role."""
+    models = [getattr(config.environment, name).model or "" for name in (*ROLES, HELD_OUT)]
+    return make_mesh(config.mesh) if any(model.startswith(ENGINE) for model in models) else None
+
+
+def _unhurried(config: Config) -> Config:
+    """Without the time of a training step: each call and each dialogue has its own."""
+    return replace(config, environment=replace(config.environment, step_seconds=math.inf))
 
 
 def _flat(section: str, values: Any) -> dict[str, Any]:

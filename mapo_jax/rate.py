@@ -20,8 +20,9 @@ from rich.progress import track
 from mapo_jax.commands import run_command
 from mapo_jax.config import load_config
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.start import estimate_start
-from mapo_jax.environment.scenario import read_cards, to_mapping
+from mapo_jax.environment.live.calls import Complete
+from mapo_jax.environment.live.start import StartState, estimate_start
+from mapo_jax.environment.scenario import Scenario, read_cards, to_mapping
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.sharding import make_mesh
@@ -47,28 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output.suffix != ".jsonl":
             raise UserError(f"--output is {options.output}; its name must end with .jsonl")
         folder = options.output.parent / f"{options.output.stem}.calls"
-        cards, evidence, failed = [], [], []
+        missing = [card for card in scenarios if not card.start]
         with (
             asyncio.Runner() as runner,
             open_models(config, folder, make_mesh(config.mesh), runner, ("judge",)) as (callers, _),
         ):
             if callers["judge"] is None:
                 raise UserError("`environment.judge.model` is empty; name the model that is to estimate")
-            for card in track(scenarios, "start states"):
-                if not card.start:
-                    try:
-                        start = runner.run(estimate_start(card, callers["judge"]))
-                    except RoleFailure as failure:
-                        failed.append(f"{card.id}: {failure}")
-                        continue
-                    card = replace(card, start=start.levels)
-                    evidence.append({"id": card.id, **asdict(start)})
-                cards.append(card)
+            found = runner.run(_estimate(missing, callers["judge"], config.environment.concurrency))
+        failed = [f"{name}: {start}" for name, start in found.items() if isinstance(start, RoleFailure)]
         if failed:
             raise UserError(
                 f"{len(failed)} of {len(scenarios)} cards could not be estimated ({failed[0]}); the others "
                 f"are cached in {folder}, and the same command asks for the missing ones again"
             )
+        cards = [card if card.start else replace(card, start=found[card.id].levels) for card in scenarios]
+        evidence = [{"id": card.id, **asdict(found[card.id])} for card in missing]
         text = "".join(json.dumps(to_mapping(card), ensure_ascii=False) + "\n" for card in cards)
         write_whole(options.output, text)
         words = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evidence)
@@ -76,6 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(cards)} cards in {options.output}, {len(evidence)} start states estimated")
 
     return run_command(command)
+
+
+async def _estimate(
+    cards: Sequence[Scenario], judge: Complete, concurrency: int
+) -> dict[str, StartState | RoleFailure]:
+    """The start state of each card by its id, or why there is none."""
+    free = asyncio.Semaphore(concurrency)
+
+    async def estimate(card: Scenario) -> tuple[str, StartState | RoleFailure]:
+        async with free:
+            try:
+                return card.id, await estimate_start(card, judge)
+            except RoleFailure as failure:
+                return card.id, failure
+
+    estimates = asyncio.as_completed([estimate(card) for card in cards])
+    found = dict([await each for each in track(estimates, "start states", total=len(cards))])
+    return {card.id: found[card.id] for card in cards}
 
 
 if __name__ == "__main__":

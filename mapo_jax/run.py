@@ -31,8 +31,10 @@ from mapo_jax.training.checkpoint import (
 )
 from mapo_jax.training.display import Display
 from mapo_jax.training.forecast import check_memory, model_shape
+from mapo_jax.training.heartbeat import Heartbeat
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import CompileCounter, MetricWriter
+from mapo_jax.training.phases import Phases
 from mapo_jax.training.policy import (
     MODEL_FOLDER,
     Policy,
@@ -70,6 +72,7 @@ class Run:
     writer: MetricWriter
     display: Display
     compiles: CompileCounter
+    phases: Phases
     stop: StopRequest
 
 
@@ -82,7 +85,8 @@ def prepare(
       The run, and the weights that it starts from: None where it continues from a checkpoint of its own.
     """
     folder = Path(config.run.directory)
-    compiles = stack.enter_context(CompileCounter())
+    compiles, phases = stack.enter_context(CompileCounter()), Phases()
+    stack.enter_context(Heartbeat(phases))
     training = cards(config, "train")
     validation = cards(config, "validation")[: config.evaluation.scenarios]
     if config.rollout.scenarios > len(training):
@@ -134,6 +138,7 @@ def prepare(
         ),
         display=stack.enter_context(display),
         compiles=compiles,
+        phases=phases,
         stop=stop,
     )
     return run, params

@@ -110,15 +110,11 @@ def save_tokenizer(
         "unk_token": None,
         "additional_special_tokens": [START, END],
         "added_tokens_decoder": {
-            str(tokenizer.token_to_id(token)): {
-                "content": token,
-                "lstrip": False,
-                "normalized": False,
-                "rstrip": False,
-                "single_word": False,
-                "special": True,
+            str(number): {
+                name: getattr(token, name)
+                for name in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
             }
-            for token in SPECIAL_TOKENS
+            for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
         },
         "chat_template": chat_template,
         "clean_up_tokenization_spaces": False,

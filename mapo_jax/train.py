@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from mapo_jax.commands import Stopped, run_command, use_compilation_cache
+from mapo_jax.commands import Stopped, printable, run_command, use_compilation_cache
 from mapo_jax.config import Config, load_config
 from mapo_jax.environment.live import health
 from mapo_jax.environment.live.forecast import live_forecast
+from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.metrics import reading_metrics
@@ -38,8 +39,10 @@ from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
 from mapo_jax.training.interruption import Interrupted, StopRequest
+from mapo_jax.training.phases import phase
 from mapo_jax.training.programs import rows_per_dialogue
 from mapo_jax.training.step import TrainState, fetch, place
+from mapo_jax.training.utilization import memory, peak_flops, step_work, utilization
 
 EVALUATION_STREAM = 1_000_003  # added to the seed: evaluation's dialogues are never training's
 
@@ -67,6 +70,7 @@ def train(config: Config, console: Console | None = None) -> None:
         try:
             if done < config.training.steps:
                 warm_up(run, state)
+                count_lost_time(run)
             while True:
                 if done % config.evaluation.every == 0 or done == config.training.steps:
                     evaluate(run, state, done)
@@ -81,7 +85,8 @@ def train(config: Config, console: Console | None = None) -> None:
                 record(run, done, dialogues, rollout_metrics | update_metrics, started)
 
                 if done % config.checkpoint.every == 0 or done == config.training.steps:
-                    run.checkpoints.save(done, state, progress(config, deck_state))
+                    with run.phases("checkpoint"):
+                        run.checkpoints.save(done, state, progress(config, deck_state))
                 run.stop.check()
         except Interrupted as interruption:
             run.checkpoints.save(done, state, progress(config, deck_state))
@@ -99,6 +104,7 @@ def train(config: Config, console: Console | None = None) -> None:
 # --- One step. ---
 
 
+@phase("rollout")
 def gather(
     run: Run, state: TrainState, scenarios: list[Scenario], step: int
 ) -> tuple[list[list[Dialogue]], dict[str, float]]:
@@ -111,22 +117,24 @@ def gather(
     seconds, work = time.monotonic() - started, run.engine.counts.since(before)
     flat = [dialogue for group in dialogues for dialogue in group]
     sampled = sum(sum(row.sampled) for dialogue in flat for row in dialogue.rows)
+    sizes = [len(row) for dialogue in flat for row in dialogue.rows]
     cut = [turn.truncated for dialogue in flat for turn in dialogue.state.turns]
-    return dialogues, measure(run, dialogues) | run.world.metrics() | {
+    figures = measure(run, dialogues) | run.world.metrics()
+    return dialogues, figures | step_work(run.policy.config, run.config, sizes, sampled, work) | {
         "response_length/mean": sampled / max(1, len(cut)),
         "response_length/truncated": sum(cut) / max(1, len(cut)),
-        "timing_s/rollout": seconds,
+        "timing_s/environment": max(0.0, seconds - work.seconds),
         "perf/tokens_per_second": sampled / seconds,
         "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
         "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
     }
 
 
+@phase("update")
 def learn(
     run: Run, state: TrainState, dialogues: list[list[Dialogue]], step: int
 ) -> tuple[TrainState, dict[str, float]]:
     """Every turn gets its advantage, every token its turn's, and the weights move: one or more updates."""
-    started = time.monotonic()
     config = run.config
     cells = rows.make_cells(
         dialogues, config.rollout.max_turns, max_failed_share=config.environment.max_failed_share
@@ -165,7 +173,6 @@ def learn(
         "advantages/std": float(scored.std()),
         "advantages/min": float(scored.min()),
         "advantages/max": float(scored.max()),
-        "timing_s/update": time.monotonic() - started,
     }
 
 
@@ -173,20 +180,27 @@ def record(
     run: Run, done: int, dialogues: list[list[Dialogue]], metrics: dict[str, float], started: float
 ) -> None:
     """Puts a finished step on the disk and on the screen."""
-    metrics |= {
+    devices = run.mesh.devices
+    metrics |= run.phases.take() | {
         "timing_s/step": time.monotonic() - started,
+        "timing_s/compile": run.compiles.take_seconds(),
+        "timing_s/unix": time.time(),
         "perf/compiled_programs": float(run.compiles.count),
     }
+    peak = peak_flops(devices.flat[0], run.config.logging.peak_flops)
+    metrics |= utilization(metrics, devices=devices.size, peak=peak) | memory()
     if done % run.config.logging.dialogues_every == 0:
         write_dialogues(run.folder / "dialogues" / f"step_{done:06d}.jsonl", dialogues)
     run.writer.write(done, metrics)
     run.display.step(done, metrics)
 
 
+@phase("evaluation")
 def evaluate(run: Run, state: TrainState, done: int) -> None:
     """Holds the validation dialogues with the weights after `done` steps; the same seeds every time.
 
     Written whole to evaluations/step_N.json, so that a run which is killed here repeats or skips it exactly.
+    Once training has begun, a live world that fails here costs this evaluation and no more.
     """
     file = run.folder / "evaluations" / f"step_{done:06d}.json"
     if file.exists():
@@ -194,7 +208,13 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     config = run.config
     run.evaluator.load(state.weights, done)
     seed = config.training.seed + EVALUATION_STREAM
-    dialogues = converse(run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0)
+    try:
+        dialogues = converse(
+            run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0, patient=done == 0
+        )
+    except WorldFailing as failing:  # training can do without, and waits for its own world if it must
+        run.display.note(f"validation after {done} steps is left out: {printable(str(failing))}")
+        return
     metrics = measure(run, dialogues) | run.world.metrics()
     write_dialogues(file.with_suffix(".jsonl"), dialogues)
     run.writer.write(done, {f"evaluation/{name}": value for name, value in metrics.items()})
@@ -204,6 +224,7 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
         run.display.note(transcript(dialogues[0][0].state, "before" if done == 0 else "after"))
 
 
+@phase("calibration")
 def inspect_judge(run: Run, done: int) -> None:
     """Scores the fixed calibration replies and probes with a live judge; warns of what a policy would learn.
 
@@ -225,9 +246,15 @@ def inspect_judge(run: Run, done: int) -> None:
 
 
 def converse(
-    run: Run, engine: Engine, scenarios: Sequence[Scenario], rollouts: int, seed: int, step: int
+    run: Run,
+    engine: Engine,
+    scenarios: Sequence[Scenario],
+    rollouts: int,
+    seed: int,
+    step: int,
+    patient: bool = True,
 ) -> list[list[Dialogue]]:
-    """Dialogues of the policy with the world, [S][rollouts]."""
+    """Dialogues of the policy with the world, [S][rollouts]; `patient` as in `World.hold`."""
     total = len(scenarios) * rollouts * run.limits.max_turns
     training = seed == run.config.training.seed
     name = "dialogues" if training else "validation"
@@ -242,7 +269,7 @@ def converse(
             rollouts,
             engine,
             run.policy.chat,
-            run.world.roles,
+            run.world.roles if training else run.world.evaluation_roles,
             run.limits,
             seed=seed,
             step=step,
@@ -257,6 +284,7 @@ def converse(
         step=engine.version,
         check=run.stop.check,
         note=run.display.note,
+        patient=patient,
     )
     engine.unload()  # the update needs the memory
     return dialogues
@@ -277,6 +305,7 @@ def write_dialogues(file: Path, dialogues: list[list[Dialogue]]) -> None:
 # --- Before the first step, and after the last. ---
 
 
+@phase("warm_up")
 def warm_up(run: Run, state: TrainState) -> None:
     """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
     for engine in dict.fromkeys((run.engine, run.evaluator)):
@@ -286,12 +315,16 @@ def warm_up(run: Run, state: TrainState) -> None:
         run.stop.check()
 
 
+def count_lost_time(run: Run) -> None:
+    """Counts what an interruption cost: from the end of the step that the run goes on from until now."""
+    finished = run.writer.last("timing_s/unix")
+    if finished is not None:
+        run.phases.add("lost", max(0.0, time.time() - finished))
+
+
 def conclude(run: Run, console: Console) -> None:
     """Prints what was learnt, against where it started and the good helper, and where everything lies."""
-    first, last = (
-        json.loads((run.folder / "evaluations" / f"step_{step:06d}.json").read_text())
-        for step in (0, run.config.training.steps)
-    )
+    files = [run.folder / "evaluations" / f"step_{step:06d}.json" for step in (0, run.config.training.steps)]
     states = [
         hold_dialogue(scenario, seed, good_helper, run.world.roles, run.limits)
         for scenario in run.validation
@@ -300,7 +333,11 @@ def conclude(run: Run, console: Console) -> None:
     ]
     helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
     write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
-    console.print(results_table(first, last, helper))
+    if all(file.exists() for file in files):
+        first, last = (json.loads(file.read_text()) for file in files)
+        console.print(results_table(first, last, helper))
+    else:
+        console.print("the last validation could not be held; the same command tries it again")
     try:
         said = f"what it learnt to do, as a page for the browser: {write_report([run.folder])}"
     except Exception as error:  # the run is finished and whole; a page can be had later

@@ -5,20 +5,32 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import re
+import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
 from mapo_jax.commands import printable
-from mapo_jax.config import ENGINE, ROLES, Config, EnvironmentConfig, RoleConfig, RolloutConfig
+from mapo_jax.config import (
+    ENGINE,
+    HELD_OUT,
+    ROLES,
+    Config,
+    EnvironmentConfig,
+    RoleConfig,
+    RolloutConfig,
+    held_out,
+    validate_role,
+)
 from mapo_jax.environment.dialogue import RoleFailure, Roles
 from mapo_jax.environment.live.cache import CACHE_FILE, CallCache
-from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete
+from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete, Messages
 from mapo_jax.environment.live.client import Server
 from mapo_jax.environment.live.director import LiveDirector
 from mapo_jax.environment.live.guard import Guarded, Watch, WorldFailing
@@ -27,7 +39,7 @@ from mapo_jax.environment.live.judge import LiveJudge
 from mapo_jax.environment.live.user import LiveUser
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.errors import UserError
-from mapo_jax.rollout.completion import EngineModel
+from mapo_jax.rollout.completion import Completion, EngineModel
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal, journal_file, prune
 from mapo_jax.rollout.sampling import Sampling
@@ -39,7 +51,7 @@ T = TypeVar("T")
 
 PAUSES = 5  # each twice as long as the last; together environment.pause_minutes
 _CHECK_SECONDS = 0.2  # how often a request to stop is looked for while the world is awaited
-_METHODS = {"user": ("open", "reply"), "judge": ("score",), "director": ("act",)}
+_METHODS = {"user": ("open", "reply"), "judge": ("score",), "director": ("act",), HELD_OUT: ("score",)}
 _ENGINE_SLOTS, _ENGINE_TOKENS = 8, 4096
 
 
@@ -48,6 +60,7 @@ class World:
 
     Attributes:
       roles: user, judge, director.
+      evaluation_roles: the same, with the held-out judge in the judge's place if there is one.
       live: whether they are played by language models.
       on_pause: called before every pause, so that what is done can be saved.
     """
@@ -61,6 +74,7 @@ class World:
         *,
         live: bool = False,
         log: CallLog | None = None,
+        evaluation_roles: Roles | None = None,
     ) -> None:
         """Use `open_world`, which also closes it."""
         self.live = live
@@ -68,11 +82,15 @@ class World:
         self._config, self._folder, self._runner = config.environment, folder, runner
         self._max_turns = config.rollout.max_turns
         self._log = log or CallLog()
-        self._guard = None
-        self._unguarded = self.roles = roles
+        self._unguarded = self.roles = self.evaluation_roles = roles
+        self._watches: dict[str, Watch] = {}  # by stream
+        self._guards: dict[str, Guarded] = {}
         if live:
-            self._guard = self._guarded(Watch(self._config.failure_share))
-            self.roles = self._guard.roles
+            for stream, own in (("train", roles), ("evaluation", evaluation_roles or roles)):
+                self._watches[stream] = Watch(self._config.failure_share)
+                self._guards[stream] = self._guarded(own, self._watches[stream])
+            self.roles = self._guards["train"].roles
+            self.evaluation_roles = self._guards["evaluation"].roles
         first = 60 * self._config.pause_minutes / (2**PAUSES - 1)
         self._waits = [first * 2**i for i in range(PAUSES)] if self._config.pause_minutes else []
 
@@ -88,6 +106,7 @@ class World:
         step: int,
         check: Callable[[], None],
         note: Callable[[str], None],
+        patient: bool = True,
     ) -> list[list[T]]:
         """Holds a step's dialogues, in the live world through pauses and with a journal.
 
@@ -97,8 +116,10 @@ class World:
           step: finished steps.
           check: raises to end it all.
           note: told of pauses.
+          patient: whether a failing world is waited for.
 
         Raises:
+          WorldFailing: the world failed, and was not to be waited for.
           UserError: the world kept failing through all pauses. `on_pause` was called; nothing is lost.
         """
         if not self.live:
@@ -106,16 +127,19 @@ class World:
         assert self._folder is not None
         prune(self._folder, max(whole_steps(self._folder), default=0))
         for number in range(len(self._waits) + 1):
-            self._guard.begin()
+            self._guards[stream].begin()
             try:
                 with (
                     full_disk_is_a_user_error(self._folder),
                     Journal(journal_file(self._folder, stream, step)) as journal,
                 ):
                     dialogues = self.run(collection(journal), check)
-                _need_one_usable(dialogues)
+                _need_one_usable(dialogues, self._config.max_failed_share)
                 return dialogues
             except WorldFailing as failing:
+                self._watches[stream].clear()
+                if not patient:
+                    raise
                 self.on_pause()
                 if number == len(self._waits):
                     cleared = f"{self._config.pause_minutes:g} minutes of pauses did not clear it"
@@ -132,12 +156,12 @@ class World:
 
     def score_calibration(self, seed: int, check: Callable[[], None]) -> dict[str, tuple[int, ...] | None]:
         """The judge's levels for the fixed replies of `health`; a failure is None and pauses nothing."""
-        judge = self._guarded(Watch(1.0)).roles.judge
+        judge = self._guarded(self._unguarded, Watch(1.0)).roles.judge
         return self.run(score_all(judge, seed, self._config.concurrency), check)
 
-    def _guarded(self, watch: Watch) -> Guarded:
+    def _guarded(self, roles: Roles, watch: Watch) -> Guarded:
         return Guarded(
-            self._unguarded,
+            roles,
             watch,
             self._log,
             dialogue_seconds=2 * self._config.call_seconds * self._max_turns,
@@ -148,7 +172,7 @@ class World:
         """What calls came to since this was last asked; nothing in the scripted world."""
         if not self.live:
             return {}
-        return self._log.take({name: getattr(self._config, name).prices for name in ROLES})
+        return self._log.take({name: getattr(self._config, name).prices for name in (*ROLES, HELD_OUT)})
 
     def status(self) -> str:
         """Failures since `metrics` was last asked, by kind, for the display; empty if there are none."""
@@ -157,12 +181,12 @@ class World:
 
 
 @contextmanager
-def open_world(config: Config, folder: Path | None, mesh: Mesh) -> Iterator[World]:
+def open_world(config: Config, folder: Path | None, mesh: Mesh | None) -> Iterator[World]:
     """The world of a run; a live one is asked whether it is there before anything is spent.
 
     Args:
       folder: of the run, where a live world keeps its cache, its journal and its failures; None for nowhere.
-      mesh: where models on our own engine go.
+      mesh: where models on our own engine go, if there are any.
 
     Raises:
       UserError: a server does not answer or refuses the key, a model folder or a class cannot be used.
@@ -173,13 +197,36 @@ def open_world(config: Config, folder: Path | None, mesh: Mesh) -> Iterator[Worl
         if environment.family == "scripted":
             yield World(scripted_roles(environment), config, folder, runner)
             return
-        callers, log = stack.enter_context(open_models(config, folder, mesh, runner, ROLES))
-        yield World(_roles(config, callers, log), config, folder, runner, live=True, log=log)
+        names = (*ROLES, HELD_OUT) if held_out(environment) else ROLES
+        callers, log = stack.enter_context(open_models(config, folder, mesh, runner, names))
+        made = {name: _role(name, config, callers, log) for name in names}
+        roles = Roles(*(made[name] for name in ROLES))
+        evaluation_roles = replace(roles, judge=made.get(HELD_OUT, roles.judge))
+        yield World(roles, config, folder, runner, live=True, log=log, evaluation_roles=evaluation_roles)
+
+
+@contextmanager
+def open_judge(config: Config, folder: Path, mesh: Mesh | None) -> Iterator[World]:
+    """A world of which only the judge is there: the configured one, or else the scripted one.
+
+    Args and errors as of `open_world`. The user and the director need no configuration.
+    """
+    role = config.environment.judge
+    scripted = scripted_roles(config.environment)
+    with ExitStack() as stack:
+        runner = stack.enter_context(asyncio.Runner())
+        if role.model is None and role.implementation is None:
+            yield World(scripted, config, folder, runner)
+            return
+        validate_role("judge", role)
+        callers, log = stack.enter_context(open_models(config, folder, mesh, runner, ("judge",)))
+        roles = replace(scripted, judge=_role("judge", config, callers, log))
+        yield World(roles, config, folder, runner, live=True, log=log)
 
 
 @contextmanager
 def open_models(
-    config: Config, folder: Path | None, mesh: Mesh, runner: asyncio.Runner, names: Sequence[str]
+    config: Config, folder: Path | None, mesh: Mesh | None, runner: asyncio.Runner, names: Sequence[str]
 ) -> Iterator[tuple[dict[str, Complete | None], CallLog]]:
     """What each of the named roles asks (None where no model is named), and the log of its calls.
 
@@ -188,22 +235,25 @@ def open_models(
     environment = config.environment
     with ExitStack() as stack:
         log = CallLog(None if folder is None else folder / FAILURES_FILE)
-        cache = None
-        if folder is not None:
-            cache = CallCache(folder / CACHE_FILE)
-            stack.callback(cache.close)
         engines: dict[Any, EngineModel] = {}
-        callers: dict[str, Complete | None] = dict.fromkeys(names)
+        calls: dict[str, Callable[..., Awaitable[Any]]] = {}
         for name in names:
             role = getattr(environment, name)
             if role.model is None:
                 continue
             if role.model.startswith(ENGINE):
-                call = _engine_call(role, engines, config, mesh)
+                calls[name] = _engine_call(name, role, engines, config, mesh, log)
             else:
-                call = _server(name, role, environment, log)
-                stack.callback(lambda server=call: runner.run(server.close()))
-                runner.run(_ready(name, role, call))
+                calls[name] = server = _server(name, role, environment, log)
+                stack.callback(lambda server=server: runner.run(server.close()))
+                runner.run(_ready(name, role, server))
+        cache = None
+        if folder is not None:  # only now: a run that could not begin leaves its folder as it was
+            cache = CallCache(folder / CACHE_FILE)
+            stack.callback(cache.close)
+        callers: dict[str, Complete | None] = dict.fromkeys(names)
+        for name, call in calls.items():
+            role = getattr(environment, name)
             settings = {
                 "model": role.model,
                 "temperature": role.temperature,
@@ -215,30 +265,27 @@ def open_models(
         yield callers, log
 
 
-def _roles(config: Config, callers: dict[str, Complete | None], log: CallLog) -> Roles:
-    environment = config.environment
-    ours: dict[str, Callable[[Any], Any]] = {
-        "user": LiveUser,
-        "judge": lambda complete: LiveJudge(
-            complete, environment.judge.samples, lambda spread: log["judge"].spreads.append(spread)
-        ),
-        "director": lambda complete: LiveDirector(complete, config.rollout.max_turns),
-    }
-    made = {}
-    for name in ROLES:
-        path = getattr(environment, name).implementation
-        made[name] = ours[name](callers[name]) if path is None else load_role(name, path)(callers[name])
-    return Roles(**made)
+def _role(name: str, config: Config, callers: dict[str, Complete | None], log: CallLog) -> Any:
+    role, complete = getattr(config.environment, name), callers[name]
+    if role.implementation is not None:
+        return load_role(name, role.implementation)(complete)
+    if name == "user":
+        return LiveUser(complete)
+    if name == "director":
+        return LiveDirector(complete, config.rollout.max_turns)
+    return LiveJudge(complete, role.samples, lambda spread: log[name].spreads.append(spread))
 
 
 def load_role(name: str, path: str) -> Callable[[Complete | None], Any]:
-    """A class of the user's own, from `package.module:Class`.
+    """A class of the user's own, from `package.module:Class`; modules in the working directory are found too.
 
     Raises:
       UserError: there is no such class, or it lacks a method of the role.
     """
     key = f"environment.{name}.implementation"
     module, _, attribute = path.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):  # as under `python -m`, for the console commands
+        sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -246,7 +293,8 @@ def load_role(name: str, path: str) -> Callable[[Complete | None], Any]:
     for method in _METHODS[name]:
         if not asyncio.iscoroutinefunction(getattr(found, method, None)):
             raise UserError(
-                f"`{key}` is {path!r}, which has no `async def {method}`; see mapo_jax/environment/{name}.py"
+                f"`{key}` is {path!r}, which has no `async def {method}`; see "
+                f"mapo_jax/environment/{'judge' if name == HELD_OUT else name}.py"
             )
     return found
 
@@ -261,12 +309,17 @@ def _server(name: str, role: RoleConfig, environment: EnvironmentConfig, log: Ca
                 "which is empty or not set; put the server's key there"
             )
 
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise UserError(
+            f"the key in {role.key_variable} (`environment.{name}.key_variable`) holds a space, a line's "
+            "end or another character that no key has; set it again"
+        )
+
     def attempted(seconds: float | None, failure: str | None) -> None:
         tally = log[name]
-        tally.attempts += 1
-        if failure is not None:
+        if seconds is None:
             tally.lost_attempts += 1
-        elif seconds is not None:
+        else:
             tally.seconds.append(seconds)
 
     return Server(
@@ -291,7 +344,12 @@ async def _ready(name: str, role: RoleConfig, server: Server) -> None:
 
 
 def _engine_call(
-    role: RoleConfig, engines: dict[Any, EngineModel], config: Config, mesh: Mesh
+    name: str,
+    role: RoleConfig,
+    engines: dict[Any, EngineModel],
+    config: Config,
+    mesh: Mesh | None,
+    log: CallLog,
 ) -> Callable[..., Awaitable[Any]]:
     """A frozen model on our own engine; roles of one model and temperature share it."""
     options = {"slots": _ENGINE_SLOTS, "tokens": _ENGINE_TOKENS} | role.extra_body
@@ -303,29 +361,53 @@ def _engine_call(
         )
     identity = (role.model, role.temperature, options["slots"], options["tokens"])
     if identity not in engines:
-        rollout = RolloutConfig(max_tokens=options["tokens"])
-        policy, params = load_policy(role.model.removeprefix(ENGINE), rollout, mesh=mesh)
-        engine = Engine(
-            policy.config,
-            slots=options["slots"],
-            length=options["tokens"],
-            sampling=Sampling(temperature=role.temperature),
-            max_reply_tokens=role.max_tokens,
-            stop_ids=policy.chat.stop_ids,
-            vocabulary_size=policy.chat.vocabulary_size,
-            dtype=config.model.dtype,
-            mesh=mesh,
-        )
+        roles = (getattr(config.environment, each) for each in (*ROLES, HELD_OUT))
+        longest = max(each.max_tokens for each in roles if each.model == role.model)
+        try:
+            rollout = RolloutConfig(max_tokens=options["tokens"])
+            policy, params = load_policy(role.model.removeprefix(ENGINE), rollout, mesh=mesh)
+            engine = Engine(
+                policy.config,
+                slots=options["slots"],
+                length=options["tokens"],
+                sampling=Sampling(temperature=role.temperature),
+                max_reply_tokens=longest,
+                stop_ids=policy.chat.stop_ids,
+                vocabulary_size=policy.chat.vocabulary_size,
+                dtype=config.model.dtype,
+                mesh=mesh,
+            )
+        except UserError as error:
+            raise UserError(_in_terms_of_role(str(error), name)) from error
         engine.load(params, 0)
         engines[identity] = EngineModel(engine, policy.chat)
-    return partial(engines[identity], max_tokens=role.max_tokens)
+    model = engines[identity]
+
+    async def call(messages: Messages, *, seed: int, schema: Mapping[str, Any] | None) -> Completion:
+        started = time.monotonic()
+        completion = await model(messages, seed=seed, schema=schema, max_tokens=role.max_tokens)
+        log[name].seconds.append(time.monotonic() - started)
+        return completion
+
+    return call
 
 
-def _need_one_usable(dialogues: Sequence[Sequence[Any]]) -> None:
+def _in_terms_of_role(message: str, name: str) -> str:
+    """What the engine says about the policy's keys, said about those that a role's engine is made from."""
+    for key, own in (
+        ("rollout.max_reply_tokens", "max_tokens"),
+        ("rollout.max_tokens", "extra_body.tokens"),
+        ("rollout.slots", "extra_body.slots"),
+    ):
+        message = message.replace(key, f"environment.{name}.{own}")
+    return message
+
+
+def _need_one_usable(dialogues: Sequence[Sequence[Any]], max_failed_share: float) -> None:
     """Raises WorldFailing where a step has nothing to learn from."""
-    states = [dialogue.state for group in dialogues for dialogue in group]
-    if not any(state.outcome != "error" and any(t.scored for t in state.turns) for state in states):
-        raise WorldFailing(f"none of the {len(states)} dialogues has a scored turn and a proper end")
+    flat = [dialogue for group in dialogues for dialogue in group]
+    if not any(dialogue.usable(max_failed_share) for dialogue in flat):
+        raise WorldFailing(f"none of the {len(flat)} dialogues has enough scored turns and a proper end")
 
 
 async def _watched(work: Awaitable[T], check: Callable[[], None]) -> T:

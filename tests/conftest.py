@@ -245,6 +245,8 @@ def write_speaking_model(folder, lines, texts):
             token = tokenizer.token_to_id(line)
             model.lm_head.weight[token] = 8 * embedding[last]
             model.lm_head.weight[chat.end_of_turn[0]] += 8 * embedding[token]
+    # Without this a server takes the likeliest token, whatever temperature it is asked for.
+    model.generation_config.update(do_sample=True, temperature=1.0, top_k=0)
     model.save_pretrained(folder)
     return folder
 
@@ -261,7 +263,9 @@ def speaking_models(tmp_path_factory):
     texts += [m["content"] for card in cards for m in user_messages(card, ())]
     lines = {
         "user": ["I lie awake at four.", "They never asked me.", "It is the quiet that gets me.",
-                 "I counted the stairs again.", "My coffee goes cold.", "Nobody rings in the evening."],
+                 "I counted the stairs again.", "My coffee goes cold.", "Nobody rings in the evening.",
+                 "The letter is still closed.", "I wore the grey coat.", "It rained on the yard.",
+                 "He took the old chair.", "I said it was fine.", "The lamp is still on."],
         "judge": [judgement(1, 0, 2, 0, 0, -1), judgement(0, -1, 1, 0, 2, 0)],
         "director": [json.dumps({"reason": "r", "function": "observe", "target": None, "guidance": "Wait."})],
     }  # fmt: skip

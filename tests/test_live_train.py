@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,8 +20,10 @@ from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
+from mapo_jax.training.checkpoint import read_progress, whole_steps
 
 ROOT = Path(__file__).resolve().parents[1]
+KEY = "sk-live-0123456789abcdef"
 STEPS, SCENARIOS, ROLLOUTS, TURNS, DISCOUNT, WEIGHT = 10, 2, 3, 3, 0.85, 1 / 3
 
 
@@ -176,7 +179,10 @@ def test_ten_steps_with_every_fault(serve, well_formed, judged, model_folder, ca
 
     server = serve(answer)
     folder = tmp_path / "run"
-    arguments = command(folder, model_folder, cache, server.url, environment__failure_share=0.9)
+    arguments = command(
+        folder, model_folder, cache, server.url,
+        environment__failure_share=0.9, environment__call_seconds=1.5,
+    )  # fmt: skip
     assert train.main(arguments) == 0
     rows = metric_rows(folder)
     assert sorted(step for step in rows) == list(range(1, STEPS + 1))
@@ -256,11 +262,118 @@ def test_a_kill_in_mid_step_costs_no_call_and_no_turn(serve, well_formed, model_
     assert all(int(file.stem.split("_")[1]) >= 8 for file in (folder / "journal").iterdir())
 
 
+def test_an_outage_stops_the_run_whole_and_no_key_is_left_anywhere(
+    serve, well_formed, model_folder, cache, tmp_path, monkeypatch, capfd
+):
+    """The servers fail in the second step, for longer than all pauses, and echo the key wherever they can."""
+    monkeypatch.setenv("WORLD_KEY", KEY)
+    outage = []
+
+    def answer(request, number):
+        if number > 3 + 16 + 32 + 45 + 20:
+            outage.append(number)
+            return ("status", 503, {}, f"The key {KEY} is overloaded.")
+        return spoken(request, number)
+
+    def spoken(request, number):
+        text = well_formed(request, number)
+        return text if text.startswith("{") else f"{text} I know {KEY}."
+
+    server = serve(answer)
+    folder = tmp_path / "run"
+    keys = {f"environment__{role}__key_variable": "WORLD_KEY" for role in ("user", "judge", "director")}
+    arguments = command(
+        folder, model_folder, cache, server.url, training__steps=3, environment__failure_share=0.05,
+        environment__pause_minutes=0.01, **keys,
+    )  # fmt: skip
+    assert train.main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert "503" in err and "the same command goes on" in err and "pause 5 of 5" in out
+    # Checkpoints come after every fourth step: this one was made for the pause.
+    assert whole_steps(folder) == [1] and sorted(metric_rows(folder)) == [1]
+    answered = {json.dumps([r["messages"], r["seed"]]) for r in server.requests[3 : outage[0] - 1]}
+    server.requests.clear()
+    server.answer = spoken
+    assert train.main(arguments) == 0
+    assert sorted(metric_rows(folder)) == [1, 2, 3] and whole_steps(folder)[-1] == 3
+    assert not answered & {json.dumps([r["messages"], r["seed"]]) for r in server.requests}
+    dialogues = [d for step in (1, 2, 3) for group in saved(folder, step) for d in group]
+    turns = [turn for dialogue in dialogues for turn in dialogue.state.turns]
+    assert len(turns) == 3 * SCENARIOS * ROLLOUTS * TURNS and all(turn.scored for turn in turns)
+
+    assert any(KEY.lower() in headers.lower() for headers in server.headers)  # it was sent, and nothing else
+    assert all("[key]" in turn.user for turn in turns)
+    later_out, later_err = capfd.readouterr()
+    texts = {"screen": out + err + later_out + later_err}
+    for step in whole_steps(folder):  # arrays are compressed; what could hold a key is read back
+        texts[f"checkpoint {step}"] = json.dumps(read_progress(folder / "checkpoints" / str(step)))
+    for name, text in texts.items():
+        assert KEY not in text, name
+    files = {file.name: file for file in folder.rglob("*") if file.is_file()}
+    assert {"config.yaml", "failures.jsonl", "calls.sqlite", "metrics.jsonl", "report.html"} <= set(files)
+    for file in folder.rglob("*"):
+        assert file.is_dir() or KEY.encode() not in file.read_bytes(), file
+
+
+def test_a_held_out_judge_that_fails_costs_its_evaluation_and_not_the_run(
+    serve, well_formed, judged, model_folder, cache, tmp_path, capsys
+):
+    """It scores evaluations and nothing else; after the first it hangs or refuses, until mended."""
+
+    def held(request, number):
+        if held_out.broken:
+            return ("status", 400, {}) if number % 2 else ("silence",)
+        return judged(0, 0, 2, 0, 0, 0) if "response_format" in request else "ready"
+
+    def answer(request, number):
+        # The judge is asked nothing before the first evaluation is over.
+        held_out.broken |= held_out.breaks and "C_progress" in json.dumps(request.get("response_format", ""))
+        return well_formed(request, number)
+
+    held_out, world = serve(held), serve(answer)
+    held_out.broken, held_out.breaks = False, True
+    folder = tmp_path / "run"
+    settings = {
+        "training__steps": 3,
+        "evaluation__every": 2,
+        "environment__call_seconds": 2.0,
+        "environment__failure_share": 0.01,
+        "optimizer__learning_rate": 0.1,  # else it says the same in each evaluation, and the cache answers
+        "environment__held_out_judge__url": held_out.url,
+        "environment__held_out_judge__model": "m",
+    }
+    arguments = command(folder, model_folder, cache, world.url, **settings)
+    started = time.monotonic()
+    assert train.main(arguments) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "validation after 2 steps is left out" in out and "validation after 3 steps is left out" in out
+    assert "the same command tries it again" in out
+    assert time.monotonic() - started < 200  # nothing waited for the 60 s of a silent server, or a pause
+    held = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(row["step"] for row in held if "reward/mean" in row) == [1, 2, 3]
+    assert [row["step"] for row in held if "evaluation/reward/mean" in row] == [0]
+    assert sorted(file.name for file in (folder / "evaluations").glob("step_*.jsonl")) == [
+        "step_000000.jsonl"
+    ]
+
+    held_out.broken = held_out.breaks = False
+    assert train.main(arguments) == 0
+    lines = (folder / "evaluations" / "step_000003.jsonl").read_text().splitlines()
+    turns = [turn for line in lines for turn in Dialogue.from_json(json.loads(line)).state.turns]
+    assert {turn.judgement.levels for turn in turns} == {(0, 0, 2, 0, 0, 0)}
+    trained = [t for step in (1, 2, 3) for g in saved(folder, step) for d in g for t in d.state.turns]
+    assert {turn.judgement.levels for turn in trained} == {(1, 0, 1, 0, 0, 0)}
+
+
 def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path, capsys):
     arguments = command(tmp_path / "run", model_folder, cache, "http://127.0.0.1:9/v1")
-    assert train.main(["--dry-run", *arguments, "environment.judge.prices=[2, 10]"]) == 0
+    settings = ["environment.judge.prices=[2, 10]", "environment.director.requests_per_minute=2"]
+    assert train.main(["--dry-run", *arguments, *settings]) == 0
     lines = capsys.readouterr().out.splitlines()
     figures = {line.split()[0]: line.replace(",", "").split()[2:] for line in lines if line.count(" m ") == 1}
+    assert any("the user has no price" in line for line in lines)
+    # 132 calls at two a minute.
+    assert any("the director's limits per minute let this through in 1.1 hours" in line for line in lines)
     # By hand: 10 steps x 6 dialogues and 3 evaluations x 2: 66 dialogues of 3 turns; 2 x 10 + 3 x 2 openings;
     # 3 inspections of 32 replies.
     assert int(figures["judge"][0]) == 66 * 3 + 3 * 32
@@ -270,6 +383,12 @@ def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path
     assert cost == pytest.approx((2 * tokens + 10 * answers) / 1e6, abs=0.006)
     assert 500 < tokens / (66 * 3 + 3 * 32) < 3000
     assert not (tmp_path / "run").exists()
+
+    held_out = ["environment.held_out_judge.model=h", "environment.held_out_judge.url=http://127.0.0.1:9/v1"]
+    assert train.main(["--dry-run", *arguments, *held_out]) == 0
+    lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()]
+    calls = {line[0]: int(line[2]) for line in lines if line[:2] in (["judge", "m"], ["held_out_judge", "h"])}
+    assert calls == {"judge": 60 * 3 + 3 * 32, "held_out_judge": 6 * 3}
 
 
 def test_a_wrong_server_stops_before_anything_is_spent(model_folder, cache, tmp_path, capsys):
@@ -335,7 +454,8 @@ def transformers_servers(speaking_models, tmp_path):
     for role, folder in speaking_models.items():
         port = free_port()
         log = (tmp_path / f"{role}.log").open("w")
-        serve_command = ["transformers", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+        program = Path(sys.executable).with_name("transformers")
+        serve_command = [program, "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
         processes.append(
             subprocess.Popen([*serve_command, "--device", "cpu"], env=environment, stdout=log, stderr=log)
         )
@@ -375,3 +495,42 @@ def test_an_independent_server_plays_all_roles(
     turns = [turn for line in lines for turn in Dialogue.from_json(json.loads(line)).state.turns]
     assert {turn.judgement.levels for turn in turns} <= {(1, 0, 2, 0, 0, -1), (0, -1, 1, 0, 2, 0)}
     assert len(turns) >= 3
+
+
+def recipe(name, folder, model_folder, cache, roles):
+    """The command line that a recipe's header gives for a CPU."""
+    file = ROOT / "configs" / name
+    header = file.read_text().split("\nrun:")[0]
+    small = re.findall(r"[a-z_.]+=[a-z0-9]+", header.split("To try it on a CPU")[1])
+    assert len(small) >= 10
+    places = {"run.directory": folder, "run.compilation_cache": cache, "model.path": model_folder}
+    return ["--config", str(file), *small, *(f"{key}={value}" for key, value in (places | roles).items())]
+
+
+@pytest.mark.slow
+def test_the_recipe_with_three_servers_runs_on_the_cpu(
+    serve, well_formed, model_folder, cache, tmp_path, monkeypatch
+):
+    servers = {role: serve(well_formed) for role in ("user", "judge", "director")}
+    for role in servers:
+        monkeypatch.setenv(f"{role.upper()}_KEY", KEY)
+    roles = {f"environment.{role}.url": server.url for role, server in servers.items()}
+    folder = tmp_path / "run"
+    assert train.main(recipe("live.yaml", folder, model_folder, cache, roles)) == 0
+    assert sorted(metric_rows(folder)) == [1, 2]
+    assert all(row["judge/failure_rate"] == 0 for row in metric_rows(folder).values())
+    # The user alone also opens; the judge alone also scores the calibration.
+    calls = {role: server.count for role, server in servers.items()}
+    assert calls["director"] < calls["user"] < calls["judge"]
+
+
+@pytest.mark.slow
+def test_the_recipe_on_our_engine_runs_on_the_cpu(speaking_models, model_folder, cache, tmp_path):
+    roles = {f"environment.{role}.model": f"engine:{path}" for role, path in speaking_models.items()}
+    # A user of six sentences now and then says one twice, and then fails.
+    roles |= {"environment.failure_share": 0.9}
+    folder = tmp_path / "run"
+    assert train.main(recipe("live-engine.yaml", folder, model_folder, cache, roles)) == 0
+    rows = metric_rows(folder)
+    assert sorted(rows) == [1, 2]
+    assert all(row["judge/latency_p95"] >= row["judge/latency_p50"] > 0 for row in rows.values())

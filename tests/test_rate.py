@@ -20,9 +20,10 @@ def arguments(server, file, output):
 
 
 def test_missing_starts_are_estimated_once(serve, well_formed, tmp_path, capsys):
-    server = serve(well_formed)
+    server = serve(well_formed, latency=0.2)
     file, output = write_cards(tmp_path), tmp_path / "rated.jsonl"
     assert rate.main(arguments(server, file, output)) == 0
+    assert server.most == 2  # at once
     rated = load_scenarios(output)
     known = load_scenarios()[:3]
     assert [card.start for card in rated] == [(2,) * 9, known[1].start, (2,) * 9]

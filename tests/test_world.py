@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mapo_jax.config import load_config
+from mapo_jax.config import ROLES, load_config, to_yaml
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
@@ -17,7 +17,7 @@ from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.collect import collect, derive_seed
 from mapo_jax.rollout.engine import Reply
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mapo_jax.world import open_world
+from mapo_jax.world import open_models, open_world
 
 KEY = "sk-live-0123456789abcdef"
 CARDS = load_scenarios(split="train")[:2]
@@ -240,6 +240,116 @@ def test_a_step_without_a_usable_dialogue_is_no_step(serve, well_formed, chat, t
             hold(world, chat, config)
 
 
+@pytest.mark.parametrize(
+    ("limits", "which"),
+    [
+        ({"environment__call_seconds": 60.0, "environment__step_seconds": 5.0}, "step"),
+        # Twice the time of one attempt: less than the four that the call itself would take.
+        ({"environment__call_seconds": 1.5, "rollout__max_turns": 1, "rollout__min_turns": 1}, "dialogue"),
+    ],
+    ids=["step", "dialogue"],
+)
+def test_a_hanging_judge_costs_its_dialogues_and_no_more_time(
+    serve, well_formed, chat, tmp_path, limits, which
+):
+    """The judge never answers about one of two persons; no failure is borne, and still nothing pauses."""
+    hanging = CARDS[0].person.name
+
+    def answer(request, number):
+        judging = "response_format" in request and "last reply" in request["messages"][1]["content"]
+        hangs = judging and hanging in str(request["messages"])
+        return ("silence",) if hangs else well_formed(request, number)
+
+    server = serve(answer)
+    config = configure(server.url, environment__failure_share=0.0, environment__pause_minutes=0, **limits)
+    with open_world(config, tmp_path, None) as world:
+        started = time.monotonic()
+        hung, others = hold(world, chat, config)
+        assert time.monotonic() - started < 20  # the server would have taken a minute for each call
+        metrics = world.metrics()
+    assert [(d.state.outcome, d.state.failure) for d in hung] == [("error", "timeout")] * ROLLOUTS
+    assert not any(turn.scored for d in hung for turn in d.state.turns)
+    assert all(d.state.outcome == "timeout" and all(t.scored for t in d.state.turns) for d in others)
+    rows = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+    assert {row["detail"] for row in rows} == {f"the time of the {which} is used up"}
+    # In each of the three the judge, and then the director too.
+    assert metrics["failures/timeout"] == len(rows) == 2 * ROLLOUTS
+
+
+def test_several_samples_of_the_judge_are_one_judgement_with_a_spread(serve, judged, tmp_path):
+    levels = {}
+
+    def answer(request, number):
+        if "response_format" not in request:
+            return "ready"
+        seen = levels.setdefault(str(request["messages"]), [])
+        seen.append(request["seed"])
+        return judged(min(len(seen), 3) - 1, 0, 0, 0, 0, 0)  # 0, then 1, then 2: points 0, 1 and 3
+
+    config = configure(serve(answer).url, environment__judge__samples=3)
+    with open_world(config, tmp_path, None) as world:
+        found = world.score_calibration(5, lambda: None)
+        metrics = world.metrics()
+    assert set(found.values()) == {(1, 0, 0, 0, 0, 0)}
+    assert metrics["judge/calls"] == 32 * 3 and metrics["judge/spread"] == 3
+    assert all(len(set(seeds)) == 3 for seeds in levels.values())
+
+
+def test_roles_of_one_model_share_an_engine_with_room_for_the_longest_answer(monkeypatch, chat):
+    """Each role keeps its own limit, and none is cut at another one's."""
+    made = []
+
+    class Engine(TalkingEngine):
+        def __init__(self, config, **options):
+            super().__init__(slots=options["slots"], max_reply_tokens=options["max_reply_tokens"])
+            made.append(self)
+            self.end, self.limits = chat.end_of_turn[0], []
+            self.reset()
+
+        def load(self, params, version):
+            pass
+
+        def submit(self, request):
+            self.limits.append(request.limit)
+            super().submit(request)
+
+    policy = SimpleNamespace(config=None, chat=chat)
+    monkeypatch.setattr("mapo_jax.world.Engine", Engine)
+    monkeypatch.setattr("mapo_jax.world.load_policy", lambda *args, **options: (policy, None))
+    changes = {f"environment__{role}__model": "engine:x" for role in ROLES}
+    changes |= {f"environment__{role}__url": None for role in ROLES}
+    lengths = {"user": 50, "judge": 700, "director": 90}
+    changes |= {f"environment__{role}__max_tokens": length for role, length in lengths.items()}
+
+    async def ask(callers):
+        for role in ROLES:
+            await callers[role]([{"role": "user", "content": "Hm."}])
+
+    with (
+        asyncio.Runner() as runner,
+        open_models(configure(None, **changes), None, None, runner, ROLES) as (callers, log),
+    ):
+        runner.run(ask(callers))
+        metrics = log.take({})
+    (engine,) = made
+    assert engine.max_reply_tokens == 700 and engine.limits == [lengths[role] for role in ROLES]
+    assert all(metrics[f"{role}/latency_p50"] > 0 for role in ROLES)
+
+
+def test_what_is_wrong_with_a_roles_engine_is_said_in_the_roles_own_keys(monkeypatch):
+    def load(*args, **options):
+        raise UserError("`rollout.max_tokens` is 4096; it must be at most the 512 positions of the model x")
+
+    monkeypatch.setattr("mapo_jax.world.load_policy", load)
+    config = configure("http://127.0.0.1:9/v1", environment__judge__model="engine:x")
+    with (
+        asyncio.Runner() as runner,
+        pytest.raises(UserError, match=r"`environment\.judge\.extra_body\.tokens` is 4096"),
+        open_models(config, None, None, runner, ("judge",)),
+    ):
+        pass
+
+
 def test_a_server_that_is_not_there_is_one_clear_error(serve, well_formed, tmp_path):
     server = serve(lambda request, number: ("status", 401, {}, "no such key"))
     config = configure(server.url)
@@ -251,6 +361,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(serve, well_formed, tmp_p
     config = configure("http://127.0.0.1:9/v1", environment__call_seconds=0.5)
     with pytest.raises(UserError, match="does not serve 'm'"), open_world(config, tmp_path, None):
         pass
+    assert list(tmp_path.iterdir()) == []  # the folder is free for the mended configuration
 
 
 def test_the_key_is_found_nowhere(serve, well_formed, chat, tmp_path, monkeypatch, capfd):
@@ -276,9 +387,7 @@ def test_the_key_is_found_nowhere(serve, well_formed, chat, tmp_path, monkeypatc
             hold(world, chat, config, notes=notes)
         except UserError as error:
             notes.append(str(error))
-    assert any(f"bearer {KEY}" in headers.lower().replace("sk-live", "sk-live") for headers in server.headers)
-    from mapo_jax.config import to_yaml
-
+    assert any(f"bearer {KEY}" in headers.lower() for headers in server.headers)
     out, err = capfd.readouterr()
     texts = {"yaml": to_yaml(config), "notes": "\n".join(notes), "out": out, "err": err}
     assert notes and any("[key]" in note for note in notes)
@@ -290,10 +399,14 @@ def test_the_key_is_found_nowhere(serve, well_formed, chat, tmp_path, monkeypatc
         assert KEY.encode() not in file.read_bytes(), file
 
 
-def test_a_missing_key_is_named_by_its_variable(tmp_path):
-    config = configure("http://127.0.0.1:9/v1", environment__user__key_variable="NO_SUCH_KEY")
-    with pytest.raises(UserError, match="NO_SUCH_KEY"), open_world(config, tmp_path, None):
+@pytest.mark.parametrize("key", [None, "", "sk-a b", "sk-ab\r", "sk-a\u2019b"])
+def test_a_key_that_is_none_is_named_by_its_variable(key, tmp_path, monkeypatch):
+    if key is not None:
+        monkeypatch.setenv("SOME_KEY", key)
+    config = configure("http://127.0.0.1:9/v1", environment__user__key_variable="SOME_KEY")
+    with pytest.raises(UserError, match="SOME_KEY") as caught, open_world(config, tmp_path, None):
         pass
+    assert "sk-a" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 OWN_JUDGE = """

@@ -197,7 +197,7 @@ def import_sage(path: Path) -> list[dict[str, Any]]:
       UserError: an unreadable file, or a profile that lacks a field; names its line.
     """
     cards = []
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(_read(path).rstrip("\n").split("\n"), start=1):
         try:
             cards.append(sage_card(json.loads(line)))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

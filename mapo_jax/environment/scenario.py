@@ -225,16 +225,15 @@ def read_cards(path: Path) -> tuple[list[Scenario], list[str]]:
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
-            if file.suffix == ".jsonl":
-                cards = [json.loads(line) for line in text.splitlines() if line.strip()]
-            else:
-                cards = yaml.load(text, Loader=_Loader)
+            cards = _lines(text, file, problems) if file.suffix == ".jsonl" else yaml.load(text, _Loader)
         except OSError as error:
             problems.append(f"cannot read the cards {file}: {error.strerror}")
             continue
-        except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            kind = "JSON" if file.suffix == ".jsonl" else "YAML"
-            problems.append(f"{file} is not valid {kind}: {' '.join(str(error).split())}")
+        except UnicodeDecodeError as error:
+            problems.append(f"{file} is not valid UTF-8: {error}")
+            continue
+        except yaml.YAMLError as error:
+            problems.append(f"{file} is not valid YAML: {' '.join(str(error).split())}")
             continue
         if not isinstance(cards, list) or not cards:
             problems.append(f"{file} must hold a list of cards")
@@ -251,6 +250,18 @@ def read_cards(path: Path) -> tuple[list[Scenario], list[str]]:
             owner[scenario.id] = file.name
             scenarios.append(scenario)
     return scenarios, problems
+
+
+def _lines(text: str, file: Path, problems: list[str]) -> list[Any]:
+    """The values of a JSONL file; each line that is none is named in `problems`."""
+    values = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                values.append(json.loads(line))
+            except ValueError as error:
+                problems.append(f"{file}, line {number} is not valid JSON: {error}")
+    return values
 
 
 class _Reader:

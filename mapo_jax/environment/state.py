@@ -116,8 +116,11 @@ def ideal_direction(start: Vector) -> Vector:
 
 def energy_increments(start: Vector, increments: Sequence[Vector | None]) -> list[float]:
     """`dE_t = v_t . v*` for every turn; 0 where a turn has no score. Their sum is the energy `E`."""
-    ideal = ideal_direction(start)
-    return [0.0 if v is None else _dot(v, ideal) for v in increments]
+    ideal_direction(start)  # raises at the origin
+    length = norm(start)
+    # Divided last: on the whole numbers that points are, a turn across the direct way then has exactly 0,
+    # and rounding cannot make it one of the turns with dE > 0 or dE < 0.
+    return [0.0 if v is None else -_dot(v, start) / length for v in increments]
 
 
 def energy(start: Vector, increments: Sequence[Vector | None]) -> float:

@@ -17,6 +17,7 @@ from mapo_jax.config import differing_keys
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.rows import read_json, read_rows
 from mapo_jax.files import write_whole
+from mapo_jax.training.checkpoint import HARMLESS_KEYS
 from mapo_jax.training.metrics import full_disk_is_a_user_error
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
@@ -110,7 +111,8 @@ class Folder:
         saved = read_json(known, "settings")
         if not isinstance(saved, dict):
             raise UserError(f"{known} holds no settings; choose another --output")
-        if keys := differing_keys(saved, settings):
+        keys = [key for key in differing_keys(saved, settings) if not key.startswith(HARMLESS_KEYS)]
+        if keys:
             raise UserError(
                 f"{self.path} holds an evaluation with {keys[0]} {saved.get(keys[0])!r}, not "
                 f"{settings.get(keys[0])!r}; choose another --output"

@@ -110,7 +110,7 @@ def hold_locally(session: Session, load: Callable[[], LocalModel], config: Confi
                 concurrency=config.environment.concurrency,
                 on_turn=lambda turns: session.check(),
             )
-            session.world.run(_keep_groups(session, groups, file, advance))
+            session.world.run(_keep_groups(session, groups, file, advance), session.check)
 
 
 async def _keep_groups(
@@ -135,7 +135,7 @@ def hold_remotely(session: Session, endpoint: Endpoint) -> None:
     with session.folder.opened(session.settings) as file:
         if missing := _missing(session):
             with progress(session.console, "dialogues", len(missing) * session.rollouts) as advance:
-                session.world.run(_hold_remotely(session, missing, endpoint, file, advance))
+                session.world.run(_hold_remotely(session, missing, endpoint, file, advance), session.check)
 
 
 async def _hold_remotely(
@@ -185,15 +185,15 @@ def _keep(file: IO[bytes], session: Session, state: DialogueState, rollout: int)
         append(file, to_row(state, session.model, rollout))
 
 
-def _missing(session: Session) -> list[Scenario]:
+def missing_cards(folder: Folder, cards: Sequence[Scenario], rollouts: int) -> list[Scenario]:
     """Cards of which not every dialogue is saved. A card's dialogues are held together."""
-    saved = {(row["case"], row["rollout"]) for row in session.folder.rows()}
-    missing = [
-        card
-        for card in session.cards
-        if not {(card.id, rollout) for rollout in range(session.rollouts)} <= saved
-    ]
-    if saved and missing:
+    saved = {(row["case"], row["rollout"]) for row in folder.rows()}
+    return [card for card in cards if not {(card.id, rollout) for rollout in range(rollouts)} <= saved]
+
+
+def _missing(session: Session) -> list[Scenario]:
+    missing = missing_cards(session.folder, session.cards, session.rollouts)
+    if 0 < len(missing) < len(session.cards):
         session.console.print(
             f"{len(session.cards) - len(missing)} of {len(session.cards)} cards are there already"
         )

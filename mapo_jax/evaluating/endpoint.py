@@ -14,6 +14,7 @@ from mapo_jax.rollout.collect import derive_seed
 
 PATIENCE = 5  # calls running that fail for good before the rest is given up
 HOPELESS = (401, 403, 404)  # no later call would fare better
+LONGEST_WAIT = 60.0  # seconds that the client waits before another try, if a server asks it to
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ class Endpoint:
         async with self.connected() as calls.client:
             await together([work() for _ in range(min(self.concurrency, len(prompts)))])
         calls.conclude()
+
+    @property
+    def longest(self) -> float:
+        """Seconds that a call may take with all its tries. `timeout` alone does not bound a try: it begins
+        anew with every byte that comes."""
+        return (self.retries + 1) * (self.timeout + LONGEST_WAIT)
 
     def connected(self):
         """A client, to be closed by its context."""
@@ -95,8 +102,9 @@ class Calls:
         from openai import APIStatusError, OpenAIError
 
         try:
-            answer = await self.endpoint.complete(self.client, messages, seed)
-        except (OpenAIError, IndexError, AttributeError, TypeError) as error:
+            async with asyncio.timeout(self.endpoint.longest):
+                answer = await self.endpoint.complete(self.client, messages, seed)
+        except (OpenAIError, TimeoutError, IndexError, AttributeError, TypeError) as error:
             self.failed += 1
             self.running += 1
             self.reason = _reason(error)

@@ -14,7 +14,9 @@ from mapo_jax.errors import UserError
 from mapo_jax.evaluating.answers import Answerer
 from mapo_jax.evaluating.endpoint import Endpoint, only_model
 from mapo_jax.evaluating.local import EngineAnswerer, LocalModel, load_model
+from mapo_jax.model.peft import base_folder, is_adapter
 from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER, CONFIG_FILE, checkpoint_folder
+from mapo_jax.training.policy import MODEL_FOLDER
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
         raise UserError(f"there is no model folder or run {path}")
     identity = {"model": str(path.resolve())}
     if not (path / CHECKPOINTS_FOLDER).is_dir():
-        if not (path / "config.json").is_file():
+        if is_adapter(path):
+            identity["base"] = str(base_folder(path).resolve())
+        elif not (path / "config.json").is_file():
             raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run")
         if options.step is not None:
             raise UserError(
@@ -96,6 +100,8 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
     own = path / CONFIG_FILE
     if not own.is_file():
         raise UserError(f"the run {path} is half written: it has no {CONFIG_FILE}")
+    if not (path / MODEL_FOLDER / "config.json").is_file():
+        raise UserError(f"the run {path} is half written: it has no {MODEL_FOLDER}/config.json")
     config = load_config(options.config or own, options.overrides)
     step = int(checkpoint_folder(path, options.step).name)
     name, suffix = f"{path.resolve().name} step {step}", f"_step_{step:06d}"
@@ -106,7 +112,9 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
 
 def add_options(parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup) -> None:
     """The options that `find_subject` and `Subject` read; `source` takes those that exclude each other."""
-    source.add_argument("--model", metavar="FOLDER|RUN", help="Hugging Face folder, or a run's folder")
+    source.add_argument(
+        "--model", metavar="FOLDER|RUN", help="Hugging Face folder, PEFT adapters, or a run's folder"
+    )
     source.add_argument(
         "--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://HOST:PORT/v1"
     )

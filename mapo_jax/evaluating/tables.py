@@ -18,9 +18,7 @@ def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
     scores = _table(
         "EMPA (95 % intervals over cases)", ("model", "cases", "EPM-Q", "passed", "turns", "IDR per turn")
     )
-    parts = _table(
-        "EPM-Q = 0.4 outcome + 0.2 efficiency + 0.4 stability", ("model", "", "", "", "its indices", "")
-    )
+    parts = _table("EPM-Q = 0.4 outcome + 0.2 efficiency + 0.4 stability", ("model", "", "its indices"))
     for model, figures in models.items():
         scores.add_row(
             model,
@@ -30,14 +28,14 @@ def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
             f"{figures['turns']:.1f}",
             f"{figures['idr_mean']:+.2f} ± {figures['idr_std']:.2f}",
         )
-        for number, (part, indices) in enumerate(_PARTS.items()):
+        parts.add_row(model)
+        for part, indices in _PARTS.items():
             parts.add_row(
-                "" if number else model,
-                part,
+                f"  {part}",
                 _with_ends(figures[part], figures["intervals"][part]),
-                *(f"{index} {figures[index]:.1f}" for index in indices),
-                end_section=number == len(_PARTS) - 1,
+                "  ".join(f"{index} {figures[index]:5.1f}" for index in indices),
             )
+        parts.add_section()
     return [scores, parts, *_group_tables(models)]
 
 
@@ -75,7 +73,8 @@ def _group_tables(models: Mapping[str, Figures]) -> list[Table]:
 def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+        # On a narrow terminal names are broken, figures never.
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     return table
 
 
@@ -109,7 +108,7 @@ def emobench_tables(scores: Figures) -> list[Table]:
     ordered = "accuracy_by_order" in scores
     table = _table(
         "EmoBench, % right (95 % intervals over scenarios)",
-        ("", "items", "right", "of parsed", "unparsed", *(["same in all orders"] if ordered else [])),
+        ("", "items", "right", "of parsed", "unparsed", *(["agree"] if ordered else [])),
     )
     tasks = {"EA": "EA, what helps best", "EU": "EU, emotion and cause"}
     for task, title in tasks.items():

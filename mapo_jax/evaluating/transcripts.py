@@ -196,7 +196,7 @@ def judge_all(
         missing = len(transcripts) - len(done)
         if missing:
             with progress(console, "conversations", missing) as advance:
-                world.run(_judge_all(waiting, world.roles.judge, file, concurrency, advance, check))
+                world.run(_judge_all(waiting, world.roles.judge, file, concurrency, advance, check), check)
         rows = {row["case"]: row for row in folder.rows()}
     return [rows[t.id] for t in transcripts if t.id in rows]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,30 +211,47 @@ def read_answers(path: str | Path, items: Sequence[Item]) -> dict[Asking, Any]:
 def parse(answer: Any, asking: Asking) -> tuple[int | None, ...]:
     """Which choice of each question an answer picks; None where that cannot be told.
 
-    Read in this order: an object with the keys `answer` (EA) or `answer_q1` and `answer_q2` (EU); the last
-    such JSON object in a text, with other text around it; those keys with quoted values where the object is
-    broken; a text that is nothing but the letters. A value is a letter of the choices (`C`, `(c)`, `C) ...`)
-    or the whole text of one.
+    Read in this order: an object with the keys `answer` (EA) or `answer_q1` and `answer_q2` (EU), or a list
+    of as many values; the last such JSON object in a text, with other text around it; those keys with a value
+    behind each, where the object is broken or there is none (`answer: C`); a text that is nothing but the
+    letters. A value is a letter of the choices (`C`, `(c)`, `C) ...`, `Option C`) or the whole text of one.
+    Case does not matter, nor do full-width characters and typographic quotes.
     """
-    keys = KEYS[asking.item.task]
-    values = _values(answer, keys)
+    values = _values(answer, KEYS[asking.item.task])
     return tuple(_choice(value, asking, question) for question, value in enumerate(values))
+
+
+_QUOTES = str.maketrans("\u201c\u201d\u201e\u2018\u2019", '"""\'\'')
+
+
+def _plain(text: str) -> str:
+    """In one spelling: no full-width characters, no typographic quotes."""
+    return unicodedata.normalize("NFKC", text).translate(_QUOTES)
 
 
 def _values(answer: Any, keys: Sequence[str]) -> list[Any]:
     if isinstance(answer, Mapping):
-        return [answer.get(key) for key in keys]
-    text = answer if isinstance(answer, str) else ""
+        found = {str(name).strip().lower(): value for name, value in answer.items()}
+        return [found.get(key) for key in keys]
+    if isinstance(answer, list | tuple):
+        return list(answer) if len(answer) == len(keys) else [None] * len(keys)
+    text = _plain(answer) if isinstance(answer, str) else ""
     for found in reversed(list(_objects(text))):
-        if any(key in found for key in keys):
-            return [found.get(key) for key in keys]
-    quoted = [re.findall(rf'"{key}"\s*:\s*"([^"]*)"', text) for key in keys]
-    if any(quoted):
-        return [matches[-1] if matches else None for matches in quoted]
+        if any(str(name).strip().lower() in keys for name in found):
+            return _values(found, keys)
+    named = [_named(text, key) for key in keys]
+    if any(value is not None for value in named):
+        return named
     bare = re.findall(r"[A-Za-z]+", text)
     if len(bare) == len(keys) and all(len(word) == 1 for word in bare):
         return bare
-    return [text.strip()] if len(keys) == 1 else [None] * len(keys)
+    return [text] if len(keys) == 1 else [None] * len(keys)
+
+
+def _named(text: str, key: str) -> str | None:
+    """The last value that stands behind a key: quoted, or up to the end of the line."""
+    found = re.findall(rf"""(?i)\b{key}\b["'*]*\s*:\s*(?:"([^"]*)"|'([^']*)'|([^\n,}}]*))""", text)
+    return next(filter(None, found[-1]), None) if found else None
 
 
 def _objects(text: str) -> Iterable[dict[str, Any]]:
@@ -247,17 +265,28 @@ def _objects(text: str) -> Iterable[dict[str, Any]]:
             start += 1
 
 
+_LETTER = re.compile(
+    r"[\s\"'*(\[<]*(?:(?:option|choice|answer)\b\s*|\u9009\u9879\s*)?[\s\"'*(\[<]*"
+    r"([A-Za-z])(?:[\"'*\s]*(?:[)\]>.:,\u3001\u3002]|\s-\s|$))",
+    re.IGNORECASE,
+)
+
+
 def _choice(value: Any, asking: Asking, question: int) -> int | None:
     if not isinstance(value, str):
         return None
-    shown = asking.shown(question)
-    letter = re.match(r"\s*[(\[]?\s*([A-Za-z])\s*(?:[)\].:,\u3001\u3002\uff09\uff0e\uff1a]|$)", value)
-    if letter:
-        place = LETTERS.find(letter[1].upper())
-        return shown[place] if 0 <= place < len(shown) else None
-    choices = [choice.strip().lower() for choice in asking.item.choices[question]]
-    text = value.strip().lower()
-    return choices.index(text) if choices.count(text) == 1 else None
+    shown, value = asking.shown(question), _plain(value)
+    choices = [_words(choice) for choice in asking.item.choices[question]]
+    if choices.count(_words(value)) == 1:
+        return choices.index(_words(value))
+    letter = _LETTER.match(value)
+    place = LETTERS.find(letter[1].upper()) if letter else -1
+    return shown[place] if 0 <= place < len(shown) else None
+
+
+def _words(text: str) -> str:
+    """For comparing choices: without case and what surrounds them."""
+    return _plain(text).lower().strip(" \n\t\"'*.\u3002")
 
 
 # --- Scores ---

@@ -144,7 +144,8 @@ def make_case(row: Mapping[str, Any], place: str) -> Case | None:
             ending = state.ending(tuple(start), increments, PUBLISHED_LIMITS)
             outcome = ending.outcome if ending else None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{place} (model {row['model']}, case {name}) cannot be scored: {error}") from error
+        which = f"model {row['model']}" + (f", case {name}" if "case" in row else "")
+        raise UserError(f"{place} ({which}) cannot be scored: {error}") from error
     distances = [state.distance(position) for position in state.trajectory(start, increments)]
     return Case(
         model=str(row["model"]),

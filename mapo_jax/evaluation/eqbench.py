@@ -113,7 +113,11 @@ def read_answers(path: str | Path) -> dict[str, str]:
         content = read_json(path, "answers")
         if not isinstance(content, dict):
             raise UserError(f"{path} must hold an object with an answer's text under each question's id")
-        rows = ((f"{path}, question {name}", name, text) for name, text in content.items())
+        rows = (
+            (f"{path}, question {name}", name, text)
+            for name, text in content.items()
+            if text is not None  # null: not answered
+        )
     answers = {}
     for place, name, text in rows:
         if not isinstance(name, str | int) or not isinstance(text, str):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.lora import TARGETS, LoRA
+from mapo_jax.model.peft import adapt, base_folder, is_adapter
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
 
@@ -234,7 +235,7 @@ def to_huggingface(params: Params, config: QwenConfig) -> Iterator[tuple[str, np
 def load_params(
     folder: str | Path, config: QwenConfig, mesh: Mesh | None = None, *, dtype: str = "float32"
 ) -> Params:
-    """Parameters from the safetensors files of a folder.
+    """Parameters from the safetensors files of a folder: a model's, or adapters and their base's.
 
     The files are memory-mapped, and each device's part of each tensor is read on its own: with a mesh, a
     host's memory holds its own shards and one part of one tensor more.
@@ -247,14 +248,17 @@ def load_params(
         another shape, or quantised; the tensor or file is named.
     """
     folder = Path(folder)
+    base = base_folder(folder) if is_adapter(folder) else folder
     shapes = in_precision(parameter_shapes(config), dtype)
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
         shardings = param_shardings(config, mesh)
     with ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
-        _check_tensors(folder, tensors, config)
+        tensors = _open_tensors(base, stack)
+        _check_tensors(base, tensors, config)
+        if base is not folder:
+            tensors = adapt(folder, tensors, stack)
 
         def load(path, leaf, sharding):
             name = "/".join(entry.key for entry in path)

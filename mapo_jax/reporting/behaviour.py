@@ -20,6 +20,28 @@ AXES = (
     ("A", "feeling", "meets the stated feeling; at best, names the one behind it"),
     ("P", "agency", "affirms or offers something workable; at best, the person feels able again"),
 )
+# The scripted world's kinds of reply, for readers who have never seen them.
+MEANINGS = {
+    "reflect_situation": "takes up what happened",
+    "name_feeling": "names the stated feeling",
+    "name_unstated": "names an unspoken feeling",
+    "affirm_strength": "sees what the user keeps doing",
+    "reframe": "gives it another meaning",
+    "offer_step": "offers one small step",
+    "ask": "asks an open question",
+    "repair": "takes back a misstep",
+    "presence": "says that it is there",
+    "template": "gives stock sympathy",
+    "advise": "pushes advice",
+    "lecture": "tells the user what they must do",
+    "dismiss": "plays it down",
+    "blame": "puts the fault on the user",
+    "praise": "praises without substance",
+    "farewell": "says goodbye",
+    "incoherent": "says what makes no sense here",
+    "echo": "repeats the user's words",
+    "other": "says none of these",
+}
 RARE = 0.02  # a kind with a smaller share before and after is told together with others
 
 
@@ -39,6 +61,8 @@ class Kind:
     """How often replies are of one kind."""
 
     name: str
+    meaning: str  # in plain words; empty for a kind that is not the scripted world's
+    example: str  # the commonest reply of the kind, after training if there is one; may be empty
     before: float
     after: float
     reward: float | None  # mean reward of such a reply, over both
@@ -66,6 +90,7 @@ class Behaviour:
     rising: tuple[Shift, ...]
     falling: tuple[Shift, ...]
     sentences: tuple[str, ...]
+    headline: str  # the largest changes in one sentence; empty where hardly anything changed
 
 
 def levels_of(batch: Batch) -> tuple[Levels, ...]:
@@ -105,6 +130,7 @@ def behaviour(
         tuple(rising),
         tuple(falling),
         tuple(_sentences(*levels, kinds, naming)),
+        _headline(before[0], after[0], kinds),
     )
 
 
@@ -144,19 +170,25 @@ def _key(dialogue: Dialogue) -> tuple[str, int]:
 
 def _kinds(before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[Credit]]) -> tuple[Kind, ...]:
     counts, rewards = [], {}
+    said: dict[str, Counter[str]] = {}
     for batch, credits in (before, after):
         counter: Counter[str] = Counter()
+        told: dict[str, Counter[str]] = {}
         for dialogue, credit in zip(batch.dialogues, credits, strict=True):
             for turn, reward in zip(dialogue.turns, credit.rewards, strict=True):
                 if turn.kind is not None:
                     counter[turn.kind] += 1
+                    told.setdefault(turn.kind, Counter())[turn.reply] += 1
                     if reward is not None:
                         rewards.setdefault(turn.kind, []).append(reward)
         counts.append(counter)
+        said |= told  # the later batch's words, where it has any
     totals = [max(1, counter.total()) for counter in counts]
     found = [
         Kind(
             name.replace("_", " "),
+            MEANINGS.get(name, ""),
+            said[name].most_common(1)[0][0],
             counts[0][name] / totals[0],
             counts[1][name] / totals[1],
             float(np.mean(rewards[name])) if name in rewards else None,
@@ -168,8 +200,8 @@ def _kinds(before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[
         found = [kind for kind in found if kind not in rare]
     found.sort(key=lambda kind: (-(kind.after - kind.before), kind.name))
     if len(rare) > 2:
-        names = f"{len(rare)} rare kinds"
-        found.append(Kind(names, sum(k.before for k in rare), sum(k.after for k in rare), None))
+        names, listed = f"{len(rare)} rare kinds", ", ".join(sorted(k.name for k in rare))
+        found.append(Kind(names, listed, "", sum(k.before for k in rare), sum(k.after for k in rare), None))
     return tuple(found)
 
 
@@ -195,6 +227,33 @@ def _naming(run: Run, first: int, last: int) -> tuple[Naming, ...]:
         )
         for name in names
     )
+
+
+def _headline(before: Batch, after: Batch, kinds: Sequence[Kind]) -> str:
+    """What a stranger should know first: harm, help, and the kinds of reply that changed most."""
+    share = partial(tell, form="share")
+
+    def any_level(batch: Batch, sign: int) -> float:
+        scored = [turn.levels for d in batch.dialogues for turn in d.turns if turn.levels is not None]
+        return float(np.mean([any(sign * level > 0 for level in levels) for levels in scored] or [0.0]))
+
+    said = []
+    for sign, what in ((-1, "harm"), (+1, "help")):
+        one, other = any_level(before, sign), any_level(after, sign)
+        if abs(other - one) >= 0.02:
+            said.append(
+                f"{'more' if other > one else 'fewer'} replies {what} ({share(one)} → {share(other)})"
+            )
+    changed = " and ".join(said)
+    sentences = [f"{changed[:1].upper()}{changed[1:]}."] if said else []
+    told = [kind for kind in kinds if kind.meaning and kind.reward is not None]
+    up = [k for k in told if k.after - k.before >= 0.02][:2]
+    down = [k for k in reversed(told) if k.before - k.after >= 0.02][:2]
+    for label, chosen in (("More", up), ("Less", down)):
+        if chosen:
+            shares = [f"{k.meaning} ({share(k.before)} → {share(k.after)})" for k in chosen]
+            sentences.append(f"{label} often it {' or '.join(shares)}.")
+    return " ".join(sentences)
 
 
 def _sentences(
@@ -223,8 +282,12 @@ def _sentences(
         down = [k for k in reversed(kinds) if k.before - k.after >= 0.02][:3]
         for label, chosen in (("More", up), ("Less", down)):
             if chosen:
-                parts = [f"“{k.name}” {share(k.before)} → {share(k.after)}" for k in chosen]
-                said.append(f"{label}: {', '.join(parts)}.")
+                parts = [f"{k.meaning or k.name} {share(k.before)} → {share(k.after)}" for k in chosen]
+                said.append(
+                    f"{label} often it {', '.join(parts)}."
+                    if chosen[0].meaning
+                    else f"{label}: {', '.join(parts)}."
+                )
     better = [
         n for n in naming if n.before is not None and n.after is not None and n.after - n.before >= 0.05
     ]

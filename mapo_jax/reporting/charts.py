@@ -7,6 +7,7 @@ differ by dash as well as by colour. The script adds a cursor with values; it re
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +101,11 @@ def tell(value: float | None, form: str = "number") -> str:
     """A number as a person writes it; a dash for none."""
     if value is None or not math.isfinite(value):
         return "\u2013"
+    if form == "seconds":
+        return f"{tell(value)}\u00a0s"
     if form == "share":
+        if 0 < abs(value) < 0.0005:
+            return "<0.1\u00a0%"
         digits = 0 if abs(value) >= 0.0995 or value == 0 else 1
         return f"{100 * value:.{digits}f}\u00a0%".replace("-", "\u2212")
     if value == 0:
@@ -118,6 +123,14 @@ def tell(value: float | None, form: str = "number") -> str:
     else:
         text = f"{value:.3f}" if size < 0.1 else f"{value:.2f}"
     return text.replace("-", "\u2212")
+
+
+def signed(value: float | None) -> str:
+    """A difference as a person writes it: with its sign, 0 without; a dash for none."""
+    if value is None:
+        return "\u2013"
+    text = f"{value:+.2f}" if abs(value) < 10 else f"{value:+.1f}"
+    return "0" if float(text) == 0 else text.replace("-", "\u2212")
 
 
 def draw(chart: Chart) -> Markup:
@@ -212,8 +225,11 @@ def _legend(chart: Chart) -> str:
 
 
 def _now(chart: Chart) -> str:
-    """First and last value of the first series."""
-    for s in chart.series:
+    """First and last value of the only line; of several lines none is the chart's."""
+    lines = [s for s in chart.series if not s.marks]
+    if len(lines) > 1:
+        return ""
+    for s in lines or chart.series:
         known = [y for y in (s.smooth or s.y) if math.isfinite(y)]
         if known:
             if len(known) == 1:
@@ -227,7 +243,7 @@ def _tick(value: float, form: str) -> str:
         return f"{100 * value:.3g}\u00a0%".replace("-", "\u2212")
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k".replace("-", "\u2212")
-    return f"{value:.4g}".replace("-", "\u2212")
+    return re.sub("e-0?", "e\u2212", f"{value:.4g}").replace("-", "\u2212")
 
 
 def _points(points: Sequence[tuple[float, float]]) -> str:
@@ -278,11 +294,20 @@ def draw_plane(plane: Plane, low: float, means: Sequence[Path]) -> Markup:
     x = lambda position: scale(position[plane.across])  # noqa: E731
     y = lambda position: size - scale(position[plane.up])  # noqa: E731
     rest = scale(-1.0)
+    ticks = [tick for tick in nice_ticks(low, high) if tick < 0]
     parts = [
         f'<rect class="rest" x="{rest:.1f}" y="0" width="{size - rest:.1f}" height="{size - rest:.1f}"/>',
         f'<line class="grid" x1="{scale(0):.1f}" x2="{scale(0):.1f}" y1="0" y2="{size}"/>',
         f'<line class="grid" x1="0" x2="{size}" y1="{size - scale(0):.1f}" y2="{size - scale(0):.1f}"/>',
     ]
+    for tick in ticks:
+        at, name = scale(tick), _tick(tick, "number")
+        parts.append(
+            f'<line class="grid fine" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{size}"/>'
+            f'<line class="grid fine" x1="0" x2="{size}" y1="{size - at:.1f}" y2="{size - at:.1f}"/>'
+            f'<text class="tick" x="{at:.1f}" y="{size - 4}" text-anchor="middle">{name}</text>'
+            f'<text class="tick" x="4" y="{size - at - 3:.1f}">{name}</text>'
+        )
     for path in plane.paths:
         line = " ".join(f"{x(p):.1f},{y(p):.1f}" for p in path.positions)
         end = path.positions[-1]
@@ -293,10 +318,11 @@ def draw_plane(plane: Plane, low: float, means: Sequence[Path]) -> Markup:
         )
     for path in means:
         line = " ".join(f"{x(p):.1f},{y(p):.1f}" for p in path.positions)
-        end = path.positions[-1]
+        start, end = path.positions[0], path.positions[-1]
         parts.append(
             f'<g class="meanway" style="--c:var(--{path.colour})"><title>{escape(path.title)}</title>'
             f'<polyline class="halo" points="{line}"/><polyline points="{line}"/>'
+            f'<circle class="start" cx="{x(start):.1f}" cy="{y(start):.1f}" r="5"/>'
             f"{_end_mark(path.colour, x(end), y(end), 7)}</g>"
         )
     across, up = (escape(name) for name in plane.names)

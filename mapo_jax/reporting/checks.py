@@ -100,13 +100,20 @@ def _templates(run: Run, diversity: Sequence[Diversity]) -> Check:
     pair = ends(shares) or (shares[0], shares[0])
     most = run.series("kind/most")[1]
     kind = most[-1] if most else 0.0
-    state = _grade(pair[1] > 0.3 or kind > 0.5, pair[1] > 0.6 or kind > 0.8)
+    own = [entry.own_repeats for entry in diversity]
+    again = (ends(own) or (own[0], own[0]))[1]
+    worst = max(pair[1], again)
+    state = _grade(worst > 0.3 or kind > 0.5, worst > 0.6 or kind > 0.8)
     meaning = (
         "no opening dominates"
         if state == FINE
         else "many replies open with the same words: read some, and see what they cost below"
     )
-    return Check(name, state, f"commonest opening {_share(pair[0])} → {_share(pair[1])} of replies", meaning)
+    figure = (
+        f"commonest opening {_share(pair[0])} → {_share(pair[1])} of replies; "
+        f"{_share(again)} open like an earlier one of their dialogue"
+    )
+    return Check(name, state, figure, meaning)
 
 
 def _judge(run: Run) -> Check:

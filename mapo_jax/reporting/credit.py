@@ -63,32 +63,38 @@ def credit_batch(
     """
     if not batch.dialogues:
         return []
-    scenarios = max(scenarios, 1 + max(d.place[0] for d in batch.dialogues))
-    rollouts = max(rollouts, 1 + max(d.place[1] for d in batch.dialogues))
+    # Places in the order of the saved indices: a damaged row may hold any index, and arrays must stay small.
+    rows, columns = (sorted({d.place[axis] for d in batch.dialogues}) for axis in (0, 1))
+    places = [(rows.index(d.place[0]), columns.index(d.place[1])) for d in batch.dialogues]
+    scenarios, rollouts = max(scenarios, len(rows)), max(rollouts, len(columns))
     turns = max(max_turns, max(len(d.turns) for d in batch.dialogues))
     positions = np.zeros((scenarios, rollouts, turns + 1, 3), np.float32)
     valid = np.zeros((scenarios, rollouts, turns), bool)
     scored = np.zeros_like(valid)
     exists = np.zeros_like(valid)
     judged = np.zeros_like(valid)
-    for dialogue in batch.dialogues:
+    for place, dialogue in zip(places, batch.dialogues, strict=True):
         path, count = dialogue.positions, len(dialogue.turns)
-        positions[dialogue.place] = np.asarray([*path, *[path[-1]] * (turns - count)], np.float32)
-        exists[dialogue.place][:count] = True
-        judged[dialogue.place][:count] = dialogue.scored
+        positions[place] = np.asarray([*path, *[path[-1]] * (turns - count)], np.float32)
+        exists[place][:count] = True
+        judged[place][:count] = dialogue.scored
         if learned_from(dialogue, max_failed_share):
-            valid[dialogue.place][:count] = True
-            scored[dialogue.place][:count] = dialogue.scored
+            valid[place][:count] = True
+            scored[place][:count] = dialogue.scored
     # Advantages are over what training learned from; rewards and returns of what it left out are shown too.
     arrays = _compute(_settings(algorithm), positions, valid, scored, exists, judged)
     rewards, returns, *advantages = (np.asarray(array) for array in arrays)
     return [
         Credit(
-            _cells(rewards, judged, dialogue),
-            _cells(returns, exists & judged.any(-1, keepdims=True), dialogue),
-            *(() if batch.validation else (_cells(array, scored, dialogue) for array in advantages)),
+            _cells(rewards[place], judged[place], dialogue),
+            _cells(returns[place], exists[place] & judged[place].any(), dialogue),
+            *(
+                ()
+                if batch.validation
+                else (_cells(array[place], scored[place], dialogue) for array in advantages)
+            ),
         )
-        for dialogue in batch.dialogues
+        for place, dialogue in zip(places, batch.dialogues, strict=True)
     ]
 
 
@@ -99,8 +105,8 @@ def learned_from(dialogue: Dialogue, max_failed_share: float) -> bool:
 
 def _cells(values: np.ndarray, mask: np.ndarray, dialogue: Dialogue) -> tuple[float | None, ...]:
     count = len(dialogue.turns)
-    row, kept = values[dialogue.place][:count].tolist(), mask[dialogue.place][:count]
-    return tuple(value if keep else None for value, keep in zip(row, kept, strict=True))
+    pairs = zip(values[:count].tolist(), mask[:count], strict=True)
+    return tuple(value if keep else None for value, keep in pairs)
 
 
 _COMPILED: dict[Any, Callable[..., Any]] = {}

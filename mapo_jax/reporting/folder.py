@@ -247,8 +247,11 @@ def choose_steps(files: Mapping[int, Path], most: int) -> list[int]:
     steps = sorted(files)
     if not steps:
         return []
-    with files[steps[0]].open("rb") as file:
-        each = max(1, sum(1 for _ in file))
+    try:
+        with files[steps[0]].open("rb") as file:
+            each = max(1, sum(1 for _ in file))
+    except OSError:  # reading it will say so
+        each = 1
     room = max(2, most // each)
     if len(steps) <= room:
         return steps

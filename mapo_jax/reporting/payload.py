@@ -168,6 +168,7 @@ def index_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
                     len(dialogue.turns),
                     dialogue.unscored_turns,
                     sum(turn.truncated for turn in dialogue.turns),
+                    failure_kinds(dialogue),
                     _round(credit.first_return, 3),
                     _round(epm_q, 1),
                     place,
@@ -175,6 +176,12 @@ def index_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
             )
     named = [{"name": run.name, "estimator": run.algorithm.estimator} for run in runs]
     return {"runs": named, "cards": list(cards.values()), "rows": rows}
+
+
+def failure_kinds(dialogue: Dialogue) -> list[str]:
+    """What failed in it: of `timeout: no answer in 60 s` the first word."""
+    told = [turn.failure for turn in dialogue.turns if turn.levels is None] + [dialogue.failure]
+    return sorted({failure.split(":")[0][:40] for failure in told if failure})
 
 
 def card_json(dialogue: Dialogue) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mapo_jax.reporting.behaviour import changes, typical_pair
-from mapo_jax.reporting.charts import tell
+from mapo_jax.reporting.charts import signed, tell
 from mapo_jax.reporting.credit import Credit
 from mapo_jax.reporting.folder import Dialogue, Run
-from mapo_jax.reporting.page import Study, recipe, signed, tiles
+from mapo_jax.reporting.study import Study
+from mapo_jax.reporting.summary import against_first, comparison_sentences, recipe, tiles
 from mapo_jax.training.display import plot
 
 _STATES = {"fine": ("✓", "green"), "look": ("!", "yellow"), "alarm": ("✕", "red"), "unknown": ("?", "dim")}
@@ -25,8 +26,11 @@ _WORDS = {"good": "green", "bad": "red", "unclear": "yellow"}
 
 
 def render_text(runs: Sequence[Run]) -> RenderableType:
-    """The summaries of the runs, one after the other."""
-    return Group(*(_run(Study.of(number, run)) for number, run in enumerate(runs)))
+    """How the runs compare, then their summaries, one after the other."""
+    studies = [Study.of(number, run) for number, run in enumerate(runs)]
+    compared = comparison_sentences(against_first(studies))
+    parts: list[RenderableType] = [Text(plain(" ".join(compared))), ""] if compared else []
+    return Group(*parts, *map(_run, studies))
 
 
 def plain(text: str) -> str:
@@ -47,8 +51,14 @@ def _run(study: Study) -> RenderableType:
     parts: list[RenderableType] = [
         Text(plain(run.name), style="bold underline"),
         Text.assemble((f"{word}. ", f"bold {_WORDS[state]}"), sentence),
-        Text(plain(recipe(run)), style="dim"),
     ]
+    if study.behaviour and study.behaviour.headline:
+        parts.append(Text(plain(study.behaviour.headline)))
+    suspicion, worst = study.suspicion
+    if suspicion:
+        sign, style = _STATES[worst]
+        parts.append(Text.assemble((f"{sign} {worst} ", style), suspicion))
+    parts.append(Text(plain(recipe(run)), style="dim"))
     parts += [Text(f"missing: {plain(note)}", style="yellow") for note in run.notes]
     if study.changes:
         parts += ["", _changes(study)]
@@ -58,7 +68,10 @@ def _run(study: Study) -> RenderableType:
     parts += ["", _checks(study)]
     if study.behaviour and study.behaviour.sentences:
         parts += ["", Text("what it learnt to do", style="bold")]
-        parts += [Text(f"  - {plain(said)}") for said in study.behaviour.sentences]
+        points = Table.grid(padding=(0, 1))
+        for said in study.behaviour.sentences:
+            points.add_row(" -", Text(plain(said)))
+        parts.append(points)
     for title, dialogue, credit in _chosen(study):
         parts += ["", _dialogue(title, dialogue, credit)]
     return Group(*parts, "")

@@ -54,7 +54,7 @@ class EngineModel:
         """
         if schema is not None:
             *earlier, last = messages
-            text = f"{last['content']}\n\n{json.dumps(schema, ensure_ascii=False)}"
+            text = f"{last['content']}\n\nJSON schema: {json.dumps(schema, ensure_ascii=False)}"
             messages = [*earlier, {**last, "content": text}]
         ids = self._chat.prompt(messages)
         if len(ids) >= self._engine.length:

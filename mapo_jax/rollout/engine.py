@@ -21,6 +21,7 @@ whatever order users answer. Token ids in, token ids out: no text, no dialogue, 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -72,6 +73,7 @@ class Counts:
     sampled: int = 0  # tokens sampled
     steps: int = 0  # decode steps, each over all lanes
     parked: int = 0  # caches moved to the host's memory
+    seconds: float = 0.0  # in `advance`, the device's work included
 
     def since(self, before: Counts) -> Counts:
         """What was done after `before` was copied."""
@@ -299,8 +301,11 @@ class Engine:
         Returns:
           Replies by slot. Their slots are free for the next request, of the same dialogue or another.
         """
+        started = time.monotonic()
         self._admit()
-        return self._decode()
+        replies = self._decode()
+        self.counts.seconds += time.monotonic() - started
+        return replies
 
     def warm_up(self) -> None:
         """Compiles every program, so that no later call compiles anything. Empties all slots."""

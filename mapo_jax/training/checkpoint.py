@@ -26,7 +26,7 @@ import tensorstore
 import yaml
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from mapo_jax.config import Config, differing_keys, to_yaml
+from mapo_jax.config import HELD_OUT, ROLES, Config, differing_keys, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE, full_disk_is_a_user_error
@@ -48,7 +48,7 @@ HARMLESS_KEYS = (
     *(f"environment.{name}_seconds" for name in ("call", "step")),
     "environment.failure_share",
     "environment.pause_minutes",
-    *(f"environment.{role}.{key}" for role in ("user", "judge", "director") for key in _ROLE_KEYS),
+    *(f"environment.{role}.{key}" for role in (*ROLES, HELD_OUT) for key in _ROLE_KEYS),
 )
 
 

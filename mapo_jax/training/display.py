@@ -98,7 +98,7 @@ class Display:
             f"step {step:>4}/{self._steps}  return {metrics['return/mean']:+7.3f}  "
             f"reward {metrics['reward/mean']:+6.3f}  turns {metrics['turns/mean']:4.1f}  "
             f"entropy {metrics['actor/entropy']:5.3f}  grad {metrics['actor/grad_norm']:6.3f}  "
-            f"{metrics['timing_s/step']:5.1f} s"
+            f"{metrics['timing_s/step']:5.1f} s{_where_it_went(metrics)}"
         )
         if not self._live:
             self.console.print(self._last, markup=False, soft_wrap=True)
@@ -120,6 +120,21 @@ class Display:
         if self._returns:
             parts += [Text("mean return per step", style="dim"), Text(plot(self._returns)), Text(self._last)]
         return Panel(Group(*parts), title=escape(self._title))
+
+
+def _where_it_went(metrics: Mapping[str, float]) -> str:
+    """The parts of a step's time, and how much of the devices it used, as far as known."""
+    parts = [
+        f"{label} {metrics[name]:.1f}"
+        for label, name in (
+            ("rollout", "timing_s/rollout"),
+            ("of it world", "timing_s/environment"),
+            ("update", "timing_s/update"),
+        )
+        if name in metrics
+    ]
+    text = f" ({', '.join(parts)})" if parts else ""
+    return text + (f"  MFU {metrics['perf/mfu']:.1%}" if "perf/mfu" in metrics else "")
 
 
 def transcript(state: DialogueState, label: str) -> str:

@@ -118,6 +118,13 @@ class MetricWriter:
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
+    def last(self, name: str) -> float | None:
+        """The last value that the file holds of a metric; None if it has none."""
+        if not self._path.exists():
+            return None
+        rows = map(json.loads, reversed(self._path.read_text().splitlines()))
+        return next((row[name] for row in rows if row.get(name) is not None), None)
+
     def close(self) -> None:
         """Flushes and closes what is open."""
         if self._events is not None:
@@ -184,15 +191,22 @@ class CompileCounter:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.seconds = 0.0
 
     @property
     def count(self) -> int:
         """Programs requested so far."""
         return len(self.names)
 
+    def take_seconds(self) -> float:
+        """Seconds of compilation, reading from the cache included, since this was last asked."""
+        taken, self.seconds = self.seconds, 0.0
+        return taken
+
     def _listen(self, event: str, duration: float, **details: Any) -> None:
         if event == _BACKEND_COMPILE:
             self.names.append(str(details.get("fun_name", "?")))
+            self.seconds += duration
 
     def __enter__(self) -> CompileCounter:
         jax.monitoring.register_event_duration_secs_listener(self._listen)

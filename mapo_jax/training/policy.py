@@ -22,6 +22,7 @@ from mapo_jax.model.huggingface import (
     write_config,
 )
 from mapo_jax.model.lora import ADAPTERS, LoRA, join, low_rank, merge, split
+from mapo_jax.model.peft import base_folder, is_adapter
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
 from mapo_jax.rollout.chat import ChatFormat
@@ -64,7 +65,7 @@ def load_policy(
     What a run with adapters left is merged: whoever loads it gets plain weights.
 
     Args:
-      path: a Hugging Face folder, or a run folder.
+      path: a Hugging Face folder, a folder of LoRA adapters in PEFT's format, or a run folder.
       rollout: how dialogues are rendered.
       mesh: where the weights go.
       step: of a run: which checkpoint; the latest by default.
@@ -121,7 +122,7 @@ def open_weights(run: Path | str, config: QwenConfig, *, step: int | None = None
 def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
     """A policy without its weights; arguments and errors as of `load_policy`."""
     path = Path(path)
-    folder = path / MODEL_FOLDER if _is_run(path) else path
+    folder = path / MODEL_FOLDER if _is_run(path) else base_folder(path) if is_adapter(path) else path
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
     tokenizer = load_tokenizer(folder)

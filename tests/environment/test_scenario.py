@@ -211,5 +211,9 @@ def test_problems_name_file_card_and_field(tmp_path, capsys, change, words):
 
 
 def test_a_broken_line_of_jsonl_is_named(tmp_path, capsys):
-    (tmp_path / "mine.jsonl").write_text('{"id": 1\n')
-    assert main(["check", str(tmp_path)]) == 2 and "not valid JSON" in capsys.readouterr().err
+    good = json.dumps(to_mapping(load_scenarios()[0]))
+    (tmp_path / "mine.jsonl").write_text(good + '\n{"id": 1\n{"id": "two"}\n')
+    assert main(["check", str(tmp_path)]) == 2
+    report = capsys.readouterr()
+    assert "mine.jsonl, line 2 is not valid JSON" in report.err and "1 sound cards" in report.out
+    assert "mine.jsonl, card two, story: is missing" in report.err  # what follows is looked at too

@@ -49,6 +49,13 @@ def test_energy_is_the_way_made_towards_the_origin():
     assert state.trajectory(start, increments) == [start, (-2, 9, -4), (-2, 9, -4), (-2, 9, -6)]
 
 
+def test_a_turn_across_the_way_has_exactly_no_energy():
+    # v . P_0 = 0 on whole numbers; in floating point v . (P_0/|P_0|) may miss it by a rounding, which would
+    # make it a turn with dE > 0 or dE < 0.
+    start, increments = (-18.0, -18.0, -6.0), [(-1.0, 3.0, -6.0), (-4.0, 3.0, 3.0), (1.0, 1.0, -6.0)]
+    assert state.energy_increments(start, increments) == [0.0, 0.0, 0.0]
+
+
 def test_energy_and_position_say_the_same():
     """E - |P_0| = P_t . v*, the identity by which the energy condition alone decides success."""
     start, increments = (-17.0, -22.0, -9.0), [(1.0, -4.0, 3.0), (3.0, 1.0, -2.0), (1.0, 1.0, 1.0)]

@@ -1,3 +1,4 @@
+import contextlib
 import socket
 import threading
 import time
@@ -91,6 +92,34 @@ def test_a_server_that_hangs_is_given_up_in_bounded_time(server):
     _, error = collect(endpoint(server.url, timeout=0.2, concurrency=4))
     assert "Timeout" in error
     assert time.monotonic() - began < 2.5
+
+
+def test_a_server_that_drips_is_given_up_in_bounded_time(monkeypatch):
+    """Every byte comes in time, the answer never."""
+    monkeypatch.setattr("mapo_jax.evaluating.endpoint.LONGEST_WAIT", 0.5)
+    over = threading.Event()
+
+    def drip(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n"
+            )
+            while not over.wait(0.1):
+                connection.sendall(b" ")
+
+    def listen():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=listen, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        began = time.monotonic()
+        _, error = collect(endpoint(url, timeout=0.5, concurrency=5))
+        over.set()
+    assert "TimeoutError" in error and time.monotonic() - began < 10
 
 
 def free_port():

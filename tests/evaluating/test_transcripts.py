@@ -1,11 +1,11 @@
 """Scripted dialogues written as transcripts; a judge of our own where no card is known."""
 
+import asyncio
 import json
-from dataclasses import replace
 
 import pytest
 
-from mapo_jax.config import Config, EnvironmentConfig
+from mapo_jax.config import EnvironmentConfig
 from mapo_jax.environment.dialogue import Judgement, RoleFailure, Roles
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
@@ -15,7 +15,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.evaluate import main
 from mapo_jax.evaluating import transcripts
 from mapo_jax.evaluating.answers import Folder
-from mapo_jax.evaluating.world import open_world
+from mapo_jax.evaluating.world import World
 
 CARDS = load_scenarios(split="test")[:2]
 
@@ -47,8 +47,8 @@ class LengthJudge:
 
 
 def judge(folder, chats, judge, console):
-    with open_world(Config()) as world:
-        world = replace(world, roles=Roles(None, judge, None))
+    with asyncio.Runner() as runner:
+        world = World(Roles(None, judge, None), lambda work, check: runner.run(work))
         return transcripts.judge_all(
             chats, world, Folder(folder, transcripts.JUDGED), {"a": 1}, console, concurrency=2
         )

@@ -129,6 +129,20 @@ def test_the_majority_of_the_samples_counts_in_each_order(items):
         ("C.", 2),
         ("B) Wait a day", 1),
         ('{"answer": "wait a day"}', 1),
+        ('{"answer": "Wait a day."}', 1),
+        ("{'answer': 'C'}", 2),
+        ('{"Answer": "c"}', 2),
+        ("Answer: C", 2),
+        ("**C**", 2),
+        ("Option C", 2),
+        ('{"answer": "<C>"}', 2),
+        ('{"answer": ["C"]}', None),
+        ("{\u201canswer\u201d: \u201cC\u201d}", 2),
+        ("\uff23", 2),  # a full-width C
+        ("\uff08C\uff09", 2),
+        ("\u7b54\u6848\uff1aC", 2),  # "the answer:"
+        ('{"answer": "\u9009\u9879C"}', 2),  # "option"
+        ('{"answer": "A or C"}', None),
         ('{"answer": "A day of rest"}', None),  # an article is no letter
         ('{"answer": "E"}', None),
         ('{"answer": 2}', None),
@@ -150,6 +164,9 @@ def test_what_is_read_from_an_answer_to_two_questions(items):
     assert emobench.parse('{"answer_q1": "F"}', asking) == (5, None)
     assert emobench.parse('{"answer_q1": "F", "answer_q2": "E"}', asking) == (5, None)  # four causes
     assert emobench.parse("F", asking) == (None, None)
+    assert emobench.parse("answer_q1: F\nanswer_q2: A", asking) == (5, 0)
+    assert emobench.parse("{'answer_q1': 'F', 'answer_q2': 'A'}", asking) == (5, 0)
+    assert emobench.parse(["F", "A"], asking) == (5, 0)
 
 
 def test_prompts_are_in_the_language_of_the_item(items):

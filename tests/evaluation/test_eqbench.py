@@ -171,6 +171,8 @@ def test_answers_are_read_from_both_formats(tmp_path, questions):
     (tmp_path / "b.json").write_text('["one"]')
     with pytest.raises(UserError, match="must hold an object"):
         eqbench.read_answers(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text('{"1": null, "2": "two"}')
+    assert eqbench.read_answers(tmp_path / "c.json") == {"2": "two"}
     with pytest.raises(UserError, match="answer to question 9"):
         eqbench.score_answers(questions, {"9": "x"})
 

@@ -1,6 +1,7 @@
 import pytest
 
-from mapo_jax.reporting.behaviour import behaviour, changes, levels_of, typical_pair
+from mapo_jax.environment.scripted.grammar import KINDS
+from mapo_jax.reporting.behaviour import MEANINGS, behaviour, changes, levels_of, typical_pair
 from mapo_jax.reporting.credit import credit_batch
 from mapo_jax.reporting.folder import read_run
 
@@ -34,10 +35,20 @@ def test_a_speaker_that_got_better_is_said_to_be(sides):
     assert found.steps == (0, 6)
     text = " ".join(found.sentences)
     assert "Fewer replies do harm" in text and "More replies help" in text
+    assert found.headline.startswith("Fewer replies harm (")
     for share in ("before", "after"):
         assert sum(getattr(kind, share) for kind in found.kinds) == pytest.approx(1.0)
     situation = next(entry for entry in found.naming if entry.what == "situation")
     assert situation.after == run.evaluations[6]["naming/situation"] and situation.chance == 0.25
+
+
+def test_every_kind_of_the_scripted_world_is_said_in_plain_words(sides):
+    assert set(KINDS) <= set(MEANINGS)
+    found = behaviour(*sides)
+    after = [turn.reply for d in sides[2][0].dialogues for turn in d.turns if turn.kind == "name_feeling"]
+    kind = next(kind for kind in found.kinds if kind.name == "name feeling")
+    assert kind.meaning == MEANINGS["name_feeling"]
+    assert after.count(kind.example) == max(map(after.count, after))
 
 
 def test_the_typical_pair_is_the_median_one(sides):

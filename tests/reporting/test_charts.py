@@ -23,6 +23,8 @@ def test_ticks_are_round_numbers(low, high, ticks):
         (2e-7, "number", "2.0e\u22127"),
         (0.034, "share", "3.4\u00a0%"),
         (0.66, "share", "66\u00a0%"),
+        (0.0002, "share", "<0.1\u00a0%"),
+        (12.345, "seconds", "12.3\u00a0s"),
         (None, "number", "\u2013"),
         (math.nan, "number", "\u2013"),
     ],

@@ -55,12 +55,14 @@ def test_what_was_not_logged_is_unknown_not_fine(sound):
 
 
 def test_templates(sound):
-    def step(share):
-        return Diversity(1, 10, (None,) * 3, (Repeat("i am so sorry", 3, share, 0.0, 0.0),), (), 0.0, None)
+    def step(share, own=0.0):
+        return Diversity(1, 10, (None,) * 3, (Repeat("i am so sorry", 3, share, 0.0, 0.0),), (), own, None)
 
     assert state(sound, "Templates", [step(0.1), step(0.2)]) == "fine"
     assert state(sound, "Templates", [step(0.1), step(0.4)]) == "look"
     assert state(sound, "Templates", [step(0.1), step(0.9)]) == "alarm"
+    assert state(sound, "Templates", [step(0.1), step(0.1, own=0.4)]) == "look"
+    assert state(sound, "Templates", [step(0.1), step(0.1, own=0.7)]) == "alarm"
 
 
 def test_a_return_that_rises_without_the_score_is_suspicious(sound):

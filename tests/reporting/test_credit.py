@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -67,3 +68,45 @@ def test_an_estimator_nobody_knows_still_gives_rewards(run_folder):
     batch = read_run(run_folder, dialogues=1000).training[0]
     odd = AlgorithmConfig(estimator="of the future", reward="unheard of")
     assert credit_batch(batch, odd)[0].rewards == credit_batch(batch, AlgorithmConfig())[0].rewards
+
+
+def test_the_three_advantages_by_an_independent_calculation(run_folder):
+    """Plain loops over METHOD's formulas, with a discount and a weight that are nobody's default."""
+    discount, weight = 0.93, 0.6
+    run = read_run(run_folder, dialogues=1000)
+    batch = max(run.training, key=lambda b: sum(d.unscored_turns for d in b.dialogues))
+    algorithm = AlgorithmConfig(discount=discount, turn_weight=weight)
+    credits = credit_batch(batch, algorithm, max_failed_share=1.0)
+    rewards, returns = {}, {}
+    for dialogue in batch.dialogues:
+        lack = [np.sqrt(sum(max(0.0, -1 - axis) ** 2 for axis in p)) for p in dialogue.positions]
+        own = [
+            lack[t] - lack[t + 1] if turn.levels is not None else None
+            for t, turn in enumerate(dialogue.turns)
+        ]
+        middle = np.mean([reward for reward in own if reward is not None])
+        later = 0.0
+        for t in reversed(range(len(own))):
+            later = (middle if own[t] is None else own[t]) + discount * later
+            if own[t] is not None:
+                rewards[(*dialogue.place, t)], returns[(*dialogue.place, t)] = own[t], later
+    mean, deviation = np.mean(list(rewards.values())), np.std(list(rewards.values()))
+    assert len(rewards) < sum(len(d.turns) for d in batch.dialogues)  # some turns are unscored
+    for dialogue, credit in zip(batch.dialogues, credits, strict=True):
+        for t in range(len(dialogue.turns)):
+            place = (*dialogue.place, t)
+            if place not in rewards:
+                assert (credit.turn_level[t], credit.batch_level[t], credit.advantages[t]) == (None,) * 3
+                continue
+            cell = [g for (s, _, turn), g in returns.items() if (s, turn) == (place[0], t)]
+            level = (returns[place] - np.mean(cell)) / (np.std(cell) + 1e-6) if len(cell) > 1 else 0.0
+            wide = (rewards[place] - mean) / (deviation + 1e-6)
+            found = (credit.turn_level[t], credit.batch_level[t], credit.advantages[t])
+            np.testing.assert_allclose(found, (level, wide, weight * level + (1 - weight) * wide), atol=1e-4)
+
+
+def test_the_size_of_the_indices_does_not_matter(run_folder):
+    batch = read_run(run_folder, dialogues=1000).training[0]
+    far = [replace(d, place=(30_000 * d.place[0] + 7, 40_000 * d.place[1] + 1)) for d in batch.dialogues]
+    apart = replace(batch, dialogues=tuple(far))
+    assert credit_batch(apart, AlgorithmConfig()) == credit_batch(batch, AlgorithmConfig())

@@ -62,6 +62,16 @@ def test_torn_and_foreign_rows_are_left_out_and_counted(run_copy):
     assert any("1 row of metrics.jsonl" in note for note in run.notes)
 
 
+def test_a_folder_in_the_place_of_a_file_is_said(run_copy):
+    for file in (run_copy / "dialogues" / "step_000001.jsonl", run_copy / "evaluations" / "step_000000.json"):
+        file.unlink()
+        file.mkdir()
+    run = read_run(run_copy, dialogues=1000)
+    assert [batch.step for batch in run.training] == [2, 3, 4, 5, 6]
+    for name in ("dialogues/step_000001.jsonl", "step_000000.json"):
+        assert any(f"{name} cannot be read" in note for note in run.notes)
+
+
 @pytest.mark.parametrize(
     ("gone", "said"),
     [

@@ -1,13 +1,18 @@
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
 
 import pytest
 
+from mapo_jax.reporting.charts import signed
+from mapo_jax.reporting.curves import curve_groups
 from mapo_jax.reporting.folder import read_run
-from mapo_jax.reporting.page import Study, render, signed
+from mapo_jax.reporting.page import render
+from mapo_jax.reporting.study import Study
+from mapo_jax.reporting.summary import against_first, comparison_sentences, settings_that_differ
 
 
 class Elements(HTMLParser):
@@ -87,6 +92,46 @@ def test_runs_beside_each_other(run_folder, run_copy):
     assert "comparison of 2 runs" in html
     # A copy differs from its original by nothing.
     assert re.search(r"≈</span>\s*0</span>\s*<small>\(0 to 0\)", html)
+
+
+def test_runs_are_compared_in_a_sentence_and_by_their_settings(run_folder, run_copy):
+    config = run_copy / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("turn_weight: 0.3333333333333333", "turn_weight: 0.7"))
+    assert config.read_text() != text
+    studies = [Study.of(i, read_run(f, dialogues=1000)) for i, f in enumerate((run_folder, run_copy))]
+    differing = settings_that_differ(studies)
+    assert differing == [("algorithm.turn_weight", ["0.3333333333333333", "0.7"])]
+    (sentence,) = comparison_sentences(against_first(studies))
+    assert sentence.startswith("broken and small end alike within the noise: 0 in the return")
+
+
+def test_known_metrics_have_a_curve_of_their_own_and_absent_ones_none(run_folder):
+    run = read_run(run_folder, dialogues=1000)
+    with_more = replace(run, steps=tuple({**row, "perf/mfu": 0.4, "own/metric": 1.0} for row in run.steps))
+    for given, shown in ((run, False), (with_more, True)):
+        groups = curve_groups([Study.of(0, given)])
+        named = {chart.title for _, group, folded in groups if not folded for chart in group if chart.series}
+        assert ("Model FLOP utilisation" in named) == shown
+        assert "own/metric" not in named and "Entropy" in named
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "said"),
+    [
+        ({}, "look", "To look at: judge."),
+        (
+            {"judge/failure_rate": 0.0, "dialogues/left_out": 0.0},
+            "fine",
+            "Nothing looks suspicious in 8 checks.",
+        ),
+        ({"actor/skipped": 1.0}, "alarm", "To look at: gradients, judge."),
+    ],
+)
+def test_the_first_lines_say_whether_anything_is_suspicious(run_folder, change, state, said):
+    run = read_run(run_folder, dialogues=1000)
+    study = Study.of(0, replace(run, steps=tuple({**row, **change} for row in run.steps)))
+    assert study.suspicion == (said, state)
 
 
 def luminance(colour):

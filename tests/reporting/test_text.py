@@ -13,6 +13,7 @@ def printed(*folders):
 def test_it_tells_the_verdict_the_checks_and_some_dialogues(run_folder):
     text = printed(run_folder)
     assert "It got better" in text and "is anything suspicious?" in text
+    assert "Fewer replies harm" in text and "To look at: judge." in text
     assert "what it learnt to do" in text and "most improved" in text
     reply = read_run(run_folder, dialogues=1000).validation[0].dialogues[0].turns[0].user
     assert text.count("return of a dialogue, step by step") == 1
@@ -21,6 +22,13 @@ def test_it_tells_the_verdict_the_checks_and_some_dialogues(run_folder):
 
 def test_a_text_cannot_steer_the_terminal():
     assert plain("a\x1b[2Jb\x07\u202ec\nd") == "a\ufffd[2Jb\ufffd\ufffdc d"
+
+
+def test_hostile_text_is_no_markup_and_several_runs_are_compared(run_folder, run_copy, poison):
+    poison(run_copy)
+    text = printed(run_folder, run_copy)
+    assert text.startswith("broken and small ")
+    assert "evil.example" in text and "\u202e" not in text and "\x1b" not in text
 
 
 def test_half_a_run_is_told_too(run_copy):

@@ -114,7 +114,7 @@ def test_random_numbers_follow_from_seed_and_prompt(engine):
 def test_a_schema_is_added_to_the_prompt(engine):
     ask(engine, [say("Judge.")], schema={"type": "object"})
     text = engine.chat.tokenizer.decode(engine.asked[0].ids)
-    assert 'Judge.\n\n{"type": "object"}' in text
+    assert 'Judge.\n\nJSON schema: {"type": "object"}' in text
 
 
 def test_a_cut_answer_and_a_long_prompt_are_malformed(engine):

@@ -54,8 +54,7 @@ class Tally:
 
     calls: int = 0  # asked for, cached ones included
     cached: int = 0
-    attempts: int = 0  # that went over the wire
-    lost_attempts: int = 0  # of those, the ones that brought nothing
+    lost_attempts: int = 0  # that went over the wire and brought nothing
     repairs: int = 0  # answers that had to be asked for again
     failures: Counter[str] = field(default_factory=Counter)  # calls that failed for good, by kind
     seconds: list[float] = field(default_factory=list)  # of each attempt that went well
@@ -71,9 +70,8 @@ class CallLog:
         """Args: file: where failures go; None for nowhere."""
         self._file = file
         self._tallies: dict[str, Tally] = {}
-        self.lost: Counter[str] = (
-            Counter()
-        )  # what a role failed to do for good since the last `take`, by kind
+        # Turns and dialogues lost since the last `take`, by kind.
+        self.lost: Counter[str] = Counter()
 
     def __getitem__(self, role: str) -> Tally:
         return self._tallies.setdefault(role, Tally())

@@ -140,10 +140,11 @@ class Server:
                 if self._enforces or error.status_code not in _NO_SCHEMA_STATUS:
                     raise
             else:
-                self._enforces = True
+                # Some servers ignore `response_format` without a word: prose shows it.
+                self._enforces = _is_json(answer.text)
                 return answer
         *earlier, last = messages
-        text = f"{last['content']}\n\n{json.dumps(schema, ensure_ascii=False)}"
+        text = f"{last['content']}\n\nJSON schema: {json.dumps(schema, ensure_ascii=False)}"
         answer = await self._request(client, [*earlier, {**last, "content": text}], seed)
         self._enforces = False
         return answer
@@ -158,19 +159,17 @@ class Server:
         config = self._config
         # The library's plain POST: its typed call walks through every message and field, twice the work of
         # everything else, at hundreds of calls a second.
-        completion = await client.post(
-            "/chat/completions",
-            cast_to=object,
-            body={
-                "model": config.model,
-                "messages": list(messages),
-                "temperature": config.temperature,
-                "max_tokens": config.max_tokens,
-                "seed": seed,
-                **(form or {}),
-                **config.extra_body,
-            },
-        )
+        body = {
+            "model": config.model,
+            "messages": list(messages),
+            "temperature": config.temperature,
+            "max_tokens": config.max_tokens,
+            "seed": seed,
+            **(form or {}),
+            **config.extra_body,
+        }
+        sent = {name: value for name, value in body.items() if value is not None}
+        completion = await client.post("/chat/completions", cast_to=object, body=sent)
         return self._read(completion, messages)
 
     def _read(self, completion: Any, messages: Messages) -> Answer:
@@ -180,11 +179,13 @@ class Server:
             text, role = choice["message"].get("content") or "", choice["message"]["role"]
             usage = completion.get("usage") or {}
             used = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            raise _Unusable("the answer is no chat completion", str(completion)[:2000]) from None
-        if not isinstance(text, str) or role != "assistant":
-            raise _Unusable(f"the answer has the role {role!r}", str(text))
-        text = self._scrub(text)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
+            raise _Unusable("the answer is no chat completion", str(completion)) from None
+        if not isinstance(text, str):
+            raise _Unusable("the answer's content is no text", str(text))
+        if role != "assistant":
+            raise _Unusable(f"the answer has the role {role!r}", text)
+        text = self._scrub(text.encode(errors="replace").decode())  # JSON can spell half a character
         if choice.get("finish_reason") == "length":
             detail = f"the answer was cut at max_tokens={self._config.max_tokens}"
             raise RoleFailure("malformed", detail, text)
@@ -198,11 +199,12 @@ class Server:
 
     def _judge_error(self, error: Exception) -> tuple[RoleFailure, bool, float]:
         """(the failure, whether to try again, seconds that the server wants us to wait)."""
-        detail = self._scrub(" ".join(str(error).split())[:500])
+        # First without the key, then cut: half a key is a leak too.
+        detail = self._scrub(" ".join(str(error).split()))[:500]
         if isinstance(error, RoleFailure):
             return error, False, 0.0
         if isinstance(error, _Unusable):
-            return RoleFailure("malformed", detail, self._scrub(error.raw)), True, 0.0
+            return RoleFailure("malformed", detail, self._scrub(error.raw)[:2000]), True, 0.0
         if isinstance(error, (TimeoutError, openai.APITimeoutError)):
             return RoleFailure("timeout", f"no answer within {self._call_seconds:g} s"), True, 0.0
         if isinstance(error, openai.APIStatusError):
@@ -231,6 +233,14 @@ class _Unusable(Exception):
     def __init__(self, detail: str, raw: str) -> None:
         super().__init__(detail)
         self.raw = raw
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _retry_after(error: openai.APIStatusError) -> float:

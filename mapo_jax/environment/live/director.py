@@ -10,6 +10,7 @@ from mapo_jax.environment.live.user import revealed
 from mapo_jax.environment.scenario import AXES, PERIODS
 
 SCHEMA = DirectionForm.model_json_schema()
+LONGEST_GUIDANCE = 800  # characters: two sentences, and room for a talkative model
 _REMEMBERED_CALLS = 6
 
 
@@ -64,7 +65,13 @@ def to_action(form: DirectionForm, state: DialogueState) -> Action:
     """
     card = state.scenario
     told, _ = revealed([turn.action for turn in state.turns if turn.action is not None])
-    kind, target, guidance = form.function, form.target, form.guidance.strip()
+    # In the user's prompt it is one line of its own, so that it cannot pass for another part of it.
+    kind, target, guidance = form.function, form.target, " ".join(form.guidance.split())
+    if len(guidance) > LONGEST_GUIDANCE:
+        problem = f"guidance has {len(guidance)} characters; at most {LONGEST_GUIDANCE}"
+        raise RoleFailure("malformed", problem)
+    if not guidance and kind in ("shift_focus", "turning_point", "observe"):
+        raise RoleFailure("malformed", f"{kind}: guidance is empty, and the actor hears nothing else")
     if kind == "reveal_stage":
         upcoming = max(told) + 1
         if upcoming >= len(card.story.stages):

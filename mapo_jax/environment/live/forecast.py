@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mapo_jax.config import ROLES, Config
+from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, RoleConfig, held_out
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, Turn
 from mapo_jax.environment.live.client import estimate_tokens
 from mapo_jax.environment.live.director import director_messages
@@ -57,38 +57,58 @@ def run_load(config: Config, training: Sequence[Scenario], validation: int) -> d
     evaluations = len({*range(0, steps, every), steps})
     evaluated = min(validation, config.evaluation.scenarios)
     openings = steps * config.rollout.scenarios + evaluations * evaluated
-    dialogues = (
-        steps * config.rollout.scenarios * config.rollout.rollouts
-        + evaluations * evaluated * config.evaluation.rollouts
-    )
-    loads = {name: load * dialogues for name, load in turns.items()}
+    trained = steps * config.rollout.scenarios * config.rollout.rollouts
+    validated = evaluations * evaluated * config.evaluation.rollouts
+    loads = {name: load * (trained + validated) for name, load in turns.items()}
     loads["user"] += opening * openings
     samples = config.environment.judge.samples
+    if held_out(config.environment):
+        loads["judge"] = turns["judge"] * trained
+        loads[HELD_OUT] = turns["judge"] * (validated * config.environment.held_out_judge.samples / samples)
     for item in calibration_set():
         messages = judge_messages(item.state.scenario, item.state.turns, item.state.user, item.reply)
         loads["judge"] += _load("judge", messages) * (evaluations * samples)
-    return loads
+    # A class of the user's own may ask no model; it is called all the same.
+    asks = {name: getattr(config.environment, name).model is not None for name in ROLES}
+    return {name: load if asks[name] else Load(load.calls) for name, load in loads.items()}
 
 
 def live_forecast(config: Config, training: Sequence[Scenario], validation: int) -> str:
     """The load of a run as a table, with its cost at the configuration's prices."""
     lines = [
         "the live world, if every dialogue goes to its last turn and nothing fails",
-        f"  {'role':<9} {'model':<30} {'calls':>11} {'prompt tokens':>15} {'answer tokens':>15} {'cost':>11}",
+        f"  {'role':<14} {'model':<30} {'calls':>11} {'prompt tokens':>15} {'answer tokens':>15} "
+        f"{'cost':>11}",
     ]
     total, sum_of = 0.0, Load()
-    for name, load in run_load(config, training, validation).items():
+    loads = run_load(config, training, validation)
+    for name, load in loads.items():
         role = getattr(config.environment, name)
         cost = (load.input_tokens * role.prices[0] + load.output_tokens * role.prices[1]) / 1e6
         total, sum_of = total + cost, sum_of + load
         model = role.model or role.implementation or ""
-        lines.append(f"  {name:<9} {model[-30:]:<30} {_figures(load, cost)}")
-    lines.append(f"  {'together':<40} {_figures(sum_of, total)}")
+        lines.append(f"  {name:<14} {model[-30:]:<30} {_figures(load, cost)}")
+    lines.append(f"  {'together':<45} {_figures(sum_of, total)}")
     lines.append(
-        "  tokens are estimated from the rendered prompts (about 4 characters each); reasoning comes on top; "
-        "a repair is one more call"
+        "  tokens are estimated from the rendered prompts (about 4 characters each), with replies as long as "
+        "they may be; reasoning comes on top; a repair is one more call"
     )
+    for name, load in loads.items():
+        role = getattr(config.environment, name)
+        if not any(role.prices) and role.model is not None and not role.model.startswith(ENGINE):
+            lines.append(f"  the {name} has no price: set environment.{name}.prices")
+        if hours := _shortest(load, role) / 60:
+            lines.append(f"  the {name}'s limits per minute let this through in {hours:,.1f} hours at best")
     return "\n".join(lines)
+
+
+def _shortest(load: Load, role: RoleConfig) -> float:
+    """Fewest minutes that a role's own limits leave for a load; 0 without limits."""
+    needed = (
+        (load.calls, role.requests_per_minute),
+        (load.input_tokens + load.output_tokens, role.tokens_per_minute),
+    )
+    return max((amount / limit for amount, limit in needed if limit), default=0.0)
 
 
 def _figures(load: Load, cost: float) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Hashable
-from typing import Any, TypeVar
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Roles
 from mapo_jax.environment.live.calls import CallLog
@@ -22,7 +22,7 @@ class WorldFailing(Exception):
 
 
 class Watch:
-    """Looks back on the last WINDOW calls of the roles."""
+    """Looks back on the last WINDOW calls of the roles, from one step into the next."""
 
     def __init__(self, share: float) -> None:
         """Args: share: of failures that is still borne."""
@@ -36,8 +36,10 @@ class Watch:
           WorldFailing: with it, more than the share of a whole window has failed.
         """
         self._last.append((role, failure))
+        if failure is None:
+            return
         failures = [(name, problem) for name, problem in self._last if problem is not None]
-        if failure is None or len(failures) <= self._most:
+        if len(failures) <= self._most:
             return
         kinds = Counter(f"{name} {problem.kind}" for name, problem in failures)
         listed = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
@@ -61,7 +63,7 @@ class Guarded:
 
         roles: whom to guard.
         watch: told of every call, but not of those that a limit here cut off.
-        log: where what was lost is counted.
+        log: where what was lost is counted, and what a limit cut off is written down.
         dialogue_seconds: longest time that one dialogue may wait for its roles, all turns together.
         step_seconds: longest time from `begin` to the last call.
         """
@@ -75,30 +77,28 @@ class Guarded:
         return Roles(self, self, self)
 
     def begin(self) -> None:
-        """Starts the clocks of a collection, and forgets earlier failures."""
+        """Starts the clocks of a collection."""
         self._deadline = time.monotonic() + self._step_seconds
-        self._spent: dict[Hashable, float] = defaultdict(float)
-        self._watch.clear()
+        self._spent: dict[tuple[str, int], float] = defaultdict(float)
 
     async def open(self, scenario: Scenario, seed: int) -> str:
         """See User."""
-        return await self._bounded(
-            "user", ("opening", scenario.id, seed), self._roles.user.open(scenario, seed)
-        )
+        return await self._bounded("user", scenario, seed, self._roles.user.open(scenario, seed))
 
     async def reply(self, state: DialogueState) -> str:
         """See User."""
-        return await self._bounded("user", _identity(state), self._roles.user.reply(state))
+        return await self._bounded("user", state.scenario, state.seed, self._roles.user.reply(state))
 
     async def score(self, state: DialogueState, reply: str) -> Judgement:
         """See Judge."""
-        return await self._bounded("judge", _identity(state), self._roles.judge.score(state, reply))
+        return await self._bounded("judge", state.scenario, state.seed, self._roles.judge.score(state, reply))
 
     async def act(self, state: DialogueState) -> Action:
         """See Director."""
-        return await self._bounded("director", _identity(state), self._roles.director.act(state))
+        return await self._bounded("director", state.scenario, state.seed, self._roles.director.act(state))
 
-    async def _bounded(self, role: str, dialogue: Hashable, call: Awaitable[T]) -> T:
+    async def _bounded(self, role: str, scenario: Scenario, seed: int, call: Awaitable[T]) -> T:
+        dialogue = scenario.id, seed
         started = time.monotonic()
         left = min(self._deadline - started, self._dialogue_seconds - self._spent[dialogue])
         try:
@@ -108,8 +108,10 @@ class Guarded:
             if not limit.expired():
                 raise
             which = "step" if self._deadline <= time.monotonic() else "dialogue"
-            self._log.lost["timeout"] += 1
-            raise RoleFailure("timeout", f"the time of the {which} is used up") from None
+            failure = RoleFailure("timeout", f"the time of the {which} is used up")
+            self._log.failed(role, failure, final=True, seed=seed)
+            self._log.lost[failure.kind] += 1
+            raise failure from None
         except RoleFailure as failure:
             self._log.lost[failure.kind] += 1
             self._watch.note(role, failure)
@@ -118,7 +120,3 @@ class Guarded:
             self._spent[dialogue] += time.monotonic() - started
         self._watch.note(role, None)
         return result
-
-
-def _identity(state: DialogueState) -> Any:
-    return state.scenario.id, state.seed

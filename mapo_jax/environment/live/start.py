@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.answers import StartForm, findings, read
 from mapo_jax.environment.live.calls import Complete
 from mapo_jax.environment.live.prompts import Messages, chat, render
-from mapo_jax.environment.scenario import INDICATORS, Scenario
+from mapo_jax.environment.scenario import Scenario
 
 SCHEMA = StartForm.model_json_schema()
 
@@ -30,11 +31,21 @@ async def estimate_start(card: Scenario, complete: Complete) -> StartState:
     text = await complete(
         start_messages(card),
         schema=SCHEMA,
-        check=lambda text: read(text, StartForm),
+        check=to_start,
         repair=lambda problem: render(card.language, "json_repair", problem=problem),
     )
+    return to_start(text)
+
+
+def to_start(text: str) -> StartState:
+    """The start state in a model's text.
+
+    Raises:
+      RoleFailure: malformed or out of range; a person who lacks nothing is no start either.
+    """
     found = findings(read(text, StartForm))
-    assert len(found) == len(INDICATORS)
+    if not any(finding.level for finding in found):
+        raise RoleFailure("malformed", "every level is 0; a person who talks about a trouble lacks something")
     return StartState(
         tuple(f.level for f in found), tuple(f.evidence for f in found), tuple(f.reason for f in found)
     )

@@ -18,6 +18,8 @@
   const minus = (text) => text.replace("-", "\u2212");
   function tell(value, form) {
     if (value === null || value === undefined) return "–";
+    if (form === "seconds") return `${tell(value)}\u00a0s`;
+    if (form === "share" && value && Math.abs(value) < 5e-4) return "<0.1\u00a0%";
     if (form === "share") return minus((100 * value).toFixed(Math.abs(value) < 0.0995 && value !== 0 ? 1 : 0)) + "\u00a0%";
     if (value === 0) return "0";
     const size = Math.abs(value);
@@ -300,8 +302,8 @@
       return;
     }
     const index = await unpack($("#index").textContent);
-    const rows = index.rows.map(([run, held, step, s, r, card, outcome, turns, unscored, cut, value, score, place]) => ({
-      run, held, step, s, r, card: index.cards[card], cardNumber: card, outcome, turns, unscored, cut, value, score, place,
+    const rows = index.rows.map(([run, held, step, s, r, card, outcome, turns, unscored, cut, failures, value, score, place]) => ({
+      run, held, step, s, r, card: index.cards[card], cardNumber: card, outcome, turns, unscored, cut, failures, value, score, place,
       group: `${run}.${held ? "v" : "t"}${step}`,
       key: `${run}.${held ? "v" : "t"}${step}.${s}.${r}`,
     }));
@@ -332,7 +334,8 @@
     chooser("domain", "domain", [["", "all"], ...unique(rows.map((row) => row.card.domain ?? "none")).map((name) => [name, name])]);
     chooser("scenario", "scenario", [["", "all"], ...unique(rows.map((row) => row.card.id)).map((name) => [name, name])]);
     chooser("outcome", "outcome", [["", "all"], ...unique(rows.map((row) => row.outcome)).map((name) => [name, name])]);
-    chooser("failure", "failures", [["", "any or none"], ["none", "none"], ["unscored", "unscored turns"], ["error", "ended in error"], ["cut", "cut replies"]]);
+    chooser("failure", "failures", [["", "any or none"], ["none", "none"], ["unscored", "unscored turns"], ["error", "ended in error"], ["cut", "cut replies"],
+      ...unique(rows.flatMap((row) => row.failures)).map((kind) => [`is:${kind}`, kind])]);
     const search = make("input", { type: "search", name: "text", id: "filter-text", placeholder: "words, then Enter" });
     form.append(make("label", { for: "filter-text" }, "said by anyone", search));
     form.append(make("button", { type: "reset" }, "Clear"));
@@ -362,7 +365,7 @@
         is("run", row.run) && is("set", row.held) && is("step", row.step) && is("domain", row.card.domain ?? "none") &&
         is("scenario", row.card.id) && is("outcome", row.outcome) &&
         (!failure || (failure === "unscored" && row.unscored > 0) || (failure === "error" && row.outcome === "error") ||
-          (failure === "cut" && row.cut > 0) || (failure === "none" && !row.unscored && row.outcome !== "error" && !row.cut)) &&
+          (failure === "cut" && row.cut > 0) || (failure.startsWith("is:") && row.failures.includes(failure.slice(3))) || (failure === "none" && !row.unscored && row.outcome !== "error" && !row.cut)) &&
         (found === null || found.has(row.key))
       );
     }
@@ -531,7 +534,7 @@
       return make("section", { class: when(row) === "before" ? "dialogue before" : "dialogue" },
         make("h3", {}, card.topic ?? card.id),
         make("p", { class: "meta" }, make("span", { class: when(row) === "before" ? "tag before" : "tag" }, when(row)), ` ${many ? `${index.runs[row.run].name} · ` : ""}${card.id} · ${card.domain ?? "no domain"} · ${card.split ?? ""} card · rollout ${row.r + 1}`),
-        make("p", { class: "meta" }, `Return ${signed(row.value)} · EPM-Q ${tell(row.score)} · ${ending} after ${row.turns} turns`, talk.rule ? ` (${talk.rule})` : "", talk.failure ? ` (${talk.failure})` : "", row.held ? " · validation: nothing was learnt from it" : ""),
+        make("p", { class: "meta" }, `Return ${signed(row.value)} · EPM-Q ${tell(row.score)} · ${ending} after ${row.turns} turns`, talk.rule ? ` (${talk.rule})` : "", talk.failure ? ` (${talk.failure})` : "", row.held ? " · validation: nothing was learnt from it" : talk.turns.every((turn) => turn.c.length < 5 || turn.c[4] === null) ? " · left out: nothing was learnt from it" : ""),
         about.length ? make("details", { class: "cardtext" }, make("summary", {}, "The card"), make("dl", {}, about.flatMap(([term, text]) => [make("dt", {}, term), make("dd", {}, text)]))) : null,
         make("div", { class: "lack", role: "img", "aria-label": `What is lacking: ${ways.map((d) => d.toFixed(1)).join(", ")}` },
           ways.map((d, t) => make("a", { href: t ? link(row, paired && open?.row.key === row.key ? open.other : paired && open ? open.row : null, t) : null, tabindex: "-1", class: t && d > ways[t - 1] ? "worse" : null, title: `${t ? `after turn ${t}` : "at the start"}: D = ${d.toFixed(1)}`, style: { height: `${(100 * d) / most}%` } }))),
@@ -542,7 +545,7 @@
     }
     function turnView(row, talk, turn, t, scales, tokenRows, paired) {
       const before = t ? talk.turns[t - 1] : { p: talk.start, d: talk.distance };
-      const names = ["reward", "return", "turn level", "batch level", index.runs[row.run].estimator === "mapo" ? "mixed advantage" : `advantage (${index.runs[row.run].estimator})`];
+      const names = ["reward", "return", "turn-level advantage", "batch-level advantage", index.runs[row.run].estimator === "mapo" ? "mixed advantage" : `advantage by ${index.runs[row.run].estimator}`];
       const credit = make("div", { class: "credit" },
         turn.c.flatMap((entry, i) => i > 1 && row.held ? [] : [
           make("span", { class: i === 4 ? "name total" : "name" }, names[i]),

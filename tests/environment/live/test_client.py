@@ -1,6 +1,7 @@
 """The client against a scripted server: what is retried, what is not, and that no key ever leaves it."""
 
 import asyncio
+import json
 import time
 
 import pytest
@@ -36,6 +37,8 @@ def test_an_answer_with_its_tokens_and_what_was_sent(serve):
     assert request["model"] == "m" and request["messages"] == CHAT and request["top_k"] == 3
     assert request["temperature"] == 0.5 and request["max_tokens"] == 7 and request["seed"] == 0
     assert "response_format" not in request
+    call(server, extra_body={"max_tokens": None, "max_completion_tokens": 9})  # null leaves a field out
+    assert "max_tokens" not in server.requests[1] and server.requests[1]["max_completion_tokens"] == 9
     assert f"authorization: bearer {KEY}" in server.headers[0].lower()
     ((seconds, failure),) = attempts
     assert 0 < seconds < 6 and failure is None
@@ -54,9 +57,17 @@ def test_an_answer_with_its_tokens_and_what_was_sent(serve):
         ("stall", 30),
         {"id": "c1", "object": "chat.completion", "choices": []},
         {"choices": [{"index": 0, "message": {"role": "user", "content": "Me."}, "finish_reason": "stop"}]},
+        {"choices": [{"index": 0, "message": {"role": "assistant", "content": ["Me."]}}]},
+        {
+            "choices": [{"message": {"role": "assistant", "content": "Me."}}],
+            "usage": {"prompt_tokens": 1e999},
+        },
     ],
-    ids=["429", "500", "503", "408", "close", "cut", "no-json", "stall", "no-choice", "wrong-role"],
-)
+    ids=[
+        "429", "500", "503", "408", "close", "cut", "no-json", "stall", "no-choice", "wrong-role", "no-text",
+        "infinite",
+    ],
+)  # fmt: skip
 def test_what_a_retry_can_mend_is_mended(serve, fault):
     server = serve(lambda request, number: "Fine." if number > 2 else fault)
     (answer,), attempts = call(server, seconds=1.5 if fault == ("stall", 30) else 6.0)
@@ -137,6 +148,20 @@ def test_the_schema_is_enforced_where_the_server_can(serve):
     assert server.requests[1]["messages"][-1]["content"].endswith('{"type": "object"}')
 
 
+def test_a_server_that_ignores_the_schema_gets_it_in_the_prompt(serve):
+    server = serve(lambda request, number: "Gladly: {}" if number == 1 else "{}")
+
+    async def run():
+        async with Server(RoleConfig(url=server.url, model="m")) as client:
+            return [(await client(CHAT, seed=i, schema={"type": "object"})).text for i in range(2)]
+
+    assert asyncio.run(run()) == ["Gladly: {}", "{}"]
+    first, second = server.requests
+    assert "response_format" in first and first["messages"] == CHAT
+    assert "response_format" not in second
+    assert second["messages"][-1]["content"].endswith('JSON schema: {"type": "object"}')
+
+
 def test_concurrency_is_bounded(serve):
     server = serve(lambda request, number: "Fine.", latency=0.05)
 
@@ -168,6 +193,39 @@ def test_a_key_that_the_server_echoes_is_taken_out(serve, echo):
         (outcome,), _ = call(serve(lambda request, number, what=what: what))
         text = f"{outcome} {outcome!r} {getattr(outcome, 'raw', '')} {getattr(outcome, '__cause__', '')}"
         assert echo not in text and "[key]" in text
+
+
+def test_no_half_of_a_key_is_left_where_a_long_text_is_cut(serve):
+    for before in range(460, 500, 7):
+        server = serve(lambda request, number, n=before: ("status", 401, {}, f"{'x' * n}{KEY}"))
+        (failure,), _ = call(server)
+        assert KEY[:8] not in str(failure)
+
+
+def test_half_a_character_does_not_stop_anything(serve):
+    body = '{"choices": [{"message": {"role": "assistant", "content": "so \\ud83d"}}]}'
+    server = serve(lambda request, number: json.loads(body))
+    (answer,), _ = call(server)
+    assert answer.text == "so ?" and answer.text.encode()
+
+
+def test_tokens_per_minute_count_what_was_really_used(serve):
+    """Each call is estimated at 55.5 tokens and reports 120: 240 + 55.5 fits into 300, 360 does not."""
+    server = serve(lambda request, number: "Fine.")
+
+    async def run():
+        config = RoleConfig(url=server.url, model="m", max_tokens=50, tokens_per_minute=300)
+        async with Server(config) as client:
+            passed = 0
+            try:
+                async with asyncio.timeout(3):
+                    for seed in range(5):
+                        await client(CHAT, seed=seed, schema=None)
+                        passed += 1
+            except TimeoutError:
+                return passed
+
+    assert asyncio.run(run()) == 3
 
 
 def test_tokens_are_estimated_by_script():

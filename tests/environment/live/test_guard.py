@@ -52,6 +52,7 @@ def test_a_hanging_role_is_cut_off(limit):
     with pytest.raises(RoleFailure, match=f"timeout: the time of the {limit}"):
         asyncio.run(guarded.score(state(), "Yes."))
     assert time.monotonic() - started < 10 and log.lost == {"timeout": 1}
+    assert log["judge"].failures == {"timeout": 1}
 
 
 def test_a_dialogues_time_adds_up_and_is_its_own():
@@ -84,14 +85,40 @@ def test_the_watch_trips_above_the_share_of_a_window():
         watch.note("user", None)
     with pytest.raises(WorldFailing, match=r"21 of the last 100 calls .*judge timeout 21.*slow"):
         watch.note("judge", problem)
-    # Old failures leave the window: with 100 good calls in between, 20 more are borne.
     watch.clear()
+    # Old failures leave the window: with 100 good calls in between, 20 more are borne.
     for _ in range(20):
         watch.note("judge", problem)
     for _ in range(WINDOW):
         watch.note("user", None)
     for _ in range(20):
         watch.note("judge", problem)
+
+
+def test_the_watch_looks_back_beyond_a_step():
+    """Steps of thirty calls, of which nine fail: no step holds a window, four of them do."""
+    good, bad = Slow(), Slow(failure="timeout")
+    log, watch = CallLog(), Watch(0.2)
+    by_role = {
+        role: Guarded(Roles(role, role, role), watch, log, dialogue_seconds=10, step_seconds=10)
+        for role in (good, bad)
+    }
+
+    async def run():
+        for step in range(4):
+            for guarded in by_role.values():
+                guarded.begin()
+            for index in range(30):
+                try:
+                    await by_role[bad if index < 9 else good].score(state(index), "Yes.")
+                except RoleFailure:
+                    continue
+                except WorldFailing as failing:
+                    return step, index, str(failing)
+
+    # 9, 18 and then, with the third one of the third step, 21.
+    step, index, text = asyncio.run(run())
+    assert (step, index) == (2, 2) and "21 of the last 63 calls" in text
 
 
 def test_what_a_limit_cut_off_does_not_trip_the_watch():

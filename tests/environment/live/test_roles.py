@@ -154,7 +154,11 @@ def test_the_director_calls_one_function():
         (call("reveal_memory", "youth"), ("reveal_memory", "youth", f"{CARD.history[1]} Go on.")),
         (call("shift_focus", "A"), ("shift_focus", "A", "Go on.")),
         (call("turning_point"), ("turning_point", None, "Go on.")),
-        (call("observe", guidance=""), ("observe", None, "")),
+        (call("continue", guidance=""), ("continue", None, "")),
+        (
+            call("observe", guidance="Wait.\n\nTOLD SO FAR\n- Lies."),
+            ("observe", None, "Wait. TOLD SO FAR - Lies."),
+        ),
     ):
         action = asyncio.run(LiveDirector(complete(Model(text)), 8).act(before))
         assert (action.kind, action.target, action.guidance) == expected
@@ -177,6 +181,21 @@ def test_a_call_that_is_not_available_is_malformed(function, target):
         to_action(form, state(turn()))
 
 
+@pytest.mark.parametrize(
+    ("function", "target", "guidance"),
+    [
+        ("shift_focus", "A", " "),
+        ("turning_point", None, ""),
+        ("observe", None, ""),
+        ("continue", None, "x" * 801),
+    ],
+)
+def test_guidance_that_says_nothing_or_far_too_much_is_malformed(function, target, guidance):
+    form = DirectionForm.model_validate(json.loads(call(function, target, guidance)))
+    with pytest.raises(RoleFailure, match=r"malformed.*guidance"):
+        to_action(form, state(turn()))
+
+
 def test_no_stage_is_left_to_reveal():
     turns = [turn(action=Action("reveal_stage", str(i))) for i in (1, 2, 3)]
     form = DirectionForm.model_validate(json.loads(call("reveal_stage", "5")))
@@ -196,3 +215,10 @@ def test_a_start_state():
     start = asyncio.run(estimate_start(CARD, complete(Model(json.dumps(nine)))))
     assert start.levels == (0, 1, 2, 3, 0, 1, 2, 3, 0) and start.reasons == ("r",) * 9
     assert CARD.story.stages[3].telling in everything(start_messages(CARD))
+
+
+def test_a_person_who_lacks_nothing_is_asked_about_again():
+    nine = lambda level: json.dumps({n: {"evidence": "e", "reason": "r", "level": level} for n in INDICATORS})  # noqa: E731
+    model = Model(nine(0), nine(1))
+    assert asyncio.run(estimate_start(CARD, complete(model))).levels == (1,) * 9
+    assert "every level is 0" in everything(model.heard[1][0])
