@@ -30,7 +30,7 @@ from mapo_jax.model.attention import causal_attention, query_block, rotary_angle
 from mapo_jax.model.backends import attention_name
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import param_shardings, row_shards
-from mapo_jax.rollout.engine import cache_bytes
+from mapo_jax.rollout.sizes import cache_bytes
 from mapo_jax.training.batch import microbatch_rows, row_lengths
 from mapo_jax.training.programs import minibatch_rows
 from mapo_jax.training.step import abstract_state, make_optimizer
@@ -89,9 +89,10 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
         * _kept(microbatch, config.model.remat),
         "work of one layer or of the head": work,
     }
-    slots = config.rollout.slots or config.rollout.scenarios * config.rollout.rollouts
-    lanes = config.rollout.lanes or slots
-    caches = cache_bytes(model, slots, lanes, config.rollout.max_tokens, jnp.dtype(dtype)) / mesh.size
+    dialogues = config.rollout.scenarios * config.rollout.rollouts
+    resident = min(config.rollout.slots or dialogues, dialogues)
+    lanes = config.rollout.lanes or resident
+    caches = cache_bytes(model, resident, lanes, config.rollout.max_tokens, jnp.dtype(dtype)) / mesh.size
     copy = _bytes(qwen.in_precision(state.weights, dtype)) if config.rollout.copy_weights else 0
     rollout = {
         f"KV caches ({dtype})": caches,
