@@ -488,7 +488,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         programs = options.programs.split(",")
         if not set(programs) <= set(PROGRAMS):
             raise UserError(f"`--programs` is {options.programs!r}; choose of {','.join(PROGRAMS)}")
-        job = make_job(load_config(options.config, options.overrides), options.slice, options.layers)
+        name = options.slice.replace("v5litepod-", "v5e-")  # Google's own name for it
+        job = make_job(load_config(options.config, options.overrides), name, options.layers)
         results = compile_all(
             job, programs, lambda r: console.print(f"{r.program}: {r.seconds:.0f} s to compile", markup=False)
         )

@@ -360,7 +360,10 @@ def extend(
       Hidden states after the last norm, and the new cache (donate the old one).
     """
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
-    slots = jnp.arange(tokens.shape[0])[:, None]
+    # All axes but the last are indexed. With a slice among them a TPU would write to a cache whose heads lie
+    # inside its positions: a second cache, and two rearrangements of all of it for every block of steps.
+    slots, groups = jnp.arange(tokens.shape[0])[:, None, None], jnp.arange(config.num_kv_heads)
+    places = (slots, groups, positions[:, :, None])
     decoding = tokens.shape[1] == 1
     hidden, heads = ("lane_hidden", "lane_heads") if decoding else ("hidden", "heads")
     x = constrain(params["embed"]["embedding"][tokens].astype(dtype), hidden, mesh)
@@ -372,8 +375,8 @@ def extend(
         def attend(query, key, value, keys=keys, values=values):
             query = constrain(query, "slot_heads", mesh)
             key, value = (constrain(array, "slot_kv_heads", mesh) for array in (key, value))
-            keys = keys.at[slots, :, positions].set(key.astype(keys.dtype), mode="drop")
-            values = values.at[slots, :, positions].set(value.astype(values.dtype), mode="drop")
+            keys = keys.at[places].set(key.astype(keys.dtype), mode="drop")
+            values = values.at[places].set(value.astype(values.dtype), mode="drop")
             output = constrain(cached_attention(query, keys, values, positions), "slot_heads", mesh)
             return constrain(output, heads, mesh), (keys, values)
 
