@@ -115,7 +115,7 @@ def launch(settings, folder, *, count=2, devices=4, present=None, driver="-m map
     return started
 
 
-def finish(processes, timeout=280):
+def finish(processes, timeout=1000):
     """(status, output, errors) of each."""
     try:
         ended = [process.communicate(timeout=timeout) for process in processes]
