@@ -38,7 +38,7 @@ TOPOLOGIES = {
     **{f"v6e-{chips}": f"v6e:{shape}" for chips, shape in _FLAT.items()},
 }
 
-# For libtpu where there is no TPU: asks no cloud which machine this is, and does not complain of what it lacks.
+# For libtpu where there is no TPU: it asks no cloud which machine this is, nor complains of what it lacks.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
