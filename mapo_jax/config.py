@@ -169,9 +169,7 @@ class TrainingConfig:
     steps: int = 45  # collect-and-update steps
     seed: int = 0  # everything random follows from it
     minibatch_scenarios: int = 2  # scenarios per optimizer update; divides rollout.scenarios
-    microbatch_tokens: int = (
-        1792  # most tokens of a device per pass, but a row at least; 0: the whole mini-batch
-    )
+    microbatch_tokens: int = 1792  # most tokens of a device per pass, a row at least; 0: no limit
     epochs: int = 1  # passes over a step's dialogues
 
 
