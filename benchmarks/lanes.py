@@ -37,7 +37,7 @@ BLOCK, LENGTHS = 8, (256, 384)
 OPTIONS = dict(
     config=SHAPE,
     dtype=jnp.float32,
-    shards=1,
+    mesh=None,
     stop_ids=(),
     vocabulary_size=SHAPE.vocab_size,
     sampling=Sampling(),
@@ -86,8 +86,8 @@ def ways(slots: int, speaking: int, length: int) -> dict[str, Callable[[], None]
     other = [init_cache(SHAPE, speaking, length)]
 
     def parked() -> None:
-        moved = jax.tree.map(np.asarray, out(other[0], 0))
-        other[0] = back(other[0], 0, moved)
+        moved = jax.tree.map(np.asarray, out(other[0], np.int32(0)))
+        other[0] = back(other[0], np.int32(0), moved)
         resident()
 
     return {

@@ -13,18 +13,25 @@ from mapo_jax.errors import UserError
 
 
 class Stopped(Exception):
-    """The command was asked to stop by a signal, and has left everything whole."""
+    """The command was asked to stop, by a signal or what `reason` says, and has left everything whole."""
 
-    def __init__(self, signal_name: str, message: str):
+    def __init__(self, reason: str, message: str):
         super().__init__(message)
-        self.signal_name = signal_name
+        self.reason = reason
+
+    @property
+    def status(self) -> int:
+        """128 + n for signal n; 124, as of the command `timeout`, for any other reason."""
+        known = signal.Signals.__members__
+        return 128 + known[self.reason] if self.reason in known else 124
 
 
 def run_command(command: Callable[[], None]) -> int:
     """Runs a command's body and returns its exit status.
 
-    0: done. 2: bad input; the sentence goes to standard error. 128 + n: stopped by signal n. Anything else
-    is a defect of ours and keeps its traceback.
+    0: done. 2: bad input; the sentence goes to standard error. 3: another process of the run is gone
+    (`peers`). 124: stopped by its deadline. 128 + n: stopped by signal n. Anything else is a defect of ours
+    and keeps its traceback.
     """
     try:
         command()
@@ -33,7 +40,7 @@ def run_command(command: Callable[[], None]) -> int:
         return 2
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        return 128 + signal.Signals[stop.signal_name]
+        return stop.status
     except BrokenPipeError:
         return 0
     return 0

@@ -169,7 +169,7 @@ class TrainingConfig:
     steps: int = 45  # collect-and-update steps
     seed: int = 0  # everything random follows from it
     minibatch_scenarios: int = 2  # scenarios per optimizer update; divides rollout.scenarios
-    microbatch_tokens: int = 1792  # most tokens of a device per pass, a row at least; 0: no limit
+    microbatch_tokens: int = 1792  # most tokens of a device per pass, a row at least; 0: the whole mini-batch
     epochs: int = 1  # passes over a step's dialogues
 
 
@@ -192,8 +192,9 @@ class WarmstartConfig:
 class CheckpointConfig:
     """What is kept of a run."""
 
-    every: int = 10  # steps between checkpoints (the last step is always kept)
+    every: int = 10  # steps between checkpoints; before an evaluation and after the last step always
     keep: int = 2  # newest checkpoints kept
+    keep_best: int = 1  # and beside them the best ones by validation return
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,9 @@ class RunConfig:
 
     directory: str = "runs/tiny"  # run folder; an existing run of the same configuration continues
     compilation_cache: str | None = None  # folder of compiled programs; empty: the user's cache folder
+    deadline_minutes: float = 0.0  # save and stop so long after the start, wherever the run is; 0: never
+    join_seconds: float = 300.0  # several processes only: how long to wait for all to have come
+    silent_seconds: float = 60.0  # several processes only: who is silent for so long is taken for dead
 
 
 @dataclass(frozen=True)
@@ -344,7 +348,7 @@ def _merge(base: DictConfig, update: dict, source: str) -> DictConfig:
         if key not in known:
             continue
         ill_typed = UserError(f"{source}: `{key}` must be {_type_name(key)}, not {value!r}")
-        if isinstance(_value(Config(), key), bool) != isinstance(value, bool):
+        if isinstance(value_of(Config(), key), bool) != isinstance(value, bool):
             raise ill_typed  # OmegaConf would take 3 for true and true for 1
         try:
             base = OmegaConf.merge(base, _nest(key, value))
@@ -382,10 +386,10 @@ def validate(config: Config) -> None:
       UserError: names the key, its value, and what would be right.
     """
     for key, choices in _CHOICES.items():
-        value = _value(config, key)
+        value = value_of(config, key)
         _require(value in choices, key, value, f"one of {', '.join(choices)}")
     for key, (low, high) in _RANGES.items():
-        value = _value(config, key)
+        value = value_of(config, key)
         if value is None:  # only where the type allows it
             continue
         right = f"at least {low}" if high is None else f"between {low} and {high}"
@@ -459,7 +463,8 @@ def validate(config: Config) -> None:
     )
 
 
-def _value(config: Config, dotted: str) -> Any:
+def value_of(config: Config, dotted: str) -> Any:
+    """The value of a dotted key."""
     value: Any = config
     for name in dotted.split("."):
         value = getattr(value, name)
@@ -557,6 +562,9 @@ _CHOICES = {
 
 # Smallest and largest sensible value; None: no upper bound.
 _RANGES: dict[str, tuple[float, float | None]] = {
+    "run.deadline_minutes": (0, None),
+    "run.join_seconds": (1, None),
+    "run.silent_seconds": (1, None),
     "model.fresh.vocabulary": (300, None),
     "model.fresh.hidden": (8, None),
     "model.fresh.intermediate": (8, None),
@@ -616,6 +624,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "warmstart.min_naming_ratio": (0, None),
     "checkpoint.every": (1, None),
     "checkpoint.keep": (1, None),
+    "checkpoint.keep_best": (0, None),
     "logging.dialogues_every": (1, None),
     "logging.peak_flops": (1, None),
     "evaluation.every": (1, None),

@@ -12,16 +12,19 @@ import grain
 from jax.sharding import Mesh
 from rich.console import Console
 
+from mapo_jax.commands import cache_folder
 from mapo_jax.config import Config, to_yaml
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
+from mapo_jax.files import as_path, in_bucket, part_name
 from mapo_jax.model.lora import join
 from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.training import batch as rows
 from mapo_jax.training.checkpoint import (
+    CONFIG_FILE,
     Checkpoints,
     claim,
     cut_back,
@@ -32,6 +35,7 @@ from mapo_jax.training.checkpoint import (
 from mapo_jax.training.display import Display
 from mapo_jax.training.forecast import check_memory, model_shape
 from mapo_jax.training.heartbeat import Heartbeat
+from mapo_jax.training.hosts import Hosts, rollout_mesh, rollout_weights
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import CompileCounter, MetricWriter
 from mapo_jax.training.phases import Phases
@@ -55,6 +59,7 @@ class Run:
     """What stays as it is while a run goes on."""
 
     config: Config
+    hosts: Hosts  # the processes that hold it together
     folder: Path
     mesh: Mesh
     policy: Policy
@@ -63,13 +68,14 @@ class Run:
     validation: list[Scenario]
     engine: Engine  # samples for training
     evaluator: Engine  # samples for evaluation
+    sampling_weights: Callable[[Params], Params]  # the weights as the engines take them
     credit: Callable[..., Any]  # cells -> rewards, advantages
     update: Update
     scorer: Callable[..., Any]  # the trainer's own log-probabilities
     optimizer: Optimizer
     row_lengths: tuple[int, ...]
     checkpoints: Checkpoints
-    writer: MetricWriter
+    writer: MetricWriter | None  # of the first process
     display: Display
     compiles: CompileCounter
     phases: Phases
@@ -77,14 +83,18 @@ class Run:
 
 
 def prepare(
-    config: Config, stack: ExitStack, stop: StopRequest, console: Console
+    config: Config, stack: ExitStack, stop: StopRequest, console: Console, hosts: Hosts | None = None
 ) -> tuple[Run, Params | None]:
     """Everything that a run needs; bad input is refused before anything is written.
+
+    Args:
+      hosts: the processes of the run; None for this one alone.
 
     Returns:
       The run, and the weights that it starts from: None where it continues from a checkpoint of its own.
     """
-    folder = Path(config.run.directory)
+    hosts = hosts or Hosts()
+    folder = as_path(config.run.directory)
     compiles, phases = stack.enter_context(CompileCounter()), Phases()
     stack.enter_context(Heartbeat(phases))
     training = cards(config, "train")
@@ -94,12 +104,23 @@ def prepare(
             f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
             "training scenarios there are"
         )
+    check_shares(config, hosts)
     mesh = make_mesh(config.mesh)
-    stack.enter_context(claim(folder, config))
-    world = stack.enter_context(open_world(config, folder, mesh))
-    policy, params = starting_policy(config, folder, mesh, stop, console)
+    sampling_mesh = rollout_mesh(mesh, hosts)
+    claim_together(config, folder, hosts, stack)
+    world = stack.enter_context(
+        open_world(
+            config,
+            cache_folder("runs") / str(folder).replace("/", "-") if in_bucket(folder) else folder,
+            sampling_mesh,
+            run_folder=folder,
+            part=part_name(hosts.index, hosts.count),
+            count=hosts.count,
+        )
+    )
+    policy, params = starting_policy(config, folder, mesh, stop, console, hosts)
     programs = make_programs(config, policy.config, policy.chat.vocabulary_size, mesh)
-    placed = dict(dtype=config.model.dtype, mesh=mesh)
+    placed = dict(dtype=config.model.dtype, mesh=sampling_mesh, processes=hosts.count)
     engine = make_engine(policy, config.rollout, config.rollout.temperature, **placed)
     evaluator = (
         engine
@@ -109,14 +130,19 @@ def prepare(
     display = Display(
         f"{config.algorithm.estimator} · {folder}",
         config.training.steps,
-        live=config.logging.progress,
+        live=config.logging.progress and hosts.first,
         console=console,
     )
-    checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
+    checkpoints = stack.enter_context(
+        Checkpoints(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
+    )
     # Before anything is appended: what was written after the newest whole checkpoint is written again.
-    cut_back(folder, max(checkpoints.steps, default=-1))
+    if hosts.first:
+        cut_back(folder, max(checkpoints.steps, default=-1))
+    hosts.exchange("cut back", None)
     run = Run(
         config=config,
+        hosts=hosts,
         folder=folder,
         mesh=mesh,
         policy=policy,
@@ -127,6 +153,7 @@ def prepare(
         validation=validation,
         engine=engine,
         evaluator=evaluator,
+        sampling_weights=rollout_weights(policy.config, mesh, hosts, config.model.dtype),
         credit=rows.make_credit(config.algorithm),
         update=programs.update,
         scorer=programs.scorer,
@@ -135,7 +162,9 @@ def prepare(
         checkpoints=checkpoints,
         writer=stack.enter_context(
             MetricWriter(folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb)
-        ),
+        )
+        if hosts.first
+        else None,
         display=stack.enter_context(display),
         compiles=compiles,
         phases=phases,
@@ -144,11 +173,40 @@ def prepare(
     return run, params
 
 
+def check_shares(config: Config, hosts: Hosts) -> None:
+    """Raises UserError for what several processes cannot share."""
+    if hosts.count == 1:
+        return
+    if config.model.path is None:
+        raise UserError(
+            f"`model.path` is empty, and {hosts.count} processes make no warm start; make it in one with "
+            "python -m mapo_jax.warmstart, and name its folder"
+        )
+    if config.rollout.scenarios % hosts.count:
+        raise UserError(
+            f"`rollout.scenarios` is {config.rollout.scenarios}; it must be a multiple of the {hosts.count} "
+            "processes, each of which holds its share"
+        )
+
+
+def claim_together(config: Config, folder: Path, hosts: Hosts, stack: ExitStack) -> None:
+    """The first process takes the run folder for all; the others see whether it is the same one."""
+    if hosts.first:
+        stack.enter_context(claim(folder, config))
+    hosts.exchange("claimed", None)
+    if not (folder / CONFIG_FILE).exists():
+        raise UserError(
+            f"process {hosts.index} does not see what process 0 wrote to `run.directory` {folder}; it must "
+            "be on storage that all hosts share, or a bucket"
+        )
+
+
 def starting_policy(
-    config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console
+    config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console, hosts: Hosts
 ) -> tuple[Policy, Params | None]:
     """The policy that the run starts from; its model files go into the run folder."""
-    if (folder / MODEL_FOLDER / "config.json").exists() and whole_steps(folder):
+    begun = (folder / MODEL_FOLDER / "config.json").exists() and bool(whole_steps(folder))
+    if hosts.exchange("begun", begun)[0]:
         # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
         return read_policy(folder, config.rollout), None
     path = config.model.path or run_warmstart(config, console=console, check=stop.check)
@@ -160,7 +218,8 @@ def starting_policy(
         policy = replace(policy, config=replace(policy.config, lora=lora))
         save_base(folder, params)
         params = join(params, init_adapters(policy.config, config.training.seed, mesh))
-    save_model_files(folder, policy)
+    if hosts.first:
+        save_model_files(folder, policy)
     return policy, params
 
 
@@ -176,7 +235,9 @@ def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple
     if template.base is not None:
         state = replace(state, base=restore_base(run.folder, template.base))
     deck.set_state(reached["deck"])
-    if reached["step"] == run.config.training.steps:
+    if not run.hosts.first:
+        pass
+    elif reached["step"] == run.config.training.steps:
         run.display.note(f"the run in {run.folder} is finished; for another choose another run.directory")
     else:
         run.display.note(f"continuing {run.folder} after step {reached['step']}")

@@ -13,14 +13,16 @@ import json
 import time
 from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from mapo_jax.commands import Stopped, printable, run_command, use_compilation_cache
 from mapo_jax.config import Config, load_config
+from mapo_jax.environment.dialogue import facts, from_facts
 from mapo_jax.environment.live import health
 from mapo_jax.environment.live.forecast import live_forecast
 from mapo_jax.environment.live.guard import WorldFailing
@@ -29,7 +31,7 @@ from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.metrics import reading_metrics
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.summary import summarize
-from mapo_jax.files import write_whole
+from mapo_jax.files import in_bucket, part_name, part_of, write_whole
 from mapo_jax.reporting.write import write_report
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
@@ -38,6 +40,7 @@ from mapo_jax.run import Run, begin, cards, prepare, progress, scenario_deck
 from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
+from mapo_jax.training.hosts import join
 from mapo_jax.training.interruption import Interrupted, StopRequest
 from mapo_jax.training.phases import phase
 from mapo_jax.training.programs import rows_per_dialogue
@@ -54,19 +57,26 @@ def train(config: Config, console: Console | None = None) -> None:
       UserError: bad input, a full disk, an update that is not finite; what was saved stays whole.
       Stopped: a signal came; the last finished step is saved.
     """
-    console = console or Console(highlight=False)
     use_compilation_cache(config.run.compilation_cache)
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+    with join(config) as hosts, ExitStack() as stack, hosts.speaking():
+        console = console or Console(highlight=False, quiet=not hosts.first)
+        stop = stack.enter_context(StopRequest(config.run.deadline_minutes, hosts.peers))
         try:
-            run, params = prepare(config, stack, stop, console)
+            run, params = prepare(config, stack, stop, console, hosts)
         except Interrupted as interruption:
             message = f"stopped by {interruption} before the first step; the same command starts again"
             raise Stopped(str(interruption), message) from interruption
         deck = scenario_deck(config)
         done, state = begin(run, params, deck)
         deck_state = deck.get_state()
-        run.world.on_pause = lambda: run.checkpoints.save(done, state, progress(config, deck_state))
+
+        def save() -> None:
+            with run.phases("checkpoint"):
+                run.checkpoints.save(done, state, progress(config, deck_state))
+
+        if hosts.count == 1:  # a checkpoint is everybody's work, a pause is one's own
+            run.world.on_pause = save
+        lengths = set()
         try:
             if done < config.training.steps:
                 warm_up(run, state)
@@ -80,17 +90,24 @@ def train(config: Config, console: Console | None = None) -> None:
 
                 started = time.monotonic()
                 dialogues, rollout_metrics = gather(run, state, next(deck), done)
+                if (length := row_length(run, dialogues)) not in lengths:
+                    lengths.add(length)  # an update of this length is compiled now, which may outlast the
+                    if done:  # time that a machine leaves us which is taken away
+                        save()
                 state, update_metrics = learn(run, state, dialogues, done)
                 done, deck_state = done + 1, deck.get_state()
                 record(run, done, dialogues, rollout_metrics | update_metrics, started)
 
-                if done % config.checkpoint.every == 0 or done == config.training.steps:
-                    with run.phases("checkpoint"):
-                        run.checkpoints.save(done, state, progress(config, deck_state))
-                run.stop.check()
+                due = done % config.checkpoint.every == 0 or done % config.evaluation.every == 0
+                if due or done == config.training.steps:
+                    save()
+                hosts.together("the end of a step", run.stop.check)
         except Interrupted as interruption:
-            run.checkpoints.save(done, state, progress(config, deck_state))
+            save()
             run.checkpoints.wait()
+            hosts.part()
+            if isinstance(interruption.__cause__, UserError):
+                raise interruption.__cause__ from None
             message = (
                 f"stopped by {interruption}: {run.folder} is saved after step {done} of "
                 f"{config.training.steps}; the same command goes on from there"
@@ -98,7 +115,9 @@ def train(config: Config, console: Console | None = None) -> None:
             raise Stopped(str(interruption), message) from interruption
         run.checkpoints.wait()
         run.display.close()
-        conclude(run, console)
+        if hosts.first:
+            conclude(run, console)
+        hosts.part()
 
 
 # --- One step. ---
@@ -110,24 +129,36 @@ def gather(
 ) -> tuple[list[list[Dialogue]], dict[str, float]]:
     """The policy as it stands talks R times in each scenario: dialogues [S][R]."""
     started, before = time.monotonic(), replace(run.engine.counts)
-    run.engine.load(state.weights, step)
+    run.engine.load(run.sampling_weights(state.weights), step)
     dialogues = converse(
         run, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, step
     )
     seconds, work = time.monotonic() - started, run.engine.counts.since(before)
-    flat = [dialogue for group in dialogues for dialogue in group]
-    sampled = sum(sum(row.sampled) for dialogue in flat for row in dialogue.rows)
-    sizes = [len(row) for dialogue in flat for row in dialogue.rows]
-    cut = [turn.truncated for dialogue in flat for turn in dialogue.state.turns]
-    figures = measure(run, dialogues) | run.world.metrics()
-    return dialogues, figures | step_work(run.policy.config, run.config, sizes, sampled, work) | {
-        "response_length/mean": sampled / max(1, len(cut)),
-        "response_length/truncated": sum(cut) / max(1, len(cut)),
-        "timing_s/environment": max(0.0, seconds - work.seconds),
-        "perf/tokens_per_second": sampled / seconds,
-        "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
-        "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
-    }
+    held = [row for group in dialogues for dialogue in group for row in dialogue.rows]
+    metrics, parts = measure(
+        run,
+        scenarios,
+        dialogues,
+        seconds=seconds,
+        tokens=sum(sum(row.sampled) for row in held),
+        sizes=[len(row) for row in held],
+        work=asdict(work),
+    )
+    if parts:
+        sampled = sum(part["tokens"] for part in parts)
+        sizes = [size for part in parts for size in part["sizes"]]
+        cut = [turn["truncated"] for part in parts for _, told in part["dialogues"] for turn in told["turns"]]
+        work = replace(work, **{name: sum(part["work"][name] for part in parts) for name in asdict(work)})
+        waited = max(part["seconds"] - part["work"]["seconds"] for part in parts)
+        metrics |= step_work(run.policy.config, run.config, sizes, sampled, work) | {
+            "response_length/mean": sampled / max(1, len(cut)),
+            "response_length/truncated": sum(cut) / max(1, len(cut)),
+            "timing_s/environment": max(0.0, waited),
+            "perf/tokens_per_second": sampled / max(part["seconds"] for part in parts),
+            "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
+            "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
+        }
+    return dialogues, metrics
 
 
 @phase("update")
@@ -139,18 +170,23 @@ def learn(
     cells = rows.make_cells(
         dialogues, config.rollout.max_turns, max_failed_share=config.environment.max_failed_share
     )
+    # Statistics are over all processes' dialogues; from here on every process does the same.
+    cells = rows.Cells(*run.hosts.gather((cells.positions, cells.valid, cells.scored)))
     _, advantages = run.credit(cells.positions, cells.valid, cells.scored)
     advantages = np.asarray(advantages)
     rows_each = rows_per_dialogue(config)
+    own = run.hosts.share(config.rollout.scenarios)
     batch = rows.make_batch(
         dialogues,
-        advantages,
-        cells.scored,
-        rows.row_length(dialogues, run.row_lengths),
+        advantages[own],
+        cells.scored[own],
+        row_length(run, dialogues),
         rows_per_dialogue=rows_each,
     )
+    batch = run.hosts.gather(batch)
     if config.algorithm.old_logprobs == "trainer":
-        batch = replace(batch, old_logprobs=run.scorer(state.weights, place(batch, run.mesh)))
+        old = run.scorer(state.weights, place(batch, run.mesh))
+        batch = replace(batch, old_logprobs=run.hosts.whole(old))
     updates = []
     for epoch in range(config.training.epochs):
         order = rows.scenario_order(
@@ -187,10 +223,12 @@ def record(
         "timing_s/unix": time.time(),
         "perf/compiled_programs": float(run.compiles.count),
     }
+    if done % run.config.logging.dialogues_every == 0:
+        write_dialogues(run, run.folder / "dialogues" / f"step_{done:06d}.jsonl", dialogues)
+    if not run.hosts.first:
+        return
     peak = peak_flops(devices.flat[0], run.config.logging.peak_flops)
     metrics |= utilization(metrics, devices=devices.size, peak=peak) | memory()
-    if done % run.config.logging.dialogues_every == 0:
-        write_dialogues(run.folder / "dialogues" / f"step_{done:06d}.jsonl", dialogues)
     run.writer.write(done, metrics)
     run.display.step(done, metrics)
 
@@ -203,10 +241,10 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     Once training has begun, a live world that fails here costs this evaluation and no more.
     """
     file = run.folder / "evaluations" / f"step_{done:06d}.json"
-    if file.exists():
+    if run.hosts.exchange("before an evaluation", file.exists())[0]:
         return
     config = run.config
-    run.evaluator.load(state.weights, done)
+    run.evaluator.load(run.sampling_weights(state.weights), done)
     seed = config.training.seed + EVALUATION_STREAM
     try:
         dialogues = converse(
@@ -215,12 +253,14 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     except WorldFailing as failing:  # training can do without, and waits for its own world if it must
         run.display.note(f"validation after {done} steps is left out: {printable(str(failing))}")
         return
-    metrics = measure(run, dialogues) | run.world.metrics()
-    write_dialogues(file.with_suffix(".jsonl"), dialogues)
+    metrics, _ = measure(run, run.validation, dialogues)
+    write_dialogues(run, file.with_suffix(".jsonl"), dialogues)
+    if not run.hosts.first:
+        return
     run.writer.write(done, {f"evaluation/{name}": value for name, value in metrics.items()})
     write_whole(file, json.dumps(metrics, indent=1))
     run.display.evaluation(done, metrics)
-    if done in (0, config.training.steps):
+    if dialogues and done in (0, config.training.steps):
         run.display.note(transcript(dialogues[0][0].state, "before" if done == 0 else "after"))
 
 
@@ -232,8 +272,14 @@ def inspect_judge(run: Run, done: int) -> None:
     """
     folder = run.folder / "evaluations"
     file = folder / f"step_{done:06d}_judge.json"
-    if not run.world.live or file.exists():
+    if not run.world.live or run.hosts.exchange("before the judge's inspection", file.exists())[0]:
         return
+    run.hosts.together("the judge's inspection", lambda: run.hosts.first and score_judge(run, folder, done))
+
+
+def score_judge(run: Run, folder: Path, done: int) -> None:
+    """The first process's part of `inspect_judge`."""
+    file = folder / f"step_{done:06d}_judge.json"
     run.display.phase("judge")
     levels = run.world.score_calibration(run.config.training.seed + EVALUATION_STREAM + done, run.stop.check)
     beginning = folder / "step_000000_judge.json"
@@ -254,8 +300,12 @@ def converse(
     step: int,
     patient: bool = True,
 ) -> list[list[Dialogue]]:
-    """Dialogues of the policy with the world, [S][rollouts]; `patient` as in `World.hold`."""
-    total = len(scenarios) * rollouts * run.limits.max_turns
+    """This process's share of the dialogues of the policy with the world, [S / processes][rollouts].
+
+    `patient` and what is raised as in `World.hold`; a world that fails one process fails all.
+    """
+    own = run.hosts.share(len(scenarios))
+    total = (own.stop - own.start) * rollouts * run.limits.max_turns
     training = seed == run.config.training.seed
     name = "dialogues" if training else "validation"
 
@@ -274,32 +324,62 @@ def converse(
             seed=seed,
             step=step,
             concurrency=run.config.environment.concurrency,
+            own=own,
             on_turn=progress,
             journal=journal,
         )
 
-    dialogues = run.world.hold(
-        collection,
-        stream="train" if training else "evaluation",
-        step=engine.version,
-        check=run.stop.check,
-        note=run.display.note,
-        patient=patient,
-    )
+    def hold() -> tuple[list[list[Dialogue]] | None, str | None]:
+        try:
+            dialogues = run.world.hold(
+                collection,
+                stream="train" if training else "evaluation",
+                step=engine.version,
+                check=run.stop.check,
+                note=run.display.note,
+                patient=patient,
+            )
+        except WorldFailing as failing:
+            return None, str(failing)
+        return dialogues, None
+
+    dialogues, failing = run.hosts.together(name, hold)
+    if words := next(filter(None, run.hosts.exchange("the world", failing)), None):
+        raise WorldFailing(words)
     engine.unload()  # the update needs the memory
     return dialogues
 
 
-def measure(run: Run, dialogues: list[list[Dialogue]]) -> dict[str, float]:
-    """The figures of some dialogues: what they came to, and what the replies were."""
-    states = [dialogue.state for group in dialogues for dialogue in group]
-    return summarize(states, run.config.algorithm.discount) | reading_metrics(states)
+def measure(
+    run: Run, scenarios: Sequence[Scenario], dialogues: list[list[Dialogue]], **own: Any
+) -> tuple[dict[str, float], list[dict[str, Any]] | None]:
+    """The figures of all processes' dialogues: what they came to, what the replies were, what calls cost.
+
+    No word of a dialogue travels for them. With more figures of this process's `own` come all processes'
+    parts; other processes than the first get nothing.
+    """
+    held = [(dialogue.scenario, facts(dialogue.state)) for group in dialogues for dialogue in group]
+    parts = run.hosts.report("figures", {"dialogues": held, "calls": run.world.drain(), **own})
+    if parts is None:
+        return {}, None
+    states = [from_facts(scenarios[s], what) for part in parts for s, what in part["dialogues"]]
+    calls = run.world.metrics([part["calls"] for part in parts])
+    return summarize(states, run.config.algorithm.discount) | reading_metrics(states) | calls, parts
 
 
-def write_dialogues(file: Path, dialogues: list[list[Dialogue]]) -> None:
-    """One JSON row per dialogue: enough to read it, re-score it, or replay its update."""
+def row_length(run: Run, dialogues: list[list[Dialogue]]) -> int:
+    """The length that all processes pad their rows to."""
+    return max(run.hosts.exchange("rows", rows.row_length(dialogues, run.row_lengths)))
+
+
+def write_dialogues(run: Run, file: Path, dialogues: list[list[Dialogue]]) -> None:
+    """One JSON row per dialogue: enough to read it, re-score it, or replay its update.
+
+    Every process writes those that it held, with several into a file of its own: step_000010-00001-of-00004.
+    """
     lines = [json.dumps(dialogue.to_json()) for group in dialogues for dialogue in group]
-    write_whole(file, "\n".join(lines) + "\n")
+    file = part_of(file, part_name(run.hosts.index, run.hosts.count))
+    write_whole(file, "".join(f"{line}\n" for line in lines))
 
 
 # --- Before the first step, and after the last. ---
@@ -308,16 +388,17 @@ def write_dialogues(file: Path, dialogues: list[list[Dialogue]]) -> None:
 @phase("warm_up")
 def warm_up(run: Run, state: TrainState) -> None:
     """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
+    weights = run.sampling_weights(state.weights)
     for engine in dict.fromkeys((run.engine, run.evaluator)):
         run.display.phase("compiling")
-        engine.load(state.weights, -1)
+        engine.load(weights, -1)
         engine.warm_up()
-        run.stop.check()
+        run.hosts.together("compiling", run.stop.check)
 
 
 def count_lost_time(run: Run) -> None:
     """Counts what an interruption cost: from the end of the step that the run goes on from until now."""
-    finished = run.writer.last("timing_s/unix")
+    finished = run.writer and run.writer.last("timing_s/unix")
     if finished is not None:
         run.phases.add("lost", max(0.0, time.time() - finished))
 
@@ -339,6 +420,8 @@ def conclude(run: Run, console: Console) -> None:
     else:
         console.print("the last validation could not be held; the same command tries it again")
     try:
+        if in_bucket(run.folder):
+            raise UserError("it lies in a bucket; copy the folder to a disk")
         said = f"what it learnt to do, as a page for the browser: {write_report([run.folder])}"
     except Exception as error:  # the run is finished and whole; a page can be had later
         said = f"no report was written ({error}); try python -m mapo_jax.report --run {run.folder}"

@@ -40,6 +40,7 @@ from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.summary import summarize
 from mapo_jax.files import write_whole
+from mapo_jax.model.backends import row_attention
 from mapo_jax.model.qwen import Params, init_params
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.chat import ChatFormat

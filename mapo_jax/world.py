@@ -30,7 +30,14 @@ from mapo_jax.config import (
 )
 from mapo_jax.environment.dialogue import RoleFailure, Roles
 from mapo_jax.environment.live.cache import CACHE_FILE, CallCache
-from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete, Messages
+from mapo_jax.environment.live.calls import (
+    FAILURES_FILE,
+    Caller,
+    CallLog,
+    Complete,
+    Messages,
+    call_figures,
+)
 from mapo_jax.environment.live.client import Server
 from mapo_jax.environment.live.director import LiveDirector
 from mapo_jax.environment.live.guard import Guarded, Watch, WorldFailing
@@ -39,9 +46,10 @@ from mapo_jax.environment.live.judge import LiveJudge
 from mapo_jax.environment.live.user import LiveUser
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.errors import UserError
+from mapo_jax.files import part_of
 from mapo_jax.rollout.completion import Completion, EngineModel
 from mapo_jax.rollout.engine import Engine
-from mapo_jax.rollout.journal import Journal, journal_file, prune
+from mapo_jax.rollout.journal import Journal, journal_files, prune
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.training.checkpoint import whole_steps
 from mapo_jax.training.metrics import full_disk_is_a_user_error
@@ -75,11 +83,14 @@ class World:
         live: bool = False,
         log: CallLog | None = None,
         evaluation_roles: Roles | None = None,
+        run_folder: Path | None = None,
+        part: str = "",
     ) -> None:
         """Use `open_world`, which also closes it."""
         self.live = live
         self.on_pause: Callable[[], None] = lambda: None
         self._config, self._folder, self._runner = config.environment, folder, runner
+        self._run_folder, self._part = run_folder or folder, part
         self._max_turns = config.rollout.max_turns
         self._log = log or CallLog()
         self._unguarded = self.roles = self.evaluation_roles = roles
@@ -125,13 +136,14 @@ class World:
         if not self.live:
             return self.run(collection(None), check)
         assert self._folder is not None
-        prune(self._folder, max(whole_steps(self._folder), default=0))
+        if not self._part or self._part.startswith("-00000-"):
+            prune(self._folder, max(whole_steps(self._run_folder), default=0))
         for number in range(len(self._waits) + 1):
             self._guards[stream].begin()
             try:
                 with (
                     full_disk_is_a_user_error(self._folder),
-                    Journal(journal_file(self._folder, stream, step)) as journal,
+                    Journal(*journal_files(self._folder, stream, step, self._part)) as journal,
                 ):
                     dialogues = self.run(collection(journal), check)
                 _need_one_usable(dialogues, self._config.max_failed_share)
@@ -168,11 +180,16 @@ class World:
             step_seconds=self._config.step_seconds,
         )
 
-    def metrics(self) -> dict[str, float]:
-        """What calls came to since this was last asked; nothing in the scripted world."""
+    def drain(self) -> dict[str, Any] | None:
+        """What calls came to since this was last called, for `metrics`; None in the scripted world."""
+        return self._log.drain() if self.live else None
+
+    def metrics(self, drained: Sequence[dict[str, Any] | None] | None = None) -> dict[str, float]:
+        """The figures of what processes drained (by default of this one now); none in the scripted world."""
         if not self.live:
             return {}
-        return self._log.take({name: getattr(self._config, name).prices for name in (*ROLES, HELD_OUT)})
+        prices = {name: getattr(self._config, name).prices for name in (*ROLES, HELD_OUT)}
+        return call_figures([self.drain()] if drained is None else drained, prices)
 
     def status(self) -> str:
         """Failures since `metrics` was last asked, by kind, for the display; empty if there are none."""
@@ -181,12 +198,24 @@ class World:
 
 
 @contextmanager
-def open_world(config: Config, folder: Path | None, mesh: Mesh | None) -> Iterator[World]:
+def open_world(
+    config: Config,
+    folder: Path | None,
+    mesh: Mesh | None,
+    *,
+    run_folder: Path | None = None,
+    part: str = "",
+    count: int = 1,
+) -> Iterator[World]:
     """The world of a run; a live one is asked whether it is there before anything is spent.
 
     Args:
-      folder: of the run, where a live world keeps its cache, its journal and its failures; None for nowhere.
+      folder: on this machine's disk, where a live world keeps its cache, its journal and its failures; None
+        for nowhere.
       mesh: where models on our own engine go, if there are any.
+      run_folder: whose checkpoints make journals needless, if that is another folder.
+      part: what to name those files by, if other processes keep theirs in the same folder.
+      count: processes that share a server's limits.
 
     Raises:
       UserError: a server does not answer or refuses the key, a model folder or a class cannot be used.
@@ -198,11 +227,23 @@ def open_world(config: Config, folder: Path | None, mesh: Mesh | None) -> Iterat
             yield World(scripted_roles(environment), config, folder, runner)
             return
         names = (*ROLES, HELD_OUT) if held_out(environment) else ROLES
-        callers, log = stack.enter_context(open_models(config, folder, mesh, runner, names))
+        callers, log = stack.enter_context(
+            open_models(config, folder, mesh, runner, names, part=part, count=count)
+        )
         made = {name: _role(name, config, callers, log) for name in names}
         roles = Roles(*(made[name] for name in ROLES))
         evaluation_roles = replace(roles, judge=made.get(HELD_OUT, roles.judge))
-        yield World(roles, config, folder, runner, live=True, log=log, evaluation_roles=evaluation_roles)
+        yield World(
+            roles,
+            config,
+            folder,
+            runner,
+            live=True,
+            log=log,
+            evaluation_roles=evaluation_roles,
+            run_folder=run_folder,
+            part=part,
+        )
 
 
 @contextmanager
@@ -226,7 +267,14 @@ def open_judge(config: Config, folder: Path, mesh: Mesh | None) -> Iterator[Worl
 
 @contextmanager
 def open_models(
-    config: Config, folder: Path | None, mesh: Mesh | None, runner: asyncio.Runner, names: Sequence[str]
+    config: Config,
+    folder: Path | None,
+    mesh: Mesh | None,
+    runner: asyncio.Runner,
+    names: Sequence[str],
+    *,
+    part: str = "",
+    count: int = 1,
 ) -> Iterator[tuple[dict[str, Complete | None], CallLog]]:
     """What each of the named roles asks (None where no model is named), and the log of its calls.
 
@@ -234,7 +282,7 @@ def open_models(
     """
     environment = config.environment
     with ExitStack() as stack:
-        log = CallLog(None if folder is None else folder / FAILURES_FILE)
+        log = CallLog(None if folder is None else part_of(folder / FAILURES_FILE, part))
         engines: dict[Any, EngineModel] = {}
         calls: dict[str, Callable[..., Awaitable[Any]]] = {}
         for name in names:
@@ -244,12 +292,12 @@ def open_models(
             if role.model.startswith(ENGINE):
                 calls[name] = _engine_call(name, role, engines, config, mesh, log)
             else:
-                calls[name] = server = _server(name, role, environment, log)
+                calls[name] = server = _server(name, _shared(role, count), environment, log)
                 stack.callback(lambda server=server: runner.run(server.close()))
                 runner.run(_ready(name, role, server))
         cache = None
         if folder is not None:  # only now: a run that could not begin leaves its folder as it was
-            cache = CallCache(folder / CACHE_FILE)
+            cache = CallCache(part_of(folder / CACHE_FILE, part))
             stack.callback(cache.close)
         callers: dict[str, Complete | None] = dict.fromkeys(names)
         for name, call in calls.items():
@@ -297,6 +345,12 @@ def load_role(name: str, path: str) -> Callable[[Complete | None], Any]:
                 f"mapo_jax/environment/{'judge' if name == HELD_OUT else name}.py"
             )
     return found
+
+
+def _shared(role: RoleConfig, count: int) -> RoleConfig:
+    """The role with this process's share of its server's limits."""
+    limits = ("requests_per_minute", "tokens_per_minute")
+    return replace(role, **{name: -(-getattr(role, name) // count) for name in limits})
 
 
 def _server(name: str, role: RoleConfig, environment: EnvironmentConfig, log: CallLog) -> Server:

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.run import begin, prepare, scenario_deck
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
-from mapo_jax.training.checkpoint import checkpoint_folder
+from mapo_jax.training.checkpoint import checkpoint_folder, whole_steps
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import METRICS_FILE
 
@@ -105,6 +107,12 @@ elif trap == "save":  # while the checkpoint is being written
     Checkpoints.save = after_calls(Checkpoints.save, 2)
 elif trap == "evaluation":
     train.measure = after_calls(train.measure, 1)
+elif trap == "length":  # in the second step's update, whose rows are padded to another length
+    lengths = iter([512] * 2 + [480] * 2)
+    train.row_length = lambda run, dialogues: next(lengths)
+    train.place = after_calls(train.place, 3)
+    wait = Checkpoints.save
+    Checkpoints.save = lambda self, *what: (wait(self, *what), self.wait())
 sys.exit(train.main(sys.argv[3:]))
 """
 
@@ -121,11 +129,11 @@ def run(arguments, trap="none", number="SIGKILL"):
     )
 
 
-def content(folder):
+def content(folder, steps=STEPS):
     """Everything of a run that must not depend on its interruptions: parameters, metrics, dialogues."""
     import orbax.checkpoint as ocp
 
-    state = ocp.PyTreeCheckpointHandler().restore(checkpoint_folder(folder, STEPS).absolute() / "state")
+    state = ocp.PyTreeCheckpointHandler().restore(checkpoint_folder(folder, steps).absolute() / "state")
     rows = []
     for line in (folder / METRICS_FILE).read_text().splitlines():
         row = json.loads(line)
@@ -235,6 +243,97 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert "the same command goes on" in result.stderr and "Traceback" not in result.stderr
     assert run(arguments).returncode == 0
     assert_same(content(undisturbed[0]), content(folder))
+
+
+@pytest.mark.parametrize("place", ["update", "save"])
+def test_a_signal_in_an_update_or_a_save_is_answered_after_it(
+    undisturbed, model_folder, cache, tmp_path, place
+):
+    folder = tmp_path / "stopped"
+    arguments = overrides(model_folder, folder, cache)
+    result = run(arguments, place, "SIGTERM")
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert re.search(r"is saved after step \d of 4; the same command goes on", result.stderr)
+    assert run(arguments).returncode == 0
+    assert_same(content(undisturbed[0]), content(folder))
+
+
+def test_a_deadline_saves_and_the_same_command_goes_on(undisturbed, model_folder, cache, tmp_path):
+    folder = tmp_path / "deadline"
+    arguments = overrides(model_folder, folder, cache)
+    result = run([*arguments, "run.deadline_minutes=0.0001"])
+    assert result.returncode == 124, result.stderr
+    assert "stopped by its deadline of 0.0001 minutes" in result.stderr and "Traceback" not in result.stderr
+    assert run(arguments).returncode == 0
+    assert_same(content(undisturbed[0]), content(folder))
+
+
+def test_an_update_of_a_new_length_is_compiled_only_after_a_save(undisturbed, model_folder, cache, tmp_path):
+    """Compiling may outlast the grace of a machine that is taken away; so nothing is unsaved then."""
+    folder = tmp_path / "lengths"
+    arguments = overrides(
+        model_folder, folder, cache, checkpoint__every=4, evaluation__every=4, checkpoint__keep=9
+    )
+    assert run(arguments, "length").returncode == -signal.SIGKILL
+    assert whole_steps(folder) == [1]
+    assert run(arguments).returncode == 0
+    weights = [content(of)[0]["params"]["norm"]["scale"] for of in (undisturbed[0], folder)]
+    assert np.array_equal(*weights)
+
+
+def soak(arguments, folder, kills, seed):
+    """Ends a run at random moments, by SIGKILL or SIGTERM; returns how often it was caught at work."""
+    random, caught = np.random.default_rng(seed), 0
+
+    def written():
+        return max((file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()), default=0)
+
+    while caught < kills:
+        before = written()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mapo_jax.train", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            cwd=Path(__file__).resolve().parents[1],
+        )
+        while process.poll() is None and written() == before:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 2))
+        number = random.choice([signal.SIGKILL, signal.SIGTERM])
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=300)
+        if process.returncode == 0:
+            return caught  # it was faster
+        # A signal before its handler stands, or after a first one, ends a process as it always does.
+        assert process.returncode in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM), errors
+        assert "Traceback" not in errors
+        caught += 1
+    return caught
+
+
+def test_stopped_at_random_moments_it_ends_the_same(undisturbed, model_folder, cache, tmp_path):
+    folder = tmp_path / "soak"
+    arguments = overrides(model_folder, folder, cache)
+    assert soak(arguments, folder, kills=3, seed=1) > 0
+    assert run(arguments).returncode == 0
+    assert_same(content(undisturbed[0]), content(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_stopped_twenty_times_at_random_moments_it_ends_the_same(model_folder, cache, tmp_path):
+    steps = 60
+    changes = {"training.steps": steps, "checkpoint.every": 3, "evaluation.every": 7}
+    straight, folder = tmp_path / "straight", tmp_path / "soak"
+    assert run(overrides(model_folder, straight, cache, **changes)).returncode == 0
+    arguments = overrides(model_folder, folder, cache, **changes)
+    caught = soak(arguments, folder, kills=20, seed=2)
+    assert run(arguments).returncode == 0
+    assert_same(content(straight, steps), content(folder, steps))
+    print(f"caught {caught} times")
+    assert caught == 20
 
 
 def test_with_one_row_per_turn_every_turn_is_trained_on(model_folder, cache, tmp_path):

@@ -151,6 +151,54 @@ class DialogueState:
         return chat
 
 
+def facts(state: DialogueState) -> dict[str, Any]:
+    """What a dialogue came to as JSON values, without a word of what was said: all that figures need."""
+
+    def turn_facts(turn: Turn) -> dict[str, Any]:
+        judgement = turn.judgement
+        reading = None if judgement is None else judgement.reading
+        if reading is not None:
+            named = [{"what": name["what"], "right": name["right"]} for name in reading.get("named", ())]
+            kept = {name: reading[name] for name in ("kind", "stage") if name in reading}
+            reading = kept | {"named": named}
+        levels = None if judgement is None else judgement.levels
+        return {
+            "position": turn.position,
+            "levels": levels,
+            "reading": reading,
+            "failure": turn.failure,
+            "truncated": turn.truncated,
+        }
+
+    return {
+        "seed": state.seed,
+        "outcome": state.outcome,
+        "failure": state.failure,
+        "rule": state.rule,
+        "turns": [turn_facts(turn) for turn in state.turns],
+    }
+
+
+def from_facts(scenario: Scenario, data: Mapping[str, Any]) -> DialogueState:
+    """A dialogue without words, of which every figure is as of the one that `facts` was given."""
+    none = ("",) * len(LEVEL_NAMES)
+    turns = tuple(
+        Turn(
+            user="",
+            reply="",
+            judgement=None
+            if turn["levels"] is None
+            else Judgement(tuple(turn["levels"]), none, none, turn["reading"]),
+            failure=turn["failure"],
+            position=tuple(turn["position"]),
+            action=None,
+            truncated=turn["truncated"],
+        )
+        for turn in data["turns"]
+    )
+    return DialogueState(scenario, data["seed"], turns, "", data["outcome"], data["failure"], data["rule"])
+
+
 @dataclass(frozen=True)
 class Roles:
     """The three roles of a world."""

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 MASKED = -1e30  # finite, so that a row of masked scores gives a (meaningless) average instead of NaN
 MAX_QUERY_BLOCKS = 8
-MIN_QUERY_BLOCK = 128
+MIN_QUERY_BLOCK = 64
 
 
 def rotary_angles(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -39,6 +39,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "lanes": "data",
     "lane_features": "fsdp",
 }
+
+# For rollout on several processes: each has all of every weight on its own devices, cut by tensor alone. A
+# decode step reads every weight once, so one that has to travel first would cost far more than it computes.
+ROLLOUT_RULES = RULES | {"width": None}
 
 # Parameter path -> logical axis of each array axis.
 PARAMETER_AXES: dict[str, tuple[str, ...]] = {
@@ -112,8 +116,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def param_shardings(config: QwenConfig, mesh: Mesh) -> dict[str, Any]:
+def param_shardings(
+    config: QwenConfig, mesh: Mesh, rules: Mapping[str, str | tuple[str, ...] | None] = RULES
+) -> dict[str, Any]:
     """The tree of `Params` with a NamedSharding in the place of each array.
+
+    Args:
+      rules: RULES, or ROLLOUT_RULES.
 
     Raises:
       UserError: a dimension of the model does not divide by the mesh axis that it is cut along.
@@ -125,14 +134,14 @@ def param_shardings(config: QwenConfig, mesh: Mesh) -> dict[str, Any]:
         name = "/".join(entry.key for entry in path)
         axes = PARAMETER_AXES[name]
         for dimension, size in zip(axes, leaf.shape, strict=True):
-            mesh_axis = RULES[dimension]
+            mesh_axis = rules[dimension]
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:
                 raise UserError(
                     f"the model's {dimension} ({size}, in {name}) cannot be cut into "
                     f"mesh.{mesh_axis}={mesh.shape[mesh_axis]} equal parts; "
                     f"choose a mesh.{mesh_axis} that divides {size}"
                 )
-        return NamedSharding(mesh, PartitionSpec(*(RULES[dimension] for dimension in axes)))
+        return NamedSharding(mesh, PartitionSpec(*(rules[dimension] for dimension in axes)))
 
     return jax.tree_util.tree_map_with_path(sharding, parameter_shapes(config))
 

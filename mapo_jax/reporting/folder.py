@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ CONFIG_FILE, METRICS_FILE, DIALOGUES, EVALUATIONS = "config.yaml", "metrics.json
 HELPER_FILE = "helper.json"  # in EVALUATIONS: what the good scripted helper comes to on the same cards
 TOKENIZER_FILE = "model/tokenizer.json"
 OUTCOMES = ("success", "failure", "timeout", "ended", "error")
-_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
+_STEP_FILE = re.compile(r"step_(\d+)(-\d+-of-\d+)?\.jsonl")  # of several processes: one part each
 
 Vector = tuple[float, float, float]
 
@@ -239,7 +239,7 @@ def read_run(folder: Path | str, *, dialogues: int, progress: Callable[[str], No
     return replace(run, notes=(*_state(run), *notes))
 
 
-def choose_steps(files: Mapping[int, Path], most: int) -> list[int]:
+def choose_steps(files: Mapping[int, Sequence[Path]], most: int) -> list[int]:
     """Which steps to read so that about `most` dialogues come together; ascending.
 
     All files of a run have the same count of dialogues, so the first one's count stands for all.
@@ -247,11 +247,14 @@ def choose_steps(files: Mapping[int, Path], most: int) -> list[int]:
     steps = sorted(files)
     if not steps:
         return []
-    try:
-        with files[steps[0]].open("rb") as file:
-            each = max(1, sum(1 for _ in file))
-    except OSError:  # reading it will say so
-        each = 1
+    each = 0
+    for part in files[steps[0]]:
+        try:
+            with part.open("rb") as file:
+                each += sum(1 for _ in file)
+        except OSError:  # reading it will say so
+            each += 1
+    each = max(1, each)
     room = max(2, most // each)
     if len(steps) <= room:
         return steps
@@ -353,19 +356,32 @@ def _read_json(file: Path, notes: list[str], what: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _step_files(folder: Path) -> dict[int, Path]:
-    found = {}
+def _step_files(folder: Path) -> dict[int, list[Path]]:
+    """The files of each step: one, or a part from each process."""
+    found: dict[int, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := _STEP_FILE.fullmatch(file.name):
-            found[int(match.group(1))] = file
+            found.setdefault(int(match.group(1)), []).append(file)
     return dict(sorted(found.items()))
 
 
 def _read_batch(
-    file: Path, step: int, validation: bool, told: Callable[[str], None], notes: list[str]
+    files: Sequence[Path], step: int, validation: bool, told: Callable[[str], None], notes: list[str]
 ) -> Batch:
-    told(f"{file.parent.name}/{file.name}")
     dialogues: dict[tuple[int, int], Dialogue] = {}
+    broken = sum(_read_dialogues(file, step, told, notes, dialogues) for file in files)
+    return Batch(step, validation, tuple(dialogues[place] for place in sorted(dialogues)), broken)
+
+
+def _read_dialogues(
+    file: Path,
+    step: int,
+    told: Callable[[str], None],
+    notes: list[str],
+    dialogues: dict[tuple[int, int], Dialogue],
+) -> int:
+    """Adds a file's dialogues to those of a step; returns how many rows could not be read."""
+    told(f"{file.parent.name}/{file.name}")
     broken = 0
     try:
         for row in _json_lines(file):
@@ -381,7 +397,7 @@ def _read_batch(
             f"{broken} {_rows(broken)} of {file.parent.name}/{file.name} could not be read and "
             f"{_are(broken)} left out"
         )
-    return Batch(step, validation, tuple(dialogues[place] for place in sorted(dialogues)), broken)
+    return broken
 
 
 def _json_lines(file: Path) -> Iterator[Any]:

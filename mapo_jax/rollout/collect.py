@@ -96,10 +96,11 @@ async def collect(
     seed: int,
     step: int,
     concurrency: int,
+    own: slice = slice(None),
     on_turn: Callable[[int], None] | None = None,
     journal: Journal | None = None,
 ) -> list[list[Dialogue]]:
-    """All of `finished_groups`, in the order of the scenarios: dialogues [S][R]."""
+    """All of `finished_groups`, in the order of the scenarios: dialogues [S][R], those of `own` alone."""
     groups = finished_groups(
         scenarios,
         rollouts,
@@ -110,6 +111,7 @@ async def collect(
         seed=seed,
         step=step,
         concurrency=concurrency,
+        own=own,
         on_turn=on_turn,
         journal=journal,
     )
@@ -129,6 +131,7 @@ async def finished_groups(
     seed: int,
     step: int,
     concurrency: int,
+    own: slice = slice(None),
     on_turn: Callable[[int], None] | None = None,
     journal: Journal | None = None,
 ) -> AsyncIterator[list[Dialogue]]:
@@ -144,6 +147,7 @@ async def finished_groups(
       seed: of the run. Another number gives unrelated dialogues.
       step: of the run.
       concurrency: most calls of the world under way at once.
+      own: which of the scenarios to hold here; another process holds the others. It changes no dialogue.
       on_turn: called after every finished turn with their number so far. What it raises ends the collection.
       journal: every finished turn is written to it; those that it holds already are not held again.
 
@@ -234,14 +238,15 @@ async def finished_groups(
             earlier_rows=tuple(rows[:-1]),
         )
 
-    openings = [asyncio.ensure_future(opened(s)) for s in range(len(scenarios))]
+    held = range(len(scenarios))[own]
+    openings = {s: asyncio.ensure_future(opened(s)) for s in held}
     serving = asyncio.ensure_future(desk.serve())
     under_way = {
         serving,
-        *(asyncio.ensure_future(hold(s, r)) for s in range(len(scenarios)) for r in range(rollouts)),
+        *(asyncio.ensure_future(hold(s, r)) for s in held for r in range(rollouts)),
     }
-    tasks = [*openings, *under_way]
-    groups: dict[int, list[Dialogue]] = {s: [] for s in range(len(scenarios))}
+    tasks = [*openings.values(), *under_way]
+    groups: dict[int, list[Dialogue]] = {s: [] for s in held}
     try:
         while groups:
             done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)

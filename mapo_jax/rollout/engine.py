@@ -72,8 +72,8 @@ class Counts:
     copied: int = 0  # tokens taken over from another slot, or kept from the slot's row before
     sampled: int = 0  # tokens sampled
     steps: int = 0  # decode steps, each over all lanes
-    parked: int = 0  # caches moved to the host's memory
     seconds: float = 0.0  # in `advance`, the device's work included
+    parked: int = 0  # caches moved to the host's memory
 
     def since(self, before: Counts) -> Counts:
         """What was done after `before` was copied."""
@@ -213,7 +213,7 @@ class Engine:
         self._rows: list[list[int]] = [[] for _ in range(self.slots)]
         self._cached = np.zeros(self.slots, int)  # how many tokens of each row are in the cache
         self._started = np.zeros(self.slots, int)  # how many of them were prefilled as the row's start
-        self._place = np.full(self.slots, -1)  # where on the device each slot's cache lies; -1: nowhere
+        self._place = np.full(self.slots, -1, np.int32)  # where each slot's cache lies; -1: not there
         part = self.resident // self._shards
         self._free = [list(range((s + 1) * part - 1, s * part - 1, -1)) for s in range(self._shards)]
         self._idle: dict[int, None] = {}  # slots with a place and no reply under way, longest idle first
@@ -320,8 +320,9 @@ class Engine:
             nowhere = np.full(self.resident, self.resident, np.int32)
             cache = self._programs.insert(cache, nowhere, nowhere)
             if self.resident < self.slots:
-                parked = jax.tree.map(np.asarray, self._programs.park(cache, 0))
-                cache = self._programs.restore(cache, 0, parked)
+                place = np.int32(0)
+                parked = jax.tree.map(np.asarray, self._programs.park(cache, place))
+                cache = self._programs.restore(cache, place, parked)
             cache, *_ = self._programs.generate(self._params, cache, *self._lane_inputs([]))
         jax.block_until_ready(cache)
         self.reset()

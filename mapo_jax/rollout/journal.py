@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from mapo_jax.environment.dialogue import DialogueState, Turn
+from mapo_jax.files import part_of
 
 JOURNAL_FOLDER = "journal"
 
@@ -63,11 +64,19 @@ _ENTRY = TypeAdapter(Entry)
 class Journal:
     """The journal of one collection; what an earlier process wrote there is read first."""
 
-    def __init__(self, file: Path | str) -> None:
-        """Args: file: where; it need not exist."""
+    def __init__(self, file: Path | str, *others: Path | str) -> None:
+        """Opens it.
+
+        Args:
+          file: where to write; it need not exist.
+          others: what other processes wrote of the same collection, when the run had another number of them.
+        """
         self._path = Path(file)
         self._openings: dict[tuple[str, int], str] = {}
         self._turns: dict[tuple[str, int], list[Entry]] = {}
+        for other in others:
+            for line in Path(other).read_bytes().splitlines():
+                self._read(line)
         torn = False
         if self._path.exists():
             data = self._path.read_bytes()
@@ -141,14 +150,22 @@ class Journal:
         self._file.write(json.dumps(row).encode() + b"\n")
 
 
-def journal_file(folder: Path | str, stream: str, step: int) -> Path:
-    """Where the collection of a step is kept. stream: train or evaluation."""
-    return Path(folder) / JOURNAL_FOLDER / f"{stream}_{step:06d}.jsonl"
+def journal_files(folder: Path | str, stream: str, step: int, part: str = "") -> list[Path]:
+    """Where a process keeps its part of a step's collection, and what others have left there.
+
+    Args:
+      stream: train or evaluation.
+      step: finished steps.
+      part: of several processes: `files.part_name`.
+    """
+    whole = Path(folder) / JOURNAL_FOLDER / f"{stream}_{step:06d}.jsonl"
+    own = part_of(whole, part)
+    return [own, *(file for file in sorted(whole.parent.glob(f"{whole.stem}*.jsonl")) if file != own)]
 
 
 def prune(folder: Path | str, step: int) -> None:
     """Removes the journals of steps that a whole checkpoint after `step` steps makes needless."""
     for file in (Path(folder) / JOURNAL_FOLDER).glob("*_*.jsonl"):
-        number = re.fullmatch(r"[a-z]+_(\d+)\.jsonl", file.name)
+        number = re.fullmatch(r"[a-z]+_(\d+)(-\d+-of-\d+)?\.jsonl", file.name)
         if number and int(number.group(1)) < step:
-            file.unlink()
+            file.unlink(missing_ok=True)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import re
+import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +30,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mapo_jax.config import HELD_OUT, ROLES, Config, differing_keys, to_yaml
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.files import as_path, in_bucket, write_whole
 from mapo_jax.training.metrics import EVENTS_FOLDER, METRICS_FILE, full_disk_is_a_user_error
 from mapo_jax.training.step import TrainState
 
@@ -37,11 +39,16 @@ BASE_FOLDER = "base"  # of a run with adapters: the frozen weights, once for all
 CONFIG_FILE = "config.yaml"
 _PIECE_BYTES = 16 * 2**20  # most bytes of an array that lie together on the disk
 STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
-# Keys that change no number of a run: a run continues under other values of them.
+# Keys that change no number of a run but by rounding: a run continues under other values of them, such as
+# on other machines.
 _ROLE_KEYS = ("url", "key_variable", "requests_per_minute", "tokens_per_minute", "prices")
 
 HARMLESS_KEYS = (
     "run.",
+    "mesh.",  # it changes the order of sums, and so the last bits
+    "rollout.slots",
+    "rollout.lanes",
+    "training.microbatch_tokens",
     "logging.",
     "checkpoint.",
     "environment.concurrency",
@@ -61,23 +68,26 @@ class Checkpoints:
     removed before the next save.
     """
 
-    def __init__(self, run_folder: Path | str, *, keep: int = 2) -> None:
+    def __init__(self, run_folder: Path | str, *, keep: int = 2, keep_best: int = 1) -> None:
         """Opens `run_folder/checkpoints`, and begins to remove what an interrupted save left there.
 
         Args:
-          keep: newest checkpoints kept; the best one by `score` is kept beside them.
+          keep: newest checkpoints kept.
+          keep_best: of those whose weights were evaluated, the best ones by validation return, kept beside
+            the newest.
         """
         # Its errors all reach us as exceptions; the library's own tracebacks would bury the one sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self.folder = Path(run_folder).absolute() / CHECKPOINTS_FOLDER
-        best = preservation_policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
-        kept = [preservation_policy.LatestN(keep), best]
+        run_folder = as_path(run_folder)
+        self.folder = _absolute(run_folder) / CHECKPOINTS_FOLDER
+        kept = [preservation_policy.LatestN(keep)]
+        if keep_best:
+            kept.append(_Best(run_folder, keep_best))
         with full_disk_is_a_user_error(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
-                    best_fn=_score,
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=True,
                 ),
@@ -89,23 +99,15 @@ class Checkpoints:
         self.wait()
         return sorted(self._manager.all_steps())
 
-    @property
-    def best_step(self) -> int | None:
-        """Step of the highest `score`; None if no checkpoint has one."""
-        return self._manager.best_step()
-
-    def save(
-        self, step: int, state: TrainState, progress: Mapping[str, Any], *, score: float | None = None
-    ) -> None:
+    def save(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
         """Starts to save; returns when the state is copied, so that its buffers may be donated.
 
-        A step that is already saved is left as it is.
+        A step that is already saved is left as it is. With several processes all call it, for the same step.
 
         Args:
           step: finished steps.
           state: what is trained.
           progress: JSON values: everything else that the run continues from.
-          score: higher is better; the best checkpoint is kept.
 
         Raises:
           UserError: the disk is full, at this save or at the one before. Earlier checkpoints are whole.
@@ -120,7 +122,6 @@ class Checkpoints:
                     state=_in_pieces(_to_saved(state)),
                     progress=ocp.args.JsonSave({**progress, "step": step}),
                 ),
-                metrics=None if score is None else {"score": float(score)},
                 force=True,
             )
 
@@ -167,11 +168,44 @@ class Checkpoints:
                 raise
 
 
+class _Best(preservation_policy.PreservationPolicy):
+    """Keeps the checkpoints with the best evaluations, which are made after they were saved."""
+
+    def __init__(self, run_folder: Path, count: int) -> None:
+        self._folder, self._count = run_folder, count
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        best = best_steps(self._folder, [checkpoint.step for checkpoint in checkpoints])[: self._count]
+        return [checkpoint.step in best for checkpoint in checkpoints]
+
+
+def best_steps(run_folder: Path | str, steps: Sequence[int]) -> list[int]:
+    """Those of `steps` after which the run was evaluated, by validation return, best first."""
+    folder = as_path(run_folder) / "evaluations"
+    returns = {}
+    for step in steps:
+        file = folder / f"step_{step:06d}.json"
+        if file.exists() and (value := json.loads(file.read_text()).get("return/mean")) is not None:
+            returns[step] = value
+    return sorted(returns, key=lambda step: (returns[step], step), reverse=True)
+
+
 def whole_steps(run_folder: Path | str) -> list[int]:
-    """Steps of a run's whole checkpoints, ascending. Reads only: an unfinished save has another name."""
-    folder = Path(run_folder) / CHECKPOINTS_FOLDER
+    """Steps of a run's whole checkpoints, ascending. Reads only: an unfinished save has another name.
+
+    Or, in a bucket, where nothing can be renamed, lacks the mark of a finished one.
+    """
+    folder = as_path(run_folder) / CHECKPOINTS_FOLDER
     entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
+    return sorted(
+        int(entry.name)
+        for entry in entries
+        if entry.name.isdecimal() and (not in_bucket(entry) or ocp.utils.is_checkpoint_finalized(entry))
+    )
+
+
+def _absolute(path: Path) -> Path:
+    return path if in_bucket(path) else path.absolute()
 
 
 def checkpoint_folder(run_folder: Path | str, step: int | None = None) -> Path:
@@ -180,7 +214,7 @@ def checkpoint_folder(run_folder: Path | str, step: int | None = None) -> Path:
     Raises:
       UserError: the run has none, or none of that step.
     """
-    folder = Path(run_folder) / CHECKPOINTS_FOLDER
+    folder = as_path(run_folder) / CHECKPOINTS_FOLDER
     steps = whole_steps(run_folder)
     if not steps:
         raise UserError(f"{run_folder} holds no whole checkpoint; train there first, or name another run")
@@ -197,7 +231,9 @@ def read_progress(checkpoint: Path | str) -> dict[str, Any]:
       UserError: it cannot be read.
     """
     try:
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(Path(checkpoint).absolute() / "progress")
+        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(
+            _absolute(as_path(checkpoint)) / "progress"
+        )
     except Exception as error:
         raise _unreadable(checkpoint, error) from error
 
@@ -222,14 +258,14 @@ def save_base(run_folder: Path | str, params: Any) -> None:
     Raises:
       UserError: the disk is full.
     """
-    folder = Path(run_folder).absolute() / BASE_FOLDER
+    folder = _absolute(as_path(run_folder)) / BASE_FOLDER
     with full_disk_is_a_user_error(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(folder / "state", args=_in_pieces({"params": params}), force=True)
 
 
 def restore_base(run_folder: Path | str, template: Any) -> Any:
     """What `save_base` wrote; arguments and errors as of `restore_params`."""
-    return _restore(Path(run_folder) / BASE_FOLDER, {"params": template})["params"]
+    return _restore(as_path(run_folder) / BASE_FOLDER, {"params": template})["params"]
 
 
 def _in_pieces(saved: Any) -> ocp.args.PyTreeSave:
@@ -265,11 +301,11 @@ def open_params(
 
 def open_base(run_folder: Path | str, template: Any) -> Callable[[str, int | None], np.ndarray]:
     """Opens what `save_base` wrote as `open_params` does a checkpoint's parameters."""
-    return _open(Path(run_folder) / BASE_FOLDER, template)
+    return _open(as_path(run_folder) / BASE_FOLDER, template)
 
 
 def _open(folder: Path, template: Any) -> Callable[[str, int | None], np.ndarray]:
-    state = folder.absolute() / "state"
+    state = _absolute(folder) / "state"
     stores = {}
     try:
         saved = ocp.PyTreeCheckpointHandler().metadata(state).tree
@@ -292,10 +328,6 @@ def _open(folder: Path, template: Any) -> Callable[[str, int | None], np.ndarray
             raise _unreadable(folder, error) from error
 
     return read
-
-
-def _score(metrics: Mapping[str, float]) -> float:
-    return metrics["score"]
 
 
 def _to_saved(state: TrainState) -> dict[str, Any]:
@@ -333,7 +365,7 @@ def _restore(folder: Path, target: Mapping[str, Any]) -> Any:
     """Restores the parts of a checkpoint that `target` names, shapes checked (orbax would cut or pad)."""
     abstract = jax.tree.map(_abstract, target)
     handler = ocp.PyTreeCheckpointHandler()
-    state = folder.absolute() / "state"
+    state = _absolute(folder) / "state"
     try:
         saved = handler.metadata(state).tree
         _check(folder, {part: saved.get(part, {}) for part in target}, abstract)
@@ -394,30 +426,23 @@ def claim(run_folder: Path | str, config: Config) -> Iterator[bool]:
       UserError: it is no folder, holds something else than a run, holds a run of another configuration, or
         another process is at work in it; the sentence says which, and what to do.
     """
-    folder = Path(run_folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"`run.directory` {folder} is a file; choose a folder")
-    file = folder / CONFIG_FILE
-    if file.exists():
-        _same_configuration(file, config)
-    elif folder.exists():
-        foreign = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-        if foreign:
-            raise UserError(
-                f"`run.directory` {folder} holds files but no run ({foreign[0]}, ...); "
-                "choose a new or empty folder"
-            )
-    with full_disk_is_a_user_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115  (held open below)
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is training in {folder}; wait for it, stop it, or choose another "
-                "run.directory"
-            ) from error
+    folder = as_path(run_folder)
+    with _unwritable_is_a_user_error(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"`run.directory` {folder} is a file; choose a folder")
+        file = folder / CONFIG_FILE
+        if file.exists():
+            _same_configuration(file, config)
+        elif folder.exists():
+            foreign = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+            if foreign:
+                raise UserError(
+                    f"`run.directory` {folder} holds files but no run ({foreign[0]}, ...); "
+                    "choose a new or empty folder"
+                )
+        with full_disk_is_a_user_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder):
         continues = file.exists()
         if continues:
             _same_configuration(file, config)  # it may have been written while we were waiting
@@ -431,6 +456,46 @@ def claim(run_folder: Path | str, config: Config) -> Iterator[bool]:
             if written == {CONFIG_FILE} and not continues:
                 file.unlink()  # nothing had begun: the folder is free for another configuration
             raise
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other process of this machine, or of others that share its file system, is at work in the folder.
+
+    A bucket knows no locks: there the file says who came last, and shows that writing is allowed.
+    """
+    file = folder / ".lock"
+    if in_bucket(folder):
+        with _unwritable_is_a_user_error(folder):
+            write_whole(file, f"{socket.gethostname()}, process {os.getpid()}\n")
+        yield
+        return
+    with _unwritable_is_a_user_error(folder), full_disk_is_a_user_error(folder):
+        lock = open(file, "w")  # noqa: SIM115  (held open below)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is training in {folder}; wait for it, stop it, or choose another "
+                "run.directory"
+            ) from error
+        yield
+
+
+@contextmanager
+def _unwritable_is_a_user_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Libraries for buckets have errors of their own; on a disk only the system's say that it may not be.
+        if not isinstance(error, OSError) and not in_bucket(folder):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        remedy = "pip install gcsfs" if isinstance(error, ImportError) else "check the name and your rights"
+        raise UserError(f"`run.directory` {folder} cannot be used ({reason}); {remedy}") from error
 
 
 def _same_configuration(file: Path, config: Config) -> None:
@@ -471,10 +536,12 @@ def cut_back(run_folder: Path | str, step: int) -> None:
     Raises:
       UserError: the disk is full.
     """
-    folder = Path(run_folder)
+    folder = as_path(run_folder)
     with full_disk_is_a_user_error(folder):
         for place in (folder, *(folder / name for name in (*STEP_FOLDERS, EVENTS_FOLDER))):
-            for leftover in place.glob(".*.*.*"):  # temporary names of files.write_whole: .NAME.SUFFIX.RANDOM
+            for leftover in (
+                () if in_bucket(place) else place.glob(".*.*.*")
+            ):  # temporary names of files.write_whole: .NAME.SUFFIX.RANDOM
                 leftover.unlink()
         _replace(folder / METRICS_FILE, lambda data: _cut_lines(data, step))
         for name in STEP_FOLDERS:

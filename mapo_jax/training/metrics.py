@@ -10,6 +10,8 @@ import errno
 import json
 import math
 import os
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +21,11 @@ from typing import Any
 import jax
 
 from mapo_jax.errors import UserError
+from mapo_jax.files import append_line, as_path, copy_files, in_bucket
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
+EVENTS_COPIED_EVERY = 60.0  # seconds; to a bucket only
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
@@ -88,14 +92,17 @@ class MetricWriter:
         Raises:
           UserError: `wandb` without the package.
         """
-        folder = Path(folder)
+        folder = as_path(folder)
         self._path = folder / METRICS_FILE
         self._wandb = _start_wandb(folder, configuration) if wandb else None
         self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # half a second that a run without it need not pay
 
-            self._events = SummaryWriter(logdir=str(folder / EVENTS_FOLDER))
+            self._target = folder / EVENTS_FOLDER
+            self._local = Path(tempfile.mkdtemp(prefix="mapo_jax.")) if in_bucket(folder) else self._target
+            self._events = SummaryWriter(logdir=str(self._local))
+            self._copied = time.monotonic()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one step's metrics everywhere.
@@ -110,11 +117,13 @@ class MetricWriter:
             line = to_json_line(step, metrics).encode()
             if _ends_with_line(self._path, line):
                 return
-            _append(self._path, line)
+            append_line(self._path, line)
             if self._events is not None:
                 for name, value in metrics.items():
                     self._events.add_scalar(name, float(value), global_step=step)
                 self._events.flush()
+                if time.monotonic() - self._copied > EVENTS_COPIED_EVERY:
+                    self._copy_events()
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
@@ -130,8 +139,15 @@ class MetricWriter:
         if self._events is not None:
             with full_disk_is_a_user_error(self._path.parent / EVENTS_FOLDER):
                 self._events.close()
+                self._copy_events()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _copy_events(self) -> None:
+        """Event files grow by the record, which objects in a bucket cannot: they are copied now and then."""
+        if self._local != self._target:
+            copy_files(self._local, self._target)
+            self._copied = time.monotonic()
 
     def __enter__(self) -> MetricWriter:
         return self
@@ -141,27 +157,16 @@ class MetricWriter:
 
 
 def _ends_with_line(path: Path, line: bytes) -> bool:
-    if not path.exists() or path.stat().st_size < len(line):
+    if not path.exists():
+        return False
+    if in_bucket(path):
+        return path.read_bytes()[-len(line) - 1 :] in (line, b"\n" + line)
+    if path.stat().st_size < len(line):
         return False
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - len(line) - 1))
         end = file.read()
     return end in (line, b"\n" + line)
-
-
-def _append(path: Path, line: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(handle).st_size
-        try:
-            written = os.write(handle, line)
-            if written < len(line):  # the disk filled up in the middle of the line
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            os.ftruncate(handle, size)
-            raise
-    finally:
-        os.close(handle)
 
 
 def _start_wandb(folder: Path, configuration: Mapping[str, Any] | None) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from mapo_jax.config import LoraConfig, RolloutConfig
 from mapo_jax.errors import UserError
+from mapo_jax.files import as_path, copy_files, in_bucket, local_folder, write_whole
 from mapo_jax.model.huggingface import (
     Reader,
     load_params,
@@ -119,15 +121,16 @@ def open_weights(run: Path | str, config: QwenConfig, *, step: int | None = None
 
 def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
     """A policy without its weights; arguments and errors as of `load_policy`."""
-    path = Path(path)
+    path = as_path(path)
     folder = path / MODEL_FOLDER if _is_run(path) else base_folder(path) if is_adapter(path) else path
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
-    tokenizer = load_tokenizer(folder)
+    with local_folder(folder) as here:
+        tokenizer = load_tokenizer(here)
+        model = read_config(here)
+        if _is_run(path):
+            model = replace(model, lora=read_adapter_config(here))
     chat = ChatFormat(tokenizer, rollout.history, rollout.system_prompt)
-    model = read_config(folder)
-    if _is_run(path):
-        model = replace(model, lora=read_adapter_config(folder))
     policy = Policy(model, tokenizer, chat)
     _check_fit(policy, rollout, path)
     return policy
@@ -139,16 +142,41 @@ def adapters(config: LoraConfig) -> LoRA | None:
 
 
 def _is_run(path: Path | str) -> bool:
-    return (Path(path) / CHECKPOINTS_FOLDER).is_dir()
+    return (as_path(path) / CHECKPOINTS_FOLDER).is_dir()
 
 
 def make_engine(
-    policy: Policy, rollout: RolloutConfig, temperature: float, *, dtype: str, mesh: Mesh | None
+    policy: Policy,
+    rollout: RolloutConfig,
+    temperature: float,
+    *,
+    dtype: str,
+    mesh: Mesh | None,
+    processes: int = 1,
 ) -> Engine:
-    """The sampler of a policy, without weights yet, with a slot for every dialogue of a step."""
+    """The sampler of a policy, without weights yet, with a slot for every dialogue of a step.
+
+    Args:
+      mesh: of the devices it samples on.
+      processes: how many have such a sampler, each with its share of dialogues, caches and lanes.
+
+    Raises:
+      UserError: they cannot be shared evenly.
+    """
     chat = policy.chat
+    shared = {name: getattr(rollout, name) for name in ("scenarios", "slots", "lanes")}
+    for name, size in shared.items():
+        if size is not None and size % processes:
+            raise UserError(f"`rollout.{name}` is {size}; it must be a multiple of the {processes} processes")
+    shared = {name: size and size // processes for name, size in shared.items()}
     return engine_for(
-        policy.config, chat.stop_ids, chat.vocabulary_size, rollout, temperature, dtype=dtype, mesh=mesh
+        policy.config,
+        chat.stop_ids,
+        chat.vocabulary_size,
+        replace(rollout, **shared),
+        temperature,
+        dtype=dtype,
+        mesh=mesh,
     )
 
 
@@ -182,8 +210,20 @@ def engine_for(
 
 def save_model_files(run_folder: Path | str, policy: Policy) -> None:
     """Writes what a run's checkpoints lack to be a model: its shape and its tokenizer."""
-    folder = Path(run_folder) / MODEL_FOLDER
+    folder = as_path(run_folder) / MODEL_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
+    if not in_bucket(folder):
+        _write_model_files(folder, policy)
+        return
+    with tempfile.TemporaryDirectory(prefix="mapo_jax.") as here:
+        _write_model_files(Path(here), policy)
+        config = (Path(here) / "config.json").read_bytes()
+        (Path(here) / "config.json").unlink()
+        copy_files(Path(here), folder)
+        write_whole(folder / "config.json", config)
+
+
+def _write_model_files(folder: Path, policy: Policy) -> None:
     policy.tokenizer.save_pretrained(folder)
     if policy.config.lora is not None:
         write_adapter_config(folder, policy.config.lora)

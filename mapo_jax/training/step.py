@@ -510,8 +510,18 @@ def make_scorer(scoring: Scoring, *, microbatch_tokens: int = 0) -> Callable[[Pa
 
 
 def place(batch: Any, mesh: Mesh | None) -> Any:
-    """Puts a batch's rows on the mesh; without one, leaves it to the compiled program."""
-    return batch if mesh is None else jax.device_put(batch, batch_sharding(mesh))
+    """Puts a batch's rows on the mesh; without one, leaves it to the compiled program.
+
+    On several processes each has the whole batch and puts those rows on its devices that belong there.
+    """
+    if mesh is None:
+        return batch
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]), batch
+    )
 
 
 def fetch(updates: Sequence[Mapping[str, Float[Array, ""]]]) -> dict[str, float]:

@@ -103,8 +103,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_whole_steps_are_chosen_evenly_with_both_ends(tmp_path):
     files = {}
     for step in range(1, 11):
-        files[step] = tmp_path / f"{step}"
-        files[step].write_text("x\n" * 4)
+        files[step] = [tmp_path / f"{step}-{part}" for part in range(2)]  # of two processes
+        for part in files[step]:
+            part.write_text("x\n" * 2)
     assert choose_steps(files, 100) == list(range(1, 11))
     assert choose_steps(files, 16) == [1, 4, 7, 10]
     assert choose_steps(files, 1) == [1, 10]

@@ -6,7 +6,7 @@ import pytest
 
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, Turn
 from mapo_jax.environment.scenario import load_scenarios
-from mapo_jax.rollout.journal import Journal, journal_file, prune
+from mapo_jax.rollout.journal import Journal, journal_files, prune
 
 CARD = load_scenarios()[0]
 JUDGED = Judgement((1, 0, 0, -1, 2, 0), ("e",) * 6, ("r",) * 6, {"kind": "x"})
@@ -92,7 +92,7 @@ def test_a_journal_of_another_dialogue_is_not_taken_up(tmp_path):
 def test_journals_that_a_checkpoint_covers_are_removed(tmp_path):
     for step in (3, 4, 5):
         for stream in ("train", "evaluation"):
-            Journal(journal_file(tmp_path, stream, step)).close()
+            Journal(*journal_files(tmp_path, stream, step)).close()
     prune(tmp_path, 4)
     assert sorted(file.name for file in (tmp_path / "journal").iterdir()) == [
         "evaluation_000004.jsonl",
@@ -100,3 +100,22 @@ def test_journals_that_a_checkpoint_covers_are_removed(tmp_path):
         "train_000004.jsonl",
         "train_000005.jsonl",
     ]
+
+
+def test_what_other_processes_wrote_of_a_collection_is_taken_up(tmp_path):
+    """The run had two processes; one goes on with the turns of both."""
+    one, other = held(opened(1)), held(opened(2))
+    for index, state in enumerate((one, other)):
+        file, *others = journal_files(tmp_path, "train", 12, f"-0000{index}-of-00002")
+        assert len(others) == index
+        write(file, state)
+    file, *others = journal_files(tmp_path, "train", 12)
+    assert file.name == "train_000012.jsonl" and len(others) == 2
+    with Journal(file, *others) as journal:
+        assert [after for _, after in journal.turns(opened(1))] == [one]
+        assert [after for _, after in journal.turns(opened(2))] == [other]
+        journal.note(held(one), (5, 2), (-0.1, -0.2))
+    with Journal(*journal_files(tmp_path, "train", 12)) as journal:
+        assert [after for _, after in journal.turns(opened(1))] == [one, held(one)]
+    prune(tmp_path, 13)
+    assert not list((tmp_path / "journal").iterdir())

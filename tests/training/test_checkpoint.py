@@ -15,6 +15,7 @@ from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
 from mapo_jax.training.checkpoint import (
     Checkpoints,
+    best_steps,
     checkpoint_folder,
     claim,
     cut_back,
@@ -77,12 +78,16 @@ def test_buffers_may_be_donated_while_the_save_goes_on(tmp_path):
 
 
 def test_newest_and_best_are_kept(tmp_path):
+    (tmp_path / "evaluations").mkdir()
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, score in enumerate([0.1, 0.9, 0.3, None, 0.2]):
-            checkpoints.save(step, make_state(step), {}, score=score)
+            checkpoints.save(step, make_state(step), {})
+            if score is not None:  # the weights of a step are evaluated after they were saved
+                file = tmp_path / "evaluations" / f"step_{step:06d}.json"
+                file.write_text(json.dumps({"return/mean": score}))
         checkpoints.wait()
         assert checkpoints.steps == [1, 3, 4]
-        assert checkpoints.best_step == 1
+        assert best_steps(tmp_path, checkpoints.steps) == [1, 4]
         checkpoints.save(4, make_state(9), {})  # already saved: left alone
         restored, _ = checkpoints.restore_latest(make_state())
         assert_same_bits(restored, make_state(4))

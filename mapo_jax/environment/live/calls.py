@@ -95,44 +95,72 @@ class CallLog:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def take(self, prices: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """The metrics since the last call of this, and a new beginning.
-
-        Args:
-          prices: by role, of a million prompt and answer tokens.
-
-        Returns:
-          For each role that was called: `ROLE/{calls,cached,lost_attempts,call_failure_rate,repair_rate,
-          latency_p50,latency_p95,tokens,cost}` and, for a judge with several samples, `judge/spread`; over
-          all roles `environment/cost` and `failures/KIND`, turns and dialogues lost. Cached calls have no
-          latency and no cost.
-        """
-        metrics: dict[str, float] = {}
-        cost = 0.0
-        for role, tally in sorted(self._tallies.items()):
-            if not tally.calls:
-                continue
-            input_price, output_price = prices.get(role, (0.0, 0.0))
-            own = (tally.input_tokens * input_price + tally.output_tokens * output_price) / 1e6
-            cost += own
-            metrics |= {
-                f"{role}/calls": float(tally.calls),
-                f"{role}/cached": float(tally.cached),
-                f"{role}/lost_attempts": float(tally.lost_attempts),
-                f"{role}/call_failure_rate": sum(tally.failures.values()) / tally.calls,
-                f"{role}/repair_rate": tally.repairs / tally.calls,
-                f"{role}/tokens": float(tally.input_tokens + tally.output_tokens),
-                f"{role}/cost": own,
-            }
-            if tally.seconds:
-                for name, share in (("p50", 50), ("p95", 95)):
-                    metrics[f"{role}/latency_{name}"] = float(np.percentile(tally.seconds, share))
-            if tally.spreads:
-                metrics[f"{role}/spread"] = float(np.mean(tally.spreads))
-        metrics |= {f"failures/{kind}": float(count) for kind, count in sorted(self.lost.items())}
+    def drain(self) -> dict[str, Any]:
+        """Everything since this was last called, as JSON values without text, and a new beginning."""
+        roles = {
+            role: {**vars(tally), "failures": dict(tally.failures)}
+            for role, tally in sorted(self._tallies.items())
+        }
+        drained = {"roles": roles, "lost": dict(self.lost)}
         self._tallies.clear()
         self.lost.clear()
-        return metrics | {"environment/cost": cost}
+        return drained
+
+    def take(self, prices: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """The figures since the last call of this or of `drain`, and a new beginning; see `call_figures`."""
+        return call_figures([self.drain()], prices)
+
+
+def call_figures(
+    drained: Sequence[Mapping[str, Any]], prices: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """The metrics of what one or several processes drained.
+
+    Args:
+      drained: of each process.
+      prices: by role, of a million prompt and answer tokens.
+
+    Returns:
+      For each role that was called: `ROLE/{calls,cached,lost_attempts,call_failure_rate,repair_rate,
+      latency_p50,latency_p95,tokens,cost}` and, for a judge with several samples, `judge/spread`; over
+      all roles `environment/cost` and `failures/KIND`, turns and dialogues lost. Cached calls have no
+      latency and no cost.
+    """
+    metrics: dict[str, float] = {}
+    cost = 0.0
+    for role in sorted({role for part in drained for role in part["roles"]}):
+        tally = _merged([Tally(**part["roles"][role]) for part in drained if role in part["roles"]])
+        if not tally.calls:
+            continue
+        input_price, output_price = prices.get(role, (0.0, 0.0))
+        own = (tally.input_tokens * input_price + tally.output_tokens * output_price) / 1e6
+        cost += own
+        metrics |= {
+            f"{role}/calls": float(tally.calls),
+            f"{role}/cached": float(tally.cached),
+            f"{role}/lost_attempts": float(tally.lost_attempts),
+            f"{role}/call_failure_rate": sum(tally.failures.values()) / tally.calls,
+            f"{role}/repair_rate": tally.repairs / tally.calls,
+            f"{role}/tokens": float(tally.input_tokens + tally.output_tokens),
+            f"{role}/cost": own,
+        }
+        if tally.seconds:
+            for name, share in (("p50", 50), ("p95", 95)):
+                metrics[f"{role}/latency_{name}"] = float(np.percentile(tally.seconds, share))
+        if tally.spreads:
+            metrics[f"{role}/spread"] = float(np.mean(tally.spreads))
+    lost = sum((Counter(part["lost"]) for part in drained), Counter())
+    metrics |= {f"failures/{kind}": float(count) for kind, count in sorted(lost.items())}
+    return metrics | {"environment/cost": cost}
+
+
+def _merged(tallies: Sequence[Tally]) -> Tally:
+    merged = Tally()
+    for tally in tallies:
+        for name, value in vars(tally).items():
+            value = Counter(value) if name == "failures" else value
+            setattr(merged, name, getattr(merged, name) + value)
+    return merged
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.cache import Answer, CallCache
-from mapo_jax.environment.live.calls import Caller, CallLog
+from mapo_jax.environment.live.calls import Caller, CallLog, call_figures
 from mapo_jax.errors import UserError
 
 CHAT = [{"role": "user", "content": "Hello."}]
@@ -122,3 +122,23 @@ def test_the_cache_holds_answers_only(tmp_path):
     asyncio.run(caller([{"role": "user", "content": "a secret prompt"}]))
     table = sqlite3.connect(tmp_path / "calls.sqlite").execute("SELECT * FROM calls").fetchall()
     assert len(table) == 1 and table[0][1:] == ("judge", "good", 10, 5) and len(table[0][0]) == 64
+
+
+def test_figures_of_several_processes_are_those_of_all_calls(tmp_path):
+    """Each process drains its own log; together they are what one log would have said."""
+    together, logs = CallLog(), [CallLog(), CallLog()]
+    for number, log in enumerate([logs[0], logs[1], logs[1]]):
+        for one in (log, together):
+            tally = one["judge"]
+            tally.calls += 2
+            tally.repairs += number
+            tally.seconds += [float(number), 3.0 * number]
+            tally.failures["timeout"] += 1
+            tally.input_tokens += 10 * number
+            one.lost["timeout"] += number
+    logs[1]["user"].calls += 1
+    together["user"].calls += 1
+    prices = {"judge": [1.0, 2.0]}
+    drained = [json.loads(json.dumps(log.drain())) for log in logs]
+    assert call_figures(drained, prices) == together.take(prices)
+    assert call_figures([log.drain() for log in logs], prices) == {"environment/cost": 0.0}

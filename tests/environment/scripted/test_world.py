@@ -2,14 +2,16 @@
 
 import asyncio
 import itertools
+import json
 import random
+import re
 import time
 from dataclasses import replace
 
 import pytest
 
 from mapo_jax.config import EnvironmentConfig
-from mapo_jax.environment.dialogue import DialogueState, open_dialogue, take_turn
+from mapo_jax.environment.dialogue import DialogueState, facts, from_facts, open_dialogue, take_turn
 from mapo_jax.environment.scenario import UNSTATED, load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.fold import mind_at
@@ -23,8 +25,9 @@ from mapo_jax.environment.scripted.helper import (
     synthetic_dialogue,
 )
 from mapo_jax.environment.scripted.imagine import imagined_scenario
-from mapo_jax.environment.scripted.metrics import reading_metrics
+from mapo_jax.environment.scripted.metrics import reading_metrics, readings
 from mapo_jax.environment.state import Limits
+from mapo_jax.evaluation.summary import summarize
 
 CARDS = load_scenarios(split="validation")
 ROLES = scripted_roles(EnvironmentConfig())
@@ -289,3 +292,32 @@ def test_thousands_of_turns_a_second():
     )
     # 4,000 to 5,000 measured on one busy core; the bound leaves room for a slow or loaded machine.
     assert turns / (time.perf_counter() - start) > 500
+
+
+def test_facts_give_every_figure_and_no_word_of_what_was_said():
+    roles = scripted_roles(EnvironmentConfig(fault_rate=0.2))
+    states = [hold_dialogue(card, 3, mixed(2), roles, SHORT) for card in CARDS[:6]]
+    text = json.dumps([facts(state) for state in states])  # as it travels between processes
+    again = [from_facts(state.scenario, what) for state, what in zip(states, json.loads(text), strict=True)]
+    assert summarize(again, 0.85) == summarize(states, 0.85)
+    assert reading_metrics(again) == reading_metrics(states)
+    said = {
+        word for state in states for turn in state.turns for word in (turn.user + " " + turn.reply).split()
+    }
+    names = {"position", "levels", "reading", "failure", "truncated", "seed", "outcome", "rule", "turns"}
+    words = {word for word in re.findall(r"[A-Za-z]+", text)} - names
+    labels = {r["kind"] for r in readings(states)} | {n["what"] for r in readings(states) for n in r["named"]}
+    allowed = {part for label in labels for part in re.findall(r"[A-Za-z]+", label)}
+    allowed |= {"named", "what", "right", "kind", "stage", "null", "true", "false", "max"}
+    allowed |= {state.outcome for state in states} | {
+        "timeout",
+        "transport",
+        "malformed",
+        "out",
+        "of",
+        "range",
+    }
+    assert words <= allowed | set(re.findall(r"[A-Za-z]+", " ".join(str(s.rule) for s in states))), (
+        words - allowed
+    )
+    assert len(said) > 100

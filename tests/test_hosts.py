@@ -1,0 +1,312 @@
+"""Two processes of four devices each hold one run: it is the run of one process with eight."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mapo_jax.environment.scenario import load_scenarios
+from mapo_jax.model.huggingface import save_params, write_config
+from mapo_jax.model.qwen import QwenConfig, init_params
+from mapo_jax.peers import STATUS
+from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
+from mapo_jax.training.checkpoint import best_steps, checkpoint_folder, whole_steps
+from mapo_jax.training.metrics import METRICS_FILE
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny untrained Qwen3 whose width eight devices can cut."""
+    folder = tmp_path_factory.mktemp("model")
+    texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
+    tokenizer = train_tokenizer(texts, 320)
+    save_tokenizer(folder, tokenizer, max_tokens=512)
+    config = QwenConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+    )
+    save_params(folder, init_params(config, seed=3), config, dtype="float32")
+    write_config(folder, config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def settings(model_folder, cache):
+    """Dialogues end at different turns: the room for tokens is short, and users speak at different length."""
+    return {
+        "run.compilation_cache": cache,
+        "run.join_seconds": 120,
+        "run.silent_seconds": 60,
+        "model.path": model_folder,
+        "rollout.scenarios": 4,
+        "rollout.rollouts": 4,
+        "rollout.max_turns": 4,
+        "rollout.min_turns": 1,
+        "rollout.max_reply_tokens": 6,
+        "rollout.max_tokens": 128,
+        "environment.fault_rate": 0.1,
+        "training.steps": STEPS,
+        "training.seed": 5,
+        "training.minibatch_scenarios": 2,
+        "training.microbatch_tokens": 0,
+        "evaluation.every": 5,
+        "evaluation.scenarios": 3,
+        "evaluation.rollouts": 2,
+        "checkpoint.every": 4,
+        "optimizer.learning_rate": 0.003,
+        "logging.tensorboard": False,
+    }
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def launch(settings, folder, *, count=2, devices=4, present=None, driver="-m mapo_jax.train", **changes):
+    """Starts the processes of a run; `changes` may be a function of the process's index."""
+    address = f"127.0.0.1:{free_port()}"
+    started = []
+    for index in range(count) if present is None else present:
+        own = {key: value(index) if callable(value) else value for key, value in changes.items()}
+        own = settings | {"run.directory": folder} | {k.replace("__", "."): v for k, v in own.items()}
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        if count > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+            }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *driver.split(" ", 1), *(f"{key}={value}" for key, value in own.items())],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+                cwd=ROOT,
+            )
+        )
+    return started
+
+
+def finish(processes, timeout=280):
+    """(status, output, errors) of each."""
+    try:
+        ended = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *said) for process, said in zip(processes, ended, strict=True)]
+
+
+def until(condition, seconds=200):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def dialogues(folder, kind, step):
+    """A step's saved dialogues in the order of cards, whichever process wrote them."""
+    files = sorted((folder / kind).glob(f"step_{step:06d}*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def saved(folder, step=None):
+    import orbax.checkpoint as ocp
+
+    return ocp.PyTreeCheckpointHandler().restore(checkpoint_folder(folder, step).absolute() / "state")
+
+
+@pytest.fixture(scope="module")
+def one(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    ((status, _, errors),) = finish(launch(settings, folder, count=1, devices=8))
+    assert status == 0, errors
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    ended = finish(launch(settings, folder))
+    assert [status for status, *_ in ended] == [0, 0], ended
+    return folder, ended
+
+
+# What differs: collectives between processes add in another order than those within one. A sum of a few
+# hundred float32 terms then differs by some 1e-7 of its largest term; ten steps of AdamW, which divides by
+# the root of a second moment, carry that on. Measured after ten steps: see the figures beside each bound.
+LOSS = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def test_two_processes_hold_the_same_dialogues(one, two):
+    lengths = set()
+    for kind, steps in (("dialogues", range(1, STEPS + 1)), ("evaluations", (0, 5, STEPS))):
+        for step in steps:
+            left, right = dialogues(one, kind, step), dialogues(two[0], kind, step)
+            assert len(left) == len(right) == (16 if kind == "dialogues" else 6)
+            for a, b in zip(left, right, strict=True):
+                assert a["state"] == b["state"] and a["row"]["ids"] == b["row"]["ids"]
+                assert (a["scenario"], a["rollout"]) == (b["scenario"], b["rollout"])
+                np.testing.assert_allclose(a["row"]["logprob"], b["row"]["logprob"], atol=1e-4)
+                lengths.add(len(a["state"]["turns"]))
+    assert len(lengths) > 2  # of unequal length
+    assert len(list((two[0] / "dialogues").glob("step_000001-0000*-of-00002.jsonl"))) == 2
+
+
+def test_two_processes_compute_the_same_advantages_losses_and_gradients(one, two):
+    left, right = rows(one), rows(two[0])
+    assert [row.keys() for row in left] == [row.keys() for row in right]
+    assert sum("actor/loss" in row for row in left) == STEPS
+    for a, b in zip(left, right, strict=True):
+        for name in a:
+            if name.startswith(("timing_s/", "perf/", "sampler/")):
+                continue
+            if name.startswith(("actor/",)):
+                np.testing.assert_allclose(b[name], a[name], **LOSS, err_msg=name)
+            else:  # from the dialogues alone, by the same programs
+                assert a[name] == b[name], name
+        if "perf/prefilled_share" in a:
+            assert a["perf/prefilled_share"] == b["perf/prefilled_share"]
+
+
+def test_two_processes_end_with_the_same_weights(one, two):
+    import jax
+
+    for a, b in zip(jax.tree.leaves(saved(one)), jax.tree.leaves(saved(two[0])), strict=True):
+        # AdamW moves an element by up to the learning rate a step whatever its gradient's size, so where a
+        # gradient is mere rounding its sign may differ: most agree closely, none strays further than that.
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_allclose(a, b, atol=20 * 0.003)
+        assert np.quantile(np.abs(a - b), 0.9) <= 1e-5
+
+
+def test_only_the_first_process_speaks_and_writes_what_there_is_one_of(two):
+    folder, ((_, first, _), (_, second, _)) = two
+    assert "good helper" in first and "step   10/10" in first
+    assert [line for line in second.splitlines() if "Gloo" not in line] == []
+    assert (folder / "report.html").exists()
+    assert whole_steps(folder)[-1] == STEPS and best_steps(folder, whole_steps(folder))
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(one, settings, tmp_path):
+    """Two processes are told to stop, each of them once; one goes on, then two with another mesh."""
+    folder = tmp_path / "moved"
+    processes = launch(settings, folder)
+    until(lambda: (folder / "dialogues" / "step_000002-00001-of-00002.jsonl").exists())
+    processes[1].send_signal(signal.SIGTERM)
+    for status, _, errors in finish(processes):
+        assert status == 128 + signal.SIGTERM, errors
+        assert re.search(r"stopped by SIGTERM: .* is saved after step \d+ of 10; the same command", errors)
+    ((stopped,),) = {tuple(whole_steps(folder)[-1:])}
+    processes = launch(settings, folder, count=1, devices=8, mesh__fsdp=4, mesh__data=2)
+    until(lambda: (folder / "dialogues" / f"step_{stopped + 2:06d}.jsonl").exists())
+    processes[0].send_signal(signal.SIGTERM)
+    assert finish(processes)[0][0] == 128 + signal.SIGTERM
+    ended = finish(launch(settings, folder, mesh__fsdp=2, mesh__data=4))
+    assert [status for status, *_ in ended] == [0, 0], ended
+    for a, b in zip(rows(one), rows(folder), strict=True):
+        assert a["step"] == b["step"]
+        for name in a:
+            if name.startswith(("actor/loss", "actor/grad_norm", "return/", "advantages/")):
+                np.testing.assert_allclose(b[name], a[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_a_killed_process_ends_the_other_within_seconds(settings, tmp_path):
+    folder = tmp_path / "killed"
+    processes = launch(settings, folder)
+    until(lambda: (folder / "dialogues" / "step_000001-00000-of-00002.jsonl").exists())
+    killed_at = time.monotonic()
+    processes[1].kill()
+    (status, _, errors), _ = finish(processes, timeout=60)
+    assert time.monotonic() - killed_at < 60
+    assert status == STATUS
+    assert "process 1 of 2 is gone" in errors and "start the same command on every host again" in errors
+
+
+def test_processes_that_disagree_refuse_to_start(settings, tmp_path):
+    folder = tmp_path / "disagree"
+    ended = finish(launch(settings, folder, training__seed=lambda index: 5 + index))
+    for status, _, errors in ended:
+        assert status == 2
+        assert errors.strip() == (
+            "error: processes 0 and 1 disagree: `training.seed` is 5 in process 0 and 6 in process 1; start "
+            "the same command with the same code on every host"
+        )
+    assert not folder.exists()
+
+
+def test_a_process_with_other_code_is_refused(settings, tmp_path):
+    """One process has a changed source file, the same configuration."""
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "mapo_jax", other / "mapo_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(other / "mapo_jax" / "errors.py", "a") as file:
+        file.write("# changed\n")
+    driver = (
+        "-c import sys; sys.path.insert(0, sys.argv.pop(1)); import mapo_jax.train as t; sys.exit(t.main())"
+    )
+    address, ended = f"127.0.0.1:{free_port()}", []
+    for index, code in enumerate((ROOT, other)):
+        own = settings | {"run.directory": tmp_path / "run"}
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+        }
+        command = [sys.executable, *driver.split(" ", 1), str(code), *(f"{k}={v}" for k, v in own.items())]
+        ended.append(
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=code
+            )
+        )
+    for status, _, errors in finish(ended):
+        assert status == 2 and "disagree: the code (its digest) is" in errors, errors
+
+
+def test_a_missing_worker_is_counted(settings, tmp_path):
+    ended = finish(launch(settings, tmp_path / "run", count=3, present=[0, 2], run__join_seconds=8))
+    for status, _, errors in ended:
+        assert status == 2
+        assert "only 2 of 3 processes joined within 8 s; missing: process 1." in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_processes_cannot_share_is_one_sentence_each(settings, tmp_path):
+    ended = finish(launch(settings, tmp_path / "run", rollout__scenarios=3, training__minibatch_scenarios=3))
+    for status, _, errors in ended:
+        assert status in (2, STATUS)
+        assert "`rollout.scenarios` is 3; it must be a multiple of the 2 processes" in errors
