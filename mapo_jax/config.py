@@ -226,7 +226,7 @@ class RunConfig:
     compilation_cache: str | None = None  # folder of compiled programs; empty: the user's cache folder
     deadline_minutes: float = 0.0  # save and stop so long after the start, wherever the run is; 0: never
     join_seconds: float = 300.0  # several processes only: how long to wait for all to have come
-    silent_seconds: float = 60.0  # several processes only: who is silent for so long is taken for dead
+    silent_seconds: float = 120.0  # several processes only: who is silent for so long is taken for dead
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +179,6 @@ def check_shares(config: Config, hosts: Hosts) -> None:
     """Raises UserError for what several processes cannot share."""
     if hosts.count == 1:
         return
-    if config.model.path is None:
-        raise UserError(
-            f"`model.path` is empty, and {hosts.count} processes make no warm start; make it in one with "
-            "python -m mapo_jax.warmstart, and name its folder"
-        )
     if config.rollout.scenarios % hosts.count:
         raise UserError(
             f"`rollout.scenarios` is {config.rollout.scenarios}; it must be a multiple of the {hosts.count} "
@@ -209,7 +206,7 @@ def starting_policy(
     if hosts.exchange("begun", begun)[0]:
         # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
         return read_policy(folder, config.rollout), None
-    path = config.model.path or run_warmstart(config, console=console, check=stop.check)
+    path = config.model.path or warm_start(config, mesh, stop, console, hosts)
     check_memory(config, model_shape(config), mesh)
     lora = adapters(config.lora)
     dtype = "float32" if lora is None else config.model.dtype
@@ -221,6 +218,26 @@ def starting_policy(
     if hosts.first:
         save_model_files(folder, policy)
     return policy, params
+
+
+def warm_start(config: Config, mesh: Mesh, stop: StopRequest, console: Console, hosts: Hosts) -> Path:
+    """The folder of the warm start: every process makes it for itself on its own devices, or has it already.
+
+    Raises:
+      UserError: it is too weak, or not the same in all processes.
+    """
+    own = rollout_mesh(mesh, hosts)
+    make = partial(run_warmstart, config, console=console, check=stop.check, mesh=own)
+    folder = hosts.together("warm start", make)
+    digest = blake2b()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    if len(set(hosts.exchange("warm starts", digest.hexdigest()))) > 1:
+        raise UserError(
+            "the warm starts of the processes differ, as on machines of different kinds; make one with "
+            "python -m mapo_jax.warmstart, and name its folder as `model.path` on every host"
+        )
+    return folder
 
 
 def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple[int, TrainState]:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -40,7 +40,7 @@ from mapo_jax.run import Run, begin, cards, prepare, progress, scenario_deck
 from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
 from mapo_jax.training.forecast import forecast
-from mapo_jax.training.hosts import join
+from mapo_jax.training.hosts import Hosts, join
 from mapo_jax.training.interruption import Interrupted, StopRequest
 from mapo_jax.training.phases import phase
 from mapo_jax.training.programs import rows_per_dialogue
@@ -64,8 +64,7 @@ def train(config: Config, console: Console | None = None) -> None:
         try:
             run, params = prepare(config, stack, stop, console, hosts)
         except Interrupted as interruption:
-            message = f"stopped by {interruption} before the first step; the same command starts again"
-            raise Stopped(str(interruption), message) from interruption
+            leave(hosts, interruption, " before the first step; the same command starts again")
         deck = scenario_deck(config)
         done, state = begin(run, params, deck)
         deck_state = deck.get_state()
@@ -105,19 +104,21 @@ def train(config: Config, console: Console | None = None) -> None:
         except Interrupted as interruption:
             save()
             run.checkpoints.wait()
-            hosts.part()
-            if isinstance(interruption.__cause__, UserError):
-                raise interruption.__cause__ from None
-            message = (
-                f"stopped by {interruption}: {run.folder} is saved after step {done} of "
-                f"{config.training.steps}; the same command goes on from there"
-            )
-            raise Stopped(str(interruption), message) from interruption
+            saved = f"{run.folder} is saved after step {done} of {config.training.steps}"
+            leave(hosts, interruption, f": {saved}; the same command goes on from there")
         run.checkpoints.wait()
         run.display.close()
         if hosts.first:
             conclude(run, console)
         hosts.part()
+
+
+def leave(hosts: Hosts, interruption: Interrupted, where: str) -> NoReturn:
+    """Ends an interrupted run: with the error that was the reason, where it was had, else with Stopped."""
+    hosts.part()
+    if isinstance(interruption.__cause__, UserError):
+        raise interruption.__cause__ from None
+    raise Stopped(str(interruption), f"stopped by {interruption}{where}") from interruption
 
 
 # --- One step. ---

@@ -77,7 +77,11 @@ _SOURCES = (
 
 
 def run_warmstart(
-    config: Config, *, console: Console | None = None, check: Callable[[], None] = lambda: None
+    config: Config,
+    *,
+    console: Console | None = None,
+    check: Callable[[], None] = lambda: None,
+    mesh: Mesh | None = None,
 ) -> Path:
     """Makes the warm start that `config` describes, or finds it finished, and checks that it is good enough.
 
@@ -85,6 +89,7 @@ def run_warmstart(
       config: `model`, `warmstart`, `environment`, `rollout`, `mesh` and `training.seed` matter.
       console: where progress and figures are shown.
       check: called at safe points; may raise to stop. Nothing is left behind then.
+      mesh: the devices that it is made on; None: all there are, as `config.mesh` says.
 
     Returns:
       A Hugging Face folder with float32 weights and the record `warmstart.json`.
@@ -98,15 +103,16 @@ def run_warmstart(
         record = json.loads((folder / RECORD).read_text())
         console.print(f"warm start: found finished in {folder}", soft_wrap=True)
     else:
-        record = _make(config, folder, console, check)
+        record = _make(config, folder, console, check, mesh or make_mesh(config.mesh))
     console.print(measurement_table(record["measured"]))
     gate(record["measured"], config.warmstart.min_naming_ratio)
     return folder
 
 
-def _make(config: Config, folder: Path, console: Console, check: Callable[[], None]) -> dict[str, Any]:
+def _make(
+    config: Config, folder: Path, console: Console, check: Callable[[], None], mesh: Mesh
+) -> dict[str, Any]:
     started = time.monotonic()
-    mesh = make_mesh(config.mesh)
     chats = _chats(config)
     policy, params = _start(config, chats, mesh)
     rows = _rows(config, policy, chats)

@@ -137,13 +137,13 @@ class World:
             return self.run(collection(None), check)
         assert self._folder is not None
         if not self._part or self._part.startswith("-00000-"):
-            prune(self._folder, max(whole_steps(self._run_folder), default=0))
+            prune(self._run_folder, max(whole_steps(self._run_folder), default=0))
         for number in range(len(self._waits) + 1):
             self._guards[stream].begin()
             try:
                 with (
                     full_disk_is_a_user_error(self._folder),
-                    Journal(*journal_files(self._folder, stream, step, self._part)) as journal,
+                    Journal(*journal_files(self._run_folder, stream, step, self._part)) as journal,
                 ):
                     dialogues = self.run(collection(journal), check)
                 _need_one_usable(dialogues, self._config.max_failed_share)
@@ -210,10 +210,9 @@ def open_world(
     """The world of a run; a live one is asked whether it is there before anything is spent.
 
     Args:
-      folder: on this machine's disk, where a live world keeps its cache, its journal and its failures; None
-        for nowhere.
+      folder: on this machine's disk, where a live world keeps its cache and its failures; None for nowhere.
       mesh: where models on our own engine go, if there are any.
-      run_folder: whose checkpoints make journals needless, if that is another folder.
+      run_folder: of the run, where it keeps its journals, if that is another folder.
       part: what to name those files by, if other processes keep theirs in the same folder.
       count: processes that share a server's limits.
 

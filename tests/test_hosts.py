@@ -58,14 +58,14 @@ def settings(model_folder, cache):
     return {
         "run.compilation_cache": cache,
         "run.join_seconds": 120,
-        "run.silent_seconds": 60,
+        "run.silent_seconds": 300,
         "model.path": model_folder,
         "rollout.scenarios": 4,
         "rollout.rollouts": 4,
         "rollout.max_turns": 4,
         "rollout.min_turns": 1,
         "rollout.max_reply_tokens": 6,
-        "rollout.max_tokens": 128,
+        "rollout.max_tokens": 320,
         "environment.fault_rate": 0.1,
         "training.steps": STEPS,
         "training.seed": 5,
@@ -115,7 +115,7 @@ def launch(settings, folder, *, count=2, devices=4, present=None, driver="-m map
     return started
 
 
-def finish(processes, timeout=280):
+def finish(processes, timeout=1000):
     """(status, output, errors) of each."""
     try:
         ended = [process.communicate(timeout=timeout) for process in processes]

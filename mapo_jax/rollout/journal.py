@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,9 +19,10 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from mapo_jax.environment.dialogue import DialogueState, Turn
-from mapo_jax.files import part_of
+from mapo_jax.files import as_path, in_bucket, part_of, write_whole
 
 JOURNAL_FOLDER = "journal"
+COPIED_EVERY = 30.0  # seconds; to a bucket only: what a machine that is lost takes with it
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,17 @@ class Journal:
           file: where to write; it need not exist.
           others: what other processes wrote of the same collection, when the run had another number of them.
         """
-        self._path = Path(file)
+        self._target = as_path(file)
+        self._path = self._target
+        if in_bucket(file):  # objects do not grow: it is written here, and copied now and then
+            self._path = Path(tempfile.mkdtemp(prefix="mapo_jax.")) / self._target.name
+            if self._target.exists():
+                self._path.write_bytes(self._target.read_bytes())
+        self._copied = time.monotonic()
         self._openings: dict[tuple[str, int], str] = {}
         self._turns: dict[tuple[str, int], list[Entry]] = {}
         for other in others:
-            for line in Path(other).read_bytes().splitlines():
+            for line in as_path(other).read_bytes().splitlines():
                 self._read(line)
         torn = False
         if self._path.exists():
@@ -126,6 +135,12 @@ class Journal:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+        self._copy()
+
+    def _copy(self) -> None:
+        if self._path != self._target:
+            write_whole(self._target, self._path.read_bytes())
+            self._copied = time.monotonic()
 
     def __enter__(self) -> Journal:
         return self
@@ -148,6 +163,8 @@ class Journal:
     def _write(self, row: dict) -> None:
         # One write, and so whole after a kill of the process; the disk itself is not waited for.
         self._file.write(json.dumps(row).encode() + b"\n")
+        if time.monotonic() - self._copied > COPIED_EVERY:
+            self._copy()
 
 
 def journal_files(folder: Path | str, stream: str, step: int, part: str = "") -> list[Path]:
@@ -158,14 +175,14 @@ def journal_files(folder: Path | str, stream: str, step: int, part: str = "") ->
       step: finished steps.
       part: of several processes: `files.part_name`.
     """
-    whole = Path(folder) / JOURNAL_FOLDER / f"{stream}_{step:06d}.jsonl"
+    whole = as_path(folder) / JOURNAL_FOLDER / f"{stream}_{step:06d}.jsonl"
     own = part_of(whole, part)
     return [own, *(file for file in sorted(whole.parent.glob(f"{whole.stem}*.jsonl")) if file != own)]
 
 
 def prune(folder: Path | str, step: int) -> None:
     """Removes the journals of steps that a whole checkpoint after `step` steps makes needless."""
-    for file in (Path(folder) / JOURNAL_FOLDER).glob("*_*.jsonl"):
+    for file in (as_path(folder) / JOURNAL_FOLDER).glob("*_*.jsonl"):
         number = re.fullmatch(r"[a-z]+_(\d+)(-\d+-of-\d+)?\.jsonl", file.name)
         if number and int(number.group(1)) < step:
             file.unlink(missing_ok=True)
