@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mapo_jax.commands import run_command
-from mapo_jax.config import Config, load_config, to_yaml
+from mapo_jax.config import Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
@@ -383,7 +383,7 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
     known = json.loads(file.read_text()) if file.exists() else {}
     for entry in ENTRIES:
         config = load_config(FOLDER.parent / "configs" / f"{entry.recipe}.yaml", entry.overrides)
-        digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]
+        digest = _digest(config)
         job = None
         for program in PROGRAMS:
             key = f"{entry.command} {program}"
@@ -401,6 +401,13 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
         for entry in ENTRIES
         for program in PROGRAMS
     )
+
+
+def _digest(config: Config) -> str:
+    """Names what the programs follow from."""
+    sections = ("model", "lora", "mesh", "rollout", "algorithm", "optimizer", "training")
+    text = json.dumps({name: asdict(getattr(config, name)) for name in sections})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _result(known: dict[str, Any], entry: Entry, program: str) -> Result | None:
