@@ -12,22 +12,26 @@ from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import QwenConfig
 from mapo_jax.model.sharding import RULES
 
-LONG = 4096  # tokens of a cache
+ONE_LENGTH = 512  # tokens of a cache that does not grow
+LONG = 4096  # tokens of a cache whose programs are dear to compile
 
 
 def cache_lengths(length: int) -> tuple[int, ...]:
     """Lengths that the cache grows through: `length`, and below it two significant bits (256, 384, 512, ...).
 
     Decode reads the whole cache at every step, so a longer one costs time before it is needed; each length
-    costs a set of compiled programs. Beyond LONG there are five, each twice the one before: there a program
-    is dear to compile. All are multiples of 64, and none is below 256 unless `length` is: then, on a CPU,
-    sums over the cache give the same bits at every length (tested), so that a dialogue does not depend on how
-    long its neighbours are.
+    costs a set of compiled programs. Beyond LONG there are five, each twice the one before.
+
+    Up to ONE_LENGTH there is one length alone. How a CPU adds up a sum over the cache can depend on the length
+    (a difference in the last bit or two), and the length on the neighbours: with one, a dialogue is the same
+    bit for bit whenever its neighbours speak.
     """
 
     def up(size: int) -> int:
         return -(-size // 64) * 64
 
+    if length <= ONE_LENGTH:
+        return (up(length),)
     if length > LONG:
         return tuple(up(-(-length // 2**halvings)) for halvings in (4, 3, 2, 1, 0))
     lengths, size = {up(length)}, 256
