@@ -277,7 +277,7 @@ def measure(
 ) -> dict[str, float]:
     """Holds dialogues with the validation cards and returns the figures of what came of them.
 
-    Three times as many dialogues as a training step has, in the sampler that training uses: enough turns for
+    Twice as many dialogues as a training step has, in the sampler that training uses: enough turns for
     the rarest kinds of reply to be seen.
 
     Returns:
@@ -285,7 +285,7 @@ def measure(
       `act/KIND`: the share of replies that hold an act of this kind, every kind.
     """
     rollout = config.rollout
-    dialogues_in_all = 3 * rollout.scenarios * rollout.rollouts
+    dialogues_in_all = 2 * rollout.scenarios * rollout.rollouts
     cards = load_scenarios(config.environment.scenarios, "validation")[:dialogues_in_all]
     engine = make_engine(policy, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
     engine.load(params, 0)
