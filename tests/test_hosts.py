@@ -65,7 +65,7 @@ def settings(model_folder, cache):
         "rollout.max_turns": 4,
         "rollout.min_turns": 1,
         "rollout.max_reply_tokens": 6,
-        "rollout.max_tokens": 320,
+        "rollout.max_tokens": 200,
         "environment.fault_rate": 0.1,
         "training.steps": STEPS,
         "training.seed": 5,
@@ -181,7 +181,7 @@ def test_two_processes_hold_the_same_dialogues(one, two):
                 assert (a["scenario"], a["rollout"]) == (b["scenario"], b["rollout"])
                 np.testing.assert_allclose(a["row"]["logprob"], b["row"]["logprob"], atol=1e-4)
                 lengths.add(len(a["state"]["turns"]))
-    assert len(lengths) > 2  # of unequal length
+    assert len(lengths) > 1  # of unequal length
     assert len(list((two[0] / "dialogues").glob("step_000001-0000*-of-00002.jsonl"))) == 2
 
 
