@@ -67,7 +67,7 @@ class RolloutConfig:
     """How dialogues are held."""
 
     scenarios: int = 8  # S: scenarios per step
-    rollouts: int = 8  # R: dialogues per scenario
+    rollouts: int = 6  # R: dialogues per scenario
     max_turns: int = 8  # T: a dialogue ends here
     min_turns: int = 5  # success and failure end a dialogue from this turn on
     temperature: float = 1.0  # sampling temperature in training
@@ -166,12 +166,10 @@ class OptimizerConfig:
 class TrainingConfig:
     """The length of the run and the shape of an update."""
 
-    steps: int = 45  # collect-and-update steps
+    steps: int = 42  # collect-and-update steps
     seed: int = 0  # everything random follows from it
     minibatch_scenarios: int = 2  # scenarios per optimizer update; divides rollout.scenarios
-    microbatch_tokens: int = (
-        1792  # most tokens of a device per pass, but a row at least; 0: the whole mini-batch
-    )
+    microbatch_tokens: int = 1792  # most tokens of a device per pass, a row at least; 0: the whole mini-batch
     epochs: int = 1  # passes over a step's dialogues
 
 
@@ -179,7 +177,7 @@ class TrainingConfig:
 class WarmstartConfig:
     """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
 
-    steps: int = 1150  # optimizer updates
+    steps: int = 800  # optimizer updates
     rows: int = 8  # packed rows per update
     row_tokens: int = 256  # length of a packed row
     turns: int = 3  # dialogues are cut into pieces of so many turns; 0: as many as fit a row

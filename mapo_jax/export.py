@@ -35,13 +35,12 @@ from mapo_jax.config import Config, load_config
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
+from mapo_jax.model import peft
 from mapo_jax.model.head import logits
 from mapo_jax.model.huggingface import (
-    ADAPTER_WEIGHTS,
     Reader,
     adapter_tensors,
     differing_tensor,
-    write_adapter_config,
 )
 from mapo_jax.model.lora import split
 from mapo_jax.model.qwen import hidden_states, parameter_count, parameter_shapes
@@ -135,9 +134,9 @@ def _write_adapters(folder: Path, run: Path, policy: Policy, config: Config, ste
     """The adapters as PEFT has them, read again and compared, and the tokenizer with the rows' template."""
     read = open_params(run, split(parameter_shapes(policy.config))[0], step=step)
     tensors = adapter_tensors(read, policy.config)
-    write_adapter_config(folder, policy.config.lora, config.model.path and Path(config.model.path).name)
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    again = load_file(folder / ADAPTER_WEIGHTS)
+    peft.write_adapter_config(folder, policy.config.lora, config.model.path and Path(config.model.path).name)
+    save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
+    again = load_file(folder / peft.WEIGHTS)
     if name := next((name for name in tensors if not np.array_equal(tensors[name], again.get(name))), None):
         raise UserError(f"the exported tensor {name} reads back differently; check the disk of {folder}")
     save_tokenizer_files(folder, policy)

@@ -40,6 +40,7 @@ from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.summary import summarize
 from mapo_jax.files import write_whole
+from mapo_jax.model.backends import row_attention
 from mapo_jax.model.qwen import Params, init_params
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.chat import ChatFormat
@@ -276,15 +277,15 @@ def measure(
 ) -> dict[str, float]:
     """Holds dialogues with the validation cards and returns the figures of what came of them.
 
-    Twice as many dialogues as a training step has, in the sampler that training uses: enough turns for the
-    rarest kinds of reply to be seen.
+    Three times as many dialogues as a training step has, in the sampler that training uses: enough turns for
+    the rarest kinds of reply to be seen.
 
     Returns:
       Those of `summarize` and `reading_metrics`, `truncated` (share of replies cut by the token limit), and
       `act/KIND`: the share of replies that hold an act of this kind, every kind.
     """
     rollout = config.rollout
-    dialogues_in_all = 2 * rollout.scenarios * rollout.rollouts
+    dialogues_in_all = 3 * rollout.scenarios * rollout.rollouts
     cards = load_scenarios(config.environment.scenarios, "validation")[:dialogues_in_all]
     engine = make_engine(policy, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
     engine.load(params, 0)

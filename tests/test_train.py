@@ -384,7 +384,7 @@ def test_adapters_are_trained_killed_continued_and_trained_on(model_folder, cach
     ]
     whole = run(arguments[0])
     assert whole.returncode == 0, whole.stderr
-    assert run(arguments[1], "update").returncode == -signal.SIGKILL
+    assert run(arguments[1], "save").returncode == -signal.SIGKILL
     again = run(arguments[1])
     assert again.returncode == 0 and "continuing" in again.stdout, again.stderr
     assert_same(content(tmp_path / "undisturbed"), content(tmp_path / "killed"))

@@ -38,6 +38,16 @@ TOPOLOGIES = {
     **{f"v6e-{chips}": f"v6e:{shape}" for chips, shape in _FLAT.items()},
 }
 
+# For libtpu where there is no TPU: it asks no cloud which machine this is, nor complains of what it lacks.
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
+
 
 def chip(name: str) -> Chip:
     """The chip of a slice; raises as `slice_devices`."""
@@ -52,9 +62,8 @@ def slice_devices(name: str) -> list[jax.Device]:
       UserError: an unknown slice, or no libtpu.
     """
     _known(name)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # asks no cloud which machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_LOG_DIR", "disabled")
+    for variable, value in LIBTPU.items():
+        os.environ.setdefault(variable, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name]).devices)
     except (RuntimeError, ImportError) as error:

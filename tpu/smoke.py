@@ -130,7 +130,7 @@ def check(name: str, work: Callable[[], str]) -> bool:
         said, fine = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())}", False
     if jax.process_index() == 0 or not fine:
         place = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
-        print(f"{place}{name:<13} {said} ({time.monotonic() - started:.1f} s)", flush=True)
+        print(f"{place}{name:<14} {said} ({time.monotonic() - started:.1f} s)", flush=True)
     return fine
 
 

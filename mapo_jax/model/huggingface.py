@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
-from mapo_jax.model.lora import TARGETS, LoRA
 from mapo_jax.model.peft import adapt, base_folder, is_adapter
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
@@ -509,50 +508,6 @@ def _blocks(view: np.ndarray, kind: np.dtype) -> Iterator[bytes]:
 
 
 # --- adapters, in PEFT's format ----------------------------------------------------------------------------
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
-def write_adapter_config(folder: str | Path, lora: LoRA, base: str | None = None) -> None:
-    """Writes `adapter_config.json` as PEFT has it.
-
-    Args:
-      base: where PEFT finds the weights beside the adapters.
-    """
-    content = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": [TARGETS[name] for name in lora.targets],
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "inference_mode": True,
-    }
-    write_whole(Path(folder) / ADAPTER_CONFIG, json.dumps(content, indent=2) + "\n")
-
-
-def read_adapter_config(folder: str | Path) -> LoRA | None:
-    """The shape of the adapters that `write_adapter_config` described; None if there are none.
-
-    Raises:
-      UserError: the file is not valid.
-    """
-    file = Path(folder) / ADAPTER_CONFIG
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text())
-        ours = {theirs: name for name, theirs in TARGETS.items()}
-        targets = tuple(ours[name] for name in content["target_modules"])
-        return LoRA(int(content["r"]), float(content["lora_alpha"]), targets)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} does not describe adapters of this project ({error!r})") from error
 
 
 def adapter_tensors(read: Reader, config: QwenConfig) -> dict[str, np.ndarray]:

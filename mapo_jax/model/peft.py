@@ -1,4 +1,4 @@
-"""Folders of LoRA adapters in PEFT's format: read as the model that they make of their base.
+"""Folders of LoRA adapters in PEFT's format: read as the model that they make of their base, and written.
 
     W' = W + scale B A        scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
@@ -19,6 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mapo_jax.errors import UserError
+from mapo_jax.files import write_whole
+from mapo_jax.model.lora import TARGETS, LoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -122,6 +124,47 @@ class _Adapted:
         rows, columns = window
         base = np.asarray(self._base[window]).astype(np.float32)
         return base + self._scale * (self._up[rows] @ self._down[:, columns])
+
+
+def write_adapter_config(folder: str | Path, lora: LoRA, base: str | None = None) -> None:
+    """Writes `adapter_config.json` as PEFT has it.
+
+    Args:
+      base: where PEFT finds the weights beside the adapters.
+    """
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": [TARGETS[name] for name in lora.targets],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+    write_whole(Path(folder) / CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def read_adapter_config(folder: str | Path) -> LoRA | None:
+    """The shape of the adapters that `write_adapter_config` described; None if there are none.
+
+    Raises:
+      UserError: the file is not valid.
+    """
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        return None
+    content = _settings(Path(folder))
+    try:
+        ours = {theirs: name for name, theirs in TARGETS.items()}
+        targets = tuple(ours[name] for name in content["target_modules"])
+        return LoRA(int(content["r"]), float(content["lora_alpha"]), targets)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} does not describe adapters of this project ({error!r})") from error
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -297,7 +297,9 @@ def hidden_states(
     if remat != "none":
         # scan already keeps the recomputation apart
         layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
-    x = constrain(params["embed"]["embedding"][tokens].astype(dtype), "hidden", mesh)
+    # Each device looks up its part of the width for the rows of all that have the others; then rows are cut.
+    x = constrain(params["embed"]["embedding"][tokens].astype(dtype), "looked_up", mesh)
+    x = constrain(x, "hidden", mesh)
     # Where layers are computed again they stay in a loop, which keeps the compiler from merging the two.
     unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS and remat == "none" else 1
     x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
@@ -358,7 +360,10 @@ def extend(
       Hidden states after the last norm, and the new cache (donate the old one).
     """
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
-    slots = jnp.arange(tokens.shape[0])[:, None]
+    # All axes but the last are indexed. With a slice among them a TPU would write to a cache whose heads lie
+    # inside its positions: a second cache, and two rearrangements of all of it for every block of steps.
+    slots, groups = jnp.arange(tokens.shape[0])[:, None, None], jnp.arange(config.num_kv_heads)
+    places = (slots, groups, positions[:, :, None])
     decoding = tokens.shape[1] == 1
     hidden, heads = ("lane_hidden", "lane_heads") if decoding else ("hidden", "heads")
     x = constrain(params["embed"]["embedding"][tokens].astype(dtype), hidden, mesh)
@@ -370,8 +375,8 @@ def extend(
         def attend(query, key, value, keys=keys, values=values):
             query = constrain(query, "slot_heads", mesh)
             key, value = (constrain(array, "slot_kv_heads", mesh) for array in (key, value))
-            keys = keys.at[slots, :, positions].set(key.astype(keys.dtype), mode="drop")
-            values = values.at[slots, :, positions].set(value.astype(values.dtype), mode="drop")
+            keys = keys.at[places].set(key.astype(keys.dtype), mode="drop")
+            values = values.at[places].set(value.astype(values.dtype), mode="drop")
             output = constrain(cached_attention(query, keys, values, positions), "slot_heads", mesh)
             return constrain(output, heads, mesh), (keys, values)
 

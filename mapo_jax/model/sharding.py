@@ -77,6 +77,7 @@ for _kernel in [path for path in PARAMETER_AXES if path.startswith("layers/") an
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
     "tokens": ("rows", "length"),  # and everything of a batch that is [B, L]
     "hidden": ("rows", "length", "features"),
+    "looked_up": ("lanes", "length", "lane_features"),  # of the embedding, whose width is cut
     "heads": ("rows", "length", "heads", "head_dim"),
     "kv_heads": ("rows", "length", "kv_heads", "head_dim"),
     "cache": ("slots", "kv_heads", "cache_length", "head_dim"),

@@ -231,7 +231,8 @@ def _put(array: Array, rows: Int[Array, "D M/D"], positions: Int[Array, "M N"], 
     parts = array.reshape(shards, -1, *array.shape[1:])
 
     def put(part, index, position, value):
-        return part.at[index[:, None], :, position].set(value.astype(part.dtype), mode="drop")
+        places = (index[:, None, None], jnp.arange(part.shape[1]), position[:, :, None])  # as `extend` writes
+        return part.at[places].set(value.astype(part.dtype), mode="drop")
 
     return jax.vmap(put)(
         parts, rows, *(value.reshape(shards, -1, *value.shape[1:]) for value in (positions, new))

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from mapo_jax.config import Config, FreshModelConfig, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import read_config
+from mapo_jax.model.peft import base_folder, is_adapter
 from mapo_jax.model.qwen import QwenConfig, parameter_count
 from mapo_jax.model.sharding import make_mesh, sharding_table
 from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER
@@ -64,9 +65,9 @@ def forecast(config: Config) -> str:
         f"({model.family}, {model.num_layers} layers x {model.hidden_size})",
         "sharding  size/mesh axis = size on each device",
         *(f"  {line}" for line in sharding_table(model, mesh)),
-        "memory    per device, GiB, while       updating     talking",
+        f"{'memory    per device, GiB, while':<48}  updating   talking",
         *memory_table(memory),
-        *([] if limit is None else [f"  a device has                    {limit / GIB:9.3f}"]),
+        *([] if limit is None else [f"  {'a device has':<46}{limit / GIB:10.3f}{limit / GIB:10.3f}"]),
         "a step",
         f"  dialogues                      {dialogues:9,} ({rollout.scenarios} x {rollout.rollouts})",
         f"  sampled tokens, at most        {turns * rollout.max_reply_tokens:9,}",
@@ -83,7 +84,7 @@ def memory_table(memory: Forecast) -> list[str]:
 
     def line(kind: str, *sizes: float | None) -> str:
         cells = ("" if size is None else f"{size / GIB:.3f}" for size in sizes)
-        return f"  {kind:<35}" + "".join(f"{cell:>12}" for cell in cells)
+        return f"  {kind:<46}" + "".join(f"{cell:>10}" for cell in cells)
 
     held = sum(memory.held.values())
     return [
@@ -129,4 +130,4 @@ def model_shape(config: Config) -> QwenConfig:
     folder = path / MODEL_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path
     if not folder.is_dir():
         raise UserError(f"`model.path` is {config.model.path!r}; there is no such folder")
-    return replace(read_config(folder), lora=lora)
+    return replace(read_config(base_folder(folder) if is_adapter(folder) else folder), lora=lora)

@@ -18,13 +18,11 @@ from mapo_jax.files import as_path, copy_files, in_bucket, local_folder, write_w
 from mapo_jax.model.huggingface import (
     Reader,
     load_params,
-    read_adapter_config,
     read_config,
-    write_adapter_config,
     write_config,
 )
 from mapo_jax.model.lora import ADAPTERS, LoRA, join, low_rank, merge, split
-from mapo_jax.model.peft import base_folder, is_adapter
+from mapo_jax.model.peft import base_folder, is_adapter, read_adapter_config, write_adapter_config
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
 from mapo_jax.rollout.chat import ChatFormat

@@ -80,7 +80,8 @@ def step_work(
     rollout = forward_flops(
         model, tokens=computed, contexts=computed * contexts / max(1, tokens), scored=done.sampled
     )
-    passes = 3 * config.training.epochs
+    # Of frozen weights there is no gradient, only one that goes through them.
+    passes = (3 if model.lora is None else 2) * config.training.epochs
     passes += config.algorithm.old_logprobs == "trainer"
     passes += config.training.epochs * (config.algorithm.kl_coefficient > 0)
     update = passes * forward_flops(model, tokens=tokens, contexts=contexts, scored=sampled)
