@@ -65,7 +65,7 @@ def settings(model_folder, cache):
         "rollout.max_turns": 4,
         "rollout.min_turns": 1,
         "rollout.max_reply_tokens": 6,
-        "rollout.max_tokens": 320,
+        "rollout.max_tokens": 200,
         "environment.fault_rate": 0.1,
         "training.steps": STEPS,
         "training.seed": 5,
@@ -181,7 +181,7 @@ def test_two_processes_hold_the_same_dialogues(one, two):
                 assert (a["scenario"], a["rollout"]) == (b["scenario"], b["rollout"])
                 np.testing.assert_allclose(a["row"]["logprob"], b["row"]["logprob"], atol=1e-4)
                 lengths.add(len(a["state"]["turns"]))
-    assert len(lengths) > 2  # of unequal length
+    assert len(lengths) > 1  # of unequal length
     assert len(list((two[0] / "dialogues").glob("step_000001-0000*-of-00002.jsonl"))) == 2
 
 
@@ -220,39 +220,37 @@ def test_only_the_first_process_speaks_and_writes_what_there_is_one_of(two):
     assert whole_steps(folder)[-1] == STEPS and best_steps(folder, whole_steps(folder))
 
 
-def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(one, settings, tmp_path):
-    """Two processes are told to stop, each of them once; one goes on, then two with another mesh."""
+def test_a_run_that_loses_a_process_goes_on_with_others(one, settings, tmp_path):
+    """Killed in one of two processes; told to stop in one of two on another mesh; ended by one alone."""
     folder = tmp_path / "moved"
     processes = launch(settings, folder)
     until(lambda: (folder / "dialogues" / "step_000002-00001-of-00002.jsonl").exists())
+    killed_at = time.monotonic()
+    processes[1].kill()
+    (status, _, errors), (_, _, last) = finish(processes)
+    assert time.monotonic() - killed_at < 60  # collectives alone would wait for half an hour
+    assert status == STATUS, errors
+    assert "process 1 of 2 is gone (its connection closed" in errors
+    assert "start the same command on every host again" in errors
+    assert "process 1 of 2 ended without a word of its own: it was killed" in last
+
+    kept = max(whole_steps(folder), default=0)
+    processes = launch(settings, folder, mesh__fsdp=2, mesh__data=4)
+    until(lambda: (folder / "dialogues" / f"step_{kept + 1:06d}-00001-of-00002.jsonl").exists())
     processes[1].send_signal(signal.SIGTERM)
-    for status, _, errors in finish(processes):
-        assert status == 128 + signal.SIGTERM, errors
-        assert re.search(r"stopped by SIGTERM: .* is saved after step \d+ of 10; the same command", errors)
-    ((stopped,),) = {tuple(whole_steps(folder)[-1:])}
-    processes = launch(settings, folder, count=1, devices=8, mesh__fsdp=4, mesh__data=2)
-    until(lambda: (folder / "dialogues" / f"step_{stopped + 2:06d}.jsonl").exists())
-    processes[0].send_signal(signal.SIGTERM)
-    assert finish(processes)[0][0] == 128 + signal.SIGTERM
-    ended = finish(launch(settings, folder, mesh__fsdp=2, mesh__data=4))
-    assert [status for status, *_ in ended] == [0, 0], ended
+    ended = finish(processes)
+    for status, _, errors in ended:
+        assert status == 128 + signal.SIGTERM, ended
+        said = re.search(r"stopped by SIGTERM: .* is saved after step (\d+) of 10; the same command", errors)
+        assert said and int(said.group(1)) == whole_steps(folder)[-1] > kept
+
+    ((status, output, errors),) = finish(launch(settings, folder, count=1, devices=8, mesh__data=2))
+    assert status == 0 and "continuing" in output, errors
     for a, b in zip(rows(one), rows(folder), strict=True):
         assert a["step"] == b["step"]
         for name in a:
             if name.startswith(("actor/loss", "actor/grad_norm", "return/", "advantages/")):
                 np.testing.assert_allclose(b[name], a[name], rtol=1e-3, atol=1e-5, err_msg=name)
-
-
-def test_a_killed_process_ends_the_other_within_seconds(settings, tmp_path):
-    folder = tmp_path / "killed"
-    processes = launch(settings, folder)
-    until(lambda: (folder / "dialogues" / "step_000001-00000-of-00002.jsonl").exists())
-    killed_at = time.monotonic()
-    processes[1].kill()
-    (status, _, errors), _ = finish(processes, timeout=60)
-    assert time.monotonic() - killed_at < 60
-    assert status == STATUS
-    assert "process 1 of 2 is gone" in errors and "start the same command on every host again" in errors
 
 
 def test_processes_that_disagree_refuse_to_start(settings, tmp_path):
