@@ -277,8 +277,8 @@ def measure(
 ) -> dict[str, float]:
     """Holds dialogues with the validation cards and returns the figures of what came of them.
 
-    Twice as many dialogues as a training step has, in the sampler that training uses: enough turns for
-    the rarest kinds of reply to be seen.
+    Twice as many dialogues as a training step has, in the sampler that training uses: enough turns for the
+    rarest kinds of reply to be seen.
 
     Returns:
       Those of `summarize` and `reading_metrics`, `truncated` (share of replies cut by the token limit), and

@@ -22,9 +22,9 @@ def cache_lengths(length: int) -> tuple[int, ...]:
     Decode reads the whole cache at every step, so a longer one costs time before it is needed; each length
     costs a set of compiled programs. Beyond LONG there are five, each twice the one before.
 
-    Up to ONE_LENGTH there is one length alone. How a CPU adds up a sum over the cache can depend on the length
-    (a difference in the last bit or two), and the length on the neighbours: with one, a dialogue is the same
-    bit for bit whenever its neighbours speak.
+    Up to ONE_LENGTH there is one length alone. How a CPU adds up over the cache can depend on its length (a
+    difference in the last bits), and the length on the neighbours: with one, a dialogue is the same bit for bit
+    whenever its neighbours speak.
     """
 
     def up(size: int) -> int:
