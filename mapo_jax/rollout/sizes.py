@@ -23,8 +23,8 @@ def cache_lengths(length: int) -> tuple[int, ...]:
     costs a set of compiled programs. Beyond LONG there are five, each twice the one before.
 
     Up to ONE_LENGTH there is one length alone. How a CPU adds up over the cache can depend on its length (a
-    difference in the last bits), and the length on the neighbours: with one, a dialogue is the same bit for bit
-    whenever its neighbours speak.
+    difference in the last bits), and the length on the neighbours: with one, a dialogue is the same bit for
+    bit whenever its neighbours speak.
     """
 
     def up(size: int) -> int:
