@@ -417,15 +417,15 @@ class TestReplies:
         assert work.steps >= max(len(first.ids), len(second.ids))
 
     def test_nothing_compiles_after_warm_up(self, params):
-        engine = make_engine(sampling=Sampling(temperature=1.3), resident=2, lanes=1, length=300)
-        assert len(engine.lengths) == 2
+        engine = make_engine(sampling=Sampling(temperature=1.3), resident=2, lanes=1, length=520)
+        assert len(engine.lengths) == 4
         with CompileCounter() as counter:
             engine.load(params, 0)
             engine.warm_up()
-            # As the class says: two lengths x five; the weights, creation and growth.
-            assert counter.count <= 2 * 5 + 3
+            # As the class says: four lengths x five; the weights, creation and three growths.
+            assert counter.count <= 4 * 5 + 5
             with counter.steady():
-                for turn, size in enumerate((11, 260, 4)):
+                for turn, size in enumerate((11, 260, 140)):
                     engine.reply([request(s, prompt(turn, size), turn, start=turn == 0) for s in (0, 2, 3)])
                 assert engine.counts.parked
                 engine.load(params, 1)
