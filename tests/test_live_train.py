@@ -158,10 +158,8 @@ def test_ten_steps_with_every_fault(serve, well_formed, judged, model_folder, ca
     def answer(request, number):
         schema = "response_format" in request
         judging = schema and "C_progress" in json.dumps(request["response_format"])
-        if judging and "last reply" in request["messages"][1]["content"]:
-            reply = request["messages"][1]["content"].rpartition('"last reply": ')[2]
-            if sum(map(ord, reply)) % 9 == 0:  # the judge never copes with these
-                return judged(5, 0, 0, 0, 0, 0)
+        if judging and sum(map(ord, request["messages"][1]["content"])) % 9 == 0:
+            return judged(5, 0, 0, 0, 0, 0)  # the judge never copes with these
         if number % 10 in (2, 5, 8):
             fault = FAULTS[next(answers) % len(FAULTS)]
             if fault == "wrong role":
@@ -181,7 +179,7 @@ def test_ten_steps_with_every_fault(serve, well_formed, judged, model_folder, ca
     folder = tmp_path / "run"
     arguments = command(
         folder, model_folder, cache, server.url,
-        environment__failure_share=0.9, environment__call_seconds=1.5,
+        environment__failure_share=0.9, environment__call_seconds=3.0,
     )  # fmt: skip
     assert train.main(arguments) == 0
     rows = metric_rows(folder)

@@ -140,8 +140,10 @@ class Server:
                 if self._enforces or error.status_code not in _NO_SCHEMA_STATUS:
                     raise
             else:
-                # Some servers ignore `response_format` without a word: prose shows it.
-                self._enforces = _is_json(answer.text)
+                # Some servers ignore `response_format` without a word: the first answer shows it, if it does not
+                # begin as JSON. One that breaks off later is no sign.
+                if self._enforces is None:
+                    self._enforces = answer.text.lstrip().startswith("{")
                 return answer
         *earlier, last = messages
         text = f"{last['content']}\n\nJSON schema: {json.dumps(schema, ensure_ascii=False)}"
@@ -233,14 +235,6 @@ class _Unusable(Exception):
     def __init__(self, detail: str, raw: str) -> None:
         super().__init__(detail)
         self.raw = raw
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _retry_after(error: openai.APIStatusError) -> float:

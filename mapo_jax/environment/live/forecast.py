@@ -69,7 +69,7 @@ def run_load(config: Config, training: Sequence[Scenario], validation: int) -> d
         messages = judge_messages(item.state.scenario, item.state.turns, item.state.user, item.reply)
         loads["judge"] += _load("judge", messages) * (evaluations * samples)
     # A class of the user's own may ask no model; it is called all the same.
-    asks = {name: getattr(config.environment, name).model is not None for name in ROLES}
+    asks = {name: getattr(config.environment, name).model is not None for name in (*ROLES, HELD_OUT)}
     return {name: load if asks[name] else Load(load.calls) for name, load in loads.items()}
 
 
