@@ -140,8 +140,8 @@ class Server:
                 if self._enforces or error.status_code not in _NO_SCHEMA_STATUS:
                     raise
             else:
-                # Some servers ignore `response_format` without a word: the first answer shows it, if it does not
-                # begin as JSON. One that breaks off later is no sign.
+                # Some servers ignore `response_format` without a word: a first answer that does not begin as
+                # JSON shows it. One that breaks off is no sign.
                 if self._enforces is None:
                     self._enforces = answer.text.lstrip().startswith("{")
                 return answer
