@@ -143,9 +143,13 @@ def dialogues(folder, kind, step):
 
 
 def saved(folder, step=None):
+    import jax
     import orbax.checkpoint as ocp
 
-    return ocp.PyTreeCheckpointHandler().restore(checkpoint_folder(folder, step).absolute() / "state")
+    handler, state = ocp.PyTreeCheckpointHandler(), checkpoint_folder(folder, step).absolute() / "state"
+    # As numpy: here are fewer devices than it was saved from.
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(state).tree)
+    return handler.restore(state, restore_args=arguments)
 
 
 @pytest.fixture(scope="module")
