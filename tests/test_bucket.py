@@ -1,6 +1,7 @@
 """A run folder in a bucket: the same code, over a backend of `epath` that keeps gs:// on a disk.
 
-Arrays are not covered here: tensorstore speaks to the storage itself. docs/design.md says what was checked.
+Arrays are not covered here: tensorstore speaks to the storage itself. A whole run was held once against an
+emulator of the storage; docs/design.md says how.
 """
 
 import contextlib
