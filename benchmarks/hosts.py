@@ -73,6 +73,7 @@ def measure(options: argparse.Namespace, count: int, folder: str) -> list[dict[s
             env=os.environ
             | {
                 "JAX_PLATFORMS": "cpu",
+                "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(index),
