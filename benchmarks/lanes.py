@@ -10,7 +10,8 @@ speaking. Compared are a block of 8 decode steps
     gathered every step   what pages cost without a kernel for them: each step looks its caches up by index
     parked                only the speaking ones are on the device; with parking and restoring one of them
 
-and the cache's layout: position before head size ([K, G, C, E], ours) or before the heads ([K, C, G, E]).
+and the cache's layout: keys by feature, [K, G, E, C], with values [K, G, C, E] (ours on a CPU); both with
+positions before features, [K, G, C, E] (ours elsewhere); or both with positions before heads, [K, C, G, E].
 All take turns, round after round; medians count.
 """
 
@@ -34,6 +35,7 @@ from mapo_jax.rollout.programs import generate, park, restore
 from mapo_jax.rollout.sampling import Sampling
 
 BLOCK, LENGTHS = 8, (256, 384)
+BY_FEATURE = jax.devices()[0].platform == "cpu"  # as the engine does
 OPTIONS = dict(
     config=SHAPE,
     dtype=jnp.float32,
@@ -57,7 +59,7 @@ def ways(slots: int, speaking: int, length: int) -> dict[str, Callable[[], None]
 
     def kept(step, caches: int, *arguments) -> Callable[[], None]:
         compiled = jax.jit(step, donate_argnums=1)
-        state = [init_cache(SHAPE, caches, length)]
+        state = [init_cache(SHAPE, caches, length, by_feature=BY_FEATURE)]
 
         def block() -> None:
             state[0] = jax.block_until_ready(compiled(params, state[0], *arguments))
@@ -83,7 +85,7 @@ def ways(slots: int, speaking: int, length: int) -> dict[str, Callable[[], None]
     some = np.random.default_rng(0).permutation(slots)[:speaking]
     resident = kept(whole(True), speaking, *inputs(speaking, range(speaking)))
     out, back = jax.jit(park), jax.jit(restore, donate_argnums=0)
-    other = [init_cache(SHAPE, speaking, length)]
+    other = [init_cache(SHAPE, speaking, length, by_feature=BY_FEATURE)]
 
     def parked() -> None:
         moved = jax.tree.map(np.asarray, out(other[0], np.int32(0)))
@@ -99,7 +101,7 @@ def ways(slots: int, speaking: int, length: int) -> dict[str, Callable[[], None]
 
 
 def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
-    """BLOCK steps of one layer's attention, with the write of the new entries, in either layout."""
+    """BLOCK steps of one layer's attention, with the write of the new entries, in each layout."""
     heads, groups, size = SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim
     rows, share = jnp.arange(lanes), heads // groups
     allowed = jnp.arange(length) <= length - BLOCK
@@ -110,6 +112,12 @@ def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
         weights = jax.nn.softmax(jnp.where(allowed, jnp.einsum(scores, query, keys), -1e30), axis=-1)
         return jnp.einsum(values, weights, entries).reshape(lanes, heads, size)
 
+    def by_feature(cache, query, position):
+        keys, values = cache
+        keys = keys.at[rows, :, :, position].set(query[:, :groups])
+        values = values.at[rows, :, position].set(query[:, :groups])
+        return (keys, values), attend((keys, values), query, "kgse,kgec->kgsc", "kgsc,kgce->kgse")
+
     def inner(cache, query, position):
         cache = tuple(array.at[rows, :, position].set(query[:, :groups]) for array in cache)
         return cache, attend(cache, query, "kgse,kgce->kgsc", "kgsc,kgce->kgse")
@@ -118,23 +126,25 @@ def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
         cache = tuple(array.at[rows, position].set(query[:, :groups]) for array in cache)
         return cache, attend(cache, query, "kgse,kcge->kgsc", "kgsc,kcge->kgse")
 
-    def block(step, shape):
+    def block(step, keys, values):
         @functools.partial(jax.jit, donate_argnums=0)
         def compiled(cache, query):
             return jax.lax.fori_loop(
                 0, BLOCK, lambda i, state: step(*state, length - BLOCK + i), (cache, query)
             )
 
-        state = [((jnp.zeros(shape), jnp.zeros(shape)), jnp.ones((lanes, heads, size)))]
+        state = [((jnp.zeros(keys), jnp.zeros(values)), jnp.ones((lanes, heads, size)))]
 
         def run() -> None:
             state[0] = jax.block_until_ready(compiled(*state[0]))
 
         return run
 
+    inside, outside = (lanes, groups, length, size), (lanes, length, groups, size)
     return {
-        "layer, [K, G, C, E]": block(inner, (lanes, groups, length, size)),
-        "layer, [K, C, G, E]": block(outer, (lanes, length, groups, size)),
+        "layer, keys [K, G, E, C]": block(by_feature, (lanes, groups, size, length), inside),
+        "layer, [K, G, C, E]": block(inner, inside, inside),
+        "layer, [K, C, G, E]": block(outer, outside, outside),
     }
 
 

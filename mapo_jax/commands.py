@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
+import platform
 import signal
 import sys
 import unicodedata
@@ -10,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mapo_jax.errors import UserError
+
+# Options of glibc's `mallopt`, numbered as in malloc.h.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 class Stopped(Exception):
@@ -33,6 +39,7 @@ def run_command(command: Callable[[], None]) -> int:
     (`peers`). 124: stopped by its deadline. 128 + n: stopped by signal n. Anything else is a defect of ours
     and keeps its traceback.
     """
+    keep_freed_memory()
     try:
         command()
     except UserError as error:
@@ -44,6 +51,21 @@ def run_command(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 0
     return 0
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library reuse the memory that a program on the CPU works in, for the life of the process.
+
+    XLA takes that memory anew for every run of a program. By default glibc asks the system for each large
+    piece and gives it back at once, and the system clears every page again: a quarter of an update of the
+    small model. Does nothing where programs run on an accelerator, or the C library is not glibc.
+    """
+    accelerated = any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
+    if (accelerated and os.environ.get("JAX_PLATFORMS") != "cpu") or platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
+        mallopt(option, value)
 
 
 def printable(text: str) -> str:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mapo_jax.model.cache import LayerCache
+
 MASKED = -1e30  # finite, so that a row of masked scores gives a (meaningless) average instead of NaN
 MAX_QUERY_BLOCKS = 8
 MIN_QUERY_BLOCK = 64
@@ -73,14 +75,11 @@ def _causal_block(query, key, value, segment_pair, start):
 
 
 def cached_attention(
-    query: Float[Array, "K N H E"],
-    key: Float[Array, "K G C E"],
-    value: Float[Array, "K G C E"],
-    positions: Int[Array, "K N"],
+    query: Float[Array, "K N H E"], cache: LayerCache, positions: Int[Array, "K N"]
 ) -> Float[Array, "K N H E"]:
     """Attention of new tokens to the cache entries at or before their own position; softmax in float32."""
-    allowed = jnp.arange(key.shape[2]) <= positions[:, :, None]
-    return _attend(query, key, value, allowed)
+    allowed = jnp.arange(cache.length) <= positions[:, :, None]
+    return _attend(query, cache.keys, cache.values, allowed, keys="bgec" if cache.by_feature else "bgce")
 
 
 def _attend(
@@ -88,13 +87,15 @@ def _attend(
     key: Float[Array, "B G C E"],
     value: Float[Array, "B G C E"],
     allowed: Array,
+    keys: str = "bgce",
 ) -> Float[Array, "B L H E"]:
+    """`keys` names the axes of `key`, in the order that they lie in."""
     batch, length, heads, size = query.shape
-    groups, share = key.shape[1], heads // key.shape[1]
+    groups, share = value.shape[1], heads // value.shape[1]
     # The query heads of a group become rows of one matrix product per key/value head.
     query = (query * size**-0.5).reshape(batch, length, groups, share, size)
     query = query.transpose(0, 2, 3, 1, 4).reshape(batch, groups, share * length, size)
-    scores = jnp.einsum("bgqe,bgce->bgqc", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(f"bgqe,{keys}->bgqc", query, key, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, groups, share, length, -1)
     scores = jnp.where(allowed[:, None, None], scores, MASKED)
     # Softmax whose division comes after the product with the values: one pass over [L, C] less, and a

@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Int
 
 from mapo_jax.errors import UserError
 from mapo_jax.model.attention import cached_attention, causal_attention, rotary_angles, rotate
+from mapo_jax.model.cache import Cache, empty_cache
 from mapo_jax.model.lora import ADAPTERS, AdaptedLinear, LoRA, split
 from mapo_jax.model.sharding import constrain, param_shardings
 
 Params = dict[str, Any]  # nested dict of arrays, layers stacked on axis 0; what is trained is float32
-Cache = list[tuple[Array, Array]]  # per layer: keys and values, each [K, G, C, E]
 
 INIT_SCALE = 0.02  # standard deviation of fresh weights, Qwen's own `initializer_range`
 # Up to so many layers are trained without a loop: its stacked residuals are copied in and out at every turn,
@@ -324,14 +324,13 @@ def for_decoding(params: Params, config: QwenConfig, dtype) -> Params:
     return cast_params | {"layers": unstack_layers(cast_params["layers"], config.num_layers)}
 
 
-def init_cache(config: QwenConfig, slots: int, length: int, dtype=jnp.float32) -> Cache:
-    """Empty keys and values for `slots` rows of up to `length` tokens: one [K, G, C, E] pair per layer.
-
-    A list, not a stack: with donation each layer's arrays are then updated in place. Position before head
-    size, heads outside both: decode reads each head's keys as one contiguous block.
-    """
-    shape = (slots, config.num_kv_heads, length, config.head_dim)
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+def init_cache(
+    config: QwenConfig, rows: int, length: int, dtype=jnp.float32, *, by_feature: bool = False
+) -> Cache:
+    """Empty keys and values for `rows` rows of up to `length` tokens; `by_feature` as of `LayerCache`."""
+    return empty_cache(
+        config.num_layers, rows, config.num_kv_heads, length, config.head_dim, dtype, by_feature=by_feature
+    )
 
 
 def extend(
@@ -360,25 +359,20 @@ def extend(
       Hidden states after the last norm, and the new cache (donate the old one).
     """
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
-    # All axes but the last are indexed. With a slice among them a TPU would write to a cache whose heads lie
-    # inside its positions: a second cache, and two rearrangements of all of it for every block of steps.
-    slots, groups = jnp.arange(tokens.shape[0])[:, None, None], jnp.arange(config.num_kv_heads)
-    places = (slots, groups, positions[:, :, None])
     decoding = tokens.shape[1] == 1
     hidden, heads = ("lane_hidden", "lane_heads") if decoding else ("hidden", "heads")
     x = constrain(params["embed"]["embedding"][tokens].astype(dtype), hidden, mesh)
     layers, new_cache = params["layers"], []
     if not isinstance(layers, list):
         layers = unstack_layers(layers, config.num_layers)
-    for index, (keys, values) in enumerate(cache):
+    for index, entry in enumerate(cache):
 
-        def attend(query, key, value, keys=keys, values=values):
+        def attend(query, key, value, entry=entry):
             query = constrain(query, "slot_heads", mesh)
             key, value = (constrain(array, "slot_kv_heads", mesh) for array in (key, value))
-            keys = keys.at[places].set(key.astype(keys.dtype), mode="drop")
-            values = values.at[places].set(value.astype(values.dtype), mode="drop")
-            output = constrain(cached_attention(query, keys, values, positions), "slot_heads", mesh)
-            return constrain(output, heads, mesh), (keys, values)
+            entry = entry.write(jnp.arange(len(query)), positions, key, value)
+            output = constrain(cached_attention(query, entry, positions), "slot_heads", mesh)
+            return constrain(output, heads, mesh), entry
 
         x, entry = run_block(config, dtype, layers[index], x, rotary, attend)
         x = constrain(x, hidden, mesh)

@@ -33,7 +33,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mapo_jax.errors import UserError
-from mapo_jax.model.qwen import Cache, Params, QwenConfig
+from mapo_jax.model.cache import Cache
+from mapo_jax.model.qwen import Params, QwenConfig
 from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.programs import make_programs
 from mapo_jax.rollout.sampling import KEY_WORDS, Sampling
@@ -217,7 +218,7 @@ class Engine:
         part = self.resident // self._shards
         self._free = [list(range((s + 1) * part - 1, s * part - 1, -1)) for s in range(self._shards)]
         self._idle: dict[int, None] = {}  # slots with a place and no reply under way, longest idle first
-        self._parked: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # by slot
+        self._parked: dict[int, Cache] = {}  # by slot: numpy arrays
         self._submitted: deque[Request] = deque()
         self._going: dict[int, _Going] = {}  # by slot, in the order of their turn for a lane
         self._under_way: set[int] = set()  # slots of both
@@ -406,11 +407,8 @@ class Engine:
 
     def _restore(self, slot: int) -> None:
         """Moves a cache back to the device; the device's may have grown meanwhile."""
-        length = self._cache[0][0].shape[2]
-        entries = jax.tree.map(
-            lambda array: np.pad(array, ((0, 0), (0, length - array.shape[1]), (0, 0))),
-            self._parked.pop(slot),
-        )
+        length = self._cache[0].length
+        entries = [entry.grown(length, np) for entry in self._parked.pop(slot)]
         self._cache = self._programs.restore(self._cache, self._place[slot], entries)
 
     def _prefix(self, request: Request) -> tuple[int, int]:
@@ -547,7 +545,7 @@ class Engine:
         length = next(size for size in self.lengths if size >= tokens)
         if self._cache is None:
             self._cache = self._programs.create(self.lengths[0])
-        while self._cache[0][0].shape[2] < length:
-            longer = self.lengths[self.lengths.index(self._cache[0][0].shape[2]) + 1]
+        while self._cache[0].length < length:
+            longer = self.lengths[self.lengths.index(self._cache[0].length) + 1]
             for index, entry in enumerate(self._cache):  # layer by layer: never two whole caches at once
                 self._cache[index] = self._programs.grow(entry, longer)

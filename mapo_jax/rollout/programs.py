@@ -15,10 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from mapo_jax.model.cache import Cache, LayerCache
 from mapo_jax.model.head import logits
-from mapo_jax.model.qwen import Cache, Params, QwenConfig, extend, for_decoding, init_cache
+from mapo_jax.model.qwen import Params, QwenConfig, extend, for_decoding, init_cache
 from mapo_jax.model.sharding import activation_spec, constrain, decoding_shardings, row_shards
 from mapo_jax.rollout.sampling import Sampling, penalise, sample, uniforms
+
+# The small operations of a few tokens keep several cores busy only if independent ones run side by side.
+CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": True}
 
 
 class Programs(NamedTuple):
@@ -52,13 +56,15 @@ def make_programs(
         weights_sharding = decoding_shardings(config, mesh)
         cache_sharding = NamedSharding(mesh, activation_spec("cache"))
         everywhere = NamedSharding(mesh, PartitionSpec())
+    platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
     model = dict(config=config, dtype=dtype, mesh=mesh)
+    options = CPU_OPTIONS if platform == "cpu" else None
     return Programs(
         ready=jax.jit(
             functools.partial(for_decoding, config=config, dtype=dtype), out_shardings=weights_sharding
         ),
         create=jax.jit(
-            functools.partial(init_cache, config, resident, dtype=dtype),
+            functools.partial(init_cache, config, resident, dtype=dtype, by_feature=platform == "cpu"),
             static_argnums=0,
             out_shardings=cache_sharding,
         ),
@@ -66,7 +72,12 @@ def make_programs(
         insert=jax.jit(
             functools.partial(insert, shards=row_shards(mesh)), donate_argnums=0, out_shardings=cache_sharding
         ),
-        prefill=jax.jit(functools.partial(prefill, **model), donate_argnums=1, out_shardings=cache_sharding),
+        prefill=jax.jit(
+            functools.partial(prefill, **model),
+            donate_argnums=1,
+            out_shardings=cache_sharding,
+            compiler_options=options,
+        ),
         generate=jax.jit(
             functools.partial(
                 generate,
@@ -79,6 +90,7 @@ def make_programs(
             ),
             donate_argnums=1,
             out_shardings=None if mesh is None else (cache_sharding, *(everywhere,) * 4),
+            compiler_options=options,
         ),
         park=jax.jit(park, out_shardings=everywhere),
         restore=jax.jit(restore, donate_argnums=0, out_shardings=cache_sharding),
@@ -96,7 +108,7 @@ def prefill(
     dtype,
     mesh: Mesh | None,
 ) -> Cache:
-    rows = _local_rows(places, cache[0][0].shape[0], row_shards(mesh))
+    rows = _local_rows(places, len(cache[0].values), row_shards(mesh))
     work = jax.tree.map(lambda array: _take(array, rows), cache)
     _, work = extend(params, config, tokens, positions, work, dtype=dtype, mesh=mesh)
     return _write_back(cache, work, rows, positions)
@@ -133,9 +145,9 @@ def generate(
     Returns:
       (cache, ids, log-probabilities, how many of them each lane has, decode steps); N = `block`.
     """
-    lanes, length = len(tokens), cache[0][0].shape[2]
+    lanes, length = len(tokens), cache[0].length
     numbers = uniforms(words, positions[:, None] + 1 + jnp.arange(block))
-    rows = _local_rows(places, cache[0][0].shape[0], row_shards(mesh))
+    rows = _local_rows(places, len(cache[0].values), row_shards(mesh))
     work = cache if in_place else jax.tree.map(lambda array: _take(array, rows), cache)
 
     def going(state):
@@ -179,7 +191,7 @@ def generate(
 
 def insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *, shards: int) -> Cache:
     """Copies whole rows; `source` and `target` are places of one shard each, K where there is nothing."""
-    total = cache[0][0].shape[0]
+    total = len(cache[0].values)
     sources, targets = (_local_rows(places, total, shards) for places in (source, target))
 
     def copy(array):
@@ -191,15 +203,12 @@ def insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *, 
     return jax.tree.map(copy, cache)
 
 
-def grow(entry: tuple[Array, Array], length: int) -> tuple[Array, Array]:
-    """One layer's keys and values with room for `length` tokens."""
-    return jax.tree.map(
-        lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, length - array.shape[2]), (0, 0))), entry
-    )
+def grow(entry: LayerCache, length: int) -> LayerCache:
+    return entry.grown(length)
 
 
 def park(cache: Cache, place: int) -> Cache:
-    """One row of the cache: [G, C, E] each."""
+    """One row of the cache, without its axis of rows."""
     # A gather, since the compiler would bring a sharded cache together for a dynamic slice.
     return jax.tree.map(lambda array: array.at[place[None]].get(mode="clip")[0], cache)
 
@@ -225,27 +234,16 @@ def _take(array: Array, rows: Int[Array, "D M/D"]) -> Array:
     )
 
 
-def _put(array: Array, rows: Int[Array, "D M/D"], positions: Int[Array, "M N"], new: Array) -> Array:
-    """Writes `new` [M, N, G, E] at positions of rows; idle rows and positions beyond the end are dropped."""
-    shards = rows.shape[0]
-    parts = array.reshape(shards, -1, *array.shape[1:])
-
-    def put(part, index, position, value):
-        places = (index[:, None, None], jnp.arange(part.shape[1]), position[:, :, None])  # as `extend` writes
-        return part.at[places].set(value.astype(part.dtype), mode="drop")
-
-    return jax.vmap(put)(
-        parts, rows, *(value.reshape(shards, -1, *value.shape[1:]) for value in (positions, new))
-    ).reshape(array.shape)
-
-
-def _new_entries(cache: Cache, positions: Int[Array, "M N"]) -> Cache:
-    """Keys and values that lie at the positions: [M, N, G, E] each."""
-    rows = jnp.arange(positions.shape[0])[:, None]
-    return jax.tree.map(lambda array: array.at[rows, :, positions].get(mode="clip"), cache)
-
-
 def _write_back(cache: Cache, work: Cache, rows: Int[Array, "D M/D"], positions: Int[Array, "M N"]) -> Cache:
-    return jax.tree.map(
-        lambda array, new: _put(array, rows, positions, new), cache, _new_entries(work, positions)
-    )
+    """Copies what `work` holds at the positions to rows of the cache; idle rows are dropped."""
+    shards = len(rows)
+
+    def cut(tree):
+        return jax.tree.map(lambda array: array.reshape(shards, -1, *array.shape[1:]), tree)
+
+    def write(entry: LayerCache, copied: LayerCache) -> LayerCache:
+        new = cut((positions, *copied.read(positions)))
+        written = jax.vmap(LayerCache.write)(cut(entry), rows, *new)
+        return jax.tree.map(lambda array, old: array.reshape(old.shape), written, entry)
+
+    return list(map(write, cache, work))

@@ -30,13 +30,14 @@ def whole(qwen3, qwen3_params, row):
 SAME = 1e-5
 
 
-def test_ragged_chunks_and_single_steps_equal_the_whole_row(qwen3, qwen3_params, row, whole):
+@pytest.mark.parametrize("by_feature", [False, True])
+def test_ragged_chunks_and_single_steps_equal_the_whole_row(qwen3, qwen3_params, row, whole, by_feature):
     """Two rows that advance at different paces: chunks of 8 with dropped padding, and single tokens."""
     tokens, positions = row
     step = jax.jit(extend, static_argnums=1, donate_argnums=4)
-    cache = init_cache(qwen3, 2, CACHE)
+    cache = init_cache(qwen3, 2, CACHE, by_feature=by_feature)
     # Whatever lies in an unwritten entry must not matter.
-    cache = [(keys + 7.0, values - 3.0) for keys, values in cache]
+    cache = jax.tree.map(lambda array: array + 7.0, cache)
     done = np.zeros(2, int)
     found = np.zeros(whole.shape, np.float32)
     for counts in ((8, 5), (3, 8), (1, 1), (0, 1), (1, 1), (6, 0), (4, 7)):
@@ -57,10 +58,10 @@ def test_ragged_chunks_and_single_steps_equal_the_whole_row(qwen3, qwen3_params,
 
 
 def test_a_chunk_within_a_row_of_padding_leaves_the_cache_alone(qwen3, qwen3_params, row):
-    cache = [(keys + 7.0, values - 3.0) for keys, values in init_cache(qwen3, 2, CACHE)]
-    _, after = extend(qwen3_params, qwen3, row[0], jnp.full((2, LENGTH), CACHE + 5), cache)
-    for before_pair, after_pair in zip(cache, after, strict=True):
-        np.testing.assert_array_equal(before_pair, after_pair)
+    for by_feature in (False, True):
+        cache = jax.tree.map(lambda array: array + 7.0, init_cache(qwen3, 2, CACHE, by_feature=by_feature))
+        _, after = extend(qwen3_params, qwen3, row[0], jnp.full((2, LENGTH), CACHE + 5), cache)
+        jax.tree.map(np.testing.assert_array_equal, cache, after)
 
 
 def test_later_tokens_and_padding_change_nothing(qwen3, qwen3_params, row, whole):
@@ -103,7 +104,7 @@ def test_bfloat16_is_near_float32_and_keeps_logits_in_float32(qwen3, qwen3_param
 
     cache = init_cache(qwen3, 2, CACHE, jnp.bfloat16)
     extended, cache = extend(qwen3_params, qwen3, *row, cache, dtype=jnp.bfloat16)
-    assert cache[0][0].dtype == jnp.bfloat16
+    assert cache[0].keys.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(extended, np.float32), np.asarray(hidden, np.float32), atol=0.15)
 
 

@@ -538,7 +538,7 @@ def test_on_a_mesh_of_four_as_on_one_device():
                     for s in range(8)
                 ])
             found.append((replies, engine.counts))
-            cache = engine._cache[0][0]
+            cache = engine._cache[0].keys
             assert len(cache.sharding.device_set) == (4 if options else 1)
         (alone, counts), (cut, cut_counts), (parked, parked_counts) = found
         assert counts.prefilled == cut_counts.prefilled and counts.sampled == cut_counts.sampled

@@ -1,0 +1,78 @@
+"""Keys and values of earlier tokens: what a decoder keeps of a row, by position.
+
+Decoding reads all of it at every step, so its layout is the platform's. Heads lie outside positions, so that
+each head's keys are one contiguous block. Accelerators take positions before features, [K, G, C, E], and a
+token is written as one run of bytes. On a CPU a product with keys as [K, G, E, C] is some 1.6 times as fast
+(`benchmarks/lanes.py`): its inner loop runs along the positions. Values are [K, G, C, E] everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values of K rows with room for C tokens each."""
+
+    keys: Array  # [K, G, C, E], or [K, G, E, C] with `by_feature`
+    values: Array  # [K, G, C, E]
+    by_feature: bool = field(default=False, metadata=dict(static=True))
+
+    @property
+    def length(self) -> int:
+        """C, the tokens that each row has room for."""
+        return self.values.shape[-2]
+
+    def write(
+        self,
+        rows: Int[Array, " M"],
+        positions: Int[Array, "M N"],
+        keys: Float[Array, "M N G E"],
+        values: Float[Array, "M N G E"],
+    ) -> LayerCache:
+        """Puts N tokens into each of M rows; what has no such row or position is dropped."""
+        # Of keys before features every axis but the last is indexed. With a slice among them a TPU would
+        # write to a cache whose heads lie inside its positions: a second cache, and two rearrangements of all
+        # of it for every block of steps.
+        places = (rows[:, None, None], jnp.arange(self.values.shape[1]), positions[:, :, None])
+        key_places = (*places[:2], slice(None), places[2]) if self.by_feature else places
+        return LayerCache(
+            self.keys.at[key_places].set(keys.astype(self.keys.dtype), mode="drop"),
+            self.values.at[places].set(values.astype(self.values.dtype), mode="drop"),
+            self.by_feature,
+        )
+
+    def read(self, positions: Int[Array, "K N"]) -> tuple[Float[Array, "K N G E"], Float[Array, "K N G E"]]:
+        """Keys and values of N tokens of each row; what lies beyond its room does not matter."""
+        rows = jnp.arange(positions.shape[0])[:, None]
+        keys = self.keys.swapaxes(2, 3) if self.by_feature else self.keys
+        return tuple(array.at[rows, :, positions].get(mode="clip") for array in (keys, self.values))
+
+    def grown(self, length: int, numpy=jnp) -> LayerCache:
+        """The same with room for `length` tokens; `numpy` is the library that pads it."""
+        more = (0, length - self.length)
+        key_padding = ((0, 0), more) if self.by_feature else (more, (0, 0))
+        outer = ((0, 0),) * (self.values.ndim - 2)
+        return LayerCache(
+            numpy.pad(self.keys, (*outer, *key_padding)),
+            numpy.pad(self.values, (*outer, more, (0, 0))),
+            self.by_feature,
+        )
+
+
+Cache = list[LayerCache]  # by layer: a list, not a stack, so that with donation each is updated in place
+
+
+def empty_cache(
+    layers: int, rows: int, groups: int, length: int, size: int, dtype, *, by_feature: bool = False
+) -> Cache:
+    """Room for `length` tokens of `groups` key/value heads of `size` features in each of `rows` rows."""
+    values = (rows, groups, length, size)
+    keys = (rows, groups, size, length) if by_feature else values
+    return [LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), by_feature) for _ in range(layers)]

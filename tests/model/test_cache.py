@@ -1,0 +1,55 @@
+"""The cache's two layouts hold the same, and drop the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mapo_jax.model.attention import cached_attention
+from mapo_jax.model.cache import empty_cache
+
+ROWS, GROUPS, LENGTH, SIZE = 3, 2, 12, 4
+
+
+def numbers(*shape):
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("by_feature", [False, True])
+def test_what_is_written_is_read_and_nothing_else_is_touched(by_feature):
+    (entry,) = empty_cache(1, ROWS, GROUPS, LENGTH, SIZE, jnp.float32, by_feature=by_feature)
+    rows = jnp.array([2, 0, ROWS])  # the last one is no row
+    positions = jnp.array([[3, 4], [LENGTH, 7], [1, 2]])  # LENGTH is beyond the room
+    keys, values = numbers(3, 2, GROUPS, SIZE), numbers(3, 2, GROUPS, SIZE) + 1
+    written = entry.write(rows, positions, keys, values).grown(LENGTH + 4)
+    assert written.length == LENGTH + 4
+    expected_keys, expected_values = np.zeros((2, ROWS, GROUPS, LENGTH + 4, SIZE), np.float32)
+    for line, token, row, position in ((0, 0, 2, 3), (0, 1, 2, 4), (1, 1, 0, 7)):
+        expected_keys[row, :, position] = keys[line, token]
+        expected_values[row, :, position] = values[line, token]
+    laid = written.keys.swapaxes(2, 3) if by_feature else written.keys
+    np.testing.assert_array_equal(laid, expected_keys)
+    np.testing.assert_array_equal(written.values, expected_values)
+    for array, expected in zip(
+        written.read(jnp.array([[7], [0], [4]])), (expected_keys, expected_values), strict=True
+    ):
+        np.testing.assert_array_equal(array[:, 0], expected[[0, 1, 2], :, [7, 0, 4]])
+
+
+@pytest.mark.parametrize("by_feature", [False, True])
+def test_attention_is_that_of_a_plain_loop_whatever_the_length(by_feature):
+    query = numbers(ROWS, 2, 2 * GROUPS, SIZE)
+    positions = jnp.array([[4, 5], [0, 1], [10, 11]])
+    (entry,) = empty_cache(1, ROWS, GROUPS, LENGTH, SIZE, jnp.float32, by_feature=by_feature)
+    everywhere = jnp.tile(jnp.arange(LENGTH), (ROWS, 1))
+    keys, values = numbers(ROWS, LENGTH, GROUPS, SIZE), numbers(ROWS, LENGTH, GROUPS, SIZE) - 2
+    entry = entry.write(jnp.arange(ROWS), everywhere, keys, values)
+    found = jax.jit(cached_attention)(query, entry, positions)
+    for row in range(ROWS):
+        for token in range(2):
+            for head in range(2 * GROUPS):
+                seen = slice(0, int(positions[row, token]) + 1)
+                scores = np.asarray(keys[row, seen, head // 2]) @ np.asarray(query[row, token, head]) / 2
+                weights = np.exp(scores - scores.max())
+                expected = weights / weights.sum() @ np.asarray(values[row, seen, head // 2])
+                np.testing.assert_allclose(found[row, token, head], expected, atol=1e-5)
