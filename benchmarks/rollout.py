@@ -9,7 +9,7 @@ of exactly 32 tokens, sampled at temperature 1 by all.
 Ragged work: 64 dialogues of 2 to 8 turns with replies of 8 to 32 tokens, whose users answer at once or after
 200 ms. Ours decodes 32 at a time; and again with room for 16 caches on the device, a quarter of the
 dialogues, the others parked. In lock step, our own engine takes all 64 dialogues at once, every turn as long
-as its longest reply, or four times 16, each until its longest dialogue has ended; the faster of the two counts.
+as its longest reply, or four times 16, each until its longest dialogue has ended; the faster one counts.
 
 All that is compared runs in turn, round after round, in one run of this program, on all cores, so that a busy
 machine slows all of it down; what counts are the ratios. A peer that cannot be had is left out by name.
