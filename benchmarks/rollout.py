@@ -40,7 +40,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mapo_jax.commands import keep_freed_memory
+from mapo_jax.commands import prepare_jax
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params, parameter_count
 from mapo_jax.rollout.desk import Desk
@@ -282,7 +282,7 @@ def main() -> int:
     parser.add_argument("--peers", nargs="*", default=["transformers", "tunix"], help="which to compare with")
     parser.add_argument("--json", type=Path, help="file for the ratios")
     options = parser.parse_args()
-    keep_freed_memory()  # as the commands do; transformers shares it
+    prepare_jax()  # as the commands do; transformers shares it
     console = Console(highlight=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     console.print(f"Qwen3 of {parameter_count(SHAPE):,} parameters on {jax.devices()[0]}, {cores} cores")

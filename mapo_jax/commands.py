@@ -14,8 +14,9 @@ from pathlib import Path
 
 from mapo_jax.errors import UserError
 
-# Options of glibc's `mallopt`, numbered as in malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+# As numbered in malloc.h and mman.h.
+_TRIM_THRESHOLD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14
+_HUGE_PAGES_FOR, _PAGE = 2**30, 2**21  # bytes
 
 
 class Stopped(Exception):
@@ -39,7 +40,6 @@ def run_command(command: Callable[[], None]) -> int:
     (`peers`). 124: stopped by its deadline. 128 + n: stopped by signal n. Anything else is a defect of ours
     and keeps its traceback.
     """
-    keep_freed_memory()
     try:
         command()
     except UserError as error:
@@ -51,21 +51,6 @@ def run_command(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 0
     return 0
-
-
-def keep_freed_memory() -> None:
-    """Lets the C library reuse the memory that a program on the CPU works in, for the life of the process.
-
-    XLA takes that memory anew for every run of a program. By default glibc asks the system for each large
-    piece and gives it back at once, and the system clears every page again: a quarter of an update of the
-    small model. Does nothing where programs run on an accelerator, or the C library is not glibc.
-    """
-    accelerated = any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
-    if (accelerated and os.environ.get("JAX_PLATFORMS") != "cpu") or platform.libc_ver()[0] != "glibc":
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
-        mallopt(option, value)
 
 
 def printable(text: str) -> str:
@@ -83,13 +68,39 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mapo_jax" / name
 
 
-def use_compilation_cache(folder: str | None) -> None:
-    """Keeps compiled programs on the disk, so that the next run of the same shapes starts faster.
+def prepare_jax(compilation_cache: str | None = None) -> None:
+    """Settings of the process for running programs; call it before the first one.
+
+    Compiled programs are kept on the disk, so that the next run of the same shapes starts faster. Where there
+    is no accelerator, the memory that programs work in is kept as well: XLA takes it anew for every program,
+    by default glibc asks the system for each large piece and gives it back at once, and the system clears
+    every page again, a third of an update of the small model.
 
     Args:
-      folder: where; None for the user's cache folder.
+      compilation_cache: the folder of compiled programs; None for the user's cache folder.
     """
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(folder or cache_folder("programs")))
+    jax.config.update("jax_compilation_cache_dir", str(compilation_cache or cache_folder("programs")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    accelerated = any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
+    if platform.libc_ver()[0] == "glibc" and (not accelerated or os.environ.get("JAX_PLATFORMS") == "cpu"):
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # another thread has no such memory
+        _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Has glibc take memory from its heap alone, which never shrinks, and asks for huge pages below it."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.madvise.argtypes = (
+        [ctypes.c_void_p],
+        [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
+    )
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, -1)
+    # The advice holds for addresses: take a piece of the heap, untouched, and give it back to the heap.
+    if piece := libc.malloc(_HUGE_PAGES_FOR):
+        start = -(-piece // _PAGE) * _PAGE
+        libc.madvise(start, (piece + _HUGE_PAGES_FOR - start) // _PAGE * _PAGE, _MADV_HUGEPAGE)
+        libc.free(piece)

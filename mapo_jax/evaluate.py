@@ -25,7 +25,7 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mapo_jax.commands import Stopped, printable, run_command, use_compilation_cache
+from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_config
 from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import SPLITS, load_scenarios
@@ -139,7 +139,7 @@ def _ask(
     def make_answerer() -> Answerer:
         return subject.answerer(options, console, temperature=temperature, max_tokens=max_tokens)
 
-    use_compilation_cache(subject.config.run.compilation_cache)
+    prepare_jax(subject.config.run.compilation_cache)
     with stoppable(folder) as check:
         ask(make_answerer, prompts, folder, settings, console, check)
     return folder
@@ -204,7 +204,7 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
         **_flat("rollout", config.rollout),
         **_flat("environment", config.environment),
     }
-    use_compilation_cache(config.run.compilation_cache)
+    prepare_jax(config.run.compilation_cache)
     with folder.opened(settings):  # whose folder it is, before a live world puts its files there
         if not conversations.missing_cards(folder, cards, rollouts):
             return folder, len(cards) * rollouts

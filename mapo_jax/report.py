@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from mapo_jax.commands import run_command, use_compilation_cache
+from mapo_jax.commands import prepare_jax, run_command
 from mapo_jax.errors import UserError
 from mapo_jax.reporting.text import render_text
 from mapo_jax.reporting.write import DIALOGUES, read_runs, write_report
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.text and options.output:
             raise UserError("`--text` prints and writes no file; leave out --output")
         console = Console(highlight=False)
-        use_compilation_cache(None)
+        prepare_jax(None)
         with console.status("reading") as status:
             told = lambda what: status.update(what)  # noqa: E731
             if options.text:

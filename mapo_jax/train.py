@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 from rich.console import Console
 
-from mapo_jax.commands import Stopped, printable, run_command, use_compilation_cache
+from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
 from mapo_jax.config import Config, load_config
 from mapo_jax.environment.dialogue import facts, from_facts
 from mapo_jax.environment.live import health
@@ -57,7 +57,7 @@ def train(config: Config, console: Console | None = None) -> None:
       UserError: bad input, a full disk, an update that is not finite; what was saved stays whole.
       Stopped: a signal came; the last finished step is saved.
     """
-    use_compilation_cache(config.run.compilation_cache)
+    prepare_jax(config.run.compilation_cache)
     with join(config) as hosts, ExitStack() as stack, hosts.speaking():
         console = console or Console(highlight=False, quiet=not hosts.first)
         stop = stack.enter_context(StopRequest(config.run.deadline_minutes, hosts.peers))

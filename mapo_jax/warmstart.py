@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mapo_jax.commands import Stopped, cache_folder, run_command, use_compilation_cache
+from mapo_jax.commands import Stopped, cache_folder, prepare_jax, run_command
 from mapo_jax.config import Config, OptimizerConfig, load_config
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
@@ -433,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         config = load_config(options.config, options.overrides)
-        use_compilation_cache(config.run.compilation_cache)
+        prepare_jax(config.run.compilation_cache)
         with StopRequest() as stop:
             try:
                 run_warmstart(config, check=stop.check)
