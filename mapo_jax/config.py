@@ -177,12 +177,12 @@ class TrainingConfig:
 class WarmstartConfig:
     """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
 
-    steps: int = 900  # optimizer updates
+    steps: int = 1150  # optimizer updates
     rows: int = 8  # packed rows per update
     row_tokens: int = 256  # length of a packed row
     turns: int = 3  # dialogues are cut into pieces of so many turns; 0: as many as fit a row
     learning_rate: float = 3e-3  # peak of a cosine schedule with warm-up
-    dialogues: int = 2400  # synthetic dialogues when `data` is empty
+    dialogues: int = 3000  # synthetic dialogues when `data` is empty
     data: str | None = None  # JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality
     cache: str | None = None  # folder of finished warm starts; empty: the user's cache folder
     min_naming_ratio: float = 2.0  # gate: naming accuracy must be this many times chance before RL starts
