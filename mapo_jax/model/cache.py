@@ -37,7 +37,7 @@ class LayerCache:
         values: Float[Array, "M N G E"],
     ) -> LayerCache:
         """Puts N tokens into each of M rows; what has no such row or position is dropped."""
-        # Of keys before features every axis but the last is indexed. With a slice among them a TPU would
+        # With features last, every axis but the last is indexed. With a slice among them a TPU would
         # write to a cache whose heads lie inside its positions: a second cache, and two rearrangements of all
         # of it for every block of steps.
         places = (rows[:, None, None], jnp.arange(self.values.shape[1]), positions[:, :, None])
@@ -51,8 +51,8 @@ class LayerCache:
     def read(self, positions: Int[Array, "K N"]) -> tuple[Float[Array, "K N G E"], Float[Array, "K N G E"]]:
         """Keys and values of N tokens of each row; what lies beyond its room does not matter."""
         rows = jnp.arange(positions.shape[0])[:, None]
-        keys = self.keys.swapaxes(2, 3) if self.by_feature else self.keys
-        return tuple(array.at[rows, :, positions].get(mode="clip") for array in (keys, self.values))
+        keys = self.keys.at[rows, :, :, positions] if self.by_feature else self.keys.at[rows, :, positions]
+        return keys.get(mode="clip"), self.values.at[rows, :, positions].get(mode="clip")
 
     def grown(self, length: int, numpy=jnp) -> LayerCache:
         """The same with room for `length` tokens; `numpy` is the library that pads it."""
