@@ -2,7 +2,7 @@
 
 Decoding reads all of it at every step, so its layout is the platform's. Heads lie outside positions, so that
 each head's keys are one contiguous block. Accelerators take positions before features, [K, G, C, E], and a
-token is written as one run of bytes. On a CPU a product with keys as [K, G, E, C] is some 1.6 times as fast
+token is written as one run of bytes. On a CPU attention with keys as [K, G, E, C] is some 1.5 times as fast
 (`benchmarks/lanes.py`): its inner loop runs along the positions. Values are [K, G, C, E] everywhere.
 """
 
