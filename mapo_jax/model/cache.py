@@ -67,12 +67,3 @@ class LayerCache:
 
 
 Cache = list[LayerCache]  # by layer: a list, not a stack, so that with donation each is updated in place
-
-
-def empty_cache(
-    layers: int, rows: int, groups: int, length: int, size: int, dtype, *, by_feature: bool = False
-) -> Cache:
-    """Room for `length` tokens of `groups` key/value heads of `size` features in each of `rows` rows."""
-    values = (rows, groups, length, size)
-    keys = (rows, groups, size, length) if by_feature else values
-    return [LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), by_feature) for _ in range(layers)]

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from mapo_jax.errors import UserError
 from mapo_jax.model.attention import cached_attention, causal_attention, rotary_angles, rotate
-from mapo_jax.model.cache import Cache, empty_cache
+from mapo_jax.model.cache import Cache, LayerCache
 from mapo_jax.model.lora import ADAPTERS, AdaptedLinear, LoRA, split
 from mapo_jax.model.sharding import constrain, param_shardings
 
@@ -328,9 +328,12 @@ def init_cache(
     config: QwenConfig, rows: int, length: int, dtype=jnp.float32, *, by_feature: bool = False
 ) -> Cache:
     """Empty keys and values for `rows` rows of up to `length` tokens; `by_feature` as of `LayerCache`."""
-    return empty_cache(
-        config.num_layers, rows, config.num_kv_heads, length, config.head_dim, dtype, by_feature=by_feature
-    )
+    values = (rows, config.num_kv_heads, length, config.head_dim)
+    keys = (rows, config.num_kv_heads, config.head_dim, length) if by_feature else values
+    return [
+        LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), by_feature)
+        for _ in range(config.num_layers)
+    ]
 
 
 def extend(

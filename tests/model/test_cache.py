@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mapo_jax.model.attention import cached_attention
-from mapo_jax.model.cache import empty_cache
+from mapo_jax.model.cache import LayerCache
 
 ROWS, GROUPS, LENGTH, SIZE = 3, 2, 12, 4
 
@@ -15,9 +15,14 @@ def numbers(*shape):
     return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
 
 
+def empty(by_feature):
+    values = jnp.zeros((ROWS, GROUPS, LENGTH, SIZE))
+    return LayerCache(values.swapaxes(2, 3) if by_feature else values, values, by_feature)
+
+
 @pytest.mark.parametrize("by_feature", [False, True])
 def test_what_is_written_is_read_and_nothing_else_is_touched(by_feature):
-    (entry,) = empty_cache(1, ROWS, GROUPS, LENGTH, SIZE, jnp.float32, by_feature=by_feature)
+    entry = empty(by_feature)
     rows = jnp.array([2, 0, ROWS])  # the last one is no row
     positions = jnp.array([[3, 4], [LENGTH, 7], [1, 2]])  # LENGTH is beyond the room
     keys, values = numbers(3, 2, GROUPS, SIZE), numbers(3, 2, GROUPS, SIZE) + 1
@@ -37,13 +42,14 @@ def test_what_is_written_is_read_and_nothing_else_is_touched(by_feature):
 
 
 @pytest.mark.parametrize("by_feature", [False, True])
-def test_attention_is_that_of_a_plain_loop_whatever_the_length(by_feature):
+@pytest.mark.parametrize("length", [LENGTH, 3 * LENGTH])
+def test_attention_is_that_of_a_plain_loop_whatever_the_length(by_feature, length):
     query = numbers(ROWS, 2, 2 * GROUPS, SIZE)
     positions = jnp.array([[4, 5], [0, 1], [10, 11]])
-    (entry,) = empty_cache(1, ROWS, GROUPS, LENGTH, SIZE, jnp.float32, by_feature=by_feature)
+    entry = empty(by_feature)
     everywhere = jnp.tile(jnp.arange(LENGTH), (ROWS, 1))
     keys, values = numbers(ROWS, LENGTH, GROUPS, SIZE), numbers(ROWS, LENGTH, GROUPS, SIZE) - 2
-    entry = entry.write(jnp.arange(ROWS), everywhere, keys, values)
+    entry = entry.write(jnp.arange(ROWS), everywhere, keys, values).grown(length)
     found = jax.jit(cached_attention)(query, entry, positions)
     for row in range(ROWS):
         for token in range(2):

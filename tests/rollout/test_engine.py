@@ -19,9 +19,10 @@ from mapo_jax.config import MeshConfig
 from mapo_jax.errors import UserError
 from mapo_jax.model.head import logits, token_logprobs
 from mapo_jax.model.huggingface import save_params, write_config
-from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params
+from mapo_jax.model.qwen import QwenConfig, hidden_states, init_cache, init_params
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.rollout.engine import Engine, Request, StaleSlot
+from mapo_jax.rollout.programs import generate, prefill
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.rollout.sizes import cache_bytes, cache_lengths
 from mapo_jax.training.metrics import CompileCounter
@@ -551,6 +552,36 @@ def test_on_a_mesh_of_four_as_on_one_device():
     command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_either_layout_of_the_keys_gives_the_same(params, in_place):
+    """Accelerators' layout on the CPU: a prompt written to two of four rows, then decoded there."""
+    model = dict(config=CONFIG, dtype=jnp.float32, mesh=None)
+    places = np.array([0, 1, 2, 3] if in_place else [3, 1], np.int32)
+    lanes = len(places)
+    tokens = np.array([prompt(9 + lane, 5) for lane in range(lanes)], np.int32)
+    found = []
+    for by_feature in (False, True):
+        cache = init_cache(CONFIG, 4, LENGTH, by_feature=by_feature)
+        positions = np.tile(np.arange(4, dtype=np.int32), (lanes, 1))
+        cache = prefill(params, cache, places, tokens[:, :4], positions, **model)
+        words = np.tile(np.arange(4, dtype=np.uint32), (lanes, 1))
+        cache, ids, logprobs, counts, _ = generate(
+            params, cache, places, words, tokens[:, 4], *np.full((2, lanes), [[4], [6]], np.int32),
+            **model, in_place=in_place, stop_ids=(), vocabulary_size=TOKENS, sampling=Sampling(), block=6,
+        )  # fmt: skip
+        assert (counts == 6).all()
+        everything = np.tile(np.arange(LENGTH), (4, 1))
+        found.append((ids, logprobs, [entry.read(everything) for entry in cache]))
+    (ids, logprobs, cached), (others, other_logprobs, other_cached) = found
+    np.testing.assert_array_equal(ids, others)
+    np.testing.assert_allclose(logprobs, other_logprobs, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), cached, other_cached)
+    assert all(np.any(keys[place, 9]) for keys, _ in cached for place in places)
+    assert not any(
+        np.any(keys[place]) for keys, _ in cached for place in set(range(4)) - set(places.tolist())
+    )
 
 
 def test_without_a_copy_of_the_weights_the_same_is_sampled_bit_for_bit(engine, params):
