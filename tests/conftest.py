@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # Files that take minutes. Each is one worker's work: begun last, one of them would keep a core waiting.
 LONG_FILES = ("test_train.py", "test_hosts.py", "test_live_train.py")
 
@@ -19,9 +21,6 @@ def pytest_collection_modifyitems(items):
     """Long files first; the order within a file stays (pyproject.toml keeps xdist from reordering files)."""
     rank = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
-
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 @pytest.fixture(scope="session")
