@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jax.sharding import Mesh
 
@@ -38,7 +38,6 @@ from mapo_jax.environment.live.calls import (
     Messages,
     call_figures,
 )
-from mapo_jax.environment.live.client import Server
 from mapo_jax.environment.live.director import LiveDirector
 from mapo_jax.environment.live.guard import Guarded, Watch, WorldFailing
 from mapo_jax.environment.live.health import score_all
@@ -54,6 +53,9 @@ from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.training.checkpoint import whole_steps
 from mapo_jax.training.metrics import full_disk_is_a_user_error
 from mapo_jax.training.policy import load_policy
+
+if TYPE_CHECKING:
+    from mapo_jax.environment.live.client import Server
 
 T = TypeVar("T")
 
@@ -353,6 +355,8 @@ def _shared(role: RoleConfig, count: int) -> RoleConfig:
 
 
 def _server(name: str, role: RoleConfig, environment: EnvironmentConfig, log: CallLog) -> Server:
+    from mapo_jax.environment.live.client import Server  # half a second of imports for live worlds alone
+
     key = None
     if role.key_variable is not None:
         key = os.environ.get(role.key_variable)

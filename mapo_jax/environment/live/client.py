@@ -16,7 +16,7 @@ import openai
 from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.cache import Answer
-from mapo_jax.environment.live.limits import PerMinute
+from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
 
 ATTEMPTS = 4
 _POOL = 16  # connections of one pool, which looks at each of them for every request
@@ -87,7 +87,7 @@ class Server:
         Raises:
           RoleFailure: timeout, transport or malformed; after the last attempt, or at once.
         """
-        estimate = _estimate(messages) + min(self._config.max_tokens, 512)  # corrected when it is known
+        estimate = prompt_tokens(messages) + min(self._config.max_tokens, 512)  # corrected when it is known
         place = await self._places.get()
         try:
             client = self._clients[place // _POOL]
@@ -195,8 +195,8 @@ class Server:
             raise RoleFailure("malformed", "the server's content filter stopped the answer", text)
         return Answer(
             text,
-            used[0] or math.ceil(_estimate(messages)),
-            used[1] or math.ceil(_estimate([{"content": text}])),
+            used[0] or math.ceil(prompt_tokens(messages)),
+            used[1] or math.ceil(prompt_tokens([{"content": text}])),
         )
 
     def _judge_error(self, error: Exception) -> tuple[RoleFailure, bool, float]:
@@ -243,13 +243,3 @@ def _retry_after(error: openai.APIStatusError) -> float:
     except ValueError:  # a date
         return 0.0
     return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
-
-
-def estimate_tokens(text: str) -> float:
-    """About how many tokens a text has: a quarter of its characters, and each of a Chinese text's."""
-    wide = (len(text.encode(errors="replace")) - len(text)) / 2  # Chinese takes three bytes a character
-    return wide * 0.8 + (len(text) - wide) / 4
-
-
-def _estimate(messages: Messages) -> float:
-    return sum(estimate_tokens(message["content"]) + 4 for message in messages)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, RoleConfig, held_out
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, Turn
-from mapo_jax.environment.live.client import estimate_tokens
 from mapo_jax.environment.live.director import director_messages
 from mapo_jax.environment.live.health import calibration_set
 from mapo_jax.environment.live.judge import judge_messages
+from mapo_jax.environment.live.limits import prompt_tokens
 from mapo_jax.environment.live.user import user_messages
 from mapo_jax.environment.scenario import Scenario
 
@@ -116,8 +116,7 @@ def _figures(load: Load, cost: float) -> str:
 
 
 def _load(role: str, messages: Sequence[dict[str, str]]) -> Load:
-    tokens = sum(estimate_tokens(message["content"]) + 4 for message in messages)
-    return Load(1, tokens, ANSWER_TOKENS[role])
+    return Load(1, prompt_tokens(messages), ANSWER_TOKENS[role])
 
 
 def _opening(card: Scenario) -> Load:

@@ -8,7 +8,8 @@ import pytest
 
 from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.client import ATTEMPTS, Server, estimate_tokens
+from mapo_jax.environment.live.client import ATTEMPTS, Server
+from mapo_jax.environment.live.limits import estimate_tokens
 
 KEY = "sk-test-1234567890abcdef"
 CHAT = [{"role": "user", "content": "Hello."}]
