@@ -82,7 +82,7 @@ def prepare_jax(compilation_cache: str | None = None) -> None:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(compilation_cache or cache_folder("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     accelerated = any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
     if platform.libc_ver()[0] == "glibc" and (not accelerated or os.environ.get("JAX_PLATFORMS") == "cpu"):
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # another thread has no such memory

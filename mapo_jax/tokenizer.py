@@ -134,13 +134,18 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     # Both before the import: no notice that torch is missing, no worker threads inside one that forks.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
+    import transformers
 
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the model folder {folder} does not exist; give a folder with a tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # AutoTokenizer gives the same class, but imports torch, two seconds, on its way to it.
+        settings = folder / "tokenizer_config.json"
+        named = json.loads(settings.read_text()).get("tokenizer_class") if settings.exists() else None
+        qwen = named in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+        loader = transformers.Qwen2Tokenizer if qwen else transformers.AutoTokenizer
+        return loader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error

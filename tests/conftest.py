@@ -17,6 +17,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 LONG_FILES = ("test_train.py", "test_hosts.py", "test_live_train.py")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores: some tests wait, for servers or processes that they have started."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """Long files first; the order within a file stays (pyproject.toml keeps xdist from reordering files)."""
     rank = {name: place for place, name in enumerate(LONG_FILES)}

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -82,6 +83,29 @@ def test_merges_and_vocabulary_alone_give_the_same_tokens(folder, tokenizer):
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():
     with pytest.raises(UserError, match=r"vocabulary.*258.*at least 259"):
         train_tokenizer(TEXTS, 258)
+
+
+def same_as_transformers_finds(folder):
+    from transformers import AutoTokenizer
+
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    assert type(ours) is type(theirs) and ours.chat_template == theirs.chat_template
+    assert ours._tokenizer.to_str() == theirs._tokenizer.to_str()
+    return type(ours).__name__
+
+
+def test_it_is_the_tokenizer_that_transformers_finds(folder, tmp_path):
+    assert same_as_transformers_finds(folder) == "Qwen2Tokenizer"
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    assert same_as_transformers_finds(tmp_path) == "TokenizersBackend"
+
+
+def test_qwens_own_tokenizer_is_read_as_transformers_reads_it(shared_data):
+    assert same_as_transformers_finds(shared_data / "qwen3_tokenizer") == "Qwen2Tokenizer"
 
 
 def test_a_missing_or_foreign_folder_is_named(tmp_path):

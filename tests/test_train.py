@@ -78,8 +78,10 @@ def overrides(model_folder, folder, cache, **changes):
 
 
 # Runs the command with a trap: the process kills itself in the middle of what the trap names.
+# Without torch, which a user need not have either: two packages import it where it is, for seconds.
 DRIVER = """
 import os, signal, sys
+sys.modules["torch"] = None
 import mapo_jax.train as train
 from mapo_jax.training.checkpoint import Checkpoints
 from mapo_jax.training.display import Display
@@ -291,7 +293,7 @@ def soak(arguments, folder, kills, seed):
     while caught < kills:
         before = written()
         process = subprocess.Popen(
-            [sys.executable, "-m", "mapo_jax.train", *arguments],
+            [sys.executable, "-c", DRIVER, "none", "SIGKILL", *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
