@@ -37,7 +37,7 @@ from mapo_jax.training.checkpoint import (
 from mapo_jax.training.display import Display
 from mapo_jax.training.forecast import check_memory, model_shape
 from mapo_jax.training.heartbeat import Heartbeat
-from mapo_jax.training.hosts import Hosts, rollout_mesh, rollout_weights
+from mapo_jax.training.hosts import Hosts, rollout_mesh, rollout_weights, share_of
 from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import CompileCounter, MetricWriter
 from mapo_jax.training.phases import Phases
@@ -106,7 +106,7 @@ def prepare(
             f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
             "training scenarios there are"
         )
-    check_shares(config, hosts)
+    share_of(config.rollout, hosts.count)  # before anything is read
     mesh = make_mesh(config.mesh)
     sampling_mesh = rollout_mesh(mesh, hosts)
     claim_together(config, folder, hosts, stack)
@@ -173,17 +173,6 @@ def prepare(
         stop=stop,
     )
     return run, params
-
-
-def check_shares(config: Config, hosts: Hosts) -> None:
-    """Raises UserError for what several processes cannot share."""
-    if hosts.count == 1:
-        return
-    if config.rollout.scenarios % hosts.count:
-        raise UserError(
-            f"`rollout.scenarios` is {config.rollout.scenarios}; it must be a multiple of the {hosts.count} "
-            "processes, each of which holds its share"
-        )
 
 
 def claim_together(config: Config, folder: Path, hosts: Hosts, stack: ExitStack) -> None:

@@ -42,6 +42,13 @@ from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import batch_sharding, make_mesh, param_shardings, row_shards
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.training.batch import Batch, microbatch_rows, row_lengths
+from mapo_jax.training.hosts import (
+    Hosts,
+    abstract_rollout_weights,
+    process_count,
+    rollout_mesh,
+    share_of,
+)
 from mapo_jax.training.policy import engine_for
 from mapo_jax.training.programs import make_programs, minibatch_rows
 from mapo_jax.training.step import abstract_state
@@ -66,11 +73,27 @@ class Job:
     mesh: Mesh
 
     @functools.cached_property
+    def hosts(self) -> Hosts:
+        """The first of the slice's processes."""
+        return Hosts(0, process_count(self.mesh))
+
+    @functools.cached_property
     def engine(self) -> Engine:
-        rollout, dtype = self.config.rollout, self.config.model.dtype
+        """The sampler of one process, with its share of the dialogues on its own devices."""
+        rollout = share_of(self.config.rollout, self.hosts.count)
         return engine_for(
-            self.model, STOP_IDS, TOKENIZER_IDS, rollout, rollout.temperature, dtype=dtype, mesh=self.mesh
+            self.model,
+            STOP_IDS,
+            TOKENIZER_IDS,
+            rollout,
+            rollout.temperature,
+            dtype=self.config.model.dtype,
+            mesh=self.sampling_mesh,
         )
+
+    @functools.cached_property
+    def sampling_mesh(self) -> Mesh:
+        return rollout_mesh(self.mesh, self.hosts)
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,10 @@ def make_job(config: Config, slice_name: str, layers: int | None = None) -> Job:
     """
     model = model_shape(config, layers)
     mesh = make_mesh(config.mesh, slice_devices(slice_name))
-    return Job(config, model, slice_name, mesh)
+    job = Job(config, model, slice_name, mesh)
+    share_of(config.rollout, job.hosts.count)
+    rollout_mesh(mesh, job.hosts)
+    return job
 
 
 def compile_program(job: Job, program: str) -> Result:
@@ -173,10 +199,11 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
         "reference": _bytes(state.reference),
     }
     found = {"train": (programs.update, (state, batch), held | {"batch": _bytes(batch)}, {})}
-    for name, (function, arguments) in job.engine.abstract_programs(state.weights).items():
+    weights = abstract_rollout_weights(state.weights, model, mesh, job.hosts, config.model.dtype)
+    for name, (function, arguments) in job.engine.abstract_programs(weights).items():
         kinds = {"cache": _bytes(arguments[1])}
         beside = held
-        if config.rollout.copy_weights:
+        if config.rollout.copy_weights or job.hosts.count > 1:
             kinds["copy of the weights"] = _bytes(arguments[0])
         else:
             kinds["weights"] = held["weights"]
@@ -219,7 +246,7 @@ def unwanted_gathers(job: Job, program: str, found: Sequence[Collective]) -> lis
         limit = job.engine.prefill_rows * job.engine.chunk * model.hidden_size
     else:
         limit = job.engine.lanes * model.vocab_size
-    weights = _weight_shapes(model, job.mesh)
+    weights = _weight_shapes(model, job.mesh if program == "train" else job.sampling_mesh)
     return [
         f"{one.dtype}{list(one.shape)}"
         for one in found
@@ -271,12 +298,13 @@ def bounds(job: Job, program: str) -> dict[str, float]:
         "generate": (engine.lanes, 1, engine.block, head),
     }[program]
     operations = rows * width * (2 * (body + logits) + model.num_layers * 4 * engine.length * heads)
+    mesh = job.sampling_mesh
     item = jnp.dtype(config.model.dtype).itemsize
     cache = model.num_layers * 2 * model.num_kv_heads * model.head_dim * item * engine.length
-    moved = item * (body + logits) * job.mesh.shape["data"] + cache * rows
+    moved = item * (body + logits) * mesh.shape["data"] + cache * rows
     return {
-        "operations": steps * operations / job.mesh.size / hardware.operations,
-        "bytes": steps * moved / job.mesh.size / hardware.bandwidth,
+        "operations": steps * operations / mesh.size / hardware.operations,
+        "bytes": steps * moved / mesh.size / hardware.bandwidth,
     }
 
 
@@ -352,13 +380,15 @@ class Entry:
 
 
 _LORA = ("lora.rank=32",)
+_TWICE = ("rollout.scenarios=64", "training.minibatch_scenarios=32")  # as many as a v6e-256 has hosts
 
 # In order of importance: the table is filled from the top. First each recipe on its slice, then smaller ones,
 # other chips, and adapters alone.
 ENTRIES = (
     Entry("qwen3_32b_v5p", "v5p-128"),
     Entry("qwen3_8b_v5p", "v5p-64"),
-    Entry("qwen3_32b_v6e", "v6e-256"),
+    Entry("qwen3_32b_v6e", "v6e-128"),
+    Entry("qwen3_32b_v6e", "v6e-256", _TWICE),
     Entry("qwen3_8b_v6e", "v6e-64"),
     Entry("qwen3_14b_v5p", "v5p-64"),
     Entry("qwen2.5_7b_v5p", "v5p-32"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mapo_jax.config import MeshConfig
@@ -92,6 +93,10 @@ ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) over all `devices` (default: all there are).
 
+    `tensor`, which exchanges most, lies on neighbours within a host, whose devices hold its dialogues by
+    themselves; the other axes go from each host to one beside it. `jax.make_mesh` would lay each axis along
+    one of a TPU's own, through several hosts, and has no mesh at all for 4 x 64 on 16 x 16 chips.
+
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
@@ -113,7 +118,39 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             "make the product of the sizes equal to the number of devices, or leave one size at -1"
         )
     # Auto axes: shardings are propagated by the compiler, not part of the types.
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    ordered = np.asarray(host_order(devices)).reshape(sizes)
+    return Mesh(ordered, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def host_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Devices host by host. TPUs, which know where in a grid they lie, follow one way through their host, and
+    hosts one through the slice, that goes from neighbour to neighbour; others keep their order in a host."""
+    hosts: dict[tuple[int, int], list[jax.Device]] = {}
+    for device in devices:
+        hosts.setdefault((getattr(device, "slice_index", None) or 0, device.process_index), []).append(device)
+    if not all(getattr(device, "coords", None) for device in devices):
+        return [device for key in sorted(hosts) for device in hosts[key]]
+    corners = {key: tuple(map(min, zip(*(d.coords for d in own), strict=True))) for key, own in hosts.items()}
+    way = snake(corners.values())
+    for own in hosts.values():
+        inner = snake(device.coords for device in own)
+        own.sort(key=lambda device: (inner[tuple(device.coords)], device.id))
+    ordered = sorted(hosts, key=lambda key: (key[0], way[corners[key]]))
+    return [device for key in ordered for device in hosts[key]]
+
+
+def snake(places: Iterable[Sequence[int]]) -> dict[tuple[int, ...], int]:
+    """Numbers the places of a full grid along a way on which each is a neighbour of the one before."""
+    places = {tuple(place) for place in places}
+    axes = [sorted(set(values)) for values in zip(*places, strict=True)]
+    numbers = {}
+    for place in places:
+        number = 0
+        for value, values in zip(reversed(place), reversed(axes), strict=True):
+            index = values.index(value)
+            number = number * len(values) + (len(values) - 1 - index if number % 2 else index)
+        numbers[place] = number
+    return numbers
 
 
 def param_shardings(

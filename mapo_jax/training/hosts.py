@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mapo_jax.commands import printable
-from mapo_jax.config import Config, known_keys, value_of
+from mapo_jax.config import Config, RolloutConfig, known_keys, value_of
 from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision
 from mapo_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, param_shardings
@@ -210,6 +210,11 @@ def _about(config: Config) -> dict[str, str]:
 # --- Devices. ---
 
 
+def process_count(mesh: Mesh) -> int:
+    """How many processes the devices of a mesh belong to."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def rollout_mesh(mesh: Mesh, hosts: Hosts) -> Mesh:
     """The mesh that this process samples on: its own devices, cut over `tensor` as in training.
 
@@ -253,3 +258,33 @@ def rollout_weights(config: QwenConfig, mesh: Mesh, hosts: Hosts, dtype: str) ->
         return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
     return lambda params: jax.tree.map(own, gathered(params), local)
+
+
+def abstract_rollout_weights(
+    params: Params, config: QwenConfig, mesh: Mesh, hosts: Hosts, dtype: str
+) -> Params:
+    """What `rollout_weights` makes of weights, in `jax.ShapeDtypeStruct`s with shardings."""
+    if hosts.count == 1:
+        return params
+    local = param_shardings(config, rollout_mesh(mesh, hosts), ROLLOUT_RULES)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        in_precision(params, dtype),
+        local,
+    )
+
+
+def share_of(rollout: RolloutConfig, processes: int) -> RolloutConfig:
+    """What one of several processes holds of a step.
+
+    Raises:
+      UserError: scenarios, slots or lanes cannot be shared evenly.
+    """
+    shared = {name: getattr(rollout, name) for name in ("scenarios", "slots", "lanes")}
+    for name, size in shared.items():
+        if size is not None and size % processes:
+            raise UserError(
+                f"`rollout.{name}` is {size}; it must be a multiple of the {processes} processes, "
+                "each of which holds its share"
+            )
+    return replace(rollout, **{name: size and size // processes for name, size in shared.items()})

@@ -28,10 +28,17 @@ from mapo_jax.config import Config
 from mapo_jax.model import head, qwen
 from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
 from mapo_jax.model.backends import attention_name
-from mapo_jax.model.qwen import QwenConfig, parameter_shapes
+from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import param_shardings, row_shards
 from mapo_jax.rollout.sizes import cache_bytes
 from mapo_jax.training.batch import microbatch_rows, row_lengths
+from mapo_jax.training.hosts import (
+    Hosts,
+    abstract_rollout_weights,
+    process_count,
+    rollout_mesh,
+    share_of,
+)
 from mapo_jax.training.programs import minibatch_rows
 from mapo_jax.training.step import abstract_state, make_optimizer
 
@@ -89,19 +96,41 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
         * _kept(microbatch, config.model.remat),
         "work of one layer or of the head": work,
     }
-    dialogues = config.rollout.scenarios * config.rollout.rollouts
-    resident = min(config.rollout.slots or dialogues, dialogues)
-    lanes = config.rollout.lanes or resident
-    caches = cache_bytes(model, resident, lanes, config.rollout.max_tokens, jnp.dtype(dtype)) / mesh.size
-    copy = _bytes(qwen.in_precision(state.weights, dtype)) if config.rollout.copy_weights else 0
-    rollout = {
-        f"KV caches ({dtype})": caches,
-        f"copy of the weights ({dtype})": copy,
-        "logits of the lanes": 3 * 4 * -(-lanes // shards) * own.vocab_size,
-    }
     return Forecast(
-        *({kind: size for kind, size in part.items() if size} for part in (held, update, rollout))
+        *(
+            {kind: size for kind, size in part.items() if size}
+            for part in (held, update, _rollout(config, model, mesh, state.weights))
+        )
     )
+
+
+def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
+    """While dialogues are held: each process holds its share on its own devices."""
+    hosts = Hosts(0, process_count(mesh))
+    share, own_mesh = share_of(config.rollout, hosts.count), rollout_mesh(mesh, hosts)
+    dtype = config.model.dtype
+    dialogues = share.scenarios * share.rollouts
+    resident = min(share.slots or dialogues, dialogues)
+    lanes = share.lanes or resident
+    vocabulary = _own_part(model, mesh).vocab_size
+    found = {
+        f"KV caches ({dtype})": cache_bytes(model, resident, lanes, share.max_tokens, jnp.dtype(dtype))
+        / own_mesh.size,
+        "logits of the lanes": 3 * 4 * -(-lanes // row_shards(own_mesh)) * vocabulary,
+    }
+    gathered = abstract_rollout_weights(weights, model, mesh, hosts, dtype)
+    whole = _bytes(gathered) if hosts.count > 1 else 0
+    if not share.copy_weights:
+        return {f"weights of a host ({dtype})": whole} | found
+    shardings = param_shardings(model, own_mesh)
+    copy = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        qwen.in_precision(gathered, dtype),
+        shardings,
+    )
+    # What was gathered is let go before there are caches.
+    more = max(0, whole - sum(found.values()))
+    return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | found
 
 
 def device_memory(mesh: Mesh) -> int | None:

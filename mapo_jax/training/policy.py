@@ -36,6 +36,7 @@ from mapo_jax.training.checkpoint import (
     restore_base,
     restore_params,
 )
+from mapo_jax.training.hosts import share_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,16 +165,11 @@ def make_engine(
       UserError: they cannot be shared evenly.
     """
     chat = policy.chat
-    shared = {name: getattr(rollout, name) for name in ("scenarios", "slots", "lanes")}
-    for name, size in shared.items():
-        if size is not None and size % processes:
-            raise UserError(f"`rollout.{name}` is {size}; it must be a multiple of the {processes} processes")
-    shared = {name: size and size // processes for name, size in shared.items()}
     return engine_for(
         policy.config,
         chat.stop_ids,
         chat.vocabulary_size,
-        replace(rollout, **shared),
+        share_of(rollout, processes),
         temperature,
         dtype=dtype,
         mesh=mesh,

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -45,12 +46,57 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
         sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What `make_mesh` asks of a device."""
+
+    id: int
+    process_index: int
+    coords: tuple[int, ...] | None = None
+    platform: str = "tpu"
+
+
+def grid(size, host):
+    """The chips of a slice in no order; each host has a block of `host`."""
+    places = list(np.ndindex(*size))
+    hosts = [tuple(p // h for p, h in zip(place, host, strict=True)) for place in places]
+    numbers = {name: number for number, name in enumerate(sorted(set(hosts), key=lambda name: name[::-1]))}
+    chips = [Chip(i, numbers[name], place) for i, (place, name) in enumerate(zip(places, hosts, strict=True))]
+    np.random.default_rng(0).shuffle(chips)
+    return chips
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize(
+    ("size", "host"), [((16, 16, 1), (2, 2, 1)), ((4, 4, 4), (2, 2, 1)), ((4, 2, 1), (2, 2, 1))]
+)
+def test_tensor_lies_on_neighbours_within_a_host(size, host, tensor):
+    mesh = sharding.make_mesh(MeshConfig(tensor=tensor), grid(size, host))
+    assert set(mesh.devices.flat) == set(grid(size, host))
+
+    def distance(a, b):
+        return sum(abs(x - y) for x, y in zip(a.coords, b.coords, strict=True))
+
+    for group in mesh.devices.reshape(-1, tensor):
+        assert len({chip.process_index for chip in group}) == 1
+        assert all(distance(a, b) == 1 for a, b in zip(group, np.roll(group, 1), strict=True))  # a ring
+    firsts = mesh.devices.reshape(-1, 4)[:, 0]  # of each host
+    assert all(distance(a, b) in host for a, b in itertools.pairwise(firsts))
+
+
+def test_devices_that_lie_nowhere_keep_their_order_within_their_process():
+    devices = [Chip(number, number % 2, platform="cpu") for number in range(8)]
+    found = sharding.make_mesh(MeshConfig(data=2, tensor=2), devices).devices
+    assert [[d.id for d in row] for row in found.reshape(2, 4)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
 SHARDED = """
 import sys
 from pathlib import Path
 import jax, numpy as np
 from conftest import QWEN3
 import dataclasses
+import itertools
 from mapo_jax.config import MeshConfig
 from mapo_jax.errors import UserError
 from mapo_jax.model import head, huggingface, qwen, sharding

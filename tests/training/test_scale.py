@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from mapo_jax.config import load_config
+from mapo_jax.config import MeshConfig, load_config
 from mapo_jax.errors import UserError
-from mapo_jax.model.qwen import QwenConfig
+from mapo_jax.model.qwen import QwenConfig, parameter_count
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.training import forecast, memory
 from mapo_jax.training.programs import make_programs
@@ -217,6 +218,43 @@ def test_the_table_of_memory_names_every_kind():
     for kind in ("copy of the weights", "KV caches", "kept for the backward pass (remat none)", "together"):
         assert any(kind in line for line in lines), kind
     assert not any("reference" in line for line in lines)  # the base is the reference
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a mesh and its forecast ask of a device."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+
+
+def test_of_several_processes_each_samples_on_its_own_devices():
+    """Two hosts of four chips: each holds half of the dialogues, and the weights cut by `tensor` alone."""
+    mesh = make_mesh(MeshConfig(tensor=2), [Chip(i, i // 4) for i in range(8)])
+    token = 6 * 2 * 4 * 16 * 4  # layers, keys and values, heads, features, float32
+    caches = 4 * 256 * token / 4  # 4 of 8 dialogues, over the four chips of a host
+    logits = 3 * 4 * 2 * 512  # three float32 copies for two lanes of half the vocabulary
+    matrices = parameter_count(MODEL) - 128 * (2 * 6 + 1) - 16 * 2 * 6  # without norms, which are not cut
+    norms = 4 * (parameter_count(MODEL) - matrices)
+    rollout = memory.forecast_memory(settings("rollout.copy_weights=false"), MODEL, mesh).rollout
+    assert rollout == {
+        "weights of a host (float32)": 4 * matrices / 2 + norms,
+        "KV caches (float32)": caches,
+        "logits of the lanes": logits,
+    }
+    # The copy is cut over the host's four chips; two of them cut nothing while the weights are gathered.
+    rollout = memory.forecast_memory(settings(), MODEL, mesh).rollout
+    assert rollout["copy of the weights (float32)"] == 4 * matrices / 4 + norms
+    assert rollout["more, while it is made"] == 4 * matrices / 2 + norms - caches - logits
+    with pytest.raises(
+        UserError, match=r"`rollout.scenarios` is 3; it must be a multiple of the 2 processes"
+    ):
+        forecast.forecast_memory(
+            settings("rollout.scenarios=3", "training.minibatch_scenarios=3", "rollout.rollouts=8"),
+            MODEL,
+            mesh,
+        )
 
 
 def test_rows_that_a_mesh_cannot_share_are_refused():
