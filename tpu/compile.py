@@ -30,6 +30,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: nothing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +40,14 @@ from mapo_jax.config import Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
-from mapo_jax.model.sharding import batch_sharding, make_mesh, param_shardings, row_shards
+from mapo_jax.model.sharding import (
+    MESH_AXES,
+    batch_sharding,
+    host_order,
+    make_mesh,
+    param_shardings,
+    row_shards,
+)
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.training.batch import Batch, microbatch_rows, row_lengths
 from mapo_jax.training.hosts import (
@@ -54,7 +62,7 @@ from mapo_jax.training.programs import make_programs, minibatch_rows
 from mapo_jax.training.step import abstract_state
 from tpu.hlo import KINDS, Collective, collectives
 from tpu.shapes import STOP_IDS, TOKENIZER_IDS, model_shape
-from tpu.slices import chip, slice_devices
+from tpu.slices import ONE_HOST, chip, slice_devices
 
 PROGRAMS = ("train", "prefill", "generate")
 FOLDER = Path(__file__).parent
@@ -93,7 +101,12 @@ class Job:
 
     @functools.cached_property
     def sampling_mesh(self) -> Mesh:
-        return rollout_mesh(self.mesh, self.hosts)
+        """What one process samples on: a slice of one host, since libtpu compiles for whole slices alone."""
+        mesh = rollout_mesh(self.mesh, self.hosts)
+        if self.hosts.count == 1:
+            return mesh
+        host = host_order(slice_devices(ONE_HOST[self.slice.split("-")[0]]))
+        return Mesh(np.asarray(host).reshape(mesh.devices.shape), MESH_AXES, axis_types=mesh.axis_types)
 
 
 @dataclass(frozen=True)
@@ -199,7 +212,9 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
         "reference": _bytes(state.reference),
     }
     found = {"train": (programs.update, (state, batch), held | {"batch": _bytes(batch)}, {})}
-    weights = abstract_rollout_weights(state.weights, model, mesh, job.hosts, config.model.dtype)
+    weights = state.weights
+    if job.hosts.count > 1:
+        weights = abstract_rollout_weights(weights, model, job.sampling_mesh, config.model.dtype)
     for name, (function, arguments) in job.engine.abstract_programs(weights).items():
         kinds = {"cache": _bytes(arguments[1])}
         beside = held

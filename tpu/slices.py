@@ -37,6 +37,7 @@ TOPOLOGIES = {
     **{f"v5p-{cores}": f"v5p:{shape}" for cores, shape in _CUBE.items()},
     **{f"v6e-{chips}": f"v6e:{shape}" for chips, shape in _FLAT.items()},
 }
+ONE_HOST = {"v5e": "v5e-4", "v5p": "v5p-8", "v6e": "v6e-4"}  # as large as a host of the larger slices
 
 # For libtpu where there is no TPU: it asks no cloud which machine this is, nor complains of what it lacks.
 LIBTPU = {

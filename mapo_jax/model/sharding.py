@@ -39,6 +39,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # cuts the hidden states as the weights are cut (Pope et al. 2022, arXiv:2211.05102, section 3.2.2).
     "lanes": "data",
     "lane_features": "fsdp",
+    "sampling_lanes": ("data", "fsdp", "tensor"),
 }
 
 # For rollout on several processes: each has all of every weight on its own devices, cut by tensor alone. A
@@ -86,7 +87,8 @@ ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
     "slot_kv_heads": ("slots", "length", "kv_heads", "head_dim"),
     "lane_heads": ("lanes", "length", "heads", "head_dim"),
     "lane_hidden": ("lanes", "length", "lane_features"),
-    "slot_logits": ("slots", "features"),  # a device samples for its own slots
+    "lane_logits": ("lanes", "vocabulary"),  # as the head makes them
+    "sampled_logits": ("sampling_lanes", "features"),  # a device samples for a few lanes
 }
 
 

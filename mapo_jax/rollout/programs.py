@@ -159,7 +159,7 @@ def generate(
         position = jnp.where(done, length, positions + step)
         hidden, work = extend(params, config, token[:, None], position[:, None], work, dtype=dtype, mesh=mesh)
         scores = logits(params, config, hidden[:, 0], vocabulary_size=vocabulary_size)
-        scores = constrain(scores, "slot_logits", mesh)
+        scores = constrain(constrain(scores, "lane_logits", mesh), "sampled_logits", mesh)
         if seen is not None:
             scores = penalise(scores, seen, sampling.repetition_penalty)
         token, logprob = sample(scores, numbers[:, step], sampling)

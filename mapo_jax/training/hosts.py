@@ -260,17 +260,12 @@ def rollout_weights(config: QwenConfig, mesh: Mesh, hosts: Hosts, dtype: str) ->
     return lambda params: jax.tree.map(own, gathered(params), local)
 
 
-def abstract_rollout_weights(
-    params: Params, config: QwenConfig, mesh: Mesh, hosts: Hosts, dtype: str
-) -> Params:
-    """What `rollout_weights` makes of weights, in `jax.ShapeDtypeStruct`s with shardings."""
-    if hosts.count == 1:
-        return params
-    local = param_shardings(config, rollout_mesh(mesh, hosts), ROLLOUT_RULES)
+def abstract_rollout_weights(params: Params, config: QwenConfig, own_mesh: Mesh, dtype: str) -> Params:
+    """What `rollout_weights` makes of weights for one of several processes, as `jax.ShapeDtypeStruct`s."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         in_precision(params, dtype),
-        local,
+        param_shardings(config, own_mesh, ROLLOUT_RULES),
     )
 
 

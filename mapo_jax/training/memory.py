@@ -118,14 +118,16 @@ def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> 
         / own_mesh.size,
         "logits of the lanes": 3 * 4 * -(-lanes // row_shards(own_mesh)) * vocabulary,
     }
-    gathered = abstract_rollout_weights(weights, model, mesh, hosts, dtype)
-    whole = _bytes(gathered) if hosts.count > 1 else 0
+    whole = 0
+    if hosts.count > 1:
+        weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
+        whole = _bytes(weights)
     if not share.copy_weights:
         return {f"weights of a host ({dtype})": whole} | found
     shardings = param_shardings(model, own_mesh)
     copy = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        qwen.in_precision(gathered, dtype),
+        qwen.in_precision(weights, dtype),
         shardings,
     )
     # What was gathered is let go before there are caches.
