@@ -402,8 +402,8 @@ _TWICE = ("rollout.scenarios=64", "training.minibatch_scenarios=32")  # as many 
 ENTRIES = (
     Entry("qwen3_32b_v5p", "v5p-128"),
     Entry("qwen3_8b_v5p", "v5p-64"),
-    Entry("qwen3_32b_v6e", "v6e-128"),
     Entry("qwen3_32b_v6e", "v6e-256", _TWICE),
+    Entry("qwen3_32b_v6e", "v6e-128"),
     Entry("qwen3_8b_v6e", "v6e-64"),
     Entry("qwen3_14b_v5p", "v5p-64"),
     Entry("qwen2.5_7b_v5p", "v5p-32"),

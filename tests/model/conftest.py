@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,6 +25,17 @@ QWEN3 = QwenConfig(
     family="qwen3",
 )
 QWEN2 = dataclasses.replace(QWEN3, qkv_bias=True, qk_norm=False, family="qwen2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Without most of LLVM's optimisations, as jax's own tests can be run: in two thirds of the time.
+
+    Programs as users run them are compared with others in tests/rollout, tests/training and test_export.py.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def random_params(config: QwenConfig, seed: int = 0):
