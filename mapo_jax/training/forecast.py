@@ -96,9 +96,10 @@ def memory_table(memory: Forecast) -> list[str]:
 
 
 def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
-    """Stops where a device is too small for what is certain: what is held all the time, and the gradient.
+    """Stops where a device is too small for what is certain.
 
-    The rest is a forecast, and the compiler has the last word.
+    That is what is held all the time, and on top of it the gradient, or the sampler's weights and caches. The
+    rest is a forecast, and the compiler has the last word.
 
     Raises:
       UserError: the figures, and what to change.
@@ -113,6 +114,14 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
             f"weights, moments and gradient need {certain / GIB:.1f} GiB of each device, which has "
             f"{limit / GIB:.1f} GiB; use more devices (mesh.fsdp x mesh.tensor is "
             f"{mesh.shape['fsdp'] * mesh.shape['tensor']}), a smaller model, or adapters (lora.rank=16)"
+        )
+    talking = sum(memory.held.values()) + sum(memory.rollout.values())
+    if talking > limit:
+        parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.rollout.items())
+        raise UserError(
+            f"while dialogues are held each device needs {talking / GIB:.1f} GiB ({parts} beside weights and "
+            f"moments) and has {limit / GIB:.1f} GiB; lower rollout.slots or rollout.max_tokens, set "
+            f"rollout.copy_weights=false, or raise mesh.tensor, which is {mesh.shape['tensor']}"
         )
 
 

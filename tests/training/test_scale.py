@@ -205,7 +205,15 @@ def test_what_does_not_fit_is_said_with_figures_before_anything_is_spent(monkeyp
     monkeypatch.setattr(forecast, "device_memory", lambda mesh: 10 * 2**20)
     with pytest.raises(UserError, match=r"need 0\.\d GiB of each device, which has 0\.0 GiB; .*lora\.rank"):
         forecast.check_memory(config, MODEL, mesh)
-    monkeypatch.setattr(forecast, "device_memory", lambda mesh: 2**40)
+    found = memory.forecast_memory(config, MODEL, mesh)
+    needed = sum((found.held | found.rollout).values())
+    assert found.update["gradient"] < sum(found.rollout.values())
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: needed - 1)
+    with pytest.raises(
+        UserError, match=r"while dialogues are held .*KV caches .* lower rollout\.slots"
+    ):
+        forecast.check_memory(config, MODEL, mesh)
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: needed)
     forecast.check_memory(config, MODEL, mesh)
 
 
