@@ -9,15 +9,16 @@ import pytest
 from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
 from mapo_jax.model.sharding import MESH_AXES
+from mapo_jax.training.memory import forecast_memory
 from tpu.shapes import SHAPES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path.stem for chip in ("v5p", "v6e") for path in CONFIGS.glob(f"*_{chip}.yaml"))
 # Few chips and short rows: the program's text is that of the large slice, with smaller numbers in it.
 SMALL = [
-    "rollout.scenarios=4", "rollout.rollouts=2", "rollout.max_turns=4", "rollout.max_reply_tokens=64",
-    "rollout.min_turns=2", "rollout.max_tokens=1024", "training.minibatch_scenarios=4",
-    "training.microbatch_tokens=2048", "mesh.fsdp=2",
+    "rollout.scenarios=4", "rollout.rollouts=2", "rollout.max_turns=4", "rollout.max_reply_tokens=16",
+    "rollout.min_turns=2", "rollout.max_tokens=256", "training.minibatch_scenarios=4",
+    "training.microbatch_tokens=512", "mesh.fsdp=2",
 ]  # fmt: skip
 
 needs_libtpu = pytest.mark.skipif(
@@ -42,9 +43,14 @@ def test_a_recipe_compiles_for_every_chip(recipe, chip):
     from tpu.compile import PROGRAMS, compile_program
 
     job = job_of(recipe, chip)
-    for program in PROGRAMS:
-        result = compile_program(job, program)
+    results = {program: compile_program(job, program) for program in PROGRAMS}
+    for program, result in results.items():
         assert result.good, (program, result)
+    forecast = forecast_memory(job.config, job.model, job.mesh)
+    given = results["generate"].arguments
+    assert given["cache"] == forecast.rollout["KV caches (bfloat16)"]
+    kind = "copy of the weights" if job.config.rollout.copy_weights else "weights of a host"
+    assert given["copy of the weights"] == forecast.rollout[f"{kind} (bfloat16)"]
 
 
 def test_a_gather_of_everything_is_noticed():
@@ -52,7 +58,8 @@ def test_a_gather_of_everything_is_noticed():
     from tpu.compile import Job, unwanted_gathers
     from tpu.hlo import Collective
 
-    config = load_config(CONFIGS / "qwen3_32b_v5p.yaml", SMALL)
+    longer = ["rollout.max_tokens=1024", "rollout.max_reply_tokens=64", "training.microbatch_tokens=2048"]
+    config = load_config(CONFIGS / "qwen3_32b_v5p.yaml", [*SMALL, *longer])
     mesh = jax.sharding.AbstractMesh((1, 2, 4), MESH_AXES)
     job = Job(config, SHAPES["Qwen3-32B"], "v5p-16", mesh)
     # A micro-batch of 4 rows of 1,024 tokens, width 5,120; 4 turns of 64 loss tokens in each of 2 own rows.

@@ -209,9 +209,7 @@ def test_what_does_not_fit_is_said_with_figures_before_anything_is_spent(monkeyp
     needed = sum((found.held | found.rollout).values())
     assert found.update["gradient"] < sum(found.rollout.values())
     monkeypatch.setattr(forecast, "device_memory", lambda mesh: needed - 1)
-    with pytest.raises(
-        UserError, match=r"while dialogues are held .*KV caches .* lower rollout\.slots"
-    ):
+    with pytest.raises(UserError, match=r"while dialogues are held .*KV caches .* lower rollout\.slots"):
         forecast.check_memory(config, MODEL, mesh)
     monkeypatch.setattr(forecast, "device_memory", lambda mesh: needed)
     forecast.check_memory(config, MODEL, mesh)
