@@ -12,7 +12,8 @@ speaking. Compared are a block of 8 decode steps
 
 and the cache's layout: keys by feature, [K, G, E, C], with values [K, G, C, E] (ours on a CPU); both with
 positions before features, [K, G, C, E] (ours elsewhere); or both with positions before heads, [K, C, G, E].
-All take turns, round after round; medians count.
+The first also with attention that leaves out what no dialogue has reached yet: PART tokens at a time, as many
+parts as are in use, with a running maximum. All take turns, round after round; medians count.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from mapo_jax.model.qwen import init_cache, init_params
 from mapo_jax.rollout.programs import generate, park, restore
 from mapo_jax.rollout.sampling import Sampling
 
-BLOCK, LENGTHS = 8, (256, 384)
+BLOCK, LENGTHS, PART = 8, (256, 384), 128
 BY_FEATURE = jax.devices()[0].platform == "cpu"  # as the engine does
 OPTIONS = dict(
     config=SHAPE,
@@ -126,17 +127,39 @@ def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
         cache = tuple(array.at[rows, position].set(query[:, :groups]) for array in cache)
         return cache, attend(cache, query, "kgse,kcge->kgsc", "kgsc,kcge->kgse")
 
-    def block(step, keys, values):
-        @functools.partial(jax.jit, donate_argnums=0)
-        def compiled(cache, query):
-            return jax.lax.fori_loop(
-                0, BLOCK, lambda i, state: step(*state, length - BLOCK + i), (cache, query)
+    def in_parts(cache, query, position):
+        keys, values = cache
+        keys = keys.at[rows, :, :, position].set(query[:, :groups])
+        values = values.at[rows, :, position].set(query[:, :groups])
+        grouped = query.reshape(lanes, groups, share, size)
+
+        def add(number, state):
+            highest, total, output = state
+            part, start = jnp.arange(PART), number * PART
+            scores = jnp.einsum(
+                "kgse,kgec->kgsc", grouped, jax.lax.dynamic_slice_in_dim(keys, start, PART, 3)
             )
+            scores = jnp.where(start + part <= position, scores, -1e30)
+            new = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+            weights, kept = jnp.exp(scores - new), jnp.exp(highest - new)
+            entries = jax.lax.dynamic_slice_in_dim(values, start, PART, 2)
+            output = output * kept + jnp.einsum("kgsc,kgce->kgse", weights, entries)
+            return new, total * kept + weights.sum(axis=-1, keepdims=True), output
+
+        nothing = jnp.zeros((lanes, groups, share, 1))
+        start = (nothing - 1e30, nothing, jnp.zeros((lanes, groups, share, size)))
+        _, total, output = jax.lax.fori_loop(0, position // PART + 1, add, start)
+        return (keys, values), (output / total).reshape(lanes, heads, size)
+
+    def block(step, keys, values, used=length):
+        @functools.partial(jax.jit, donate_argnums=0)
+        def compiled(cache, query, first):
+            return jax.lax.fori_loop(0, BLOCK, lambda i, state: step(*state, first + i), (cache, query))
 
         state = [((jnp.zeros(keys), jnp.zeros(values)), jnp.ones((lanes, heads, size)))]
 
         def run() -> None:
-            state[0] = jax.block_until_ready(compiled(*state[0]))
+            state[0] = jax.block_until_ready(compiled(*state[0], used - BLOCK))
 
         return run
 
@@ -145,6 +168,8 @@ def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
         "layer, keys [K, G, E, C]": block(by_feature, (lanes, groups, size, length), inside),
         "layer, [K, G, C, E]": block(inner, inside, inside),
         "layer, [K, C, G, E]": block(outer, outside, outside),
+        "layer, the first, in parts": block(in_parts, (lanes, groups, size, length), inside),
+        "layer, the first, one part in use": block(in_parts, (lanes, groups, size, length), inside, PART),
     }
 
 

@@ -229,9 +229,10 @@ def rollout_mesh(mesh: Mesh, hosts: Hosts) -> Mesh:
     groups = mesh.devices.reshape(-1, tensor)
     own = [group for group in groups if group[0].process_index == hosts.index]
     if any(device.process_index != group[0].process_index for group in groups for device in group):
+        local = sum(device.process_index == hosts.index for device in mesh.devices.flat)
         raise UserError(
-            f"`mesh.tensor` is {tensor}; it must divide the {jax.local_device_count()} devices of one "
-            "process, which holds dialogues on its own devices"
+            f"`mesh.tensor` is {tensor}; it must divide the {local} devices of one process, which holds "
+            "dialogues on its own devices"
         )
     devices = np.asarray(own).reshape(1, len(own), tensor)
     return Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
