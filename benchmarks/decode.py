@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be installed
 
 from mapo_jax.model.qwen import INIT_SCALE, Params, QwenConfig, parameter_shapes
 from mapo_jax.rollout.engine import Engine, Request

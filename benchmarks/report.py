@@ -27,6 +27,8 @@ from playwright.sync_api import sync_playwright
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be installed
+
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 

@@ -40,6 +40,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be installed
+
 from mapo_jax.commands import prepare_jax
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params, parameter_count

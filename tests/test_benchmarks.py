@@ -1,13 +1,24 @@
-"""The benchmark for accelerators, on the CPU with its tiny shape: it runs, and its bound is right."""
+"""Benchmarks start as documented; that for accelerators runs on the CPU with its tiny shape, its bound is right."""
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize("name", ["decode", "hosts", "lanes", "memory", "report", "rollout", "seeds"])
+def test_it_starts_where_only_the_requirements_are_installed(name, tmp_path):
+    command = [sys.executable, BENCHMARKS / f"{name}.py", "--help"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert f"{name}.py" in done.stdout
 
 
 @pytest.fixture
