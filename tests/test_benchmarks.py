@@ -1,4 +1,4 @@
-"""Benchmarks start as documented; that for accelerators runs on the CPU with its tiny shape, its bound is right."""
+"""Benchmarks start; the one for accelerators runs on the CPU with its tiny shape, and its bound is right."""
 
 import importlib.util
 import json
