@@ -125,8 +125,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def host_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Devices host by host. TPUs, which know where in a grid they lie, follow one way through their host, and
-    hosts one through the slice, that goes from neighbour to neighbour; others keep their order in a host."""
+    """Devices host by host, neighbour after neighbour.
+
+    TPUs know where in a grid they lie: they follow one way through their host, hosts one through the slice.
+    Other devices keep their order within their host.
+    """
     hosts: dict[tuple[int, int], list[jax.Device]] = {}
     for device in devices:
         hosts.setdefault((getattr(device, "slice_index", None) or 0, device.process_index), []).append(device)
