@@ -426,6 +426,7 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
       Whether everything compiles and fits.
     """
     known = json.loads(file.read_text()) if file.exists() else {}
+    made_by = _made_by()  # before `file` changes
     for entry in ENTRIES:
         config = load_config(FOLDER.parent / "configs" / f"{entry.recipe}.yaml", entry.overrides)
         digest = _digest(config)
@@ -437,7 +438,7 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
             job = job or make_job(config, entry.slice)
             result = compile_program(job, program)
             console.print(summary(job, [result]))
-            known[key] = {"configuration": digest, "made_by": _made_by(), **asdict(result)}
+            known[key] = {"configuration": digest, "made_by": made_by, **asdict(result)}
             write_whole(file, json.dumps(known, indent=1) + "\n")
             write_table(table, known)
     write_table(table, known)
