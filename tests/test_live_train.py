@@ -151,15 +151,19 @@ FAULTS = (
 
 
 def test_ten_steps_with_every_fault(serve, well_formed, judged, model_folder, cache, tmp_path):
-    """Three calls of ten fail, each in the next way; and some replies can never be judged."""
+    """Three calls of ten fail, each in the next way; and one turn of thirteen can never be judged.
+
+    Which ones follows from seeds and not from the words, which differ from run to run: if the two dialogues of
+    an evaluation happened to lose most of their turns, the run would rightly stop.
+    """
     answers = iter(range(10**9))
     levels = np.random.default_rng(0).choice([0, 1, 2], size=(4096, 3)).tolist()
 
     def answer(request, number):
         schema = "response_format" in request
         judging = schema and "C_progress" in json.dumps(request["response_format"])
-        if judging and sum(map(ord, request["messages"][1]["content"])) % 9 == 0:
-            return judged(5, 0, 0, 0, 0, 0)  # the judge never copes with these
+        if judging and (request["seed"] + request["messages"][1]["content"].count("I keep")) % 13 == 0:
+            return judged(5, 0, 0, 0, 0, 0)  # the user has said "I keep thinking" once a turn
         if number % 10 in (2, 5, 8):
             fault = FAULTS[next(answers) % len(FAULTS)]
             if fault == "wrong role":
