@@ -395,15 +395,13 @@ class Entry:
 
 
 _LORA = ("lora.rank=32",)
-_TWICE = ("rollout.scenarios=64", "training.minibatch_scenarios=32")  # as many as a v6e-256 has hosts
 
 # In order of importance: the table is filled from the top. First each recipe on its slice, then smaller ones,
 # other chips, and adapters alone.
 ENTRIES = (
     Entry("qwen3_32b_v5p", "v5p-128"),
     Entry("qwen3_8b_v5p", "v5p-64"),
-    Entry("qwen3_32b_v6e", "v6e-256", _TWICE),
-    Entry("qwen3_32b_v6e", "v6e-128"),
+    Entry("qwen3_32b_v6e", "v6e-256"),
     Entry("qwen3_8b_v6e", "v6e-64"),
     Entry("qwen3_14b_v5p", "v5p-64"),
     Entry("qwen2.5_7b_v5p", "v5p-32"),
