@@ -153,8 +153,8 @@ FAULTS = (
 def test_ten_steps_with_every_fault(serve, well_formed, judged, model_folder, cache, tmp_path):
     """Three calls of ten fail, each in the next way; and one turn of thirteen can never be judged.
 
-    Which ones follows from seeds and not from words, which differ from run to run: should both dialogues of an
-    evaluation happen to lose most of their turns, the run rightly stops.
+    Which ones follows from seeds and not from words, which differ from run to run: should both dialogues of
+    an evaluation happen to lose most of their turns, the run rightly stops.
     """
     answers = iter(range(10**9))
     levels = np.random.default_rng(0).choice([0, 1, 2], size=(4096, 3)).tolist()
