@@ -1,6 +1,7 @@
 """The programs of every TPU recipe, with two layers of full width, compiled for chips that are not here."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from mapo_jax.training.memory import forecast_memory
 from tpu.shapes import SHAPES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CHIPS = ("v5e", "v5p", "v6e")
 RECIPES = sorted(path.stem for chip in ("v5p", "v6e") for path in CONFIGS.glob(f"*_{chip}.yaml"))
 # Few chips and short rows: the program's text is that of the large slice, with smaller numbers in it.
 SMALL = [
@@ -37,13 +39,13 @@ def job_of(recipe, chip, *overrides):
 
 @pytest.mark.aot
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_compiles_for_every_chip(recipe, chip):
-    from tpu.compile import PROGRAMS, compile_program
+def test_a_recipes_sampler_compiles_for_every_chip(recipe, chip):
+    from tpu.compile import compile_program
 
     job = job_of(recipe, chip)
-    results = {program: compile_program(job, program) for program in PROGRAMS}
+    results = {program: compile_program(job, program) for program in ("prefill", "generate")}
     for program, result in results.items():
         assert result.good, (program, result)
     forecast = forecast_memory(job.config, job.model, job.mesh)
@@ -51,6 +53,23 @@ def test_a_recipe_compiles_for_every_chip(recipe, chip):
     assert given["cache"] == forecast.rollout["KV caches (bfloat16)"]
     kind = "copy of the weights" if job.config.rollout.copy_weights else "weights of a host"
     assert given["copy of the weights"] == forecast.rollout[f"{kind} (bfloat16)"]
+
+
+def updates():
+    """Every recipe with every chip; slow are those with another chip than its own, but for one recipe."""
+    for recipe, chip in itertools.product(RECIPES, CHIPS):
+        usual = recipe.endswith(chip) or recipe == "qwen3_8b_v6e"
+        yield pytest.param(recipe, chip, marks=[] if usual else [pytest.mark.slow])
+
+
+@pytest.mark.aot
+@needs_libtpu
+@pytest.mark.parametrize(("recipe", "chip"), updates())
+def test_a_recipes_update_compiles_for_every_chip(recipe, chip):
+    from tpu.compile import compile_program
+
+    result = compile_program(job_of(recipe, chip), "train")
+    assert result.good, result
 
 
 def test_a_gather_of_everything_is_noticed():
