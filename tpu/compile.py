@@ -151,7 +151,7 @@ def make_job(config: Config, slice_name: str, layers: int | None = None) -> Job:
     model = model_shape(config, layers)
     mesh = make_mesh(config.mesh, slice_devices(slice_name))
     job = Job(config, model, slice_name, mesh)
-    share_of(config.rollout, job.hosts.count)
+    share_of(config.rollout, job.hosts.count)  # these two refuse what a run on the slice would
     rollout_mesh(mesh, job.hosts)
     return job
 

@@ -261,12 +261,21 @@ def rollout_weights(config: QwenConfig, mesh: Mesh, hosts: Hosts, dtype: str) ->
     return lambda params: jax.tree.map(own, gathered(params), local)
 
 
-def abstract_rollout_weights(params: Params, config: QwenConfig, own_mesh: Mesh, dtype: str) -> Params:
-    """What `rollout_weights` makes of weights for one of several processes, as `jax.ShapeDtypeStruct`s."""
+def abstract_rollout_weights(
+    params: Params, config: QwenConfig, own_mesh: Mesh, dtype: str, rules=ROLLOUT_RULES
+) -> Params:
+    """What `rollout_weights` makes of weights for one of several processes, as `jax.ShapeDtypeStruct`s.
+
+    Args:
+      params: the tree of the weights, or of their shapes.
+      own_mesh: the process's `rollout_mesh`.
+      dtype: of computation; norms and adapters keep theirs.
+      rules: how they lie; with `sharding.RULES` as the engine's copy does.
+    """
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         in_precision(params, dtype),
-        param_shardings(config, own_mesh, ROLLOUT_RULES),
+        param_shardings(config, own_mesh, rules),
     )
 
 

@@ -29,7 +29,7 @@ from mapo_jax.model import head, qwen
 from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
 from mapo_jax.model.backends import attention_name
 from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
-from mapo_jax.model.sharding import param_shardings, row_shards
+from mapo_jax.model.sharding import RULES, param_shardings, row_shards
 from mapo_jax.rollout.sizes import cache_bytes
 from mapo_jax.training.batch import microbatch_rows, row_lengths
 from mapo_jax.training.hosts import (
@@ -124,12 +124,7 @@ def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> 
         whole = _bytes(weights)
     if not share.copy_weights:
         return {f"weights of a host ({dtype})": whole} | found
-    shardings = param_shardings(model, own_mesh)
-    copy = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        qwen.in_precision(weights, dtype),
-        shardings,
-    )
+    copy = abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
     # What was gathered is let go before there are caches.
     more = max(0, whole - sum(found.values()))
     return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | found
