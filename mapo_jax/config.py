@@ -75,7 +75,7 @@ class RolloutConfig:
     top_k: int = 0  # must stay 0 in training
     max_reply_tokens: int = 32  # a reply longer than this is cut and marked truncated
     max_tokens: int = 448  # longest dialogue in tokens; also the length of the KV cache
-    copy_weights: bool = True  # the sampler casts a copy of the weights once; false: no copy, slower steps
+    copy_weights: bool | None = None  # sample with a copy, cast once: faster, but held; empty: on a CPU alone
     slots: int | None = None  # KV caches on the device, the others in host memory; empty: all of a step
     lanes: int | None = None  # dialogues that are decoded at once; empty: as many as `slots`
     history: str = "append"  # append: one growing row per dialogue; per_turn: one rendered row per turn
@@ -348,7 +348,8 @@ def _merge(base: DictConfig, update: dict, source: str) -> DictConfig:
         if key not in known:
             continue
         ill_typed = UserError(f"{source}: `{key}` must be {_type_name(key)}, not {value!r}")
-        if isinstance(value_of(Config(), key), bool) != isinstance(value, bool):
+        logical = _type_of(key) in (bool, bool | None)
+        if value is not None and isinstance(value, bool) != logical:
             raise ill_typed  # OmegaConf would take 3 for true and true for 1
         try:
             base = OmegaConf.merge(base, _nest(key, value))
@@ -361,10 +362,15 @@ def _under(section: str) -> list[str]:
     return [key for key in known_keys() if key.startswith(f"{section}.")]
 
 
-def _type_name(dotted: str) -> str:
+def _type_of(dotted: str) -> Any:
     section: Any = Config
     for name in dotted.split("."):
         section = get_type_hints(section)[name]
+    return section
+
+
+def _type_name(dotted: str) -> str:
+    section = _type_of(dotted)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     names |= {kind | None: f"{name} or null" for kind, name in names.items()}
     if section == list[float]:

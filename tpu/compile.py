@@ -218,7 +218,7 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
     for name, (function, arguments) in job.engine.abstract_programs(weights).items():
         kinds = {"cache": _bytes(arguments[1])}
         beside = held
-        if config.rollout.copy_weights or job.hosts.count > 1:
+        if job.engine.copy_weights or job.hosts.count > 1:
             kinds["copy of the weights"] = _bytes(arguments[0])
         else:
             kinds["weights"] = held["weights"]

@@ -38,7 +38,7 @@ from mapo_jax.model.qwen import Params, QwenConfig
 from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.programs import make_programs
 from mapo_jax.rollout.sampling import KEY_WORDS, Sampling
-from mapo_jax.rollout.sizes import cache_lengths, check_memory, check_sizes
+from mapo_jax.rollout.sizes import cache_lengths, check_memory, check_sizes, copies_weights
 
 
 class StaleSlot(RuntimeError):
@@ -114,7 +114,7 @@ class Engine:
         prefill_rows: int | None = None,
         chunk: int | None = None,
         block: int | None = None,
-        copy_weights: bool = True,
+        copy_weights: bool | None = None,
         dtype=jnp.float32,
         mesh: Mesh | None = None,
     ):
@@ -137,7 +137,8 @@ class Engine:
           block: decode steps on the device before the host looks; None: a sixteenth of the longest reply,
             but between 8 and 32.
           copy_weights: sample with a copy of the weights, cast and cut by layer once; else every step does
-            that on its way, and no second copy is held. What is computed is the same, bit for bit.
+            that on its way, and no second copy is held. What is computed is the same, bit for bit. None: a
+            copy on a CPU alone.
           dtype: of computation and cache.
           mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
             `tensor`.
@@ -160,7 +161,7 @@ class Engine:
         self.config = config
         self.slots = slots
         self.resident = resident
-        self.copy_weights = copy_weights
+        self.copy_weights = copies_weights(copy_weights, mesh)
         self.lanes = lanes
         self.length = length
         self.max_reply_tokens = max_reply_tokens

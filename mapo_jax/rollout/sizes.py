@@ -41,6 +41,16 @@ def cache_lengths(length: int) -> tuple[int, ...]:
     return tuple(sorted(lengths))
 
 
+def copies_weights(asked: bool | None, mesh: Mesh | None) -> bool:
+    """Whether the sampler makes a copy of the weights: as `rollout.copy_weights` asks, else on a CPU alone.
+
+    There the weights are few, and out of the stack of all layers XLA would copy each one at every step.
+    """
+    if asked is not None:
+        return asked
+    return (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform == "cpu"
+
+
 def check_sizes(
     config: QwenConfig,
     shards: int,

@@ -30,7 +30,7 @@ from mapo_jax.model.attention import causal_attention, query_block, rotary_angle
 from mapo_jax.model.backends import attention_name
 from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import RULES, param_shardings, row_shards
-from mapo_jax.rollout.sizes import cache_bytes
+from mapo_jax.rollout.sizes import cache_bytes, copies_weights
 from mapo_jax.training.batch import microbatch_rows, row_lengths
 from mapo_jax.training.hosts import (
     Hosts,
@@ -122,7 +122,7 @@ def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> 
     if hosts.count > 1:
         weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
         whole = _bytes(weights)
-    if not share.copy_weights:
+    if not copies_weights(share.copy_weights, own_mesh):
         return {f"weights of a host ({dtype})": whole} | found
     copy = abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
     # What was gathered is let go before there are caches.

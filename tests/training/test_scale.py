@@ -249,6 +249,9 @@ def test_of_several_processes_each_samples_on_its_own_devices():
         "KV caches (float32)": caches,
         "logits of the lanes": logits,
     }
+    # Not asked for: none on an accelerator, one on a CPU.
+    accelerators = make_mesh(MeshConfig(tensor=2), [Chip(i, i // 4, "tpu") for i in range(8)])
+    assert memory.forecast_memory(settings(), MODEL, accelerators).rollout == rollout
     # The copy is cut over the host's four chips; two of them cut nothing while the weights are gathered.
     rollout = memory.forecast_memory(settings(), MODEL, mesh).rollout
     assert rollout["copy of the weights (float32)"] == 4 * matrices / 4 + norms
