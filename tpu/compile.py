@@ -408,10 +408,20 @@ ENTRIES = (
     Entry("qwen3_32b_v5p", "v5p-32", _LORA),
     Entry("qwen3_8b_v5p", "v5p-16"),
     Entry("qwen3_32b_v5p", "v5p-64"),
-    Entry("qwen3_8b_v6e", "v5e-64"),
     Entry("qwen3_8b_v6e", "v6e-16", _LORA),
     Entry("qwen3_14b_v5p", "v5p-16", _LORA),
     Entry("qwen2.5_7b_v5p", "v5p-8", _LORA),
+    Entry("qwen3_8b_v6e", "v5e-128", ("rollout.scenarios=32", "training.minibatch_scenarios=16")),
+    Entry("qwen3_8b_v6e", "v6e-16"),
+    Entry("qwen3_14b_v5p", "v5p-16"),
+    Entry("qwen2.5_7b_v5p", "v5p-8"),
+    Entry("qwen3_14b_v5p", "v6e-64", ("mesh.tensor=4",)),
+    Entry("qwen2.5_7b_v5p", "v6e-16", ("mesh.tensor=4",)),
+    Entry("qwen3_8b_v6e", "v5e-64", _LORA),
+    Entry("qwen3_14b_v5p", "v6e-16", ("mesh.tensor=4", *_LORA)),
+    Entry("qwen3_32b_v6e", "v6e-128", _LORA),
+    Entry("qwen3_8b_v5p", "v5p-8", _LORA),
+    Entry("qwen2.5_7b_v5p", "v6e-8", ("mesh.tensor=4", *_LORA)),
 )
 
 
