@@ -12,8 +12,10 @@ speaking. Compared are a block of 8 decode steps
 
 and the cache's layout: keys by feature, [K, G, E, C], with values [K, G, C, E] (ours on a CPU); both with
 positions before features, [K, G, C, E] (ours elsewhere); or both with positions before heads, [K, C, G, E].
-The first also with attention that leaves out what no dialogue has reached yet: PART tokens at a time, as many
-parts as are in use, with a running maximum. All take turns, round after round; medians count.
+The first also with attention that leaves out what no dialogue has reached yet, PART tokens at a time, as many
+parts as are in use, with a running maximum; and with scores as a sum over features, written out, instead of
+matrix products, which XLA's CPU backend computes one by one on one core. All take turns, round after round;
+medians count. Last comes how many cores one layer's attention keeps busy.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from mapo_jax.rollout.programs import generate, park, restore
 from mapo_jax.rollout.sampling import Sampling
 
 BLOCK, LENGTHS, PART = 8, (256, 384), 128
+OURS, WRITTEN_OUT = "layer, keys [K, G, E, C]", "layer, the first, scores written out"
 BY_FEATURE = jax.devices()[0].platform == "cpu"  # as the engine does
 OPTIONS = dict(
     config=SHAPE,
@@ -112,17 +115,21 @@ def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
     rows, share = jnp.arange(lanes), heads // groups
     allowed = jnp.arange(length) <= length - BLOCK
 
-    def attend(cache, query, scores: str, values: str):
+    def attend(cache, query, scores: str | None, values: str):
         keys, entries = cache
         query = query.reshape(lanes, groups, share, size)
-        weights = jax.nn.softmax(jnp.where(allowed, jnp.einsum(scores, query, keys), -1e30), axis=-1)
+        if scores is None:
+            found = sum(query[..., e, None] * keys[:, :, None, e] for e in range(size))
+        else:
+            found = jnp.einsum(scores, query, keys)
+        weights = jax.nn.softmax(jnp.where(allowed, found, -1e30), axis=-1)
         return jnp.einsum(values, weights, entries).reshape(lanes, heads, size)
 
-    def by_feature(cache, query, position):
+    def by_feature(cache, query, position, scores="kgse,kgec->kgsc"):
         keys, values = cache
         keys = keys.at[rows, :, :, position].set(query[:, :groups])
         values = values.at[rows, :, position].set(query[:, :groups])
-        return (keys, values), attend((keys, values), query, "kgse,kgec->kgsc", "kgsc,kgce->kgse")
+        return (keys, values), attend((keys, values), query, scores, "kgsc,kgce->kgse")
 
     def inner(cache, query, position):
         cache = tuple(array.at[rows, :, position].set(query[:, :groups]) for array in cache)
@@ -170,9 +177,10 @@ def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
 
     inside, outside = (lanes, groups, length, size), (lanes, length, groups, size)
     return {
-        "layer, keys [K, G, E, C]": block(by_feature, (lanes, groups, size, length), inside),
+        OURS: block(by_feature, (lanes, groups, size, length), inside),
         "layer, [K, G, C, E]": block(inner, inside, inside),
         "layer, [K, C, G, E]": block(outer, outside, outside),
+        WRITTEN_OUT: block(functools.partial(by_feature, scores=None), (lanes, groups, size, length), inside),
         "layer, the first, in parts": block(in_parts, (lanes, groups, size, length), inside),
         "layer, the first, one part in use": block(in_parts, (lanes, groups, size, length), inside, PART),
     }
@@ -201,6 +209,12 @@ def main() -> int:
                     times[name].append(time.perf_counter() - started)
         for name, values in times.items():
             found.setdefault(name, []).append(f"{1e3 * statistics.median(values):.1f}")
+        for name in (OURS, WRITTEN_OUT):
+            started, worked = time.perf_counter(), time.process_time()
+            for _ in range(10 * options.rounds):
+                blocks[name]()
+            cores = (time.process_time() - worked) / (time.perf_counter() - started)
+            found.setdefault(f"cores busy: {name}", []).append(f"{cores:.1f}")
     for name, cells in found.items():
         table.add_row(name, *cells)
     Console(highlight=False).print(table)

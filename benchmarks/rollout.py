@@ -1,6 +1,7 @@
 """Multi-turn rollout: our engine against transformers and Tunix, and against its own lock-step batch.
 
     python benchmarks/rollout.py [--rounds 3] [--peers transformers tunix] [--json FILE]
+    python benchmarks/rollout.py --sizes    the ragged work alone, with other lanes and blocks
 
 Reference work: a Qwen3 of 4.2 M random parameters (hidden 256, 4 layers, 8/4 heads of 32, MLP 768,
 vocabulary 4,096), float32; 32 dialogues of 6 turns, a first prompt of 64 tokens, user turns of 24, replies
@@ -31,8 +32,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -236,6 +238,61 @@ def continuous(engine: Engine, latency: float) -> int:
     return asyncio.run(run())
 
 
+def sizes(params, length: int, rounds: int, console: Console) -> None:
+    """The ragged work with other lanes and blocks, and where its time goes."""
+    lines = [(lanes, block, continuous) for lanes in (16, 24, 32, 48, 64) for block in (4, 8, 16)]
+    lines.append((RAGGED, REPLY, lockstep))
+    engines = [
+        make_engine(params, slots=RAGGED, lanes=lanes, block=block, length=length)
+        for lanes, block, _ in lines
+    ]
+    found: list[list[tuple[float, ...]]] = [[] for _ in lines]
+    for number in range(rounds + 1):
+        for engine, (lanes, _, work), values in zip(engines, lines, found, strict=True):
+            before, decoding = replace(engine.counts), Stopwatch()
+            with decoding.around(engine, "_decode"):
+                started = time.perf_counter()
+                sampled = work(engine, 0)
+                seconds = time.perf_counter() - started
+            steps = engine.counts.since(before).steps
+            busy, step = sampled / (steps * lanes), decoding.seconds / steps
+            if number:
+                values.append(
+                    (sampled / seconds, steps, 100 * busy, 1e3 * step, 100 * step * steps / seconds)
+                )
+    shown = Table(title="the ragged work", title_justify="left")
+    for heading in ("lanes", "block", "tokens/s", "decode steps", "lanes busy", "ms a step", "decoding"):
+        shown.add_column(heading, justify="right")
+    for (lanes, block, work), values in zip(lines, found, strict=True):
+        speed, steps, busy, step, share = map(statistics.median, zip(*values, strict=True))
+        name = "lock step" if work is lockstep else str(block)
+        cells = (f"{speed:,.0f}", f"{steps:.0f}", f"{busy:.0f} %", f"{step:.1f}", f"{share:.0f} %")
+        shown.add_row(str(lanes), name, *cells)
+    console.print(shown)
+
+
+class Stopwatch:
+    """Time spent in a method."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    @contextmanager
+    def around(self, owner, name: str) -> Iterator[None]:
+        method = getattr(owner, name)
+
+        def timed(*arguments):
+            started = time.perf_counter()
+            try:
+                return method(*arguments)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        setattr(owner, name, timed)
+        yield
+        delattr(owner, name)
+
+
 # --- The run. ---
 
 
@@ -283,12 +340,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
     parser.add_argument("--peers", nargs="*", default=["transformers", "tunix"], help="which to compare with")
     parser.add_argument("--json", type=Path, help="file for the ratios")
+    parser.add_argument("--sizes", action="store_true", help="the ragged work with other lanes and blocks")
     options = parser.parse_args()
     prepare_jax()  # as the commands do; transformers shares it
     console = Console(highlight=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     console.print(f"Qwen3 of {parameter_count(SHAPE):,} parameters on {jax.devices()[0]}, {cores} cores")
     params = init_params(SHAPE, seed=0)
+    longest = max(sum(map(sum, dialogue)) for dialogue in ragged_dialogues())
+    if options.sizes:
+        sizes(params, longest, options.rounds, console)
+        return 0
     work: dict[str, Callable[[], int]] = {}
     left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, CompileCounter() as compiled:
@@ -304,7 +366,6 @@ def main() -> int:
                 work |= peer(Path(folder))
             except Exception as error:
                 left_out[name] = f"{type(error).__name__}: {error}"
-        longest = max(sum(map(sum, dialogue)) for dialogue in ragged_dialogues())
         ours = make_engine(params, slots=RAGGED, lanes=LANES, length=longest)
         narrow = make_engine(params, slots=RAGGED, resident=RESIDENT, length=longest)
         together = make_engine(params, slots=RAGGED, block=REPLY, length=longest)
