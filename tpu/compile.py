@@ -434,6 +434,8 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
       Whether everything compiles and fits.
     """
     known = json.loads(file.read_text()) if file.exists() else {}
+    wanted = {f"{entry.command} {program}" for entry in ENTRIES for program in PROGRAMS}
+    known = {key: result for key, result in known.items() if key in wanted}
     made_by = _made_by()  # before `file` changes
     for entry in ENTRIES:
         config = load_config(FOLDER.parent / "configs" / f"{entry.recipe}.yaml", entry.overrides)
@@ -497,22 +499,21 @@ def table_text(known: dict[str, Any]) -> str:
         "| compiled in | at least |",
         "|---|---|---|---:|---:|---:|---:|---|---:|---:|",
     ]
-    for entry in ENTRIES:
-        for program in PROGRAMS:
-            result = _result(known, entry, program)
-            if result is None:
-                lines.append(f"| {entry.recipe} | {entry.slice} | {program} | | | | | not compiled yet | | |")
-                continue
-            held = result.arguments | result.beside
-            state = ("weights", "moments", "reference", "copy of the weights")
-            lines.append(
-                f"| {entry.recipe} | {entry.slice} | {program} "
-                f"| {_gib(sum(held.get(kind, 0) for kind in state))} "
-                f"| {_gib(held.get('cache', 0))} | {_gib(result.temporary)} "
-                f"| {_gib(result.bytes) if result.compiled else ''}, {_gib(result.memory)} "
-                f"| {'yes' if result.fits else 'no'} | {result.seconds:.0f} s "
-                f"| {max(result.bounds.values()):.3f} s |"
-            )
+    for entry, program in itertools.product(ENTRIES, PROGRAMS):
+        name = f"| {', '.join([entry.recipe, *entry.overrides])} | {entry.slice} | {program} "
+        result = _result(known, entry, program)
+        if result is None:
+            lines.append(f"{name}| | | | | not compiled yet | | |")
+            continue
+        held = result.arguments | result.beside
+        state = ("weights", "moments", "reference", "copy of the weights")
+        lines.append(
+            f"{name}| {_gib(sum(held.get(kind, 0) for kind in state))} "
+            f"| {_gib(held.get('cache', 0))} | {_gib(result.temporary)} "
+            f"| {_gib(result.bytes) if result.compiled else ''}, {_gib(result.memory)} "
+            f"| {'yes' if result.fits else 'no'} | {result.seconds:.0f} s "
+            f"| {max(result.bounds.values()):.3f} s |"
+        )
     made = sorted({entry["made_by"] for entry in known.values()})
     lines += ["", f"Compiled by {'; '.join(made)}. The command of each line:", ""]
     lines += [f"- `{entry.command}`" for entry in ENTRIES]

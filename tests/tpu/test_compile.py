@@ -141,6 +141,7 @@ class TestTable:
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
         line = next(line for line in text.splitlines() if line.startswith(f"| {ENTRIES[0].recipe} "))
         assert "| 3.00 GiB | " in line and "| 7.00 GiB, 100.00 GiB | yes | 12 s | 1.500 s |" in line
+        assert "| qwen3_32b_v5p, lora.rank=32 | v5p-32 | train | | |" in text
         assert "not compiled yet" in text and ENTRIES[0].command in text and "commit abc" in text
 
     def test_a_file_without_markers_is_refused(self, tmp_path):
