@@ -194,7 +194,9 @@ def starting_policy(
     begun = (folder / MODEL_FOLDER / "config.json").exists() and bool(whole_steps(folder))
     if hosts.exchange("begun", begun)[0]:
         # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
-        return read_policy(folder, config.rollout), None
+        policy = read_policy(folder, config.rollout)
+        check_memory(config, policy.config, mesh)  # it may go on with fewer devices
+        return policy, None
     path = config.model.path or warm_start(config, mesh, stop, console, hosts)
     check_memory(config, model_shape(config), mesh)
     lora = adapters(config.lora)

@@ -345,9 +345,9 @@ def converse(
         return dialogues, None
 
     dialogues, failing = run.hosts.together(name, hold)
+    engine.unload()  # the update needs the memory
     if words := next(filter(None, run.hosts.exchange("the world", failing)), None):
         raise WorldFailing(words)
-    engine.unload()  # the update needs the memory
     return dialogues
 
 
@@ -389,11 +389,11 @@ def write_dialogues(run: Run, file: Path, dialogues: list[list[Dialogue]]) -> No
 @phase("warm_up")
 def warm_up(run: Run, state: TrainState) -> None:
     """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
-    weights = run.sampling_weights(state.weights)
     for engine in dict.fromkeys((run.engine, run.evaluator)):
         run.display.phase("compiling")
-        engine.load(weights, -1)
+        engine.load(run.sampling_weights(state.weights), -1)
         engine.warm_up()
+        engine.unload()  # a large model's memory holds the weights of one engine, and not of two
         run.hosts.together("compiling", run.stop.check)
 
 

@@ -1,10 +1,15 @@
-"""Every recipe in configs/ is a configuration that loads."""
+"""Every recipe in configs/ is a configuration that loads, and that of the paper where it says so."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from mapo_jax.config import load_config
+from mapo_jax.model.sharding import make_mesh
+from mapo_jax.training.memory import forecast_memory
+from tpu.shapes import model_shape
 
 CONFIGS = [
     path
@@ -21,3 +26,61 @@ def test_a_recipe_loads_and_opens_with_its_command(path):
     for word in ("Hardware:", "Cost:", "Expect:"):
         assert word in head
     assert config.environment.family == "live"
+
+
+# Of the paper's training: scenarios, rollouts, scenarios of a mini-batch, most and fewest turns, temperature.
+SMALLER, LARGEST = (16, 4, 8, 15, 8, 1.0), (32, 4, 16, 20, 12, 0.8)
+# A scenario is not split over hosts, and a v6e-256 has 64 of them.
+ON_64_HOSTS = (64, 4, 32, 20, 12, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("qwen2.5_7b_v5p", SMALLER),
+        ("qwen3_8b_v5p", SMALLER),
+        ("qwen3_8b_v6e", SMALLER),
+        ("qwen3_14b_v5p", SMALLER),
+        ("qwen3_32b_v5p", LARGEST),
+        ("qwen3_32b_v6e", ON_64_HOSTS),
+    ],
+)
+def test_a_tpu_recipe_has_the_papers_settings(name, sizes):
+    config = load_config(next(path for path in CONFIGS if path.stem == name))
+    rollout, training, optimizer = config.rollout, config.training, config.optimizer
+    assert sizes == (
+        rollout.scenarios,
+        rollout.rollouts,
+        training.minibatch_scenarios,
+        rollout.max_turns,
+        rollout.min_turns,
+        rollout.temperature,
+    )
+    assert (rollout.top_p, rollout.top_k) == (1.0, 0)
+    assert rollout.max_tokens >= 25_000
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (1e-6, 0.1, 1.0)
+    assert (optimizer.schedule, optimizer.warmup) == ("cosine", 0.05)
+    # Two passes over the 727 scenarios of the paper, as far as whole steps go.
+    assert abs(training.steps * rollout.scenarios - 2 * 727) < rollout.scenarios
+    assert (config.algorithm.estimator, config.algorithm.kl_coefficient) == ("mapo", 0.0)
+    assert config.environment.user.model == config.environment.judge.model == "Qwen3-235B-A22B-Instruct-2507"
+    assert config.environment.user.temperature == config.environment.judge.temperature == 1.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a forecast asks of a device."""
+
+    id: int = 0
+    process_index: int = 0
+    platform: str = "gpu"
+
+
+@pytest.mark.parametrize("name", ["qwen3_0.6b_gpu", "qwen3_4b_gpu", "qwen3_8b_lora_gpu"])
+def test_a_gpu_recipe_fits_the_gpu_that_it_names(name):
+    """With the three quarters of its memory that jax takes unless it is told otherwise."""
+    path = next(path for path in CONFIGS if path.stem == name)
+    size = re.search(r"one NVIDIA GPU of (\d+) GB", path.read_text())
+    config = load_config(path)
+    forecast = forecast_memory(config, model_shape(config), make_mesh(config.mesh, [Gpu()]))
+    assert forecast.most < 0.75 * 1e9 * int(size[1])

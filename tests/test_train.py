@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +30,43 @@ from mapo_jax.training.interruption import StopRequest
 from mapo_jax.training.metrics import METRICS_FILE
 
 STEPS = 4
+
+
+def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
+    """The engines of a 32B model sample at two temperatures, and a host has no room for its weights twice."""
+
+    class Weights:
+        pass
+
+    class Engine:
+        def load(self, weights, version):
+            self.weights = weights
+
+        def warm_up(self):
+            assert len(alive) == 1
+
+        def unload(self):
+            self.weights = None
+
+    alive = weakref.WeakSet()
+
+    def sampling_weights(params):
+        assert not alive
+        weights = Weights()
+        alive.add(weights)
+        return weights
+
+    run = SimpleNamespace(
+        engine=Engine(),
+        evaluator=Engine(),
+        sampling_weights=sampling_weights,
+        display=SimpleNamespace(phase=lambda name: None),
+        hosts=SimpleNamespace(together=lambda name, check: check()),
+        stop=SimpleNamespace(check=lambda: None),
+        phases=lambda name: contextlib.nullcontext(),
+    )
+    train.warm_up(run, SimpleNamespace(weights=None))
+    assert not alive
 
 
 @pytest.fixture(scope="module")

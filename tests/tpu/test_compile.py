@@ -1,6 +1,8 @@
 """The programs of every TPU recipe, with two layers of full width, compiled for chips that are not here."""
 
 import importlib.util
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -8,9 +10,10 @@ import pytest
 
 from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
-from mapo_jax.model.sharding import MESH_AXES
+from mapo_jax.model.qwen import parameter_count
+from mapo_jax.model.sharding import MESH_AXES, make_mesh
 from mapo_jax.training.memory import forecast_memory
-from tpu.shapes import SHAPES
+from tpu.shapes import SHAPES, model_shape
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CHIPS = ("v5e", "v5p", "v6e")
@@ -74,6 +77,68 @@ def test_a_recipes_update_compiles_for_every_chip(recipe, chip):
     assert result.good, result
 
 
+@dataclass(frozen=True)
+class Chip:
+    """What a mesh and its forecast ask of a device."""
+
+    id: int
+    process_index: int
+    platform: str = "tpu"
+
+
+def forecast_and_compiled():
+    from tpu.compile import ENTRIES, RESULTS
+
+    known = json.loads(RESULTS.read_text())
+    for entry in ENTRIES:
+        if found := known.get(f"{entry.command} train"):
+            yield pytest.param(entry, found, id=" ".join([entry.recipe, entry.slice, *entry.overrides]))
+
+
+@pytest.mark.parametrize(("entry", "found"), forecast_and_compiled())
+def test_the_forecast_of_an_update_is_near_what_the_compiler_said(entry, found):
+    kind, size = entry.slice.split("-")
+    count = int(size) // 2 if kind == "v5p" else int(size)
+    hosts = 1 if count <= 8 and kind != "v5p" else count // 4
+    config = load_config(CONFIGS / f"{entry.recipe}.yaml", entry.overrides)
+    mesh = make_mesh(config.mesh, [Chip(chip, chip * hosts // count) for chip in range(count)])
+    forecast = forecast_memory(config, model_shape(config), mesh)
+    expected = sum((forecast.held | forecast.update).values())
+    compiled = sum(found["arguments"].values()) + sum(found["beside"].values()) + found["temporary"]
+    assert expected == pytest.approx(compiled, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes", "attention", "head_passes"),
+    [
+        ([], 4, 4, 4),
+        (["model.remat=minimal"], 3, 4, 4),
+        (["model.remat=none"], 3, 3, 4),
+        (["lora.rank=4"], 3, 4, 3),
+    ],
+)
+def test_bounds_of_an_update(overrides, passes, attention, head_passes):
+    """By hand: 8 rows of 256 tokens, 64 of them of the loss, in four micro-batches on two by four chips."""
+    from tpu.compile import Job, bounds
+
+    config = load_config(CONFIGS / "qwen3_8b_v5p.yaml", [*SMALL, "mesh.tensor=4", *overrides])
+    config = replace(config, training=replace(config.training, microbatch_tokens=256))
+    model = model_shape(config)
+    found = bounds(Job(config, model, "v5p-16", jax.sharding.AbstractMesh((1, 2, 4), MESH_AXES)), "train")
+    adapters = parameter_count(model) - parameter_count(replace(model, lora=None))
+    head = 151_936 * 4096
+    # Queries and what comes back from the heads, keys and values, the MLP; the norms, of two widths.
+    layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 12_288) + 2 * 4096 + 2 * 128
+    body = 36 * layer + 4096 + adapters
+    operations = 8 * (
+        passes * 2 * body * 256 + attention * 36 * 2 * 256**2 * 4096 + head_passes * 2 * head * 64
+    )
+    assert found["operations"] == pytest.approx(operations / 8 / 459e12, rel=1e-9)
+    trained = adapters or body + 2 * head
+    moved = 4 * 2 * 2 * (body + head) / 4 + 24 * trained / 8
+    assert found["bytes"] == pytest.approx(moved / 2765e9, rel=1e-9)
+
+
 def test_a_gather_of_everything_is_noticed():
     """By size, whatever the shape; weights are no activations."""
     from tpu.compile import Job, unwanted_gathers
@@ -91,6 +156,17 @@ def test_a_gather_of_everything_is_noticed():
     reduced = Collective("all-reduce", "bf16", (4, 1024, 5120))
     found = unwanted_gathers(job, "train", [everything, logits, part, weights, reduced])
     assert found == ["bf16[2, 2, 1024, 5120]", "f32[2, 256, 4, 37984]"]
+
+
+@pytest.mark.aot
+@needs_libtpu
+@pytest.mark.parametrize("chip", CHIPS)
+def test_an_update_of_adapters_compiles(chip):
+    from tpu.compile import compile_program
+
+    result = compile_program(job_of("qwen3_8b_v6e", chip, "lora.rank=32"), "train")
+    assert result.good, result
+    assert result.arguments["moments"] < result.arguments["weights"] / 20
 
 
 @pytest.mark.aot
