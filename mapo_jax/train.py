@@ -39,7 +39,7 @@ from mapo_jax.rollout.journal import Journal
 from mapo_jax.run import Run, begin, cards, prepare, progress, scenario_deck
 from mapo_jax.training import batch as rows
 from mapo_jax.training.display import results_table, transcript
-from mapo_jax.training.forecast import forecast
+from mapo_jax.training.forecast import check_update, forecast
 from mapo_jax.training.hosts import Hosts, join
 from mapo_jax.training.interruption import Interrupted, StopRequest
 from mapo_jax.training.phases import phase
@@ -388,13 +388,15 @@ def write_dialogues(run: Run, file: Path, dialogues: list[list[Dialogue]]) -> No
 
 @phase("warm_up")
 def warm_up(run: Run, state: TrainState) -> None:
-    """Compiles the sampler's programs before the first dialogue, so that no step waits for one."""
+    """Compiles the sampler's programs before the first dialogue, so that no step waits for one; and on an
+    accelerator the longest update, so that what does not fit costs no dialogue."""
     for engine in dict.fromkeys((run.engine, run.evaluator)):
         run.display.phase("compiling")
         engine.load(run.sampling_weights(state.weights), -1)
         engine.warm_up()
         engine.unload()  # a large model's memory holds the weights of one engine, and not of two
         run.hosts.together("compiling", run.stop.check)
+    check_update(run.update, state, run.config, run.mesh)
 
 
 def count_lost_time(run: Run) -> None:

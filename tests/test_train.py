@@ -13,6 +13,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -64,6 +65,9 @@ def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
         hosts=SimpleNamespace(together=lambda name, check: check()),
         stop=SimpleNamespace(check=lambda: None),
         phases=lambda name: contextlib.nullcontext(),
+        update=None,
+        config=None,
+        mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), "x"),
     )
     train.warm_up(run, SimpleNamespace(weights=None))
     assert not alive

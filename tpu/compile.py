@@ -42,14 +42,13 @@ from mapo_jax.files import write_whole
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import (
     MESH_AXES,
-    batch_sharding,
     host_order,
     make_mesh,
     param_shardings,
     row_shards,
 )
 from mapo_jax.rollout.engine import Engine
-from mapo_jax.training.batch import Batch, microbatch_rows, row_lengths
+from mapo_jax.training.batch import microbatch_rows, row_lengths
 from mapo_jax.training.hosts import (
     Hosts,
     abstract_rollout_weights,
@@ -58,7 +57,7 @@ from mapo_jax.training.hosts import (
     share_of,
 )
 from mapo_jax.training.policy import engine_for
-from mapo_jax.training.programs import make_programs, minibatch_rows
+from mapo_jax.training.programs import abstract_batch, make_programs, minibatch_rows
 from mapo_jax.training.step import abstract_state
 from tpu.hlo import KINDS, Collective, collectives
 from tpu.shapes import STOP_IDS, TOKENIZER_IDS, model_shape
@@ -205,7 +204,7 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
         shardings=param_shardings(model, mesh),
         reference=config.algorithm.kl_coefficient > 0,
     )
-    batch = _abstract_batch(config, mesh)
+    batch = abstract_batch(config, mesh)
     held = {
         "weights": _bytes(state.weights),
         "moments": _bytes(state.opt_state),
@@ -225,16 +224,6 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
             beside = {kind: size for kind, size in held.items() if kind != "weights"}
         found[name] = (function, arguments, kinds, beside)
     return found
-
-
-def _abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    shape = (minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
-    kinds = dict(
-        tokens=jnp.int32, positions=jnp.int32, mask=jnp.bool_,
-        sampler_logprobs=jnp.float32, old_logprobs=jnp.float32, advantages=jnp.float32,
-    )  # fmt: skip
-    place = batch_sharding(mesh)
-    return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()})
 
 
 def _bytes(tree: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from mapo_jax.config import Config, FreshModelConfig, to_yaml
@@ -16,7 +17,8 @@ from mapo_jax.model.sharding import make_mesh, sharding_table
 from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER
 from mapo_jax.training.memory import GIB, Forecast, device_memory, forecast_memory
 from mapo_jax.training.policy import MODEL_FOLDER, adapters
-from mapo_jax.training.programs import check_rows
+from mapo_jax.training.programs import abstract_batch, check_rows
+from mapo_jax.training.step import TrainState
 
 
 def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> QwenConfig:
@@ -123,6 +125,29 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
             f"moments) and has {limit / GIB:.1f} GiB; lower rollout.slots or rollout.max_tokens, set "
             f"rollout.copy_weights=false, or raise mesh.tensor, which is {mesh.shape['tensor']}"
         )
+
+
+def check_update(update: jax.stages.Wrapped, state: TrainState, config: Config, mesh: Mesh) -> None:
+    """Compiles the update of the longest rows where memory is the device's own: before any dialogue is held.
+
+    The first update finds it in the compilation cache.
+
+    Raises:
+      UserError: it does not fit; the compiler's figures, and what to change.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        return
+    batch = abstract_batch(config, mesh)
+    try:
+        update.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"an update of rows of {batch.tokens.shape[1]} tokens does not fit a device: "
+            f"{' '.join(str(error).split())[:300]}; lower training.microbatch_tokens or rollout.max_tokens, "
+            "set model.remat=block, or use more devices"
+        ) from error
 
 
 def model_shape(config: Config) -> QwenConfig:

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mapo_jax.config import Config
 from mapo_jax.errors import UserError
 from mapo_jax.model.backends import row_attention
 from mapo_jax.model.qwen import QwenConfig
-from mapo_jax.model.sharding import param_shardings, row_shards
+from mapo_jax.model.sharding import batch_sharding, param_shardings, row_shards
+from mapo_jax.training.batch import Batch, row_lengths
 from mapo_jax.training.step import Optimizer, Scoring, Update, make_optimizer, make_scorer, make_update
 
 
@@ -73,6 +76,17 @@ def check_rows(config: Config, mesh: Mesh) -> None:
             f"spread evenly over the {shards} devices of mesh.data={mesh.shape['data']} x "
             f"mesh.fsdp={mesh.shape['fsdp']}; make it a multiple of {shards}, or use more of mesh.tensor"
         )
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """A mini-batch of the longest rows, as `jax.ShapeDtypeStruct`s in their places."""
+    shape = (minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
+    kinds = dict(
+        tokens=jnp.int32, positions=jnp.int32, mask=jnp.bool_,
+        sampler_logprobs=jnp.float32, old_logprobs=jnp.float32, advantages=jnp.float32,
+    )  # fmt: skip
+    place = batch_sharding(mesh)
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()})
 
 
 def minibatch_rows(config: Config) -> int:

@@ -10,6 +10,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import pytest
 
 from mapo_jax.config import MeshConfig, load_config
@@ -213,6 +214,25 @@ def test_what_does_not_fit_is_said_with_figures_before_anything_is_spent(monkeyp
         forecast.check_memory(config, MODEL, mesh)
     monkeypatch.setattr(forecast, "device_memory", lambda mesh: needed)
     forecast.check_memory(config, MODEL, mesh)
+
+
+def test_an_update_that_an_accelerator_cannot_hold_is_said_before_the_first_dialogue():
+    asked = []
+
+    class Update:
+        def lower(self, state, batch):
+            asked.append(batch)
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: it takes 81 GiB of 79")
+
+    accelerator = make_mesh(MeshConfig(), [Chip(0, 0, "gpu")])
+    with pytest.raises(UserError, match=r"rows of 256 tokens .* takes 81 GiB of 79; lower training\.micro"):
+        forecast.check_update(Update(), None, settings(), accelerator)
+    assert asked[0].tokens.shape == (8, 256)
+    forecast.check_update(Update(), None, settings(), make_mesh(MeshConfig(), [Chip(0, 0)]))
+    assert len(asked) == 1  # a CPU has the machine's memory, and starts at once
 
 
 def test_the_table_of_memory_names_every_kind():
