@@ -10,14 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from mapo_jax import train
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import distance
-from mapo_jax.model.huggingface import save_params, write_config
-from mapo_jax.model.qwen import QwenConfig, init_params
+from mapo_jax.model.huggingface import read_config, save_params, write_config
+from mapo_jax.model.qwen import QwenConfig, init_params, parameter_shapes
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 from mapo_jax.training.checkpoint import read_progress, whole_steps
@@ -374,6 +375,12 @@ def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path
     lines = capsys.readouterr().out.splitlines()
     figures = {line.split()[0]: line.replace(",", "").split()[2:] for line in lines if line.count(" m ") == 1}
     assert any("the user has no price" in line for line in lines)
+    # Every parameter's place is there: its sizes, the mesh axes that cut them, and what a device has.
+    shapes = jax.tree_util.tree_leaves_with_path(parameter_shapes(read_config(model_folder)))
+    for path, shape in shapes:
+        name = "/".join(key.key for key in path)
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        assert line.split("=")[1].split() == " x ".join(map(str, shape.shape)).split(), line
     # 132 calls at two a minute.
     assert any("the director's limits per minute let this through in 1.1 hours" in line for line in lines)
     # By hand: 10 steps x 6 dialogues and 3 evaluations x 2: 66 dialogues of 3 turns; 2 x 10 + 3 x 2 openings;

@@ -113,6 +113,47 @@ def test_every_mesh_learns_what_one_device_learns():
     assert run(script, JAX_DISABLE_MOST_OPTIMIZATIONS="1").count("curves apart") == 4
 
 
+def test_splash_on_a_mesh_equals_xla_on_one_device():
+    """Interpreted; 2 x 2 x 2 devices, of which two share a row's heads. Ragged blocks, two texts in a row."""
+    script = """
+        import jax, jax.numpy as jnp, numpy as np
+        from mapo_jax.config import MeshConfig
+        from mapo_jax.model import backends
+        from mapo_jax.model.attention import causal_attention
+        from mapo_jax.model.qwen import QwenConfig
+        from mapo_jax.model.sharding import make_mesh
+
+        config = QwenConfig(
+            vocab_size=8, hidden_size=32, intermediate_size=8, num_layers=1,
+            num_heads=8, num_kv_heads=4, head_dim=16,
+        )
+        backends.SPLASH_BLOCK = 128
+        splash = backends.row_attention("splash", make_mesh(MeshConfig(2, 2, 2)), config, "float32")
+        numbers = np.random.default_rng(0)
+        *inputs, weights = (
+            numbers.normal(size=(4, 200, heads, 16)).astype(np.float32) for heads in (8, 4, 4, 8)
+        )
+        two = np.where(np.arange(200) < 70, 0, 1) * np.array([[0], [1], [0], [1]])
+
+        def value_and_gradient(attend, segments):
+            def total(inputs):
+                output = attend(*inputs, segments)
+                return jnp.sum(output * weights), output
+
+            return jax.jit(jax.value_and_grad(total, has_aux=True))(inputs)
+
+        for segments in (None, two):
+            (_, found), gradient = value_and_gradient(splash, segments)
+            (_, expected), right = value_and_gradient(causal_attention, segments)
+            # As on one device: up to 200 terms of order 1, added up in another order.
+            np.testing.assert_allclose(found, expected, atol=2e-6)
+            for one, other in zip(gradient, right, strict=True):
+                np.testing.assert_allclose(one, other, atol=2e-5)
+        print("equal", len(found.sharding.device_set))
+    """
+    assert run(script).strip() == "equal 8"
+
+
 MODEL = QwenConfig(
     vocab_size=1024,
     hidden_size=128,
