@@ -35,6 +35,7 @@ from mapo_jax.rollout.sizes import cache_bytes
 QWEN3 = dict(num_kv_heads=8, head_dim=128, vocab_size=151_936, max_position_embeddings=40_960)
 SHAPES = {
     "0.6b": QwenConfig(hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, **QWEN3),
+    "1.7b": QwenConfig(hidden_size=2048, intermediate_size=6144, num_layers=28, num_heads=16, **QWEN3),
     "4b": QwenConfig(hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, **QWEN3),
     "tiny": QwenConfig(
         hidden_size=64,

@@ -12,7 +12,9 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["decode", "hosts", "lanes", "memory", "report", "rollout", "seeds"])
+@pytest.mark.parametrize(
+    "name", ["decode", "hosts", "lanes", "memory", "report", "rollout", "seeds", "update"]
+)
 def test_it_starts_where_only_the_requirements_are_installed(name, tmp_path):
     command = [sys.executable, BENCHMARKS / f"{name}.py", "--help"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -60,3 +62,21 @@ def test_published_shapes(decode):
 def test_no_room(decode):
     with pytest.raises(SystemExit, match="no room"):
         decode.measure(decode.SHAPES["tiny"], {}, 2, 12, 2, 4)
+
+
+def test_update(tmp_path):
+    """Its FLOPs by hand, and a peer that cannot be had is named."""
+    command = [sys.executable, BENCHMARKS / "update.py", "--json", tmp_path / "update.json"]
+    options = "--shape tiny --length 256 --attention xla cudnn --updates 1 --matrix 64"
+    done = subprocess.run([*command, *options.split()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "update.json").read_text())
+    (row,), (left_out,) = result["rows"], result["left_out"]
+    # Per layer q and o 64 x 64, k and v 64 x 32, MLP 3 x 64 x 128; 512 tokens. Two products of 4 heads of 16
+    # with half of all pairs; the head for 256 tokens. Forward once, backward twice.
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    pairs = 2 * 256 * 257 // 2
+    flops = 3 * (2 * weights * 512 + 2 * 2 * 2 * 4 * 16 * pairs + 2 * 64 * 512 * 256)
+    assert row["flops"] == pytest.approx(flops)
+    assert row["mfu"] == pytest.approx(flops / row["seconds"] / result["flops_per_second"])
+    assert left_out["attention"] == "cudnn" and "runs on GPUs" in left_out["reason"]
