@@ -1,6 +1,7 @@
 """Compiles a recipe's programs for a TPU slice on a machine without one: do they fit, what would they take?
 
     python -m tpu.compile --config configs/qwen3_32b_v5p.yaml --slice v5p-128 [key=value ...]
+    python -m tpu.compile --config ... --slice ... --forecast     in seconds, from formulas
     python -m tpu.compile --all       compiles what tpu/compiled.json lacks of ENTRIES, and rewrites the table
 
 Needs libtpu (requirements-tpu.txt), and minutes for each program. The programs are those of `mapo_jax.train`,
@@ -49,6 +50,7 @@ from mapo_jax.model.sharding import (
 )
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.training.batch import microbatch_rows, row_lengths
+from mapo_jax.training.forecast import memory_table
 from mapo_jax.training.hosts import (
     Hosts,
     abstract_rollout_weights,
@@ -56,6 +58,7 @@ from mapo_jax.training.hosts import (
     rollout_mesh,
     share_of,
 )
+from mapo_jax.training.memory import forecast_memory
 from mapo_jax.training.policy import engine_for
 from mapo_jax.training.programs import abstract_batch, make_programs, minibatch_rows
 from mapo_jax.training.step import abstract_state
@@ -545,6 +548,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="which of %(default)s")
     parser.add_argument("--layers", type=int, help="of the model: so many layers, for a quick look")
     parser.add_argument(
+        "--forecast", action="store_true", help="compile nothing: what --dry-run would forecast on the slice"
+    )
+    parser.add_argument(
         "--all", action="store_true", help=f"what {RESULTS.name} lacks of the table; rewrites it"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -563,6 +569,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"`--programs` is {options.programs!r}; choose of {','.join(PROGRAMS)}")
         name = options.slice.replace("v5litepod-", "v5e-")  # Google's own name for it
         job = make_job(load_config(options.config, options.overrides), name, options.layers)
+        if options.forecast:
+            memory, limit = forecast_memory(job.config, job.model, job.mesh), chip(name).memory
+            console.print("GiB of each chip; the second column while dialogues are held")
+            console.print("\n".join(memory_table(memory)), markup=False)
+            good = memory.most <= limit
+            console.print(f"a chip has {_gib(limit)}: {'it fits' if good else 'it does NOT fit'}")
+            return
         results = compile_all(
             job, programs, lambda r: console.print(f"{r.program}: {r.seconds:.0f} s to compile", markup=False)
         )

@@ -181,6 +181,19 @@ def test_what_does_not_fit_is_a_result_with_figures(capsys):
     assert "NO" in shown and "takes 91" in shown and "15.75 GiB" in shown
 
 
+@pytest.mark.aot
+@needs_libtpu
+def test_a_forecast_compiles_nothing(capsys):
+    from tpu.compile import main
+
+    arguments = ["--forecast", "--config", str(CONFIGS / "qwen3_8b_v6e.yaml"), "--slice"]
+    assert main([*arguments, "v6e-64"]) == 0
+    assert "it fits" in capsys.readouterr().out
+    assert main([*arguments, "v5e-64"]) == 1
+    shown = capsys.readouterr().out
+    assert "15.75 GiB: it does NOT fit" in shown and "kept for the backward pass" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
