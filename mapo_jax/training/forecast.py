@@ -137,17 +137,22 @@ def check_update(update: jax.stages.Wrapped, state: TrainState, config: Config, 
     """
     if mesh.devices.flat[0].platform == "cpu":
         return
-    batch = abstract_batch(config, mesh)
+    batch, limit = abstract_batch(config, mesh), device_memory(mesh)
     try:
-        update.lower(state, batch).compile()
-    except jax.errors.JaxRuntimeError as error:
+        memory = update.lower(state, batch).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler says it itself
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(
-            f"an update of rows of {batch.tokens.shape[1]} tokens does not fit a device: "
-            f"{' '.join(str(error).split())[:300]}; lower training.microbatch_tokens or rollout.max_tokens, "
-            "set model.remat=block, or use more devices"
-        ) from error
+        found = " ".join(str(error).split())[:300]
+    else:
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        if limit is None or needed <= limit:
+            return
+        found = f"it needs {needed / GIB:.1f} GiB of {limit / GIB:.1f}"
+    raise UserError(
+        f"an update of rows of {batch.tokens.shape[1]} tokens does not fit a device: {found}; lower "
+        "training.microbatch_tokens or rollout.max_tokens, set model.remat=block, or use more devices"
+    )
 
 
 def model_shape(config: Config) -> QwenConfig:

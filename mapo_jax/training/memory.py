@@ -45,11 +45,8 @@ from mapo_jax.training.programs import minibatch_rows
 from mapo_jax.training.step import abstract_state, make_optimizer
 
 GIB = 2**30
-TPU_GRADIENT, TPU_WORK, TPU_HEAD = (
-    2.0,
-    1.4,
-    1.27,
-)  # times the gradient, a layer's work, the head's float32 gradient
+# On a TPU so many times the gradient, a layer's work, and the head's float32 gradient.
+TPU_GRADIENT, TPU_WORK, TPU_HEAD = 2.0, 1.4, 1.27
 BATCH_BYTES = 4 + 4 + 1 + 4 + 4 + 4  # a token of `batch.Batch`
 
 

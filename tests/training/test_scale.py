@@ -257,23 +257,43 @@ def test_what_does_not_fit_is_said_with_figures_before_anything_is_spent(monkeyp
     forecast.check_memory(config, MODEL, mesh)
 
 
-def test_an_update_that_an_accelerator_cannot_hold_is_said_before_the_first_dialogue():
+def test_an_update_that_an_accelerator_cannot_hold_is_said_before_the_first_dialogue(monkeypatch):
     asked = []
 
     class Update:
+        """Says what it takes: at once, as a TPU's compiler, or when it is asked."""
+
+        def __init__(self, error=None):
+            self.error = error
+            self.argument_size_in_bytes, self.temp_size_in_bytes = 60 * 2**30, 20 * 2**30
+
         def lower(self, state, batch):
             asked.append(batch)
             return self
 
         def compile(self):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: it takes 81 GiB of 79")
+            if self.error:
+                raise jax.errors.JaxRuntimeError(self.error)
+            return self
+
+        def memory_analysis(self):
+            return self
 
     accelerator = make_mesh(MeshConfig(), [Chip(0, 0, "gpu")])
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: 79 * 2**30)
+    tpu = Update("RESOURCE_EXHAUSTED: it takes 81 GiB of 79")
     with pytest.raises(UserError, match=r"rows of 256 tokens .* takes 81 GiB of 79; lower training\.micro"):
-        forecast.check_update(Update(), None, settings(), accelerator)
+        forecast.check_update(tpu, None, settings(), accelerator)
     assert asked[0].tokens.shape == (8, 256)
-    forecast.check_update(Update(), None, settings(), make_mesh(MeshConfig(), [Chip(0, 0)]))
-    assert len(asked) == 1  # a CPU has the machine's memory, and starts at once
+    with pytest.raises(UserError, match=r"it needs 80\.0 GiB of 79\.0; lower training\.micro"):
+        forecast.check_update(Update(), None, settings(), accelerator)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        forecast.check_update(Update("INTERNAL: a defect"), None, settings(), accelerator)
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: 80 * 2**30)
+    forecast.check_update(Update(), None, settings(), accelerator)
+    asked.clear()
+    forecast.check_update(tpu, None, settings(), make_mesh(MeshConfig(), [Chip(0, 0)]))
+    assert not asked  # a CPU has the machine's memory, and starts at once
 
 
 def test_the_table_of_memory_names_every_kind():
