@@ -427,8 +427,6 @@ ENTRIES = (
     Entry("qwen2.5_7b_v5p", "v6e-16", ("mesh.tensor=4",)),
     Entry("qwen3_8b_v6e", "v5e-64", _LORA),
     Entry("qwen3_14b_v5p", "v6e-16", ("mesh.tensor=4", *_LORA)),
-    Entry("qwen3_32b_v6e", "v6e-128", _LORA),
-    Entry("qwen3_8b_v5p", "v5p-8", _LORA),
     Entry("qwen2.5_7b_v5p", "v6e-8", ("mesh.tensor=4", *_LORA)),
     Entry("qwen2.5_7b_v5p", "v5e-64", ("mesh.tensor=4",)),
     Entry("qwen3_8b_v5p", "v5p-8"),
