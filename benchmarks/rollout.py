@@ -255,11 +255,10 @@ def sizes(params, length: int, rounds: int, console: Console) -> None:
                 sampled = work(engine, 0)
                 seconds = time.perf_counter() - started
             steps = engine.counts.since(before).steps
-            busy, step = sampled / (steps * lanes), decoding.seconds / steps
+            busy, share = sampled / (steps * lanes), decoding.seconds / seconds
             if number:
-                values.append(
-                    (sampled / seconds, steps, 100 * busy, 1e3 * step, 100 * step * steps / seconds)
-                )
+                step = 1e3 * decoding.seconds / steps
+                values.append((sampled / seconds, steps, 100 * busy, step, 100 * share))
     shown = Table(title="the ragged work", title_justify="left")
     for heading in ("lanes", "block", "tokens/s", "decode steps", "lanes busy", "ms a step", "decoding"):
         shown.add_column(heading, justify="right")

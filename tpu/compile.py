@@ -454,15 +454,14 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
         for program in PROGRAMS:
             key = f"{entry.command} {program}"
             if known.get(key, {}).get("configuration") == digest:
-                known[key]["bounds"] = bounds(
-                    job, program
-                )  # no compiler's business: always by today's formulas
+                known[key]["bounds"] = bounds(job, program)  # today's formulas; no compiler's business
                 continue
             result = compile_program(job, program)
             console.print(summary(job, [result]))
             known[key] = {"configuration": digest, "made_by": made_by, **asdict(result)}
             write_whole(file, json.dumps(known, indent=1) + "\n")
             write_table(table, known)
+    write_whole(file, json.dumps(known, indent=1) + "\n")
     write_table(table, known)
     return all(
         f"{entry.command} {program}" in known and _result(known, entry, program).good

@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import jax
 import pytest
+from rich.console import Console
 
 from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
@@ -232,6 +233,38 @@ class TestTable:
         assert "| 3.00 GiB | " in line and "| 7.00 GiB, 100.00 GiB | yes | 12 s | 1.500 s |" in line
         assert "| qwen3_32b_v5p, lora.rank=32 | v5p-32 | train | | |" in text
         assert "not compiled yet" in text and ENTRIES[0].command in text and "commit abc" in text
+
+    def test_what_is_known_is_not_compiled_again_but_its_bounds_and_the_list_are_todays(
+        self, tmp_path, monkeypatch
+    ):
+        from tpu import compile as tool
+
+        asked = []
+
+        def compile_program(job, program):
+            asked.append(program)
+            names = {field.name for field in fields(tool.Result)}
+            values = {name: value for name, value in RESULT.items() if name in names}
+            return tool.Result(**values | {"program": program, "memory": 5 * 2**30})
+
+        monkeypatch.setattr(tool, "ENTRIES", tool.ENTRIES[:1])
+        monkeypatch.setattr(tool, "make_job", lambda config, slice_name: None)
+        monkeypatch.setattr(tool, "_made_by", lambda: "commit abc, jax 1")
+        monkeypatch.setattr(tool, "summary", lambda job, results: "")
+        monkeypatch.setattr(tool, "bounds", lambda job, program: {"operations": 7.5})
+        monkeypatch.setattr(tool, "compile_program", compile_program)
+        file, table = tmp_path / "compiled.json", tmp_path / "README.md"
+        file.write_text(json.dumps({"python -m tpu.compile of an older list": RESULT}))
+        table.write_text(f"{tool.BEGIN}\n{tool.END}\n")
+        assert not tool.fill_table(file, table, Console())  # 7 of 5 GiB
+        assert asked == list(tool.PROGRAMS) == [key.split()[-1] for key in json.loads(file.read_text())]
+        tool.fill_table(file, table, Console())
+        assert len(asked) == 3
+        assert {found["bounds"]["operations"] for found in json.loads(file.read_text()).values()} == {7.5}
+        assert table.read_text().count("| 7.500 s |") == 3
+        monkeypatch.setattr(tool, "_digest", lambda config: "another recipe")
+        tool.fill_table(file, table, Console())
+        assert len(asked) == 6
 
     def test_a_file_without_markers_is_refused(self, tmp_path):
         from tpu.compile import write_table
