@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"third-party test data not found at {folder} (set MAPO_SHARED_DATA)")
     return folder
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a mesh and a forecast ask of a device."""
+
+    id: int = 0
+    process_index: int = 0
+    platform: str = "cpu"
+
+
+@pytest.fixture(scope="session")
+def absent_device() -> type[Device]:
+    """Makes devices that are not here: (id, process_index, platform)."""
+    return Device
 
 
 # --- A server with every fault that a network has. ---

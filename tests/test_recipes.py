@@ -1,7 +1,6 @@
 """Every recipe in configs/ is a configuration that loads, and that of the paper where it says so."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -67,20 +66,13 @@ def test_a_tpu_recipe_has_the_papers_settings(name, sizes):
     assert config.environment.user.temperature == config.environment.judge.temperature == 1.0
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What a forecast asks of a device."""
-
-    id: int = 0
-    process_index: int = 0
-    platform: str = "gpu"
-
-
 @pytest.mark.parametrize("name", ["qwen3_0.6b_gpu", "qwen3_4b_gpu", "qwen3_8b_lora_gpu"])
-def test_a_gpu_recipe_fits_the_gpu_that_it_names(name):
+def test_a_gpu_recipe_fits_the_gpu_that_it_names(name, absent_device):
     """With the three quarters of its memory that jax takes unless it is told otherwise."""
     path = next(path for path in CONFIGS if path.stem == name)
     size = re.search(r"one NVIDIA GPU of (\d+) GB", path.read_text())
     config = load_config(path)
-    forecast = forecast_memory(config, model_shape(config), make_mesh(config.mesh, [Gpu()]))
+    forecast = forecast_memory(
+        config, model_shape(config), make_mesh(config.mesh, [absent_device(platform="gpu")])
+    )
     assert forecast.most < 0.75 * 1e9 * int(size[1])

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax
@@ -78,15 +78,6 @@ def test_a_recipes_update_compiles_for_every_chip(recipe, chip):
     assert result.good, result
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What a mesh and its forecast ask of a device."""
-
-    id: int
-    process_index: int
-    platform: str = "tpu"
-
-
 def forecast_and_compiled():
     from tpu.compile import ENTRIES, RESULTS
 
@@ -97,12 +88,13 @@ def forecast_and_compiled():
 
 
 @pytest.mark.parametrize(("entry", "found"), forecast_and_compiled())
-def test_the_forecast_of_an_update_is_near_what_the_compiler_said(entry, found):
+def test_the_forecast_of_an_update_is_near_what_the_compiler_said(entry, found, absent_device):
     kind, size = entry.slice.split("-")
     count = int(size) // 2 if kind == "v5p" else int(size)
     hosts = 1 if count <= 8 and kind != "v5p" else count // 4
     config = load_config(CONFIGS / f"{entry.recipe}.yaml", entry.overrides)
-    mesh = make_mesh(config.mesh, [Chip(chip, chip * hosts // count) for chip in range(count)])
+    chips = [absent_device(number, number * hosts // count, "tpu") for number in range(count)]
+    mesh = make_mesh(config.mesh, chips)
     forecast = forecast_memory(config, model_shape(config), mesh)
     expected = sum((forecast.held | forecast.update).values())
     compiled = sum(found["arguments"].values()) + sum(found["beside"].values()) + found["temporary"]

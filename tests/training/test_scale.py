@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -257,7 +256,9 @@ def test_what_does_not_fit_is_said_with_figures_before_anything_is_spent(monkeyp
     forecast.check_memory(config, MODEL, mesh)
 
 
-def test_an_update_that_an_accelerator_cannot_hold_is_said_before_the_first_dialogue(monkeypatch):
+def test_an_update_that_an_accelerator_cannot_hold_is_said_before_the_first_dialogue(
+    monkeypatch, absent_device
+):
     asked = []
 
     class Update:
@@ -279,7 +280,7 @@ def test_an_update_that_an_accelerator_cannot_hold_is_said_before_the_first_dial
         def memory_analysis(self):
             return self
 
-    accelerator = make_mesh(MeshConfig(), [Chip(0, 0, "gpu")])
+    accelerator = make_mesh(MeshConfig(), [absent_device(0, 0, "gpu")])
     monkeypatch.setattr(forecast, "device_memory", lambda mesh: 79 * 2**30)
     tpu = Update("RESOURCE_EXHAUSTED: it takes 81 GiB of 79")
     with pytest.raises(UserError, match=r"rows of 256 tokens .* takes 81 GiB of 79; lower training\.micro"):
@@ -292,7 +293,7 @@ def test_an_update_that_an_accelerator_cannot_hold_is_said_before_the_first_dial
     monkeypatch.setattr(forecast, "device_memory", lambda mesh: 80 * 2**30)
     forecast.check_update(Update(), None, settings(), accelerator)
     asked.clear()
-    forecast.check_update(tpu, None, settings(), make_mesh(MeshConfig(), [Chip(0, 0)]))
+    forecast.check_update(tpu, None, settings(), make_mesh(MeshConfig(), [absent_device(0, 0)]))
     assert not asked  # a CPU has the machine's memory, and starts at once
 
 
@@ -307,18 +308,9 @@ def test_the_table_of_memory_names_every_kind():
     assert not any("reference" in line for line in lines)  # the base is the reference
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What a mesh and its forecast ask of a device."""
-
-    id: int
-    process_index: int
-    platform: str = "cpu"
-
-
-def test_of_several_processes_each_samples_on_its_own_devices():
+def test_of_several_processes_each_samples_on_its_own_devices(absent_device):
     """Two hosts of four chips: each holds half of the dialogues, and the weights cut by `tensor` alone."""
-    mesh = make_mesh(MeshConfig(tensor=2), [Chip(i, i // 4) for i in range(8)])
+    mesh = make_mesh(MeshConfig(tensor=2), [absent_device(i, i // 4) for i in range(8)])
     token = 6 * 2 * 4 * 16 * 4  # layers, keys and values, heads, features, float32
     caches = 4 * 256 * token / 4  # 4 of 8 dialogues, over the four chips of a host
     logits = 3 * 4 * 2 * 512  # three float32 copies for two lanes of half the vocabulary
@@ -331,7 +323,7 @@ def test_of_several_processes_each_samples_on_its_own_devices():
         "logits of the lanes": logits,
     }
     # Not asked for: none on an accelerator, one on a CPU.
-    accelerators = make_mesh(MeshConfig(tensor=2), [Chip(i, i // 4, "tpu") for i in range(8)])
+    accelerators = make_mesh(MeshConfig(tensor=2), [absent_device(i, i // 4, "tpu") for i in range(8)])
     assert memory.forecast_memory(settings(), MODEL, accelerators).rollout == rollout
     # The copy is cut over the host's four chips; two of them cut nothing while the weights are gathered.
     rollout = memory.forecast_memory(settings(), MODEL, mesh).rollout
