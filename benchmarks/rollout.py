@@ -47,9 +47,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be 
 from mapo_jax.commands import prepare_jax
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params, parameter_count
-from mapo_jax.rollout.desk import Desk
+from mapo_jax.rollout.dispatch import Desk
 from mapo_jax.rollout.engine import Engine, Request
-from mapo_jax.training.metrics import CompileCounter
+from mapo_jax.running.metrics import CompileCounter
 
 SHAPE = QwenConfig(
     vocab_size=4096,

@@ -35,25 +35,25 @@ from mapo_jax.config import Config, OptimizerConfig, load_config
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.grammar import KINDS
-from mapo_jax.environment.scripted.metrics import reading_metrics, readings
+from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.evaluation.summary import summarize
 from mapo_jax.files import write_whole
+from mapo_jax.learning.step import Scoring, create_state, make_optimizer, make_supervised_update, place
 from mapo_jax.model.backends import row_attention
-from mapo_jax.model.qwen import Params, init_params
+from mapo_jax.model.qwen import Params, init_params, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
-from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.collect import collect
+from mapo_jax.rollout.rows import ChatFormat
+from mapo_jax.running.forecast import fresh_model
+from mapo_jax.running.model_folder import whole_folder, write_model_folder
+from mapo_jax.running.policy import Policy, load_policy, make_engine
+from mapo_jax.running.stop import Interrupted, StopRequest
+from mapo_jax.scores.figures import summarize
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mapo_jax.training.forecast import fresh_model
-from mapo_jax.training.interruption import Interrupted, StopRequest
-from mapo_jax.training.model_folder import whole_folder, write_model_folder
-from mapo_jax.training.policy import Policy, load_policy, make_engine
-from mapo_jax.training.step import Scoring, create_state, make_optimizer, make_supervised_update, place
 from mapo_jax.warmstarting.chats import Chat, read_chats, synthetic_chats
 from mapo_jax.warmstarting.induction import with_induction_heads
-from mapo_jax.warmstarting.rows import PackedRows, Renderer, batches, pack
+from mapo_jax.warmstarting.packing import PackedRows, Renderer, batches, pack
 
 RECORD = "warmstart.json"  # in the result's folder: what it was made from, how it went, what it can do
 REPORT_EVERY = 10  # updates between looks at the loss: each look waits for the device
@@ -70,9 +70,9 @@ _SOURCES = (
     "environment/state.py",
     "model",
     "warmstarting",
-    "rollout/chat.py",
+    "rollout/rows.py",
     "tokenizer.py",
-    "training/step.py",
+    "learning/step.py",
 )
 
 
@@ -178,7 +178,9 @@ def _start(config: Config, chats: Sequence[Chat], mesh: Mesh) -> tuple[Policy, P
     model = fresh_model(config.model.fresh, chat.vocabulary_size, positions)
     seed = config.training.seed
     params = with_induction_heads(init_params(model, seed), model, seed)
-    return Policy(model, tokenizer, chat), jax.device_put(params, param_shardings(model, mesh))
+    return Policy(model, tokenizer, chat), jax.device_put(
+        params, param_shardings(parameter_shapes(model), mesh)
+    )
 
 
 def _rows(config: Config, policy: Policy, chats: Sequence[Chat]) -> PackedRows:
@@ -229,7 +231,7 @@ def _train(
         attention=row_attention(config.model.attention, mesh, policy.config, config.model.dtype, packed=True),
         mesh=mesh,
     )
-    shardings = param_shardings(policy.config, mesh)
+    shardings = param_shardings(parameter_shapes(policy.config), mesh)
     update = make_supervised_update(scoring, optimizer, shardings=shardings)
     state = create_state(params, optimizer, shardings=shardings)
     deck = batches(rows, settings.rows, config.training.seed)

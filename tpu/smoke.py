@@ -21,11 +21,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mapo_jax.config import AlgorithmConfig, MeshConfig, OptimizerConfig
-from mapo_jax.model.qwen import QwenConfig, init_params, parameter_count
+from mapo_jax.learning.batch import Batch
+from mapo_jax.learning.step import Scoring, create_state, make_optimizer, make_update, place
+from mapo_jax.model.qwen import QwenConfig, init_params, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
-from mapo_jax.training.batch import Batch
-from mapo_jax.training.step import Scoring, create_state, make_optimizer, make_update, place
-from mapo_jax.training.utilization import memory, peak_flops
+from mapo_jax.running.utilization import memory, peak_flops
 
 MODEL = QwenConfig(
     vocab_size=512,
@@ -88,7 +88,7 @@ def storage(folder: str) -> str:
 def training_step() -> str:
     """The update of the main job on a small model, its weights spread over all devices."""
     mesh = make_mesh(MeshConfig())
-    shardings = param_shardings(MODEL, mesh)
+    shardings = param_shardings(parameter_shapes(MODEL), mesh)
     optimizer = make_optimizer(OptimizerConfig(), 10)
     scoring = Scoring(MODEL, temperature=1.0, vocabulary_size=MODEL.vocab_size)
     update = make_update(scoring, optimizer, AlgorithmConfig(), shardings=shardings)

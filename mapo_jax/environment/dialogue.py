@@ -1,22 +1,14 @@
-"""A dialogue as a value, and the two steps that make one: opening it, and taking a turn.
-
-A turn of the EMPA loop: the policy replies; the judge scores (sensor); the state moves and the end is decided
-(calculator, `state.py`); the director picks one action (decision maker); the user speaks again.
-"""
+"""A dialogue as a value: finished turns, the judge's levels, and positions of the user's state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from mapo_jax.environment import state as calculator
-from mapo_jax.environment.director import Director
-from mapo_jax.environment.judge import Judge
 from mapo_jax.environment.scenario import Scenario
-from mapo_jax.environment.state import Limits
-from mapo_jax.environment.user import User
 
 LEVEL_NAMES = ("C progress", "C harm", "A progress", "A harm", "P progress", "P harm")
 ACTIONS = (
@@ -197,67 +189,3 @@ def from_facts(scenario: Scenario, data: Mapping[str, Any]) -> DialogueState:
         for turn in data["turns"]
     )
     return DialogueState(scenario, data["seed"], turns, "", data["outcome"], data["failure"], data["rule"])
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The three roles of a world."""
-
-    user: User
-    judge: Judge
-    director: Director
-
-
-async def open_dialogue(scenario: Scenario, seed: int, roles: Roles) -> str:
-    """The user's first message, shared by the rollouts of a scenario in one step.
-
-    Raises:
-      RoleFailure: the user's call failed for good.
-    """
-    return await roles.user.open(scenario, seed)
-
-
-async def take_turn(
-    state: DialogueState, reply: str, roles: Roles, limits: Limits, *, truncated: bool = False
-) -> DialogueState:
-    """One turn of the loop.
-
-    Args:
-      state: a dialogue that awaits a reply.
-      reply: the policy's reply.
-      roles: user, judge and director.
-      limits: fewest and most turns, and the tolerance of success.
-      truncated: the reply was cut by its token limit.
-
-    Returns:
-      The dialogue one turn later, ended or awaiting the next reply. A judge's failure leaves the turn
-      unscored and the position where it was; a user's or director's failure ends the dialogue with outcome
-      `error`.
-
-    Raises:
-      ValueError: the dialogue has already ended.
-    """
-    if state.outcome is not None:
-        raise ValueError(f"the dialogue has ended ({state.outcome}); it takes no further turn")
-    judgement, failure, position = None, None, state.position
-    try:
-        judgement = await roles.judge.score(state, reply)
-        position = calculator.move(position, calculator.points(judgement.levels))
-    except RoleFailure as problem:
-        failure = problem.kind
-    turn = Turn(state.user, reply, judgement, failure, position, None, truncated)
-    moved = replace(state, turns=(*state.turns, turn), user="")
-
-    ending = calculator.ending(state.scenario.start_position, moved.increments, limits)
-    if ending is not None:
-        action = Action("end", guidance="The need is met.") if ending.outcome == "success" else None
-        turns = (*state.turns, replace(turn, action=action))
-        return replace(moved, turns=turns, outcome=ending.outcome, rule=ending.rule)
-    try:
-        action = await roles.director.act(moved)
-        moved = replace(moved, turns=(*state.turns, replace(turn, action=action)))
-        if action.kind == "end":
-            return replace(moved, outcome="ended")
-        return replace(moved, user=await roles.user.reply(moved))
-    except RoleFailure as problem:
-        return replace(moved, outcome="error", failure=problem.kind)

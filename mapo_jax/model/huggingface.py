@@ -252,7 +252,7 @@ def load_params(
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
-        shardings = param_shardings(config, mesh)
+        shardings = param_shardings(parameter_shapes(config), mesh)
     with ExitStack() as stack:
         tensors = _open_tensors(base, stack)
         _check_tensors(base, tensors, config)

@@ -244,14 +244,14 @@ def init_params(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Para
       mesh: creates every weight already sharded (`sharding.param_shardings`); no device ever holds the
         whole model. The values do not depend on the mesh.
     """
-    shardings = None if mesh is None else param_shardings(config, mesh)
+    shardings = None if mesh is None else param_shardings(parameter_shapes(config), mesh)
     create = jax.jit(functools.partial(_create, config), out_shardings=shardings)
     return create(jax.random.key(seed))
 
 
 def init_adapters(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Params:
     """Fresh float32 adapters, which change nothing yet; `mesh` as of `init_params`."""
-    shardings = None if mesh is None else split(param_shardings(config, mesh))[0]
+    shardings = None if mesh is None else split(param_shardings(parameter_shapes(config), mesh))[0]
     create = jax.jit(lambda key: split(_create(config, key))[0], out_shardings=shardings)
     return create(jax.random.key(seed))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +12,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mapo_jax.config import MeshConfig
 from mapo_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from mapo_jax.model.qwen import QwenConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -159,18 +156,17 @@ def snake(places: Iterable[Sequence[int]]) -> dict[tuple[int, ...], int]:
 
 
 def param_shardings(
-    config: QwenConfig, mesh: Mesh, rules: Mapping[str, str | tuple[str, ...] | None] = RULES
+    shapes: Mapping[str, Any], mesh: Mesh, rules: Mapping[str, str | tuple[str, ...] | None] = RULES
 ) -> dict[str, Any]:
     """The tree of `Params` with a NamedSharding in the place of each array.
 
     Args:
+      shapes: the tree of arrays or of their shapes, as of `qwen.parameter_shapes`.
       rules: RULES, or ROLLOUT_RULES.
 
     Raises:
       UserError: a dimension of the model does not divide by the mesh axis that it is cut along.
     """
-
-    from mapo_jax.model.qwen import parameter_shapes  # which needs this module's tables
 
     def sharding(path, leaf):
         name = "/".join(entry.key for entry in path)
@@ -185,16 +181,17 @@ def param_shardings(
                 )
         return NamedSharding(mesh, PartitionSpec(*(rules[dimension] for dimension in axes)))
 
-    return jax.tree_util.tree_map_with_path(sharding, parameter_shapes(config))
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
 
 
-def decoding_shardings(config: QwenConfig, mesh: Mesh) -> dict[str, Any]:
+def decoding_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """`param_shardings` for what `qwen.for_decoding` returns: each layer is cut like the stack of them."""
-    shardings = param_shardings(config, mesh)
+    shardings = param_shardings(shapes, mesh)
+    count = jax.tree.leaves(shapes["layers"])[0].shape[0]
     layer = jax.tree.map(
         lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[1:])), shardings["layers"]
     )
-    return shardings | {"layers": [layer] * config.num_layers}
+    return shardings | {"layers": [layer] * count}
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -219,13 +216,12 @@ def row_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["rows"])
 
 
-def sharding_table(config: QwenConfig, mesh: Mesh) -> list[str]:
+def sharding_table(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:
     """Where everything lies, a line for each parameter and each kind of other array.
 
     `embed/embedding  4096/tensor x 128/fsdp = 2048 x 64`: sizes, mesh axes that they are cut along, and what
     each device has.
     """
-    from mapo_jax.model.qwen import parameter_shapes
 
     def cut(sizes: Sequence[Any], spec: PartitionSpec) -> str:
         axes = ("+".join(axis) if isinstance(axis, tuple) else axis for axis in spec)
@@ -234,8 +230,8 @@ def sharding_table(config: QwenConfig, mesh: Mesh) -> list[str]:
         )
 
     lines = []
-    parameters = jax.tree_util.tree_leaves_with_path(parameter_shapes(config))
-    for (path, leaf), placed in zip(parameters, jax.tree.leaves(param_shardings(config, mesh)), strict=True):
+    parameters = jax.tree_util.tree_leaves_with_path(shapes)
+    for (path, leaf), placed in zip(parameters, jax.tree.leaves(param_shardings(shapes, mesh)), strict=True):
         name = "/".join(entry.key for entry in path)
         part = " x ".join(map(str, placed.shard_shape(leaf.shape)))
         lines.append(f"{name:<30} {cut(leaf.shape, placed.spec)} = {part}")

@@ -23,7 +23,7 @@ from mapo_jax.config import AlgorithmConfig
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.scenario import start_position
 from mapo_jax.errors import UserError
-from mapo_jax.evaluation.empa import score_case
+from mapo_jax.scores.empa import score_case
 
 CONFIG_FILE, METRICS_FILE, DIALOGUES, EVALUATIONS = "config.yaml", "metrics.jsonl", "dialogues", "evaluations"
 HELPER_FILE = "helper.json"  # in EVALUATIONS: what the good scripted helper comes to on the same cards

@@ -19,7 +19,7 @@ from mapo_jax.reporting.credit import Credit
 from mapo_jax.reporting.folder import Dialogue, Run
 from mapo_jax.reporting.study import Study
 from mapo_jax.reporting.summary import against_first, comparison_sentences, recipe, tiles
-from mapo_jax.training.display import plot
+from mapo_jax.running.display import plot
 
 _STATES = {"fine": ("✓", "green"), "look": ("!", "yellow"), "alarm": ("✕", "red"), "unknown": ("?", "dim")}
 _WORDS = {"good": "green", "bad": "red", "unclear": "yellow"}

@@ -18,14 +18,15 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from mapo_jax.environment.dialogue import DialogueState, RoleFailure, Roles, open_dialogue, take_turn
+from mapo_jax.environment.dialogue import DialogueState, RoleFailure
+from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.rollout.chat import ChatFormat, Row
-from mapo_jax.rollout.desk import Desk
+from mapo_jax.rollout.dispatch import Desk
 from mapo_jax.rollout.engine import Engine, Request
 from mapo_jax.rollout.journal import Journal
+from mapo_jax.rollout.rows import ChatFormat, Row
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.rollout.chat import ChatFormat
-from mapo_jax.rollout.desk import Desk
+from mapo_jax.rollout.dispatch import Desk
 from mapo_jax.rollout.engine import Engine, Reply, Request
+from mapo_jax.rollout.rows import ChatFormat
 
 
 class Completion(NamedTuple):

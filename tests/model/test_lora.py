@@ -76,7 +76,7 @@ def test_fresh_adapters_change_nothing_and_lie_as_their_kernels_do(adapted):
     assert not np.array_equal(start[0], start[1])
 
     mesh = jax.sharding.AbstractMesh((1, 2, 2), sharding.MESH_AXES)
-    places = sharding.param_shardings(dataclasses.replace(config, vocab_size=132), mesh)
+    places = sharding.param_shardings(parameter_shapes(dataclasses.replace(config, vocab_size=132)), mesh)
     o = places["layers"]["attention"]["o"]
     assert o["lora_a"].spec == PartitionSpec(None, "tensor", None, None)
     assert o["lora_b"].spec == PartitionSpec(None, None, "fsdp")

@@ -27,7 +27,7 @@ def test_one_device_needs_no_thought(qwen3, qwen3_params):
     tokens = np.arange(12).reshape(2, 6)
     positions = np.broadcast_to(np.arange(6), (2, 6))
     forward = jax.jit(hidden_states, static_argnums=1)
-    placed = jax.device_put(qwen3_params, sharding.param_shardings(qwen3, mesh))
+    placed = jax.device_put(qwen3_params, sharding.param_shardings(parameter_shapes(qwen3), mesh))
     rows = jax.device_put((tokens, positions), sharding.batch_sharding(mesh))
     np.testing.assert_allclose(
         forward(placed, qwen3, *rows), hidden_states(qwen3_params, qwen3, tokens, positions), atol=1e-5
@@ -126,7 +126,7 @@ placed = jax.device_put(rows, sharding.batch_sharding(mesh))
 np.testing.assert_allclose(jax.jit(score)(params, *placed), jax.jit(score)(alone, *rows), atol=1e-5)
 
 try:
-    sharding.param_shardings(QWEN3, mesh)
+    sharding.param_shardings(parameter_shapes(QWEN3), mesh)
 except UserError as error:
     assert "vocabulary (131" in str(error) and "mesh.tensor=2" in str(error), error
 else:
@@ -155,4 +155,4 @@ def test_indivisible_heads_are_named(qwen3):
     mesh = jax.sharding.AbstractMesh((1, 1, 4), sharding.MESH_AXES)
     config = dataclasses.replace(qwen3, vocab_size=132)
     with pytest.raises(UserError, match=r"kv_heads \(2.*mesh\.tensor=4"):
-        sharding.param_shardings(config, mesh)
+        sharding.param_shardings(parameter_shapes(config), mesh)

@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 
 from mapo_jax.config import AlgorithmConfig
+from mapo_jax.learning.batch import make_cells, make_credit
 from mapo_jax.reporting.credit import credit_batch
 from mapo_jax.reporting.folder import read_run
 from mapo_jax.rollout.collect import Dialogue
-from mapo_jax.training.batch import make_cells, make_credit
 
 
 def trainers_credit(file, scenarios, rollouts, turns, algorithm, share):

@@ -21,11 +21,11 @@ from mapo_jax.model.head import logits, token_logprobs
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_cache, init_params
 from mapo_jax.model.sharding import make_mesh
+from mapo_jax.rollout.capacity import cache_bytes, cache_lengths
+from mapo_jax.rollout.decoding import generate, prefill
 from mapo_jax.rollout.engine import Engine, Request, StaleSlot
-from mapo_jax.rollout.programs import generate, prefill
 from mapo_jax.rollout.sampling import Sampling
-from mapo_jax.rollout.sizes import cache_bytes, cache_lengths
-from mapo_jax.training.metrics import CompileCounter
+from mapo_jax.running.metrics import CompileCounter
 
 CONFIG = QwenConfig(
     vocab_size=61,
@@ -522,7 +522,7 @@ def test_on_a_mesh_of_four_as_on_one_device():
         params = tiny.scaled(init_params(tiny.CONFIG, seed=3))
         mesh = make_mesh(MeshConfig(data=2, fsdp=2))
         found = []
-        on_mesh = jax.device_put(params, param_shardings(tiny.CONFIG, mesh))
+        on_mesh = jax.device_put(params, param_shardings(parameter_shapes(tiny.CONFIG), mesh))
         for options, weights in (
             ({}, params), (dict(mesh=mesh), on_mesh), (dict(mesh=mesh, resident=4), on_mesh)
         ):

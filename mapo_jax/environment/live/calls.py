@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.cache import Answer, CallCache, address
+from mapo_jax.environment.live.call_cache import Answer, CallCache, address
 
 FAILURES_FILE = "failures.jsonl"
 

@@ -15,7 +15,7 @@ import openai
 
 from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.cache import Answer
+from mapo_jax.environment.live.call_cache import Answer
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
 
 ATTEMPTS = 4

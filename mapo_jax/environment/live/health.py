@@ -20,7 +20,7 @@ import yaml
 
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.dialogue import DialogueState, RoleFailure, Turn
-from mapo_jax.environment.judge import Judge
+from mapo_jax.environment.roles import Judge
 from mapo_jax.environment.scenario import load_scenarios
 
 _FILE = Path(__file__).parent / "calibration.yaml"

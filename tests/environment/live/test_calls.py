@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.cache import Answer, CallCache
+from mapo_jax.environment.live.call_cache import Answer, CallCache
 from mapo_jax.environment.live.calls import Caller, CallLog, call_figures
 from mapo_jax.errors import UserError
 

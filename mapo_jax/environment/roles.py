@@ -1,0 +1,123 @@
+"""The three roles of a world, and the two steps of a dialogue with them: opening it, and taking a turn.
+
+A turn of the EMPA loop: the policy replies; the judge scores (sensor); the state moves and the end is decided
+(calculator, `state.py`); the director picks one action (decision maker); the user speaks again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from mapo_jax.environment import state as calculator
+from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
+from mapo_jax.environment.scenario import Scenario
+from mapo_jax.environment.state import Limits
+
+
+class User(Protocol):
+    """Speaks as the person on the card."""
+
+    async def open(self, scenario: Scenario, seed: int) -> str:
+        """The first message; the rollouts of a scenario share it.
+
+        Raises:
+          RoleFailure: the call failed for good.
+        """
+        ...
+
+    async def reply(self, state: DialogueState) -> str:
+        """The next message, after a judged turn; `state.turns[-1].action` holds the director's guidance.
+
+        Raises:
+          RoleFailure: the call failed for good.
+        """
+        ...
+
+
+class Judge(Protocol):
+    """Scores the last reply only, on six levels, with evidence and a reason for each."""
+
+    async def score(self, state: DialogueState, reply: str) -> Judgement:
+        """The judgement of `reply` to `state.user`.
+
+        Raises:
+          RoleFailure: the call failed for good; the turn then stays unscored.
+        """
+        ...
+
+
+class Director(Protocol):
+    """Picks one of dialogue.ACTIONS after every judged turn that does not end the dialogue."""
+
+    async def act(self, state: DialogueState) -> Action:
+        """The action; its guidance reaches the user's next message.
+
+        Raises:
+          RoleFailure: the call failed for good.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The three roles of a world."""
+
+    user: User
+    judge: Judge
+    director: Director
+
+
+async def open_dialogue(scenario: Scenario, seed: int, roles: Roles) -> str:
+    """The user's first message, shared by the rollouts of a scenario in one step.
+
+    Raises:
+      RoleFailure: the user's call failed for good.
+    """
+    return await roles.user.open(scenario, seed)
+
+
+async def take_turn(
+    state: DialogueState, reply: str, roles: Roles, limits: Limits, *, truncated: bool = False
+) -> DialogueState:
+    """One turn of the loop.
+
+    Args:
+      state: a dialogue that awaits a reply.
+      reply: the policy's reply.
+      roles: user, judge and director.
+      limits: fewest and most turns, and the tolerance of success.
+      truncated: the reply was cut by its token limit.
+
+    Returns:
+      The dialogue one turn later, ended or awaiting the next reply. A judge's failure leaves the turn
+      unscored and the position where it was; a user's or director's failure ends the dialogue with outcome
+      `error`.
+
+    Raises:
+      ValueError: the dialogue has already ended.
+    """
+    if state.outcome is not None:
+        raise ValueError(f"the dialogue has ended ({state.outcome}); it takes no further turn")
+    judgement, failure, position = None, None, state.position
+    try:
+        judgement = await roles.judge.score(state, reply)
+        position = calculator.move(position, calculator.points(judgement.levels))
+    except RoleFailure as problem:
+        failure = problem.kind
+    turn = Turn(state.user, reply, judgement, failure, position, None, truncated)
+    moved = replace(state, turns=(*state.turns, turn), user="")
+
+    ending = calculator.ending(state.scenario.start_position, moved.increments, limits)
+    if ending is not None:
+        action = Action("end", guidance="The need is met.") if ending.outcome == "success" else None
+        turns = (*state.turns, replace(turn, action=action))
+        return replace(moved, turns=turns, outcome=ending.outcome, rule=ending.rule)
+    try:
+        action = await roles.director.act(moved)
+        moved = replace(moved, turns=(*state.turns, replace(turn, action=action)))
+        if action.kind == "end":
+            return replace(moved, outcome="ended")
+        return replace(moved, user=await roles.user.reply(moved))
+    except RoleFailure as problem:
+        return replace(moved, outcome="error", failure=problem.kind)
