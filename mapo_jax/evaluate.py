@@ -34,7 +34,7 @@ from mapo_jax.evaluation import conversations, tables, transcripts
 from mapo_jax.evaluation import judged_page as page
 from mapo_jax.evaluation.answers import ANSWERS, Answerer, Folder, Prompt, ask
 from mapo_jax.evaluation.items import HOMES, find_items
-from mapo_jax.evaluation.role_loop import World
+from mapo_jax.evaluation.role_loop import RoleLoop
 from mapo_jax.evaluation.subject import Subject, add_options, find_subject
 from mapo_jax.files import write_whole
 from mapo_jax.model.sharding import make_mesh
@@ -210,7 +210,7 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
         if not conversations.missing_cards(folder, cards, rollouts):
             return folder, len(cards) * rollouts
     with stoppable(folder) as check, open_world(_unhurried(config), folder.path, _mesh(config)) as w:
-        world = World(w.evaluation_roles, w.run)
+        world = RoleLoop(w.evaluation_roles, w.run)
         session = conversations.Session(
             subject.name,
             cards,
@@ -255,7 +255,7 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     with folder.opened(settings):
         pass  # whose folder it is, before a judge's cache is put there
     with stoppable(folder) as check, open_judge(_unhurried(config), folder.path, _mesh(config)) as w:
-        world = World(w.roles, w.run)
+        world = RoleLoop(w.roles, w.run)
         rows = transcripts.judge_all(
             chats, world, folder, settings, console, concurrency=config.environment.concurrency, check=check
         )

@@ -43,11 +43,11 @@ from mapo_jax.environment.live.guard import Guarded, Watch, WorldFailing
 from mapo_jax.environment.live.health import score_all
 from mapo_jax.environment.live.judge import LiveJudge
 from mapo_jax.environment.live.user import LiveUser
-from mapo_jax.environment.roles import Roles
+from mapo_jax.environment.roles import Completion, Roles
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.errors import UserError
 from mapo_jax.files import part_of
-from mapo_jax.rollout.completion import Completion, EngineModel
+from mapo_jax.rollout.completion import EngineModel
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal, journal_files, prune
 from mapo_jax.rollout.sampling import Sampling

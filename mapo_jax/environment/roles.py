@@ -7,12 +7,20 @@ A turn of the EMPA loop: the policy replies; the judge scores (sensor); the stat
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
+
+
+class Completion(NamedTuple):
+    """What a language model that plays a role answered."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
 
 
 class User(Protocol):

@@ -18,7 +18,7 @@ from mapo_jax.environment.state import Limits
 from mapo_jax.evaluation.answers import Folder, append, progress
 from mapo_jax.evaluation.endpoint import Calls, Endpoint, together
 from mapo_jax.evaluation.local import LocalModel
-from mapo_jax.evaluation.role_loop import World
+from mapo_jax.evaluation.role_loop import RoleLoop
 from mapo_jax.rollout.collect import Dialogue, derive_seed, finished_groups
 
 DIALOGUES = "dialogues.jsonl"
@@ -31,7 +31,7 @@ class Session:
     model: str  # its name, in the rows
     cards: Sequence[Scenario]
     rollouts: int  # dialogues with each card
-    world: World
+    world: RoleLoop
     limits: Limits
     seed: int
     temperature: float

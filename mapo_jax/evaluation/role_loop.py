@@ -10,7 +10,7 @@ from mapo_jax.environment.roles import Roles
 
 
 @dataclass(frozen=True)
-class World:
+class RoleLoop:
     """Roles whose calls belong to one event loop."""
 
     roles: Roles

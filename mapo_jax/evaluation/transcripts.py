@@ -33,7 +33,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Folder, append, progress
 from mapo_jax.evaluation.conversations import to_row
 from mapo_jax.evaluation.endpoint import together
-from mapo_jax.evaluation.role_loop import World
+from mapo_jax.evaluation.role_loop import RoleLoop
 from mapo_jax.json_files import read_rows
 from mapo_jax.rollout.collect import derive_seed
 
@@ -173,7 +173,7 @@ async def judge_transcript(transcript: Transcript, judge: Judge) -> DialogueStat
 
 def judge_all(
     transcripts: Sequence[Transcript],
-    world: World,
+    world: RoleLoop,
     folder: Folder,
     settings: Mapping[str, Any],
     console: Console,

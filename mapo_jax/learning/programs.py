@@ -21,7 +21,7 @@ from mapo_jax.model.qwen import QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import batch_sharding, param_shardings, row_shards
 
 
-class Programs(NamedTuple):
+class TrainingPrograms(NamedTuple):
     """What moves the weights, and what scores with them."""
 
     optimizer: Optimizer
@@ -29,7 +29,7 @@ class Programs(NamedTuple):
     scorer: Callable[..., Any]  # the trainer's own log-probabilities
 
 
-def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh: Mesh) -> Programs:
+def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh: Mesh) -> TrainingPrograms:
     """The programs of a run.
 
     Args:
@@ -63,7 +63,7 @@ def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh:
         shardings=param_shardings(parameter_shapes(model), mesh),
     )
     scorer = make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
-    return Programs(optimizer, update, scorer)
+    return TrainingPrograms(optimizer, update, scorer)
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:

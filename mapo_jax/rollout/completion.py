@@ -6,20 +6,13 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.rollout.dispatch import Desk
+from mapo_jax.environment.roles import Completion
+from mapo_jax.rollout.dispatch import Dispatcher
 from mapo_jax.rollout.engine import Engine, Reply, Request
 from mapo_jax.rollout.rows import ChatFormat
-
-
-class Completion(NamedTuple):
-    """What was sampled, as text."""
-
-    text: str
-    input_tokens: int
-    output_tokens: int
 
 
 class EngineModel:
@@ -33,7 +26,7 @@ class EngineModel:
     def __init__(self, engine: Engine, chat: ChatFormat) -> None:
         """Args: engine: with weights loaded. chat: the model's format."""
         self._engine, self._chat = engine, chat
-        self._desk = Desk(engine)
+        self._desk = Dispatcher(engine)
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(engine.slots):
             self._free.put_nowait(slot)

@@ -25,7 +25,7 @@ from mapo_jax.rollout.sampling import Sampling, penalise, sample, uniforms
 CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": True}
 
 
-class Programs(NamedTuple):
+class EnginePrograms(NamedTuple):
     """Jitted; each compiles once for each cache length. All but `grow` and `park` take over their cache."""
 
     ready: Callable[[Params], Params]  # (params): as `prefill` and `generate` take them
@@ -49,7 +49,7 @@ def make_programs(
     sampling: Sampling,
     dtype,
     mesh: Mesh | None,
-) -> Programs:
+) -> EnginePrograms:
     """The programs of one engine; sizes as of `Engine`."""
     cache_sharding = everywhere = weights_sharding = None
     if mesh is not None:
@@ -59,7 +59,7 @@ def make_programs(
     platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
     model = dict(config=config, dtype=dtype, mesh=mesh)
     options = CPU_OPTIONS if platform == "cpu" else None
-    return Programs(
+    return EnginePrograms(
         ready=jax.jit(
             functools.partial(for_decoding, config=config, dtype=dtype), out_shardings=weights_sharding
         ),

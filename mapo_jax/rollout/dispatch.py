@@ -7,7 +7,7 @@ import asyncio
 from mapo_jax.rollout.engine import Engine, Reply, Request
 
 
-class Desk:
+class Dispatcher:
     """Takes requests from many dialogues and answers them in blocks; the event loop never waits for it."""
 
     def __init__(self, engine: Engine):

@@ -30,7 +30,7 @@ LANGUAGES = ("en", "zh")
 ORDERS = 4  # rotations of the choices that there are
 
 
-class Protocol(NamedTuple):
+class AskingProtocol(NamedTuple):
     """How often every item is asked."""
 
     orders: int  # in so many orders of its choices
@@ -39,9 +39,9 @@ class Protocol(NamedTuple):
 
 
 PROTOCOLS = {
-    "current": Protocol(1, 1, 0.0),
-    "permuted": Protocol(ORDERS, 1, 0.0),
-    "earlier": Protocol(ORDERS, 5, 0.6),
+    "current": AskingProtocol(1, 1, 0.0),
+    "permuted": AskingProtocol(ORDERS, 1, 0.0),
+    "earlier": AskingProtocol(ORDERS, 5, 0.6),
 }
 """`current`: the choices as given, once. `permuted`: once in each order. `earlier`: the majority of five
 samples in each order, with the temperature of the benchmark's first release. Scores are means over orders."""
@@ -93,7 +93,7 @@ class Asking:
         return render(item.task, item.language, item.detail, item.scenario, item.subject, choices)
 
 
-def askings(items: Iterable[Item], protocol: Protocol) -> list[Asking]:
+def askings(items: Iterable[Item], protocol: AskingProtocol) -> list[Asking]:
     """Everything that a protocol asks."""
     return [
         Asking(item, order, sample)

@@ -16,7 +16,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.evaluate import main
 from mapo_jax.evaluation import transcripts
 from mapo_jax.evaluation.answers import Folder
-from mapo_jax.evaluation.role_loop import World
+from mapo_jax.evaluation.role_loop import RoleLoop
 
 CARDS = load_scenarios(split="test")[:2]
 
@@ -49,7 +49,7 @@ class LengthJudge:
 
 def judge(folder, chats, judge, console):
     with asyncio.Runner() as runner:
-        world = World(Roles(None, judge, None), lambda work, check: runner.run(work))
+        world = RoleLoop(Roles(None, judge, None), lambda work, check: runner.run(work))
         return transcripts.judge_all(
             chats, world, Folder(folder, transcripts.JUDGED), {"a": 1}, console, concurrency=2
         )

@@ -428,6 +428,7 @@ def test_update_on_a_mesh_of_eight_equals_that_of_one(tmp_path):
         sys.path.insert(0, sys.argv[1])
         import test_step as tiny
         from mapo_jax.config import MeshConfig, OptimizerConfig
+        from mapo_jax.model.qwen import parameter_shapes
         from mapo_jax.model.sharding import make_mesh, param_shardings
         from mapo_jax.learning.step import create_state, fetch, make_optimizer, make_update, place
 

@@ -126,7 +126,7 @@ placed = jax.device_put(rows, sharding.batch_sharding(mesh))
 np.testing.assert_allclose(jax.jit(score)(params, *placed), jax.jit(score)(alone, *rows), atol=1e-5)
 
 try:
-    sharding.param_shardings(parameter_shapes(QWEN3), mesh)
+    sharding.param_shardings(qwen.parameter_shapes(QWEN3), mesh)
 except UserError as error:
     assert "vocabulary (131" in str(error) and "mesh.tensor=2" in str(error), error
 else:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mapo_jax.rollout.dispatch import Desk
+from mapo_jax.rollout.dispatch import Dispatcher
 from mapo_jax.rollout.engine import Reply, Request
 
 
@@ -43,7 +43,7 @@ def ask(desk, slot):
 
 def run(engine, work):
     async def both():
-        desk = Desk(engine)
+        desk = Dispatcher(engine)
         serving = asyncio.ensure_future(desk.serve())
         try:
             return await asyncio.wait_for(work(desk), 20)

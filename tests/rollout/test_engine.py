@@ -515,7 +515,7 @@ def test_on_a_mesh_of_four_as_on_one_device():
         sys.path.insert(0, sys.argv[1])
         import test_engine as tiny
         from mapo_jax.config import MeshConfig
-        from mapo_jax.model.qwen import init_params
+        from mapo_jax.model.qwen import init_params, parameter_shapes
         from mapo_jax.model.sharding import make_mesh, param_shardings
         from mapo_jax.rollout.sampling import Sampling
 

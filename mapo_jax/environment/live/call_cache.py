@@ -6,19 +6,12 @@ import hashlib
 import json
 import sqlite3
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from mapo_jax.environment.roles import Completion
 from mapo_jax.errors import UserError
 
 CACHE_FILE = "calls.sqlite"
-
-
-class Answer(NamedTuple):
-    """What a model answered, and what it took."""
-
-    text: str
-    input_tokens: int
-    output_tokens: int
 
 
 def address(**content: Any) -> str:
@@ -51,7 +44,7 @@ class CallCache:
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from error
 
-    def get(self, where: str) -> Answer | None:
+    def get(self, where: str) -> Completion | None:
         """The answer at an address, if there is one."""
         try:
             row = self._rows.execute(
@@ -59,9 +52,9 @@ class CallCache:
             ).fetchone()
         except sqlite3.Error as error:
             raise self._unusable(error) from error
-        return None if row is None else Answer(*row)
+        return None if row is None else Completion(*row)
 
-    def put(self, where: str, role: str, answer: Answer) -> None:
+    def put(self, where: str, role: str, answer: Completion) -> None:
         """Keeps an answer that was fit for use."""
         try:
             self._rows.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?)", (where, role, *answer))
