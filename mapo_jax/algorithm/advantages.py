@@ -6,7 +6,8 @@ Every estimator of `ESTIMATORS` is a pure function
 
 of arrays `[S, R, T]`: S scenarios, R rollouts of each from one start, T turns. `valid` marks the turns that
 exist, `scored` those that have a reward (default: all valid ones). Unscored turns are imputed for the return
-and are in no statistic. The advantages are 0 outside `scored`, and what stands outside the masks influences
+and are in no statistic. Estimators of returns take them as `returns` where they are at hand (`monte_carlo`
+with the same discount), and compute them otherwise. The advantages are 0 outside `scored`, and what stands outside the masks influences
 nothing. All tokens that the policy sampled in turn t of rollout (s, r) get `A[s, r, t]`.
 
 Statistics are over the whole batch of a step: call these before it is cut into mini-batches. Standard
@@ -18,7 +19,6 @@ Source, where nothing else is named: MAPO (arXiv 2603.06194).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mapo_jax.algorithm import cells
-from mapo_jax.algorithm.returns import discounted_returns
+from mapo_jax.algorithm.returns import monte_carlo
 from mapo_jax.algorithm.rewards import impute_missing
 from mapo_jax.config import AlgorithmConfig
 
@@ -134,6 +134,7 @@ def mapo(
     valid: Mask,
     scored: Mask | None = None,
     *,
+    returns: Values | None = None,
     discount: float = DISCOUNT,
     turn_weight: float = TURN_WEIGHT,
     batch_scope: str = "batch",
@@ -141,12 +142,11 @@ def mapo(
     min_group: int = 2,
 ) -> Float[Array, "S R T"]:
     """`A = w A_turn + (1 - w) A_batch`: the mixed advantage, w = `turn_weight`."""
-    turn_term = turn(
-        rewards, valid, scored, discount=discount, leave_one_out=leave_one_out, min_group=min_group
-    )
-    return turn_weight * turn_term + (1 - turn_weight) * batch(
-        rewards, valid, scored, batch_scope=batch_scope
-    )
+    scored = cells.scored_cells(valid, scored)
+    if returns is None:
+        returns = monte_carlo(rewards, valid, scored, discount=discount)
+    turn_term = turn_level(returns, scored, leave_one_out=leave_one_out, min_group=min_group)
+    return turn_weight * turn_term + (1 - turn_weight) * batch_level(rewards, scored, batch_scope=batch_scope)
 
 
 def turn(
@@ -154,13 +154,15 @@ def turn(
     valid: Mask,
     scored: Mask | None = None,
     *,
+    returns: Values | None = None,
     discount: float = DISCOUNT,
     leave_one_out: bool = False,
     min_group: int = 2,
 ) -> Float[Array, "S R T"]:
     """`A_turn` of the discounted returns alone: `mapo` with w = 1."""
     scored = cells.scored_cells(valid, scored)
-    returns = discounted_returns(impute_missing(rewards, valid, scored), valid, discount)
+    if returns is None:
+        returns = monte_carlo(rewards, valid, scored, discount=discount)
     return turn_level(returns, scored, leave_one_out=leave_one_out, min_group=min_group)
 
 
@@ -200,11 +202,17 @@ def grpo_per_turn(
 
 
 def reinforce_plus_plus(
-    rewards: Values, valid: Mask, scored: Mask | None = None, *, discount: float = DISCOUNT
+    rewards: Values,
+    valid: Mask,
+    scored: Mask | None = None,
+    *,
+    returns: Values | None = None,
+    discount: float = DISCOUNT,
 ) -> Float[Array, "S R T"]:
     """`(G - mean G) / (std G + e)` over the whole batch. Source: REINFORCE++ (arXiv 2501.03262)."""
     scored = cells.scored_cells(valid, scored)
-    returns = discounted_returns(impute_missing(rewards, valid, scored), valid, discount)
+    if returns is None:
+        returns = monte_carlo(rewards, valid, scored, discount=discount)
     return z_score(returns, scored, BATCH_SCOPES["batch"])
 
 
@@ -264,11 +272,33 @@ ESTIMATORS: MappingProxyType[str, Callable[..., Array]] = MappingProxyType(
 """Name in the configuration -> estimator."""
 
 
+RETURN_ESTIMATORS = ("mapo", "turn", "reinforce_plus_plus")
+"""Names of those that take `returns`."""
+
+
 def estimator_options(config: AlgorithmConfig) -> dict[str, Any]:
-    """The keyword options of `ESTIMATORS[config.estimator]`, taken from the fields of the same names."""
-    parameters = inspect.signature(ESTIMATORS[config.estimator]).parameters.values()
-    return {
-        parameter.name: getattr(config, parameter.name)
-        for parameter in parameters
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    """The options of `ESTIMATORS[config.estimator]`, but for `returns`."""
+    match config.estimator:
+        case "mapo":
+            return {
+                "discount": config.discount,
+                "turn_weight": config.turn_weight,
+                "batch_scope": config.batch_scope,
+                "leave_one_out": config.leave_one_out,
+                "min_group": config.min_group,
+            }
+        case "turn":
+            return {
+                "discount": config.discount,
+                "leave_one_out": config.leave_one_out,
+                "min_group": config.min_group,
+            }
+        case "batch":
+            return {"batch_scope": config.batch_scope}
+        case "reinforce_plus_plus":
+            return {"discount": config.discount}
+        case "mt_grpo":
+            return {"outcome_weight": config.outcome_weight, "min_group": config.min_group}
+        case "grpo" | "grpo_per_turn" | "rloo" | "dr_grpo":
+            return {"min_group": config.min_group}
+    raise ValueError(f"the estimator is {config.estimator!r}; it must be one of {', '.join(ESTIMATORS)}")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mapo_jax.algorithm import cells
+from mapo_jax.algorithm.rewards import impute_missing
 
 
 def discounted_returns(
@@ -38,3 +39,17 @@ def discounted_returns(
         backwards, jnp.zeros_like(rewards[..., 0]), jnp.moveaxis(rewards, -1, 0), reverse=True
     )
     return jnp.where(valid, jnp.moveaxis(returns, 0, -1), 0.0)
+
+
+def monte_carlo(
+    rewards: Float[Array, "S R T"],
+    valid: Bool[Array, "S R T"],
+    scored: Bool[Array, "S R T"] | None = None,
+    *,
+    discount: float,
+) -> Float[Array, "S R T"]:
+    """`discounted_returns` of the rewards with unscored turns imputed (`rewards.impute_missing`).
+
+    Args and errors as of these two.
+    """
+    return discounted_returns(impute_missing(rewards, valid, scored), valid, discount)

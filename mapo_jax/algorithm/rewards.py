@@ -2,16 +2,19 @@
 
 Positions `P_0 .. P_T` are points (C, A, P) on the last axis, T + 1 of them on the axis before it: negative
 numbers are support that is still lacking, the origin is equilibrium. Every function takes any leading axes,
-usually `[S, R]`, computes in float32, and needs no mask: what it says of turns that do not exist is for the
-caller to mask.
+usually `[S, R]`, and needs no mask: what it says of turns that do not exist is for the caller to mask. JAX
+arrays are computed with JAX, in their dtype; anything else with numpy, in float64. So training, evaluation and
+reports share one formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from mapo_jax.algorithm import cells
@@ -29,18 +32,18 @@ def distance(positions: Float[Array, "*cells 3"]) -> Float[Array, "*cells"]:
     Raises:
       ValueError: the last axis is not (C, A, P).
     """
-    return jnp.linalg.norm(jnp.maximum(0.0, -MARGIN - _points(positions)), axis=-1)
+    xp, points = _points(positions)
+    return _norm(xp, xp.maximum(0.0, -MARGIN - points))
 
 
 def incremental(distances: Float[Array, "*rollouts T+1"]) -> Float[Array, "*rollouts T"]:
     """Incremental distance reward, `r_t = D(P_{t-1}) - D(P_t)`: what this turn has won. The default."""
-    distances = jnp.asarray(distances, jnp.float32)
     return distances[..., :-1] - distances[..., 1:]
 
 
 def absolute(distances: Float[Array, "*rollouts T+1"]) -> Float[Array, "*rollouts T"]:
     """Absolute distance reward, `r_t = -D(P_t)`: the paper's baseline, which also pays for history."""
-    return -jnp.asarray(distances, jnp.float32)[..., 1:]
+    return -distances[..., 1:]
 
 
 def increment_sum(positions: Float[Array, "*rollouts T+1 3"]) -> Float[Array, "*rollouts T"]:
@@ -49,7 +52,8 @@ def increment_sum(positions: Float[Array, "*rollouts T+1 3"]) -> Float[Array, "*
     Raises:
       ValueError: the last axis is not (C, A, P).
     """
-    return jnp.sum(jnp.diff(_points(positions), axis=-2), axis=-1)
+    xp, points = _points(positions)
+    return xp.sum(xp.diff(points, axis=-2), axis=-1)
 
 
 def potential(positions: Float[Array, "*rollouts T+1 3"]) -> Float[Array, "*rollouts T"]:
@@ -58,7 +62,7 @@ def potential(positions: Float[Array, "*rollouts T+1 3"]) -> Float[Array, "*roll
     Raises:
       ValueError: the last axis is not (C, A, P).
     """
-    phi = POTENTIAL_SCALE / (POTENTIAL_SCALE + jnp.linalg.norm(_points(positions), axis=-1))
+    phi = POTENTIAL_SCALE / (POTENTIAL_SCALE + _norm(*_points(positions)))
     return POTENTIAL_DISCOUNT * phi[..., 1:] - phi[..., :-1]
 
 
@@ -97,8 +101,13 @@ def impute_missing(
     return jnp.where(scored, rewards, jnp.where(valid, mean, 0.0))
 
 
-def _points(positions: Float[Array, "*cells 3"]) -> Float[Array, "*cells 3"]:
-    positions = jnp.asarray(positions, jnp.float32)
-    if positions.ndim == 0 or positions.shape[-1] != 3:
-        raise ValueError(f"positions have the axes C, A, P last, not shape {positions.shape}")
-    return positions
+def _points(positions: Float[Array, "*cells 3"]) -> tuple[ModuleType, Float[Array, "*cells 3"]]:
+    """The module that computes with these positions, and the positions as its array."""
+    xp, points = (jnp, positions) if isinstance(positions, jax.Array) else (np, np.asarray(positions, float))
+    if points.ndim == 0 or points.shape[-1] != 3:
+        raise ValueError(f"positions have the axes C, A, P last, not shape {points.shape}")
+    return xp, points
+
+
+def _norm(xp: ModuleType, vectors: Float[Array, "*cells 3"]) -> Float[Array, "*cells"]:
+    return xp.sqrt(xp.sum(vectors * vectors, axis=-1))
