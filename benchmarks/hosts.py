@@ -144,6 +144,7 @@ def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
     from mapo_jax.environment.state import Limits
     from mapo_jax.files import part_name, part_of, write_whole
     from mapo_jax.learning import batch as rows
+    from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
     from mapo_jax.rollout.collect import collect
     from mapo_jax.rollout.rows import ChatFormat
     from mapo_jax.scores.figures import summarize
@@ -161,7 +162,7 @@ def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
         chat.vocabulary_size,
         chat.end_of_turn[0],
     )
-    roles, credit = scripted_roles(config.environment), rows.make_credit(config.algorithm)
+    roles, algorithm = scripted_roles(config.environment), config.algorithm
     limits = Limits(config.rollout.min_turns, config.rollout.max_turns, 0.05)
     spent: dict[str, float] = {}
     clock = time.process_time()
@@ -186,7 +187,9 @@ def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
         hosts.exchange("held", None)
         cells = rows.make_cells(dialogues, config.rollout.max_turns)
         cells = rows.Cells(*hosts.gather((cells.positions, cells.valid, cells.scored)))
-        _, advantages = credit(cells.positions, cells.valid, cells.scored)
+        rewards = turn_rewards(cells.positions, cells.scored, algorithm=algorithm)
+        returns = turn_returns(rewards, cells.valid, cells.scored, algorithm=algorithm)
+        advantages = turn_advantages(rewards, returns, cells.valid, cells.scored, algorithm=algorithm)
         batch = rows.make_batch(
             dialogues, np.asarray(advantages)[own], cells.scored[own], config.rollout.max_tokens
         )

@@ -36,7 +36,8 @@ from mapo_jax.config import Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.learning.batch import Batch
 from mapo_jax.learning.programs import make_programs
-from mapo_jax.learning.step import create_state, place
+from mapo_jax.learning.train_state import create_state
+from mapo_jax.learning.update import place
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.engine import Counts

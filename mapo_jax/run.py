@@ -1,28 +1,30 @@
-"""A run and what it is made of: set up from its configuration, then begun or continued."""
+"""A run and what it is made of: set up from its configuration, begun or continued, saved, and left."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grain
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mapo_jax.commands import cache_folder
+from mapo_jax.commands import Stopped, cache_folder
 from mapo_jax.config import Config, to_yaml
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, in_bucket, part_name
-from mapo_jax.learning import batch as rows
+from mapo_jax.learning.batch import row_lengths
+from mapo_jax.learning.optimizer import Optimizer
 from mapo_jax.learning.programs import make_programs
-from mapo_jax.learning.step import Optimizer, TrainState, Update, abstract_state, create_state
+from mapo_jax.learning.train_state import TrainState, abstract_state, create_state
+from mapo_jax.learning.update import Update
 from mapo_jax.model.lora import join
 from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
@@ -51,9 +53,19 @@ from mapo_jax.running.policy import (
     save_model_files,
 )
 from mapo_jax.running.processes import Hosts, rollout_mesh, rollout_weights, share_of
-from mapo_jax.running.stop import StopRequest
+from mapo_jax.running.processes import join as join_processes
+from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.warmstart import run_warmstart
 from mapo_jax.world import World, open_world
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: all that changes from step to step."""
+
+    step: int  # finished steps
+    state: TrainState
+    deck: dict[str, Any]  # the scenario deck's own position
 
 
 @dataclass(frozen=True)
@@ -65,13 +77,15 @@ class Run:
     folder: Path
     mesh: Mesh
     policy: Policy
+    start: (
+        Params | None
+    )  # weights it starts from; None where it continues from a checkpoint; donated by `begin`
     world: World
     limits: Limits
     validation: list[Scenario]
     engine: Engine  # samples for training
     evaluator: Engine  # samples for evaluation
     sampling_weights: Callable[[Params], Params]  # the weights as the engines take them
-    credit: Callable[..., Any]  # cells -> rewards, advantages
     update: Update
     scorer: Callable[..., Any]  # the trainer's own log-probabilities
     optimizer: Optimizer
@@ -82,20 +96,49 @@ class Run:
     compiles: CompileCounter
     phases: Phases
     stop: StopRequest
+    compiled_lengths: set[int] = field(default_factory=set)  # row lengths that an update is compiled for
+
+    def leave(self, interruption: Interrupted, at: Position) -> NoReturn:
+        """Saves an interrupted run and ends it.
+
+        Raises:
+          UserError: the error that interrupted it, if one did.
+          Stopped: otherwise.
+        """
+        save(self, at)
+        self.checkpoints.wait()
+        saved = f"{self.folder} is saved after step {at.step} of {self.config.training.steps}"
+        _end(self.hosts, interruption, f": {saved}; the same command goes on from there")
 
 
-def prepare(
-    config: Config, stack: ExitStack, stop: StopRequest, console: Console, hosts: Hosts | None = None
-) -> tuple[Run, Params | None]:
-    """Everything that a run needs; bad input is refused before anything is written.
+@contextmanager
+def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
+    """A run, built from its configuration by all of its processes; closed at the end of the context.
 
-    Args:
-      hosts: the processes of the run; None for this one alone.
-
-    Returns:
-      The run, and the weights that it starts from: None where it continues from a checkpoint of its own.
+    Raises:
+      UserError: bad input; nothing is written then.
+      Stopped: a signal came before the first step.
     """
-    hosts = hosts or Hosts()
+    with join_processes(config) as hosts, ExitStack() as stack, hosts.speaking():
+        console = console or Console(highlight=False, quiet=not hosts.first)
+        stop = stack.enter_context(StopRequest(config.run.deadline_minutes, hosts.peers))
+        try:
+            run = prepare(config, stack, stop, console, hosts)
+        except Interrupted as interruption:
+            _end(hosts, interruption, " before the first step; the same command starts again")
+        yield run
+        hosts.part()
+
+
+def _end(hosts: Hosts, interruption: Interrupted, where: str) -> NoReturn:
+    hosts.part()
+    if isinstance(interruption.__cause__, UserError):
+        raise interruption.__cause__ from None
+    raise Stopped(str(interruption), f"stopped by {interruption}{where}") from interruption
+
+
+def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Console, hosts: Hosts) -> Run:
+    """Everything that a run needs; bad input is refused before anything is written."""
     folder = as_path(config.run.directory)
     compiles, phases = stack.enter_context(CompileCounter()), Phases()
     stack.enter_context(Heartbeat(phases))
@@ -156,11 +199,11 @@ def prepare(
         engine=engine,
         evaluator=evaluator,
         sampling_weights=rollout_weights(policy.config, mesh, hosts, config.model.dtype),
-        credit=rows.make_credit(config.algorithm),
+        start=params,
         update=programs.update,
         scorer=programs.scorer,
         optimizer=programs.optimizer,
-        row_lengths=rows.row_lengths(config.rollout.max_tokens),
+        row_lengths=row_lengths(config.rollout.max_tokens),
         checkpoints=checkpoints,
         writer=stack.enter_context(
             MetricWriter(folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb)
@@ -172,7 +215,7 @@ def prepare(
         phases=phases,
         stop=stop,
     )
-    return run, params
+    return run
 
 
 def claim_together(config: Config, folder: Path, hosts: Hosts, stack: ExitStack) -> None:
@@ -231,12 +274,13 @@ def warm_start(config: Config, mesh: Mesh, stop: StopRequest, console: Console, 
     return folder
 
 
-def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple[int, TrainState]:
-    """Steps done, and the state after them: a beginning with `params`, or the newest whole checkpoint."""
+def begin(run: Run, deck: grain.DatasetIterator) -> Position:
+    """Where the run begins, or its newest whole checkpoint; the deck is put there as well."""
     shardings = param_shardings(parameter_shapes(run.policy.config), run.mesh)
     reference = run.config.algorithm.kl_coefficient > 0
-    if params is not None:
-        return 0, create_state(params, run.optimizer, shardings=shardings, reference=reference)
+    if run.start is not None:
+        state = create_state(run.start, run.optimizer, shardings=shardings, reference=reference)
+        return Position(0, state, deck.get_state())
     shapes = parameter_shapes(run.policy.config, run.config.model.dtype)
     template = abstract_state(shapes, run.optimizer, shardings=shardings, reference=reference)
     state, reached = run.checkpoints.restore_latest(template)
@@ -249,7 +293,28 @@ def begin(run: Run, params: Params | None, deck: grain.DatasetIterator) -> tuple
         run.display.note(f"the run in {run.folder} is finished; for another choose another run.directory")
     else:
         run.display.note(f"continuing {run.folder} after step {reached['step']}")
-    return reached["step"], state
+    return Position(reached["step"], state, deck.get_state())
+
+
+def save(run: Run, at: Position) -> None:
+    """Starts to save a checkpoint; every random number follows from the seed and the step."""
+    progress = {
+        "deck": at.deck,
+        "seed": run.config.training.seed,
+        "configuration": to_yaml(run.config),
+    }
+    with run.phases("checkpoint"):
+        run.checkpoints.save(at.step, at.state, progress)
+
+
+def evaluation_due(config: Config, step: int) -> bool:
+    """Whether the weights after `step` steps are evaluated."""
+    return step % config.evaluation.every == 0 or step == config.training.steps
+
+
+def checkpoint_due(config: Config, step: int) -> bool:
+    """Whether to save after `step` steps: regularly, before every evaluation, and at the end."""
+    return step % config.checkpoint.every == 0 or evaluation_due(config, step)
 
 
 def cards(config: Config, split: str) -> list[Scenario]:
@@ -268,8 +333,3 @@ def scenario_deck(config: Config) -> grain.DatasetIterator:
         .batch(config.rollout.scenarios, batch_fn=list)
         .to_iter_dataset()
     )
-
-
-def progress(config: Config, deck_state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds beside the state. Every random number follows from the seed and the step."""
-    return {"deck": deck_state, "seed": config.training.seed, "configuration": to_yaml(config)}

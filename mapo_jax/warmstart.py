@@ -39,7 +39,9 @@ from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
-from mapo_jax.learning.step import Scoring, create_state, make_optimizer, make_supervised_update, place
+from mapo_jax.learning.optimizer import make_optimizer
+from mapo_jax.learning.train_state import create_state
+from mapo_jax.learning.update import Scoring, make_supervised_update, place
 from mapo_jax.model.backends import row_attention
 from mapo_jax.model.qwen import Params, init_params, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
@@ -72,7 +74,7 @@ _SOURCES = (
     "warmstarting",
     "rollout/rows.py",
     "tokenizer.py",
-    "learning/step.py",
+    "learning/update.py",
 )
 
 

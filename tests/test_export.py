@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from mapo_jax.config import Config, ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.export import check_logits, export, main, verify
-from mapo_jax.learning.step import create_state, make_optimizer
+from mapo_jax.learning.optimizer import make_optimizer
+from mapo_jax.learning.train_state import create_state
 from mapo_jax.model.head import logits
 from mapo_jax.model.huggingface import INDEX, load_params, params_reader, read_config
 from mapo_jax.model.lora import LoRA, join, split
@@ -287,7 +288,8 @@ from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.tokenizer import load_tokenizer
 from mapo_jax.running.checkpoint import Checkpoints, save_base
 from mapo_jax.running.policy import Policy, load_policy, save_model_files
-from mapo_jax.learning.step import create_state, make_optimizer
+from mapo_jax.learning.train_state import create_state
+from mapo_jax.learning.optimizer import make_optimizer
 run, tokenizer, step = Path(sys.argv[1]), load_tokenizer(sys.argv[2]), sys.argv[3]
 config = QwenConfig(
     vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_layers=8, num_heads=8, num_kv_heads=8,

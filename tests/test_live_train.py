@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from mapo_jax import train
+from mapo_jax.algorithm.rewards import distance
 from mapo_jax.environment.scenario import load_scenarios
-from mapo_jax.environment.state import distance
 from mapo_jax.model.huggingface import read_config, save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params, parameter_shapes
 from mapo_jax.rollout.collect import Dialogue

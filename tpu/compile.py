@@ -42,7 +42,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.learning.batch import microbatch_rows, row_lengths
 from mapo_jax.learning.programs import abstract_batch, make_programs, minibatch_rows
-from mapo_jax.learning.step import abstract_state
+from mapo_jax.learning.train_state import abstract_state
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import (
     MESH_AXES,

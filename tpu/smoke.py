@@ -22,7 +22,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mapo_jax.config import AlgorithmConfig, MeshConfig, OptimizerConfig
 from mapo_jax.learning.batch import Batch
-from mapo_jax.learning.step import Scoring, create_state, make_optimizer, make_update, place
+from mapo_jax.learning.optimizer import make_optimizer
+from mapo_jax.learning.train_state import create_state
+from mapo_jax.learning.update import Scoring, make_update, place
 from mapo_jax.model.qwen import QwenConfig, init_params, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.running.utilization import memory, peak_flops

@@ -6,9 +6,10 @@ Every estimator of `ESTIMATORS` is a pure function
 
 of arrays `[S, R, T]`: S scenarios, R rollouts of each from one start, T turns. `valid` marks the turns that
 exist, `scored` those that have a reward (default: all valid ones). Unscored turns are imputed for the return
-and are in no statistic. Estimators of returns take them as `returns` where they are at hand (`monte_carlo`
-with the same discount), and compute them otherwise. The advantages are 0 outside `scored`, and what stands outside the masks influences
-nothing. All tokens that the policy sampled in turn t of rollout (s, r) get `A[s, r, t]`.
+and are in no statistic. The advantages are 0 outside `scored`, and what stands outside the masks influences
+nothing. Estimators of returns take them as `returns` if they are at hand (`returns.monte_carlo`, with the
+same discount), and compute them otherwise. All tokens that the policy sampled in turn t of rollout (s, r) get
+`A[s, r, t]`.
 
 Statistics are over the whole batch of a step: call these before it is cut into mini-batches. Standard
 deviations are of the population. Each function raises ValueError for arrays that are not `[S, R, T]` and for

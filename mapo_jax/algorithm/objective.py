@@ -259,16 +259,15 @@ def combine_metrics(metrics: Mapping[str, Float[Array, " micro"]]) -> dict[str, 
 
 def objective_options(config: AlgorithmConfig) -> dict[str, Any]:
     """The options of `policy_loss` that the configuration has under the same names."""
-    names = (
-        "clip_low",
-        "clip_high",
-        "dual_clip",
-        "aggregation",
-        "kl_coefficient",
-        "kl_estimator",
-        "entropy_coefficient",
-    )
-    return {name: getattr(config, name) for name in names}
+    return {
+        "clip_low": config.clip_low,
+        "clip_high": config.clip_high,
+        "dual_clip": config.dual_clip,
+        "aggregation": config.aggregation,
+        "kl_coefficient": config.kl_coefficient,
+        "kl_estimator": config.kl_estimator,
+        "entropy_coefficient": config.entropy_coefficient,
+    }
 
 
 def _masked(mask: Mask, *arrays: Tokens) -> tuple[Tokens, ...]:

@@ -3,8 +3,8 @@
 Positions `P_0 .. P_T` are points (C, A, P) on the last axis, T + 1 of them on the axis before it: negative
 numbers are support that is still lacking, the origin is equilibrium. Every function takes any leading axes,
 usually `[S, R]`, and needs no mask: what it says of turns that do not exist is for the caller to mask. JAX
-arrays are computed with JAX, in their dtype; anything else with numpy, in float64. So training, evaluation and
-reports share one formula.
+arrays are computed with JAX, in their dtype; anything else with numpy, in float64. So training, evaluation
+and reports share one formula.
 """
 
 from __future__ import annotations

@@ -114,20 +114,6 @@ class DialogueState:
         )
 
     @property
-    def distance(self) -> float:
-        """D of the position: what the user still lacks."""
-        return calculator.distance(self.position)
-
-    @property
-    def rewards(self) -> tuple[float | None, ...]:
-        """Incremental distance of each turn; None where the judge failed."""
-        distances = [calculator.distance(position) for position in self.positions]
-        return tuple(
-            before - after if turn.scored else None
-            for turn, before, after in zip(self.turns, distances, distances[1:], strict=False)
-        )
-
-    @property
     def energy(self) -> float:
         """E so far: support in the direction from the start state to equilibrium."""
         return calculator.energy_from_position(self.scenario.start_position, self.position)

@@ -28,7 +28,6 @@ HARM_POINTS = {
     "A": {0: 0, -1: -2, -2: -5},
     "P": {0: 0, -1: -2, -2: -5},
 }
-HALF_SPACE_MARGIN = 1.0  # eps of the distance: an axis that lacks no more than this is at rest
 
 COLLAPSE_WINDOW = 5  # turns running that lose energy
 STAGNATION_WINDOW = 5  # turns whose |P| hardly changes ...
@@ -95,11 +94,6 @@ def trajectory(start: Vector, increments: Sequence[Vector | None]) -> list[Vecto
 def norm(position: Vector) -> float:
     """`|P|`, the Euclidean length."""
     return math.sqrt(_dot(position, position))
-
-
-def distance(position: Vector) -> float:
-    """`D(P) = sqrt(sum_i max(0, -eps - P_i)^2)`, eps = 1: what is still lacking; overshoot earns nothing."""
-    return math.sqrt(sum(max(0.0, -HALF_SPACE_MARGIN - p) ** 2 for p in position))
 
 
 def ideal_direction(start: Vector) -> Vector:

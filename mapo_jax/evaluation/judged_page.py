@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from mapo_jax.algorithm.rewards import distance
 from mapo_jax.environment import state as calculator
 from mapo_jax.scores import empa
 
@@ -29,7 +30,7 @@ def render_page(
     conversations = []
     for row in rows:
         increments = [None if turn is None else calculator.points(turn) for turn in row["levels"]]
-        distances = [calculator.distance(p) for p in calculator.trajectory(row["start"], increments)]
+        distances = distance(calculator.trajectory(row["start"], increments)).tolist()
         scores = empa.score_case(row["start"], row["levels"])
         exchanges = [
             {

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from mapo_jax.algorithm.rewards import distance
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.dialogue import (
     LEVEL_NAMES,
@@ -230,7 +231,7 @@ def worst_turns(rows: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, 
     turns = []
     for row in rows:
         increments = [None if turn is None else calculator.points(turn) for turn in row["levels"]]
-        distances = [calculator.distance(p) for p in calculator.trajectory(row["start"], increments)]
+        distances = distance(calculator.trajectory(row["start"], increments)).tolist()
         for index, levels in enumerate(row["levels"]):
             if levels is None:
                 continue

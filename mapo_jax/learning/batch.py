@@ -6,18 +6,13 @@ saved step, read back from its dialogues, gives the same batch bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-
-from mapo_jax.algorithm.advantages import ESTIMATORS, estimator_options
-from mapo_jax.algorithm.rewards import REWARDS
-from mapo_jax.config import AlgorithmConfig
 
 if TYPE_CHECKING:
     from mapo_jax.rollout.collect import Dialogue
@@ -68,28 +63,6 @@ def make_cells(
                 valid[s, r, : len(turns)] = True
                 scored[s, r, : len(turns)] = [turn.scored for turn in turns]
     return Cells(positions, valid, scored)
-
-
-def make_credit(
-    config: AlgorithmConfig,
-) -> Callable[[Array, Array, Array], tuple[Float[Array, "S R T"], Float[Array, "S R T"]]]:
-    """The compiled way from cells to credit: `(positions, valid, scored) -> (rewards, advantages)`.
-
-    Rewards are 0 outside `scored`. Statistics are over all cells given: call it with the whole batch of a
-    step, before that is cut into mini-batches.
-    """
-    reward, estimator, options = (
-        REWARDS[config.reward],
-        ESTIMATORS[config.estimator],
-        estimator_options(config),
-    )
-
-    @jax.jit
-    def credit(positions, valid, scored):
-        rewards = jnp.where(scored, reward(positions), 0.0)
-        return rewards, estimator(rewards, valid, scored, **options)
-
-    return credit
 
 
 @jax.tree_util.register_dataclass
@@ -227,3 +200,20 @@ def take_scenarios(batch: Batch, chosen: Int[np.ndarray, " scenarios"], rows_per
     """The rows of whole scenarios, in the order given, as numpy arrays; each has as many rows (R, or R T)."""
     rows = (np.asarray(chosen)[:, None] * rows_per_scenario + np.arange(rows_per_scenario)).reshape(-1)
     return jax.tree.map(lambda array: np.asarray(array)[rows], batch)
+
+
+def minibatches(
+    batch: Batch, *, seed: int, step: int, epochs: int, scenarios: int, minibatch_scenarios: int
+) -> Iterator[Batch]:
+    """The mini-batches of a step's updates: every epoch cuts all rows anew, by whole scenarios.
+
+    Args:
+      batch: all rows of the step, scenario by scenario.
+      seed, step: fix the shuffle of each epoch.
+      scenarios: S.
+      minibatch_scenarios: scenarios of a mini-batch; divides S.
+    """
+    rows_per_scenario = len(batch.tokens) // scenarios
+    for epoch in range(epochs):
+        for chosen in scenario_order(seed, step, epoch, scenarios, minibatch_scenarios):
+            yield take_scenarios(batch, chosen, rows_per_scenario)

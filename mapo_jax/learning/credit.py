@@ -40,7 +40,7 @@ def turn_returns(rewards: Values, valid: Mask, scored: Mask, *, algorithm: Algor
 def turn_advantages(
     rewards: Values, returns: Values, valid: Mask, scored: Mask, *, algorithm: AlgorithmConfig
 ) -> Values:
-    """Advantages by the configured estimator, 0 outside `scored`; by default the mixed one (`advantages.py`)."""
+    """Advantages by the configured estimator (`advantages.py`; by default `mapo`), 0 outside `scored`."""
     options = estimator_options(algorithm)
     if algorithm.estimator in RETURN_ESTIMATORS:
         options |= {"returns": returns}

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from mapo_jax.config import Config
 from mapo_jax.errors import UserError
 from mapo_jax.learning.batch import Batch, row_lengths
-from mapo_jax.learning.step import Optimizer, Scoring, Update, make_optimizer, make_scorer, make_update
+from mapo_jax.learning.optimizer import Optimizer, make_optimizer
+from mapo_jax.learning.update import Scoring, Update, make_scorer, make_update
 from mapo_jax.model.backends import row_attention
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import batch_sharding, param_shardings, row_shards

@@ -1,24 +1,15 @@
-"""The credit of every turn, computed again from a saved step with the algorithm's own functions.
-
-Dialogue rows hold what was said and scored; rewards, returns and advantages follow from them and the run's
-settings, the same way as in training.
-"""
+"""The credit of every turn of a saved step, computed by the functions of training (`learning/credit.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
-from mapo_jax.algorithm.advantages import ESTIMATORS, estimator_options
-from mapo_jax.algorithm.returns import discounted_returns
-from mapo_jax.algorithm.rewards import REWARDS, impute_missing
+from mapo_jax.algorithm.advantages import ESTIMATORS
+from mapo_jax.algorithm.rewards import REWARDS
 from mapo_jax.config import AlgorithmConfig
+from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
 from mapo_jax.reporting.folder import SavedBatch, SavedDialogue
 
 MAX_FAILED_SHARE = 0.5  # of the configuration's default, where a run's own is unknown
@@ -81,13 +72,21 @@ def credit_batch(
         if learned_from(dialogue, max_failed_share):
             valid[place][:count] = True
             scored[place][:count] = dialogue.scored
+    algorithm = _settings(algorithm)
     # Advantages are over what training learned from; rewards and returns of what it left out are shown too.
-    arrays = _compute(_settings(algorithm), positions, valid, scored, exists, judged)
-    rewards, returns, *advantages = (np.asarray(array) for array in arrays)
+    shown = turn_rewards(positions, judged, algorithm=algorithm)
+    shown_returns = turn_returns(shown, exists, judged, algorithm=algorithm)
+    rewards = turn_rewards(positions, scored, algorithm=algorithm)
+    returns = turn_returns(rewards, valid, scored, algorithm=algorithm)
+    advantages = [
+        turn_advantages(rewards, returns, valid, scored, algorithm=replace(algorithm, estimator=name))
+        for name in ("turn", "batch", algorithm.estimator)
+    ]
+    shown, shown_returns, *advantages = map(np.asarray, (shown, shown_returns, *advantages))
     return [
         Credit(
-            _cells(rewards[place], judged[place], dialogue),
-            _cells(returns[place], exists[place] & judged[place].any(), dialogue),
+            _cells(shown[place], judged[place], dialogue),
+            _cells(shown_returns[place], exists[place] & judged[place].any(), dialogue),
             *(
                 ()
                 if batch.validation
@@ -109,9 +108,6 @@ def _cells(values: np.ndarray, mask: np.ndarray, dialogue: SavedDialogue) -> tup
     return tuple(value if keep else None for value, keep in pairs)
 
 
-_COMPILED: dict[Any, Callable[..., Any]] = {}
-
-
 def _settings(algorithm: AlgorithmConfig) -> AlgorithmConfig:
     """The settings with unknown names replaced, so that an odd configuration still gives rewards."""
     default = AlgorithmConfig()
@@ -120,33 +116,3 @@ def _settings(algorithm: AlgorithmConfig) -> AlgorithmConfig:
         estimator=algorithm.estimator if algorithm.estimator in ESTIMATORS else default.estimator,
         reward=algorithm.reward if algorithm.reward in REWARDS else default.reward,
     )
-
-
-def _compute(
-    algorithm: AlgorithmConfig,
-    positions: Float[np.ndarray, "S R T+1 3"],
-    valid: Bool[np.ndarray, "S R T"],
-    scored: Bool[np.ndarray, "S R T"],
-    exists: Bool[np.ndarray, "S R T"],
-    judged: Bool[np.ndarray, "S R T"],
-) -> Sequence[Array]:
-    if algorithm not in _COMPILED:
-
-        @jax.jit
-        def compute(positions, valid, scored, exists, judged):
-            rewards = REWARDS[algorithm.reward](positions)
-            all_rewards = jnp.where(judged, rewards, 0.0)
-            returns = discounted_returns(
-                impute_missing(all_rewards, exists, judged), exists, algorithm.discount
-            )
-            rewards = jnp.where(scored, rewards, 0.0)
-            terms = [
-                ESTIMATORS[name](
-                    rewards, valid, scored, **estimator_options(replace(algorithm, estimator=name))
-                )
-                for name in ("turn", "batch", algorithm.estimator)
-            ]
-            return [all_rewards, returns, *terms]
-
-        _COMPILED[algorithm] = compute
-    return _COMPILED[algorithm](positions, valid, scored, exists, judged)

@@ -31,7 +31,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from mapo_jax.config import HELD_OUT, ROLES, Config, differing_keys, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, in_bucket, write_whole
-from mapo_jax.learning.step import TrainState
+from mapo_jax.learning.train_state import TrainState
 from mapo_jax.running.metrics import EVENTS_FOLDER, METRICS_FILE, full_disk_is_a_user_error
 
 CHECKPOINTS_FOLDER = "checkpoints"

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from mapo_jax.commands import printable
 from mapo_jax.environment.dialogue import DialogueState
+from mapo_jax.scores.figures import dialogue_rewards
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # a braille cell: four rows, two columns
 
@@ -140,7 +141,7 @@ def _where_it_went(metrics: Mapping[str, float]) -> str:
 def transcript(state: DialogueState, label: str) -> str:
     """A dialogue as text, with what the judge made of each reply."""
     lines = [f"--- {label}: {state.scenario.id} ({state.scenario.topic}) ---"]
-    for turn, reward in zip(state.turns, state.rewards, strict=True):
+    for turn, reward in zip(state.turns, dialogue_rewards(state), strict=True):
         score = "unscored" if reward is None else f"{reward:+.2f}"
         lines += [f"  user   {turn.user}", f"  policy {turn.reply or '(nothing)'}   [{score}]"]
     return printable("\n".join([*lines, f"  ({state.outcome} after {state.turn_count} turns)"]))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from mapo_jax.config import Config, FreshModelConfig, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.learning.programs import abstract_batch, check_rows
-from mapo_jax.learning.step import TrainState
+from mapo_jax.learning.train_state import TrainState
 from mapo_jax.model.huggingface import read_config
 from mapo_jax.model.peft import base_folder, is_adapter
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes

@@ -28,8 +28,9 @@ from jax.sharding import Mesh
 
 from mapo_jax.config import Config
 from mapo_jax.learning.batch import microbatch_rows, row_lengths
+from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.programs import minibatch_rows
-from mapo_jax.learning.step import abstract_state, make_optimizer
+from mapo_jax.learning.train_state import abstract_state
 from mapo_jax.model import head, qwen
 from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
 from mapo_jax.model.backends import attention_name

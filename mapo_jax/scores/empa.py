@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mapo_jax.algorithm.rewards import distance, incremental
 from mapo_jax.environment import state
 from mapo_jax.errors import UserError
 from mapo_jax.json_files import read_rows
@@ -71,7 +72,7 @@ def score_case(start: state.Vector, levels: Sequence[state.Levels | None]) -> di
     positions = state.trajectory(start, increments)
     gains = [0.0, *state.energy_increments(start, increments)]
     rows = len(gains)
-    start_distance, end_distance = state.distance(positions[0]), state.distance(positions[-1])
+    start_distance, end_distance = distance([positions[0], positions[-1]]).tolist()
     if start_distance == 0:
         raise ValueError(f"a dialogue that starts at {tuple(start)} starts at rest and cannot be scored")
     energy = sum(gains)
@@ -146,18 +147,14 @@ def make_case(row: Mapping[str, Any], place: str) -> Case | None:
     except (ValueError, TypeError) as error:
         which = f"model {row['model']}" + (f", case {name}" if "case" in row else "")
         raise UserError(f"{place} ({which}) cannot be scored: {error}") from error
-    distances = [state.distance(position) for position in state.trajectory(start, increments)]
+    rewards = incremental(distance(state.trajectory(start, increments))).tolist()
     return Case(
         model=str(row["model"]),
         name=name,
         start=tuple(start),
         turns=len(levels),
         passed=outcome == "success",
-        rewards=tuple(
-            before - after
-            for v, (before, after) in zip(increments, itertools.pairwise(distances), strict=True)
-            if v is not None
-        ),
+        rewards=tuple(r for v, r in zip(increments, rewards, strict=True) if v is not None),
         scores=scores,
         domain=None if row.get("domain") is None else str(row["domain"]),
     )

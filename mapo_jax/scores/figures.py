@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mapo_jax.algorithm.rewards import distance, incremental
 from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.scores.empa import score_case
 
@@ -30,8 +31,9 @@ def summarize(states: Sequence[DialogueState], discount: float) -> dict[str, flo
     figures = {"dialogues/left_out": 1 - len(counted) / len(states) if states else 0.0}
     if not counted:
         return figures
-    rewards = [reward for state in counted for reward in state.rewards if reward is not None]
-    returns = [_discounted(state.rewards, discount) for state in counted]
+    by_dialogue = [dialogue_rewards(state) for state in counted]
+    rewards = [reward for rewards in by_dialogue for reward in rewards if reward is not None]
+    returns = [_discounted(rewards, discount) for rewards in by_dialogue]
     lengths = [state.turn_count for state in counted]
     levels = [[turn.judgement.levels if turn.judgement else None for turn in s.turns] for s in counted]
     scores = [
@@ -51,6 +53,12 @@ def summarize(states: Sequence[DialogueState], discount: float) -> dict[str, flo
     for outcome in OUTCOMES:
         figures[f"outcome/{outcome}"] = float(np.mean([state.outcome == outcome for state in counted]))
     return figures
+
+
+def dialogue_rewards(state: DialogueState) -> tuple[float | None, ...]:
+    """The incremental distance of each turn, in points; None where the judge failed."""
+    rewards = incremental(distance(state.positions)).tolist()
+    return tuple(reward if turn.scored else None for turn, reward in zip(state.turns, rewards, strict=True))
 
 
 def _discounted(rewards: Sequence[float | None], discount: float) -> float:

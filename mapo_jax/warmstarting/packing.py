@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from mapo_jax.errors import UserError
-from mapo_jax.learning.step import SupervisedBatch
+from mapo_jax.learning.update import SupervisedBatch
 from mapo_jax.rollout.rows import ChatFormat, Row
 
 _OPEN_ROWS = 64  # rows under way while packing: more pack tighter and slower

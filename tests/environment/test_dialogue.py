@@ -9,6 +9,7 @@ from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, Role
 from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
+from mapo_jax.scores.figures import dialogue_rewards
 
 CARD = replace(load_scenarios()[0], start=(0, 0, 1, 0, 1, 0, 0, 1, 0))  # P_0 = (-3, -4, -4)
 LIMITS = Limits(min_turns=2, max_turns=4)
@@ -68,8 +69,7 @@ def test_turn_moves_the_state_and_goes_on():
     assert state.position == (-2, -3, -9) and state.positions == ((-3, -4, -4), (-2, -3, -9))
     assert state.outcome is None and state.user == "Message 1." and state.turns[0].truncated
     # D before: sqrt(2^2 + 3^2 + 3^2); after: sqrt(1 + 2^2 + 8^2).
-    assert state.rewards == pytest.approx((22**0.5 - 69**0.5,))
-    assert state.distance == pytest.approx(69**0.5)
+    assert dialogue_rewards(state) == pytest.approx((22**0.5 - 69**0.5,))
     assert [m["role"] for m in state.messages] == ["user", "assistant", "user"]
 
 
@@ -92,7 +92,7 @@ def test_judge_failure_leaves_the_turn_unscored():
     state = play(Fixed((1, 0, 0, 0, 0, 0), "malformed", (1, 0, 0, 0, 0, 0)), 3)
     turn = state.turns[1]
     assert not turn.scored and turn.failure == "malformed" and turn.position == (-2, -4, -4)
-    assert state.rewards[1] is None and state.rewards[0] is not None
+    assert dialogue_rewards(state)[1] is None and dialogue_rewards(state)[0] is not None
     assert state.position == (-1, -4, -4) and state.turn_count == 3 and state.outcome is None
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from mapo_jax.algorithm.rewards import distance
 from mapo_jax.environment import state
 from mapo_jax.environment.state import Ending, Limits
 
@@ -35,9 +36,9 @@ def test_levels_outside_their_scale_are_refused(levels):
 
 
 def test_the_distance_counts_only_what_is_still_lacking():
-    assert state.distance((-4, -5, -1)) == 5.0  # 3, 4 and 0 beyond the margin of 1
-    assert state.distance((-1, 0, 7)) == 0.0  # at the margin, at the origin, past it
-    assert state.distance((5, -13, 2)) == 12.0  # overshoot on two axes pays for nothing
+    assert distance((-4, -5, -1)) == 5.0  # 3, 4 and 0 beyond the margin of 1
+    assert distance((-1, 0, 7)) == 0.0  # at the margin, at the origin, past it
+    assert distance((5, -13, 2)) == 12.0  # overshoot on two axes pays for nothing
 
 
 def test_energy_is_the_way_made_towards_the_origin():

@@ -13,13 +13,13 @@ from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.learning.batch import (
     make_batch,
     make_cells,
-    make_credit,
     microbatch_rows,
     row_length,
     row_lengths,
     scenario_order,
     take_scenarios,
 )
+from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.rollout.rows import Row
 
@@ -46,6 +46,12 @@ def make_dialogue(rewards, *, scenario=0, rollout=0, outcome="timeout", start=(-
         row = row.with_reply([100 * (t + 1), 100 * (t + 1) + 1], [LOGPROB, -0.25 * (t + 1)], t)
     state = DialogueState(SCENARIO, 5, tuple(turns), "", outcome=outcome)
     return Dialogue(state, row, scenario, rollout, 1, 0)
+
+
+def credit(algorithm, positions, valid, scored):
+    rewards = turn_rewards(positions, scored, algorithm=algorithm)
+    returns = turn_returns(rewards, valid, scored, algorithm=algorithm)
+    return rewards, turn_advantages(rewards, returns, valid, scored, algorithm=algorithm)
 
 
 @pytest.fixture
@@ -90,8 +96,8 @@ def test_credit_by_hand(dialogues):
     cells = make_cells(dialogues, 3)
     positions = cells.positions.copy()
     positions[:, :, 0] = (-10, -1, -1)  # the card's start lies elsewhere; only differences of D matter
-    credit = make_credit(AlgorithmConfig(estimator="batch"))
-    rewards, advantages = credit(positions, cells.valid, cells.scored)
+    algorithm = AlgorithmConfig(estimator="batch")
+    rewards, advantages = credit(algorithm, positions, cells.valid, cells.scored)
     np.testing.assert_allclose(rewards[0], [[1, 0, 3], [2, 1, 0]], atol=1e-6)
     assert not np.any(rewards[1]) and not np.any(advantages[1])
     values = np.array([1.0, 3.0, 2.0, 1.0])
@@ -148,11 +154,10 @@ def test_a_saved_step_gives_the_same_batch_bit_for_bit(dialogues):
     lines = [json.dumps(dialogue.to_json()) for group in dialogues for dialogue in group]
     flat = [Dialogue.from_json(json.loads(line)) for line in lines]
     replayed = [flat[:2], flat[2:]]
-    credit = make_credit(AlgorithmConfig())
 
     def batch_of(group):
         cells = make_cells(group, 3)
-        _, advantages = credit(cells.positions, cells.valid, cells.scored)
+        _, advantages = credit(AlgorithmConfig(), cells.positions, cells.valid, cells.scored)
         return make_batch(group, np.asarray(advantages), cells.scored, 16)
 
     for one, other in zip(*map(jax.tree.leaves, map(batch_of, (dialogues, replayed))), strict=True):

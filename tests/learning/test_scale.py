@@ -44,13 +44,15 @@ def test_every_mesh_learns_what_one_device_learns():
     """
     script = """
         import dataclasses, jax, numpy as np
-        import test_step as tiny
+        import test_update as tiny
         from mapo_jax.config import AlgorithmConfig, MeshConfig, OptimizerConfig
         from mapo_jax.model.lora import split
         from mapo_jax.model.qwen import parameter_shapes
         from mapo_jax.model.sharding import make_mesh, param_shardings
-        from mapo_jax.learning.step import create_state, fetch, make_optimizer, place
-        from mapo_jax.learning.step import make_scorer, make_update
+        from mapo_jax.learning.update import fetch, place
+        from mapo_jax.learning.train_state import create_state
+        from mapo_jax.learning.optimizer import make_optimizer
+        from mapo_jax.learning.update import make_scorer, make_update
 
         plain = dataclasses.replace(
             tiny.CONFIG, vocab_size=64, hidden_size=32, intermediate_size=48, num_heads=8, num_kv_heads=8
@@ -194,7 +196,7 @@ def test_the_forecast_of_an_updates_memory_is_near_the_compilers():
         from mapo_jax.learning.batch import Batch
         from mapo_jax.running.memory import forecast_memory
         from mapo_jax.learning.programs import make_programs
-        from mapo_jax.learning.step import abstract_state
+        from mapo_jax.learning.train_state import abstract_state
 
         kinds = dict(
             tokens=jnp.int32, positions=jnp.int32, mask=jnp.bool_,

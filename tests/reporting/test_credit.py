@@ -4,17 +4,20 @@ from dataclasses import replace
 import numpy as np
 
 from mapo_jax.config import AlgorithmConfig
-from mapo_jax.learning.batch import make_cells, make_credit
+from mapo_jax.learning.batch import make_cells
+from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
 from mapo_jax.reporting.credit import credit_batch
 from mapo_jax.reporting.folder import read_run
-from mapo_jax.rollout.collect import SavedDialogue
+from mapo_jax.rollout.collect import Dialogue
 
 
 def trainers_credit(file, scenarios, rollouts, turns, algorithm, share):
-    rows = [SavedDialogue.from_json(json.loads(line)) for line in file.read_text().splitlines()]
+    rows = [Dialogue.from_json(json.loads(line)) for line in file.read_text().splitlines()]
     groups = [rows[s * rollouts : (s + 1) * rollouts] for s in range(scenarios)]
     cells = make_cells(groups, turns, max_failed_share=share)
-    rewards, advantages = make_credit(algorithm)(cells.positions, cells.valid, cells.scored)
+    rewards = turn_rewards(cells.positions, cells.scored, algorithm=algorithm)
+    returns = turn_returns(rewards, cells.valid, cells.scored, algorithm=algorithm)
+    advantages = turn_advantages(rewards, returns, cells.valid, cells.scored, algorithm=algorithm)
     return cells.scored, np.asarray(rewards), np.asarray(advantages)
 
 

@@ -435,7 +435,7 @@ class TestSaved:
             again = Dialogue.from_json(json.loads(json.dumps(dialogue.to_json())))
             assert again == dialogue
             assert again.state.scenario.start_position == dialogue.state.scenario.start_position
-            assert again.state.distance == dialogue.state.distance
+            assert again.state.position == dialogue.state.position
             assert np.float32(again.row.logprob).tobytes() == np.float32(dialogue.row.logprob).tobytes()
 
     @pytest.mark.parametrize("damage", [{"row": None}, {"state": {}}, {"state": 3}, {"row": {"ids": 1}}])

@@ -13,7 +13,8 @@ import pytest
 
 from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
-from mapo_jax.learning.step import TrainState, create_state, make_optimizer
+from mapo_jax.learning.optimizer import make_optimizer
+from mapo_jax.learning.train_state import TrainState, create_state
 from mapo_jax.running.checkpoint import (
     Checkpoints,
     best_steps,
@@ -100,7 +101,7 @@ def test_an_interrupted_save_is_ignored_and_cleaned_away(tmp_path):
     script = f"""
         import os, jax.numpy as jnp, optax
         from mapo_jax.running.checkpoint import Checkpoints
-        from mapo_jax.learning.step import TrainState
+        from mapo_jax.learning.train_state import TrainState
         big = jnp.arange(20_000_000, dtype=jnp.float32)
         Checkpoints({str(tmp_path)!r}).save(2, TrainState({{"big": big}}, (), jnp.int32(1)), {{}})
         os._exit(9)

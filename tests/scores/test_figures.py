@@ -4,9 +4,10 @@ import math
 
 import pytest
 
+from mapo_jax.algorithm.rewards import distance
 from mapo_jax.environment.dialogue import DialogueState, Judgement, Turn
 from mapo_jax.environment.scenario import load_scenarios
-from mapo_jax.environment.state import distance, move, points
+from mapo_jax.environment.state import move, points
 from mapo_jax.scores.figures import summarize
 
 NONE = ("",) * 6

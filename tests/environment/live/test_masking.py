@@ -17,6 +17,7 @@ from mapo_jax.environment.state import Limits
 from mapo_jax.learning import batch as rows
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.rollout.rows import Row
+from mapo_jax.scores.figures import dialogue_rewards
 
 # C1 = 3 and nothing else: P_0 = (-6, 0, 0), D = 5; a point on C is a point of D.
 CARD = replace(load_scenarios()[0], start=(3, 0, 0, 0, 0, 0, 0, 0, 0))
@@ -59,7 +60,7 @@ def test_a_hand_computed_batch(serve, judged):
             return states
 
     first, second = asyncio.run(hold())
-    assert first.rewards == (1.0, None) and second.rewards == (3.0, -2.0)
+    assert dialogue_rewards(first) == (1.0, None) and dialogue_rewards(second) == (3.0, -2.0)
     assert first.turns[1].failure == "out_of_range" and server.count == 4 + 1
 
     # A row is: one prompt token, two sampled ones, and again; their ids are of no matter.
@@ -69,8 +70,10 @@ def test_a_hand_computed_batch(serve, judged):
     cells = rows.make_cells(dialogues, 2)
     assert cells.valid.all() and cells.scored.tolist() == [[[True, False], [True, True]]]
 
-    credit = rows.make_credit(AlgorithmConfig(discount=0.5, turn_weight=1 / 3))
-    rewards, advantages = credit(cells.positions, cells.valid, cells.scored)
+    algorithm = AlgorithmConfig(discount=0.5, turn_weight=1 / 3)
+    rewards = turn_rewards(cells.positions, cells.scored, algorithm=algorithm)
+    returns = turn_returns(rewards, cells.valid, cells.scored, algorithm=algorithm)
+    advantages = turn_advantages(rewards, returns, cells.valid, cells.scored, algorithm=algorithm)
     assert np.asarray(rewards).tolist() == [[[1, 0], [3, -2]]]
     # Returns: the hole counts as its rollout.s mean, 1: 1 + 1/2, and 3 - 1. Turn level at turn 0: 1.5, 2 are
     # -1 and +1 deviations; at turn 1 one score is left, so 0. Batch level over 1, 3, -2: mean 2/3, deviation

@@ -29,6 +29,7 @@ from mapo_jax.environment.scripted.grammar import (
 )
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue, right_fillers, say
 from mapo_jax.environment.state import Limits
+from mapo_jax.scores.figures import dialogue_rewards
 
 CARDS = load_scenarios(split="validation")
 LIMITS = {"default": Limits(5, 8), "long": Limits(8, 15)}
@@ -41,7 +42,7 @@ def mean_idr(policy, limits, cards=CARDS, seeds=SEEDS):
         reward
         for card in cards
         for seed in seeds
-        for reward in hold_dialogue(card, seed, policy, ROLES, limits).rewards
+        for reward in dialogue_rewards(hold_dialogue(card, seed, policy, ROLES, limits))
     ]
     return sum(rewards) / len(rewards)
 

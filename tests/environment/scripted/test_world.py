@@ -28,7 +28,7 @@ from mapo_jax.environment.scripted.helper import (
 from mapo_jax.environment.scripted.imagine import imagined_scenario
 from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
-from mapo_jax.scores.figures import summarize
+from mapo_jax.scores.figures import dialogue_rewards, summarize
 
 CARDS = load_scenarios(split="validation")
 ROLES = scripted_roles(EnvironmentConfig())
@@ -260,7 +260,7 @@ def test_synthetic_dialogues_are_of_mixed_quality():
     rewards = []
     for i, card in enumerate(cards):
         level = random.Random(i).uniform(0.3, 0.9)
-        rewards += hold_dialogue(card, i, mixed(i, level), ROLES, Limits(8, 8)).rewards
+        rewards += dialogue_rewards(hold_dialogue(card, i, mixed(i, level), ROLES, Limits(8, 8)))
     assert -1.5 < sum(rewards) / len(rewards) < -0.5
     messages = synthetic_dialogue(cards[0], 5)
     assert messages == synthetic_dialogue(cards[0], 5) and messages != synthetic_dialogue(cards[0], 6)

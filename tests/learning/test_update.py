@@ -16,14 +16,12 @@ import pytest
 
 from mapo_jax.config import AlgorithmConfig, OptimizerConfig
 from mapo_jax.learning.batch import Batch
-from mapo_jax.learning.step import (
-    Optimizer,
+from mapo_jax.learning.optimizer import Optimizer, learning_rate_schedule, make_optimizer
+from mapo_jax.learning.train_state import create_state
+from mapo_jax.learning.update import (
     Scoring,
     SupervisedBatch,
-    create_state,
     fetch,
-    learning_rate_schedule,
-    make_optimizer,
     make_scorer,
     make_supervised_update,
     make_update,
@@ -426,11 +424,13 @@ def test_update_on_a_mesh_of_eight_equals_that_of_one(tmp_path):
     script = """
         import sys, jax, jax.numpy as jnp, numpy as np
         sys.path.insert(0, sys.argv[1])
-        import test_step as tiny
+        import test_update as tiny
         from mapo_jax.config import MeshConfig, OptimizerConfig
         from mapo_jax.model.qwen import parameter_shapes
         from mapo_jax.model.sharding import make_mesh, param_shardings
-        from mapo_jax.learning.step import create_state, fetch, make_optimizer, make_update, place
+        from mapo_jax.learning.update import fetch, make_update, place
+        from mapo_jax.learning.train_state import create_state
+        from mapo_jax.learning.optimizer import make_optimizer
 
         mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
         shardings = param_shardings(parameter_shapes(tiny.CONFIG), mesh)

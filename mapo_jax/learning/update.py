@@ -13,166 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mapo_jax.algorithm import objective
-from mapo_jax.config import AlgorithmConfig, OptimizerConfig
+from mapo_jax.config import AlgorithmConfig
 from mapo_jax.learning.batch import Batch, microbatch_rows
+from mapo_jax.learning.optimizer import Optimizer
+from mapo_jax.learning.train_state import TrainState
 from mapo_jax.model.attention import causal_attention
 from mapo_jax.model.head import token_logprobs
-from mapo_jax.model.lora import join, split
 from mapo_jax.model.qwen import Params, QwenConfig, RowAttention, hidden_states, parameter_shapes
 from mapo_jax.model.sharding import batch_sharding, row_shards
-
-_UNDECAYED = ("scale", "bias")  # last name of a parameter's path: norms and biases
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    """What an update changes, and the frozen weights it may compare with."""
-
-    params: Params  # what is trained: all weights, or the adapters
-    opt_state: optax.OptState
-    step: Int[Array, ""]  # updates applied so far
-    reference: Params | None = None  # weights of the KL term; never updated
-    base: Params | None = None  # the weights beside the adapters, in the compute dtype; never updated
-
-    @property
-    def weights(self) -> Params:
-        """The whole policy; nothing is copied."""
-        return self.params if self.base is None else join(self.base, self.params)
-
-
-class Optimizer(NamedTuple):
-    """A gradient transformation, and the learning rate that it applies at its i-th update."""
-
-    transform: optax.GradientTransformation
-    schedule: Callable[[Int[Array, ""]], Float[Array, ""]]
-
-
-def learning_rate_schedule(
-    peak: float, total_updates: int, *, warmup: float, schedule: str
-) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
-    """Linear warm-up over the first `warmup` share of the updates, then cosine to 0, or constant.
-
-    With w warm-up updates of N: `peak (i + 1)/w` for update i < w; then
-    `peak (1 + cos(pi (i - w)/(N - w)))/2`, or `peak`. No update of the run has rate 0.
-
-    Raises:
-      ValueError: an unknown schedule.
-    """
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"the schedule is {schedule!r}; it must be cosine or constant")
-    rising = min(round(warmup * total_updates), total_updates)
-
-    def rate(update: Int[Array, ""]) -> Float[Array, ""]:
-        update = jnp.asarray(update, jnp.float32)
-        ramp = jnp.minimum((update + 1) / max(rising, 1), 1.0)
-        if schedule == "constant":
-            return peak * ramp
-        progress = jnp.clip((update - rising) / max(total_updates - rising, 1), 0.0, 1.0)
-        return peak * ramp * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-
-    return rate
-
-
-def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
-    """AdamW (arXiv 1711.05101) behind a clip of the gradient's global norm.
-
-    Decay is decoupled and leaves norms and biases alone. A `gradient_clip` of 0 does not clip.
-
-    Args:
-      total_updates: N of the schedule, for the whole run.
-    """
-    rate = learning_rate_schedule(
-        config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
-    )
-    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
-    if config.gradient_clip == 0:
-        return Optimizer(adamw, rate)
-    return Optimizer(optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw), rate)
-
-
-def _decayed(params: Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in _UNDECAYED, params)
-
-
-def create_state(
-    params: Params, optimizer: Optimizer, *, shardings: Any = None, reference: bool = False
-) -> TrainState:
-    """A state before its first update.
-
-    Args:
-      params: start weights; they are donated with the state, so the caller must not use them afterwards. If
-        there are adapters among them, these alone are trained.
-      shardings: `model.sharding.param_shardings`, if there is a mesh; the moments are cut like the weights.
-      reference: the KL term needs the start weights: keep a frozen copy, unless they are frozen anyway.
-    """
-    placed = _state_shardings(optimizer, params, shardings, reference)
-    trained, base = _parts(params)
-    initial = jax.jit(optimizer.transform.init, out_shardings=placed and placed.opt_state)
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placed and placed.params)
-    step = jnp.zeros((), jnp.int32)
-    if placed is not None:
-        step = jax.device_put(step, placed.step)
-    reference = reference and base is None
-    return TrainState(trained, initial(trained), step, copy(trained) if reference else None, base)
-
-
-def abstract_state(
-    params: Any, optimizer: Optimizer, *, shardings: Any, reference: bool = False
-) -> TrainState:
-    """The shapes, types and shardings of `create_state`'s result, without an array: what a restore fills.
-
-    Args:
-      params: the weights' tree, arrays or `jax.ShapeDtypeStruct`s.
-      shardings, reference: as of `create_state`.
-    """
-    trained, base = _parts(params)
-    shapes = TrainState(
-        trained,
-        jax.eval_shape(optimizer.transform.init, trained),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        trained if reference and base is None else None,
-        base,
-    )
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        _state_shardings(optimizer, params, shardings, reference),
-    )
-
-
-def _parts(params: Any) -> tuple[Any, Any]:
-    """What is trained, and what is frozen beside it (None: nothing); of weights, shapes or shardings."""
-    adapters, base = split(params)
-    return (adapters, base) if adapters else (params, None)
-
-
-def _state_shardings(
-    optimizer: Optimizer, params: Params, shardings: Any, reference: bool
-) -> TrainState | None:
-    """A TrainState of shardings: the moments are cut like the weights, the counts are everywhere."""
-    if shardings is None:
-        return None
-    everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
-    trained, base = _parts(shardings)
-    moments = optax.tree_utils.tree_map_params(
-        optimizer.transform,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.transform.init, _parts(params)[0]),
-        trained,
-        transform_non_params=lambda _: everywhere,
-    )
-    return TrainState(trained, moments, everywhere, trained if reference and base is None else None, base)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,70 @@
+"""AdamW with a clip of the gradient's norm, and its schedule of learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from mapo_jax.config import OptimizerConfig
+from mapo_jax.model.qwen import Params
+
+_UNDECAYED = ("scale", "bias")  # last name of a parameter's path: norms and biases
+
+
+class Optimizer(NamedTuple):
+    """A gradient transformation, and the learning rate that it applies at its i-th update."""
+
+    transform: optax.GradientTransformation
+    schedule: Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+def learning_rate_schedule(
+    peak: float, total_updates: int, *, warmup: float, schedule: str
+) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+    """Linear warm-up over the first `warmup` share of the updates, then cosine to 0, or constant.
+
+    With w warm-up updates of N: `peak (i + 1)/w` for update i < w; then
+    `peak (1 + cos(pi (i - w)/(N - w)))/2`, or `peak`. No update of the run has rate 0.
+
+    Raises:
+      ValueError: an unknown schedule.
+    """
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f"the schedule is {schedule!r}; it must be cosine or constant")
+    rising = min(round(warmup * total_updates), total_updates)
+
+    def rate(update: Int[Array, ""]) -> Float[Array, ""]:
+        update = jnp.asarray(update, jnp.float32)
+        ramp = jnp.minimum((update + 1) / max(rising, 1), 1.0)
+        if schedule == "constant":
+            return peak * ramp
+        progress = jnp.clip((update - rising) / max(total_updates - rising, 1), 0.0, 1.0)
+        return peak * ramp * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+    return rate
+
+
+def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
+    """AdamW (arXiv 1711.05101) behind a clip of the gradient's global norm.
+
+    Decay is decoupled and leaves norms and biases alone. A `gradient_clip` of 0 does not clip.
+
+    Args:
+      total_updates: N of the schedule, for the whole run.
+    """
+    rate = learning_rate_schedule(
+        config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
+    )
+    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
+    if config.gradient_clip == 0:
+        return Optimizer(adamw, rate)
+    return Optimizer(optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw), rate)
+
+
+def _decayed(params: Params) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in _UNDECAYED, params)

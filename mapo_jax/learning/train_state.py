@@ -1,0 +1,103 @@
+"""What an update changes: trained parameters, moments, counts; and the frozen weights beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from mapo_jax.learning.optimizer import Optimizer
+from mapo_jax.model.lora import join, split
+from mapo_jax.model.qwen import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What an update changes, and the frozen weights it may compare with."""
+
+    params: Params  # what is trained: all weights, or the adapters
+    opt_state: optax.OptState
+    step: Int[Array, ""]  # updates applied so far
+    reference: Params | None = None  # weights of the KL term; never updated
+    base: Params | None = None  # the weights beside the adapters, in the compute dtype; never updated
+
+    @property
+    def weights(self) -> Params:
+        """The whole policy; nothing is copied."""
+        return self.params if self.base is None else join(self.base, self.params)
+
+
+def create_state(
+    params: Params, optimizer: Optimizer, *, shardings: Any = None, reference: bool = False
+) -> TrainState:
+    """A state before its first update.
+
+    Args:
+      params: start weights; they are donated with the state, so the caller must not use them afterwards. If
+        there are adapters among them, these alone are trained.
+      shardings: `model.sharding.param_shardings`, if there is a mesh; the moments are cut like the weights.
+      reference: the KL term needs the start weights: keep a frozen copy, unless they are frozen anyway.
+    """
+    placed = _state_shardings(optimizer, params, shardings, reference)
+    trained, base = _parts(params)
+    initial = jax.jit(optimizer.transform.init, out_shardings=placed and placed.opt_state)
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placed and placed.params)
+    step = jnp.zeros((), jnp.int32)
+    if placed is not None:
+        step = jax.device_put(step, placed.step)
+    reference = reference and base is None
+    return TrainState(trained, initial(trained), step, copy(trained) if reference else None, base)
+
+
+def abstract_state(
+    params: Any, optimizer: Optimizer, *, shardings: Any, reference: bool = False
+) -> TrainState:
+    """The shapes, types and shardings of `create_state`'s result, without an array: what a restore fills.
+
+    Args:
+      params: the weights' tree, arrays or `jax.ShapeDtypeStruct`s.
+      shardings, reference: as of `create_state`.
+    """
+    trained, base = _parts(params)
+    shapes = TrainState(
+        trained,
+        jax.eval_shape(optimizer.transform.init, trained),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        trained if reference and base is None else None,
+        base,
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        _state_shardings(optimizer, params, shardings, reference),
+    )
+
+
+def _parts(params: Any) -> tuple[Any, Any]:
+    """What is trained, and what is frozen beside it (None: nothing); of weights, shapes or shardings."""
+    adapters, base = split(params)
+    return (adapters, base) if adapters else (params, None)
+
+
+def _state_shardings(
+    optimizer: Optimizer, params: Params, shardings: Any, reference: bool
+) -> TrainState | None:
+    """A TrainState of shardings: the moments are cut like the weights, the counts are everywhere."""
+    if shardings is None:
+        return None
+    everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    trained, base = _parts(shardings)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer.transform,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.transform.init, _parts(params)[0]),
+        trained,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(trained, moments, everywhere, trained if reference and base is None else None, base)

@@ -1,0 +1,296 @@
+"""The stages of one step, each over all processes of a run: what the loop of `train.py` names.
+
+Every process holds its own share of the dialogues. From the cells on, all have the whole step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from mapo_jax.environment.dialogue import facts, from_facts
+from mapo_jax.environment.live.guard import WorldFailing
+from mapo_jax.environment.scenario import Scenario
+from mapo_jax.environment.scripted.readings import reading_metrics
+from mapo_jax.errors import UserError
+from mapo_jax.files import part_name, part_of, write_whole
+from mapo_jax.learning.batch import Batch, Cells, make_batch, make_cells, row_length
+from mapo_jax.learning.programs import rows_per_dialogue
+from mapo_jax.learning.train_state import TrainState
+from mapo_jax.learning.update import fetch, place
+from mapo_jax.rollout.collect import Dialogue, collect
+from mapo_jax.rollout.engine import Counts, Engine
+from mapo_jax.rollout.journal import Journal
+from mapo_jax.run import Position, Run, save
+from mapo_jax.running.forecast import check_update
+from mapo_jax.running.utilization import memory, peak_flops, step_work, utilization
+from mapo_jax.scores.figures import summarize
+
+Dialogues = list[list[Dialogue]]  # [S][R], of this process's scenarios
+
+
+def warm_up(run: Run, at: Position) -> None:
+    """Compiles the sampler's programs before the first dialogue, and on an accelerator the longest update.
+
+    So no step waits for the former, and an update that does not fit costs no dialogue.
+    """
+    with run.phases("warm_up"):
+        for engine in dict.fromkeys((run.engine, run.evaluator)):
+            run.display.phase("compiling")
+            engine.load(run.sampling_weights(at.state.weights), -1)
+            engine.warm_up()
+            engine.unload()  # the host holds the weights of one engine at a time
+            run.hosts.together("compiling", run.stop.check)
+        check_update(run.update, at.state, run.config, run.mesh)
+    finished = run.writer and run.writer.last("timing_s/unix")
+    if finished is not None:  # what an interruption cost: since the end of the step that the run goes on from
+        run.phases.add("lost", max(0.0, time.time() - finished))
+
+
+# --- Dialogues. ---
+
+
+def hold_dialogues(run: Run, at: Position, scenarios: list[Scenario]) -> tuple[Dialogues, dict[str, float]]:
+    """The policy as it stands holds R dialogues in each scenario: dialogues [S][R], and their figures."""
+    started, before = time.monotonic(), replace(run.engine.counts)
+    run.engine.load(run.sampling_weights(at.state.weights), at.step)
+    dialogues = converse(
+        run, at, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, at.step
+    )
+    seconds, work = time.monotonic() - started, run.engine.counts.since(before)
+    rows = [row for group in dialogues for dialogue in group for row in dialogue.rows]
+    figures, parts = measure(
+        run,
+        scenarios,
+        dialogues,
+        seconds=seconds,
+        tokens=sum(sum(row.sampled) for row in rows),
+        sizes=[len(row) for row in rows],
+        work=asdict(work),
+    )
+    return dialogues, figures | (_rollout_figures(run, parts) if parts else {})
+
+
+def _rollout_figures(run: Run, parts: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Tokens, time and work of a step's dialogues, from what each process measured."""
+    sampled = sum(part["tokens"] for part in parts)
+    sizes = [size for part in parts for size in part["sizes"]]
+    cut = [turn["truncated"] for part in parts for _, held in part["dialogues"] for turn in held["turns"]]
+    work = Counts(**{name: sum(part["work"][name] for part in parts) for name in parts[0]["work"]})
+    waited = max(part["seconds"] - part["work"]["seconds"] for part in parts)
+    return step_work(run.policy.config, run.config, sizes, sampled, work) | {
+        "response_length/mean": sampled / max(1, len(cut)),
+        "response_length/truncated": sum(cut) / max(1, len(cut)),
+        "timing_s/environment": max(0.0, waited),
+        "perf/tokens_per_second": sampled / max(part["seconds"] for part in parts),
+        "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
+        "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
+    }
+
+
+def converse(
+    run: Run,
+    at: Position,
+    engine: Engine,
+    scenarios: Sequence[Scenario],
+    rollouts: int,
+    seed: int,
+    step: int,
+    patient: bool = True,
+) -> Dialogues:
+    """This process's share of the dialogues of the policy with the world, [S / processes][rollouts].
+
+    `patient` and errors are those of `World.hold`; a world that fails one process fails all.
+    """
+    own = run.hosts.share(len(scenarios))
+    total = (own.stop - own.start) * rollouts * run.limits.max_turns
+    training = seed == run.config.training.seed
+    name = "dialogues" if training else "validation"
+    if run.hosts.count == 1:  # all processes save together, but each one pauses alone
+        run.world.on_pause = partial(save, run, at)
+
+    def progress(turns: int) -> None:
+        run.stop.check()
+        run.display.phase(name + run.world.status(), turns, total)
+
+    def collection(journal: Journal | None) -> Awaitable[Dialogues]:
+        return collect(
+            scenarios,
+            rollouts,
+            engine,
+            run.policy.chat,
+            run.world.roles if training else run.world.evaluation_roles,
+            run.limits,
+            seed=seed,
+            step=step,
+            concurrency=run.config.environment.concurrency,
+            own=own,
+            on_turn=progress,
+            journal=journal,
+        )
+
+    def hold() -> tuple[Dialogues | None, str | None]:
+        try:
+            dialogues = run.world.hold(
+                collection,
+                stream="train" if training else "evaluation",
+                step=engine.version,
+                check=run.stop.check,
+                note=run.display.note,
+                patient=patient,
+            )
+        except WorldFailing as failing:
+            return None, str(failing)
+        return dialogues, None
+
+    dialogues, failing = run.hosts.together(name, hold)
+    engine.unload()  # the update needs the memory
+    if words := next(filter(None, run.hosts.exchange("the world", failing)), None):
+        raise WorldFailing(words)
+    return dialogues
+
+
+def measure(
+    run: Run, scenarios: Sequence[Scenario], dialogues: Dialogues, **own: Any
+) -> tuple[dict[str, float], list[dict[str, Any]] | None]:
+    """The figures of all processes' dialogues: rewards, returns, kinds of replies, cost of calls.
+
+    No text of a dialogue travels between processes. `own` is sent with it; the first process also gets every
+    process's part, the others get nothing.
+    """
+    held = [(dialogue.scenario, facts(dialogue.state)) for group in dialogues for dialogue in group]
+    parts = run.hosts.report("figures", {"dialogues": held, "calls": run.world.drain(), **own})
+    if parts is None:
+        return {}, None
+    states = [from_facts(scenarios[s], what) for part in parts for s, what in part["dialogues"]]
+    calls = run.world.metrics([part["calls"] for part in parts])
+    return summarize(states, run.config.algorithm.discount) | reading_metrics(states) | calls, parts
+
+
+def write_dialogues(run: Run, file: Path, dialogues: Dialogues) -> None:
+    """One JSON row per dialogue: enough to read it, score it again, or replay its update.
+
+    Each process writes its own dialogues, with several into a file of its own: step_000010-00001-of-00004.
+    """
+    lines = [json.dumps(dialogue.to_json()) for group in dialogues for dialogue in group]
+    file = part_of(file, part_name(run.hosts.index, run.hosts.count))
+    write_whole(file, "".join(f"{line}\n" for line in lines))
+
+
+# --- From dialogues to rows. ---
+
+
+def lay_out_cells(run: Run, dialogues: Dialogues) -> Cells:
+    """Positions and masks of every turn of the step, `[S, R, T]`, of all processes' dialogues."""
+    config = run.config
+    cells = make_cells(
+        dialogues, config.rollout.max_turns, max_failed_share=config.environment.max_failed_share
+    )
+    return Cells(*run.hosts.gather((cells.positions, cells.valid, cells.scored)))
+
+
+def lay_out_rows(
+    run: Run,
+    dialogues: Dialogues,
+    advantages: Float[Array, "S R T"],
+    scored: Bool[np.ndarray, "S R T"],
+) -> Batch:
+    """The token rows of the step, `[B, L]`, of all processes' dialogues, with each token's advantage."""
+    own = run.hosts.share(run.config.rollout.scenarios)
+    length = max(run.hosts.exchange("rows", row_length(dialogues, run.row_lengths)))
+    batch = make_batch(
+        dialogues,
+        np.asarray(advantages)[own],
+        scored[own],
+        length,
+        rows_per_dialogue=rows_per_dialogue(run.config),
+    )
+    return run.hosts.gather(batch)
+
+
+# --- The update. ---
+
+
+def save_before_compiling(run: Run, at: Position, rows: Batch) -> None:
+    """Saves what is unsaved where an update is compiled for rows of a new length.
+
+    Compilation hears no signal, and may outlast the preemption notice.
+    """
+    length = rows.tokens.shape[1]
+    if length not in run.compiled_lengths and at.step:
+        save(run, at)
+    run.compiled_lengths.add(length)
+
+
+def rescore(run: Run, state: TrainState, rows: Batch) -> Batch:
+    """The rows with the denominator of the ratio: the sampler's log-probabilities, or the trainer's own."""
+    if run.config.algorithm.old_logprobs == "sampler":
+        return rows
+    logprobs = run.scorer(state.weights, place(rows, run.mesh))
+    return replace(rows, old_logprobs=run.hosts.whole(logprobs))
+
+
+def finish_update(
+    run: Run,
+    at: Position,
+    updates: Sequence[dict[str, jax.Array]],
+    advantages: Float[Array, "S R T"],
+    scored: Bool[np.ndarray, "S R T"],
+) -> dict[str, float]:
+    """The figures of a step's updates and advantages; waits for the device.
+
+    Raises:
+      UserError: a loss or gradient was not finite. The weights are those of before.
+    """
+    figures = fetch(updates)
+    if figures["actor/skipped"]:
+        raise UserError(
+            f"the loss or gradient of step {at.step + 1} is not finite, so its update was not applied; start "
+            "a new run from the last good weights with a lower optimizer.learning_rate: "
+            f"model.path={run.folder} run.directory=NEW"
+        )
+    values = np.asarray(advantages)[scored] if scored.any() else np.zeros(1)
+    return figures | {
+        "advantages/mean": float(values.mean()),
+        "advantages/std": float(values.std()),
+        "advantages/min": float(values.min()),
+        "advantages/max": float(values.max()),
+    }
+
+
+def record(run: Run, at: Position, dialogues: Dialogues, figures: dict[str, float], started: float) -> None:
+    """Writes a finished step to the disk and the display.
+
+    Args:
+      at: where the run stands after the step.
+      figures: of its dialogues and updates.
+      started: when the step began, by `time.monotonic`.
+    """
+    figures = (
+        figures
+        | run.phases.take()
+        | {
+            "timing_s/step": time.monotonic() - started,
+            "timing_s/compile": run.compiles.take_seconds(),
+            "timing_s/unix": time.time(),
+            "perf/compiled_programs": float(run.compiles.count),
+        }
+    )
+    if at.step % run.config.logging.dialogues_every == 0:
+        write_dialogues(run, run.folder / "dialogues" / f"step_{at.step:06d}.jsonl", dialogues)
+    if not run.hosts.first:
+        return
+    devices = run.mesh.devices
+    peak = peak_flops(devices.flat[0], run.config.logging.peak_flops)
+    figures |= utilization(figures, devices=devices.size, peak=peak) | memory()
+    run.writer.write(at.step, figures)
+    run.display.step(at.step, figures)
