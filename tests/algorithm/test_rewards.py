@@ -1,10 +1,11 @@
 """Numbers are worked out by hand from the formulas."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mapo_jax.algorithm import rewards
-from mapo_jax.environment import state
 
 NAN = float("nan")
 # One rollout of two turns: A from -5 to -2, then past the origin; P rests; C from -4 to -4 to -1.
@@ -16,11 +17,15 @@ def test_distance_by_hand():
     np.testing.assert_allclose(rewards.distance(POSITIONS)[0, 0], DISTANCES, rtol=1e-6)
 
 
-def test_distance_is_the_environment_s_own():
-    """Two packages on the same floor each hold this formula; they must not drift apart."""
-    points = np.random.default_rng(0).uniform(-27, 5, (50, 3))
-    expected = [state.distance(tuple(point)) for point in points]
-    np.testing.assert_allclose(rewards.distance(points), expected, rtol=1e-6)
+@pytest.mark.parametrize("name", rewards.REWARDS)
+def test_jax_and_numpy_compute_the_same(name):
+    """JAX arrays stay JAX arrays in float32; anything else is computed with numpy in float64."""
+    points = np.random.default_rng(0).uniform(-27, 5, (5, 4, 3)).astype(np.float32)
+    on_host, on_device = rewards.REWARDS[name](points), rewards.REWARDS[name](jnp.asarray(points))
+    assert isinstance(on_host, np.ndarray) and on_host.dtype == np.float64
+    assert isinstance(on_device, jax.Array) and on_device.dtype == np.float32
+    # float32 rounding of values up to about 50.
+    np.testing.assert_allclose(on_device, on_host, rtol=1e-5, atol=1e-5)
 
 
 def test_rewards_by_hand():
