@@ -125,7 +125,7 @@ def work(options: argparse.Namespace, folder: Path) -> None:
 
     scenarios = options.dialogues * count // ROLLOUTS
     config = load_config(None, [f"rollout.scenarios={scenarios}", f"rollout.rollouts={ROLLOUTS}"])
-    from mapo_jax.training.hosts import join
+    from mapo_jax.running.processes import join
 
     with join(config) as hosts:
         figures = steps(config, hosts, folder, options.steps)
@@ -140,14 +140,14 @@ def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
     from mapo_jax.environment.dialogue import facts, from_facts
     from mapo_jax.environment.scenario import load_scenarios
     from mapo_jax.environment.scripted import scripted_roles
-    from mapo_jax.environment.scripted.metrics import reading_metrics
+    from mapo_jax.environment.scripted.readings import reading_metrics
     from mapo_jax.environment.state import Limits
-    from mapo_jax.evaluation.summary import summarize
     from mapo_jax.files import part_name, part_of, write_whole
-    from mapo_jax.rollout.chat import ChatFormat
+    from mapo_jax.learning import batch as rows
     from mapo_jax.rollout.collect import collect
+    from mapo_jax.rollout.rows import ChatFormat
+    from mapo_jax.scores.figures import summarize
     from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-    from mapo_jax.training import batch as rows
 
     cards = load_scenarios(None, "train")
     model = folder / f"tokenizer{hosts.index}"

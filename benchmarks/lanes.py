@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be 
 from rollout import SHAPE
 
 from mapo_jax.model.qwen import init_cache, init_params
-from mapo_jax.rollout.programs import generate, park, restore
+from mapo_jax.rollout.decoding import generate, park, restore
 from mapo_jax.rollout.sampling import Sampling
 
 BLOCK, LENGTHS, PART = 8, (256, 384), 128

@@ -47,9 +47,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be 
 from mapo_jax.commands import prepare_jax
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params, parameter_count
-from mapo_jax.rollout.desk import Desk
+from mapo_jax.rollout.dispatch import Dispatcher
 from mapo_jax.rollout.engine import Engine, Request
-from mapo_jax.training.metrics import CompileCounter
+from mapo_jax.running.metrics import CompileCounter
 
 SHAPE = QwenConfig(
     vocab_size=4096,
@@ -220,7 +220,7 @@ def continuous(engine: Engine, latency: float) -> int:
     engine.reset()
     dialogues = ragged_dialogues()
 
-    async def hold(desk: Desk, d: int) -> int:
+    async def hold(desk: Dispatcher, d: int) -> int:
         sampled = 0
         for turn, sizes in enumerate(dialogues[d]):
             sampled += len((await desk.reply(ragged_request(d, d, turn, sizes))).ids)
@@ -229,7 +229,7 @@ def continuous(engine: Engine, latency: float) -> int:
         return sampled
 
     async def run() -> int:
-        desk = Desk(engine)
+        desk = Dispatcher(engine)
         serving = asyncio.ensure_future(desk.serve())
         sampled = await asyncio.gather(*(hold(desk, d) for d in range(RAGGED)))
         serving.cancel()

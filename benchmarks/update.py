@@ -4,7 +4,7 @@
 
     MFU = FLOPs that the mathematics of an update asks for / (seconds x measured FLOP/s of a matrix product)
 
-The FLOPs are those of `training/utilization.py`: 6 for each weight and token, attention, and the head for
+The FLOPs are those of `running/utilization.py`: 6 for each weight and token, attention, and the head for
 half of the tokens; what `remat` computes again does not count. The rate is that of a bfloat16 product of
 two square matrices, the best of ten. What is timed is the run's own program, `make_programs(...).update`:
 two rows of full length, one to a micro-batch, with gradient, clipping and AdamW. Weights and moments are
@@ -34,13 +34,14 @@ from decode import SHAPES, random_params
 
 from mapo_jax.config import Config, load_config
 from mapo_jax.errors import UserError
+from mapo_jax.learning.batch import Batch
+from mapo_jax.learning.programs import make_programs
+from mapo_jax.learning.train_state import create_state
+from mapo_jax.learning.update import place
 from mapo_jax.model.qwen import QwenConfig
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.engine import Counts
-from mapo_jax.training.batch import Batch
-from mapo_jax.training.programs import make_programs
-from mapo_jax.training.step import create_state, place
-from mapo_jax.training.utilization import step_work
+from mapo_jax.running.utilization import step_work
 
 ROWS, TURNS = 2, 8
 

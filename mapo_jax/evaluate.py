@@ -30,15 +30,16 @@ from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_conf
 from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import SPLITS, load_scenarios
 from mapo_jax.errors import UserError
-from mapo_jax.evaluating import conversations, page, tables, transcripts
-from mapo_jax.evaluating.answers import ANSWERS, Answerer, Folder, Prompt, ask
-from mapo_jax.evaluating.items import HOMES, find_items
-from mapo_jax.evaluating.subject import Subject, add_options, find_subject
-from mapo_jax.evaluating.world import World
-from mapo_jax.evaluation import emobench, empa, eqbench
+from mapo_jax.evaluation import conversations, tables, transcripts
+from mapo_jax.evaluation import judged_page as page
+from mapo_jax.evaluation.answers import ANSWERS, Answerer, Folder, Prompt, ask
+from mapo_jax.evaluation.items import HOMES, find_items
+from mapo_jax.evaluation.role_loop import RoleLoop
+from mapo_jax.evaluation.subject import Subject, add_options, find_subject
 from mapo_jax.files import write_whole
 from mapo_jax.model.sharding import make_mesh
-from mapo_jax.training.interruption import Interrupted, StopRequest
+from mapo_jax.running.stop import Interrupted, StopRequest
+from mapo_jax.scores import emobench, empa, eqbench
 from mapo_jax.world import open_judge, open_world
 
 # Most tokens of an answer. Four ratings take about 40; with a critique and a revision, several hundred.
@@ -209,7 +210,7 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
         if not conversations.missing_cards(folder, cards, rollouts):
             return folder, len(cards) * rollouts
     with stoppable(folder) as check, open_world(_unhurried(config), folder.path, _mesh(config)) as w:
-        world = World(w.evaluation_roles, w.run)
+        world = RoleLoop(w.evaluation_roles, w.run)
         session = conversations.Session(
             subject.name,
             cards,
@@ -254,7 +255,7 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     with folder.opened(settings):
         pass  # whose folder it is, before a judge's cache is put there
     with stoppable(folder) as check, open_judge(_unhurried(config), folder.path, _mesh(config)) as w:
-        world = World(w.roles, w.run)
+        world = RoleLoop(w.roles, w.run)
         rows = transcripts.judge_all(
             chats, world, folder, settings, console, concurrency=config.environment.concurrency, check=check
         )

@@ -44,11 +44,11 @@ from mapo_jax.model.huggingface import (
 )
 from mapo_jax.model.lora import split
 from mapo_jax.model.qwen import hidden_states, parameter_count, parameter_shapes
-from mapo_jax.training.checkpoint import CONFIG_FILE, checkpoint_folder, open_base, open_params
-from mapo_jax.training.metrics import METRICS_FILE
-from mapo_jax.training.model_folder import save_tokenizer_files, whole_folder, write_model_folder
-from mapo_jax.training.policy import Policy, load_policy, open_weights, read_policy
-from mapo_jax.warmstarting.rows import Renderer
+from mapo_jax.running.checkpoint import CONFIG_FILE, checkpoint_folder, open_base, open_params
+from mapo_jax.running.metrics import METRICS_FILE
+from mapo_jax.running.model_folder import save_tokenizer_files, whole_folder, write_model_folder
+from mapo_jax.running.policy import Policy, load_policy, open_weights, read_policy
+from mapo_jax.warmstarting.packing import Renderer
 
 DTYPES = ("float32", "bfloat16")
 PARTS = ("merged", "adapters", "base")

@@ -6,7 +6,7 @@ that never comes, or comes with another configuration, is named before anything 
 that dies ends the others within seconds, where a collective would wait for half an hour.
 
 What travels here are short JSON values: flags, lengths, figures. Arrays travel by collectives
-(`training/hosts.py`). Nothing here knows of devices.
+(`running/processes.py`). Nothing here knows of devices.
 """
 
 from __future__ import annotations

@@ -20,12 +20,16 @@ from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, in_bucket, part_name
+from mapo_jax.learning import batch as rows
+from mapo_jax.learning.optimizer import Optimizer
+from mapo_jax.learning.programs import make_programs
+from mapo_jax.learning.train_state import TrainState, abstract_state, create_state
+from mapo_jax.learning.update import Update
 from mapo_jax.model.lora import join
 from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.engine import Engine
-from mapo_jax.training import batch as rows
-from mapo_jax.training.checkpoint import (
+from mapo_jax.running.checkpoint import (
     CONFIG_FILE,
     Checkpoints,
     claim,
@@ -34,14 +38,12 @@ from mapo_jax.training.checkpoint import (
     save_base,
     whole_steps,
 )
-from mapo_jax.training.display import Display
-from mapo_jax.training.forecast import check_memory, model_shape
-from mapo_jax.training.heartbeat import Heartbeat
-from mapo_jax.training.hosts import Hosts, rollout_mesh, rollout_weights, share_of
-from mapo_jax.training.interruption import StopRequest
-from mapo_jax.training.metrics import CompileCounter, MetricWriter
-from mapo_jax.training.phases import Phases
-from mapo_jax.training.policy import (
+from mapo_jax.running.display import Display
+from mapo_jax.running.forecast import check_memory, model_shape
+from mapo_jax.running.heartbeat import Heartbeat
+from mapo_jax.running.metrics import CompileCounter, MetricWriter
+from mapo_jax.running.phases import Phases
+from mapo_jax.running.policy import (
     MODEL_FOLDER,
     Policy,
     adapters,
@@ -50,8 +52,8 @@ from mapo_jax.training.policy import (
     read_policy,
     save_model_files,
 )
-from mapo_jax.training.programs import make_programs
-from mapo_jax.training.step import Optimizer, TrainState, Update, abstract_state, create_state
+from mapo_jax.running.processes import Hosts, rollout_mesh, rollout_weights, share_of
+from mapo_jax.running.stop import StopRequest
 from mapo_jax.warmstart import run_warmstart
 from mapo_jax.world import World, open_world
 

@@ -24,28 +24,29 @@ from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
 from mapo_jax.config import Config, load_config
 from mapo_jax.environment.dialogue import facts, from_facts
 from mapo_jax.environment.live import health
-from mapo_jax.environment.live.forecast import live_forecast
+from mapo_jax.environment.live.cost import live_forecast
 from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
-from mapo_jax.environment.scripted.metrics import reading_metrics
+from mapo_jax.environment.scripted.readings import reading_metrics
 from mapo_jax.errors import UserError
-from mapo_jax.evaluation.summary import summarize
 from mapo_jax.files import in_bucket, part_name, part_of, write_whole
+from mapo_jax.learning import batch as rows
+from mapo_jax.learning.programs import rows_per_dialogue
+from mapo_jax.learning.train_state import TrainState
+from mapo_jax.learning.update import fetch, place
 from mapo_jax.reporting.write import write_report
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.run import Run, begin, cards, prepare, progress, scenario_deck
-from mapo_jax.training import batch as rows
-from mapo_jax.training.display import results_table, transcript
-from mapo_jax.training.forecast import check_update, forecast
-from mapo_jax.training.hosts import Hosts, join
-from mapo_jax.training.interruption import Interrupted, StopRequest
-from mapo_jax.training.phases import phase
-from mapo_jax.training.programs import rows_per_dialogue
-from mapo_jax.training.step import TrainState, fetch, place
-from mapo_jax.training.utilization import memory, peak_flops, step_work, utilization
+from mapo_jax.running.display import results_table, transcript
+from mapo_jax.running.forecast import check_update, forecast
+from mapo_jax.running.phases import phase
+from mapo_jax.running.processes import Hosts, join
+from mapo_jax.running.stop import Interrupted, StopRequest
+from mapo_jax.running.utilization import memory, peak_flops, step_work, utilization
+from mapo_jax.scores.figures import summarize
 
 EVALUATION_STREAM = 1_000_003  # added to the seed: evaluation's dialogues are never training's
 

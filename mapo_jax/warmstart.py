@@ -35,25 +35,27 @@ from mapo_jax.config import Config, OptimizerConfig, load_config
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.grammar import KINDS
-from mapo_jax.environment.scripted.metrics import reading_metrics, readings
+from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.evaluation.summary import summarize
 from mapo_jax.files import write_whole
+from mapo_jax.learning.optimizer import make_optimizer
+from mapo_jax.learning.train_state import create_state
+from mapo_jax.learning.update import Scoring, make_supervised_update, place
 from mapo_jax.model.backends import row_attention
 from mapo_jax.model.qwen import Params, init_params
 from mapo_jax.model.sharding import make_mesh, param_shardings
-from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.collect import collect
+from mapo_jax.rollout.rows import ChatFormat
+from mapo_jax.running.forecast import fresh_model
+from mapo_jax.running.model_folder import whole_folder, write_model_folder
+from mapo_jax.running.policy import Policy, load_policy, make_engine
+from mapo_jax.running.stop import Interrupted, StopRequest
+from mapo_jax.scores.figures import summarize
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mapo_jax.training.forecast import fresh_model
-from mapo_jax.training.interruption import Interrupted, StopRequest
-from mapo_jax.training.model_folder import whole_folder, write_model_folder
-from mapo_jax.training.policy import Policy, load_policy, make_engine
-from mapo_jax.training.step import Scoring, create_state, make_optimizer, make_supervised_update, place
 from mapo_jax.warmstarting.chats import Chat, read_chats, synthetic_chats
 from mapo_jax.warmstarting.induction import with_induction_heads
-from mapo_jax.warmstarting.rows import PackedRows, Renderer, batches, pack
+from mapo_jax.warmstarting.packing import PackedRows, Renderer, batches, pack
 
 RECORD = "warmstart.json"  # in the result's folder: what it was made from, how it went, what it can do
 REPORT_EVERY = 10  # updates between looks at the loss: each look waits for the device
@@ -70,9 +72,9 @@ _SOURCES = (
     "environment/state.py",
     "model",
     "warmstarting",
-    "rollout/chat.py",
+    "rollout/rows.py",
     "tokenizer.py",
-    "training/step.py",
+    "learning/update.py",
 )
 
 

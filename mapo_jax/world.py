@@ -28,8 +28,8 @@ from mapo_jax.config import (
     held_out,
     validate_role,
 )
-from mapo_jax.environment.dialogue import RoleFailure, Roles
-from mapo_jax.environment.live.cache import CACHE_FILE, CallCache
+from mapo_jax.environment.dialogue import RoleFailure
+from mapo_jax.environment.live.call_cache import CACHE_FILE, CallCache
 from mapo_jax.environment.live.calls import (
     FAILURES_FILE,
     Caller,
@@ -43,16 +43,17 @@ from mapo_jax.environment.live.guard import Guarded, Watch, WorldFailing
 from mapo_jax.environment.live.health import score_all
 from mapo_jax.environment.live.judge import LiveJudge
 from mapo_jax.environment.live.user import LiveUser
+from mapo_jax.environment.roles import Completion, Roles
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.errors import UserError
 from mapo_jax.files import part_of
-from mapo_jax.rollout.completion import Completion, EngineModel
+from mapo_jax.rollout.completion import EngineModel
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal, journal_files, prune
 from mapo_jax.rollout.sampling import Sampling
-from mapo_jax.training.checkpoint import whole_steps
-from mapo_jax.training.metrics import full_disk_is_a_user_error
-from mapo_jax.training.policy import load_policy
+from mapo_jax.running.checkpoint import whole_steps
+from mapo_jax.running.metrics import full_disk_is_a_user_error
+from mapo_jax.running.policy import load_policy
 
 if TYPE_CHECKING:
     from mapo_jax.environment.live.client import Server

@@ -242,7 +242,7 @@ def write_speaking_model(folder, lines, texts):
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from mapo_jax.rollout.chat import ChatFormat
+    from mapo_jax.rollout.rows import ChatFormat
     from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
     tokenizer = train_tokenizer(texts, 2000)

@@ -12,18 +12,19 @@ from safetensors.numpy import load_file, save_file
 from mapo_jax.config import Config, ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.export import check_logits, export, main, verify
+from mapo_jax.learning.optimizer import make_optimizer
+from mapo_jax.learning.train_state import create_state
 from mapo_jax.model.head import logits
 from mapo_jax.model.huggingface import INDEX, load_params, params_reader, read_config
 from mapo_jax.model.lora import LoRA, join, split
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params, parameter_shapes
-from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
+from mapo_jax.running.checkpoint import Checkpoints, save_base
+from mapo_jax.running.policy import Policy, load_policy, save_model_files
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mapo_jax.training.checkpoint import Checkpoints, save_base
-from mapo_jax.training.policy import Policy, load_policy, save_model_files
-from mapo_jax.training.step import create_state, make_optimizer
-from mapo_jax.warmstarting.rows import Renderer
+from mapo_jax.warmstarting.packing import Renderer
 
 ROLLOUT = RolloutConfig(max_tokens=96, max_reply_tokens=12, system_prompt="Be kind.", temperature=0.9)
 CHAT = [
@@ -283,11 +284,12 @@ import jax, numpy as np
 from mapo_jax.config import Config, OptimizerConfig, RolloutConfig, to_yaml
 from mapo_jax.export import export
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
-from mapo_jax.rollout.chat import ChatFormat
+from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.tokenizer import load_tokenizer
-from mapo_jax.training.checkpoint import Checkpoints, save_base
-from mapo_jax.training.policy import Policy, load_policy, save_model_files
-from mapo_jax.training.step import create_state, make_optimizer
+from mapo_jax.running.checkpoint import Checkpoints, save_base
+from mapo_jax.running.policy import Policy, load_policy, save_model_files
+from mapo_jax.learning.train_state import create_state
+from mapo_jax.learning.optimizer import make_optimizer
 run, tokenizer, step = Path(sys.argv[1]), load_tokenizer(sys.argv[2]), sys.argv[3]
 config = QwenConfig(
     vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_layers=8, num_heads=8, num_kv_heads=8,

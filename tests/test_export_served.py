@@ -16,13 +16,13 @@ from openai import OpenAI, OpenAIError
 
 from mapo_jax.config import RolloutConfig
 from mapo_jax.model.qwen import QwenConfig, init_params
-from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
+from mapo_jax.running.model_folder import write_model_folder
+from mapo_jax.running.policy import Policy
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mapo_jax.training.model_folder import write_model_folder
-from mapo_jax.training.policy import Policy
-from mapo_jax.warmstarting.rows import Renderer
+from mapo_jax.warmstarting.packing import Renderer
 
 pytestmark = pytest.mark.peer
 

@@ -17,9 +17,9 @@ from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.peers import STATUS
+from mapo_jax.running.checkpoint import best_steps, checkpoint_folder, whole_steps
+from mapo_jax.running.metrics import METRICS_FILE
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
-from mapo_jax.training.checkpoint import best_steps, checkpoint_folder, whole_steps
-from mapo_jax.training.metrics import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 10

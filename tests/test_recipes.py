@@ -7,7 +7,7 @@ import pytest
 
 from mapo_jax.config import load_config
 from mapo_jax.model.sharding import make_mesh
-from mapo_jax.training.memory import forecast_memory
+from mapo_jax.running.memory import forecast_memory
 from tpu.shapes import model_shape
 
 CONFIGS = [

@@ -25,10 +25,10 @@ from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.run import begin, prepare, scenario_deck
+from mapo_jax.running.checkpoint import checkpoint_folder, whole_steps
+from mapo_jax.running.metrics import METRICS_FILE
+from mapo_jax.running.stop import StopRequest
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
-from mapo_jax.training.checkpoint import checkpoint_folder, whole_steps
-from mapo_jax.training.interruption import StopRequest
-from mapo_jax.training.metrics import METRICS_FILE
 
 STEPS = 4
 
@@ -126,8 +126,8 @@ DRIVER = """
 import os, signal, sys
 sys.modules["torch"] = None
 import mapo_jax.train as train
-from mapo_jax.training.checkpoint import Checkpoints
-from mapo_jax.training.display import Display
+from mapo_jax.running.checkpoint import Checkpoints
+from mapo_jax.running.display import Display
 trap, number = sys.argv[1], getattr(signal, sys.argv[2])
 
 def strike():

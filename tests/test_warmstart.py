@@ -11,7 +11,7 @@ from mapo_jax.config import load_config
 from mapo_jax.environment.scripted.grammar import KINDS
 from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import load_params, read_config
-from mapo_jax.training.policy import load_policy
+from mapo_jax.running.policy import load_policy
 from mapo_jax.warmstarting.chats import write_chats
 
 TINY = [

@@ -13,9 +13,9 @@ from mapo_jax.config import ROLES, load_config, to_yaml
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.collect import collect, derive_seed
 from mapo_jax.rollout.engine import Reply
+from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mapo_jax.world import open_models, open_world
 

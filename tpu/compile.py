@@ -40,6 +40,9 @@ from mapo_jax.commands import run_command
 from mapo_jax.config import Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
+from mapo_jax.learning.batch import microbatch_rows, row_lengths
+from mapo_jax.learning.programs import abstract_batch, make_programs, minibatch_rows
+from mapo_jax.learning.train_state import abstract_state
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import (
     MESH_AXES,
@@ -49,19 +52,16 @@ from mapo_jax.model.sharding import (
     row_shards,
 )
 from mapo_jax.rollout.engine import Engine
-from mapo_jax.training.batch import microbatch_rows, row_lengths
-from mapo_jax.training.forecast import memory_table
-from mapo_jax.training.hosts import (
+from mapo_jax.running.forecast import memory_table
+from mapo_jax.running.memory import forecast_memory
+from mapo_jax.running.policy import engine_for
+from mapo_jax.running.processes import (
     Hosts,
     abstract_rollout_weights,
     process_count,
     rollout_mesh,
     share_of,
 )
-from mapo_jax.training.memory import forecast_memory
-from mapo_jax.training.policy import engine_for
-from mapo_jax.training.programs import abstract_batch, make_programs, minibatch_rows
-from mapo_jax.training.step import abstract_state
 from tpu.hlo import KINDS, Collective, collectives
 from tpu.shapes import STOP_IDS, TOKENIZER_IDS, model_shape
 from tpu.slices import ONE_HOST, chip, slice_devices

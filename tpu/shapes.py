@@ -12,7 +12,7 @@ from mapo_jax.config import Config
 from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import read_config
 from mapo_jax.model.qwen import QwenConfig
-from mapo_jax.training.policy import adapters
+from mapo_jax.running.policy import adapters
 
 TOKENIZER_IDS = 151_669  # of Qwen3; Qwen2.5's has fewer
 STOP_IDS = (151_645, 151_643)  # <|im_end|>, <|endoftext|>

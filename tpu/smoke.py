@@ -21,11 +21,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mapo_jax.config import AlgorithmConfig, MeshConfig, OptimizerConfig
+from mapo_jax.learning.batch import Batch
+from mapo_jax.learning.optimizer import make_optimizer
+from mapo_jax.learning.train_state import create_state
+from mapo_jax.learning.update import Scoring, make_update, place
 from mapo_jax.model.qwen import QwenConfig, init_params, parameter_count
 from mapo_jax.model.sharding import make_mesh, param_shardings
-from mapo_jax.training.batch import Batch
-from mapo_jax.training.step import Scoring, create_state, make_optimizer, make_update, place
-from mapo_jax.training.utilization import memory, peak_flops
+from mapo_jax.running.utilization import memory, peak_flops
 
 MODEL = QwenConfig(
     vocab_size=512,

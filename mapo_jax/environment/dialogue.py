@@ -12,11 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from mapo_jax.environment import state as calculator
-from mapo_jax.environment.director import Director
-from mapo_jax.environment.judge import Judge
+from mapo_jax.environment.roles import Director, Judge, User
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
-from mapo_jax.environment.user import User
 
 LEVEL_NAMES = ("C progress", "C harm", "A progress", "A harm", "P progress", "P harm")
 ACTIONS = (

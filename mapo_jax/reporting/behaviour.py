@@ -12,7 +12,7 @@ import numpy as np
 from mapo_jax.reporting.charts import tell
 from mapo_jax.reporting.credit import Credit
 from mapo_jax.reporting.diversity import Shift, shifts
-from mapo_jax.reporting.folder import Batch, Dialogue, Run, is_number
+from mapo_jax.reporting.folder import SavedBatch, SavedDialogue, SavedRun, is_number
 
 # What the judge looks for on each axis, in plain words.
 AXES = (
@@ -93,7 +93,7 @@ class Behaviour:
     headline: str  # the largest changes in one sentence; empty where hardly anything changed
 
 
-def levels_of(batch: Batch) -> tuple[Levels, ...]:
+def levels_of(batch: SavedBatch) -> tuple[Levels, ...]:
     """What the judge gave, per axis."""
     scored = [turn.levels for d in batch.dialogues for turn in d.turns if turn.levels is not None]
     found = []
@@ -114,7 +114,7 @@ def levels_of(batch: Batch) -> tuple[Levels, ...]:
 
 
 def behaviour(
-    run: Run, before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[Credit]]
+    run: SavedRun, before: tuple[SavedBatch, Sequence[Credit]], after: tuple[SavedBatch, Sequence[Credit]]
 ) -> Behaviour:
     """Compares two evaluations of one run."""
     levels = levels_of(before[0]), levels_of(after[0])
@@ -135,7 +135,7 @@ def behaviour(
 
 
 def typical_pair(
-    before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[Credit]]
+    before: tuple[SavedBatch, Sequence[Credit]], after: tuple[SavedBatch, Sequence[Credit]]
 ) -> tuple[int, int, str] | None:
     """The dialogue whose return changed by the median: its place in both batches, and its standing.
 
@@ -149,7 +149,7 @@ def typical_pair(
 
 
 def changes(
-    before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[Credit]]
+    before: tuple[SavedBatch, Sequence[Credit]], after: tuple[SavedBatch, Sequence[Credit]]
 ) -> list[tuple[float, int, int]]:
     """(change of return, place before, place after) of the dialogues that both have, ascending."""
     there = {_key(d): i for i, d in enumerate(before[0].dialogues)}
@@ -164,11 +164,13 @@ def changes(
     return sorted(found)
 
 
-def _key(dialogue: Dialogue) -> tuple[str, int]:
+def _key(dialogue: SavedDialogue) -> tuple[str, int]:
     return dialogue.scenario, dialogue.place[1]
 
 
-def _kinds(before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[Credit]]) -> tuple[Kind, ...]:
+def _kinds(
+    before: tuple[SavedBatch, Sequence[Credit]], after: tuple[SavedBatch, Sequence[Credit]]
+) -> tuple[Kind, ...]:
     counts, rewards = [], {}
     said: dict[str, Counter[str]] = {}
     for batch, credits in (before, after):
@@ -205,7 +207,7 @@ def _kinds(before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[
     return tuple(found)
 
 
-def _naming(run: Run, first: int, last: int) -> tuple[Naming, ...]:
+def _naming(run: SavedRun, first: int, last: int) -> tuple[Naming, ...]:
     one, other = run.evaluations.get(first, {}), run.evaluations.get(last, {})
     names = sorted(
         {
@@ -229,11 +231,11 @@ def _naming(run: Run, first: int, last: int) -> tuple[Naming, ...]:
     )
 
 
-def _headline(before: Batch, after: Batch, kinds: Sequence[Kind]) -> str:
+def _headline(before: SavedBatch, after: SavedBatch, kinds: Sequence[Kind]) -> str:
     """What a stranger should know first: harm, help, and the kinds of reply that changed most."""
     share = partial(tell, form="share")
 
-    def any_level(batch: Batch, sign: int) -> float:
+    def any_level(batch: SavedBatch, sign: int) -> float:
         scored = [turn.levels for d in batch.dialogues for turn in d.turns if turn.levels is not None]
         return float(np.mean([any(sign * level > 0 for level in levels) for levels in scored] or [0.0]))
 

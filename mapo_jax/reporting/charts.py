@@ -268,7 +268,7 @@ def _short(value: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Path:
+class TracePath:
     """One dialogue's way through the state space."""
 
     positions: Sequence[tuple[float, float, float]]
@@ -284,10 +284,10 @@ class Plane:
     across: int  # index of the axis drawn to the right
     up: int
     names: tuple[str, str]
-    paths: tuple[Path, ...] = field(default=())
+    paths: tuple[TracePath, ...] = field(default=())
 
 
-def draw_plane(plane: Plane, low: float, means: Sequence[Path]) -> Markup:
+def draw_plane(plane: Plane, low: float, means: Sequence[TracePath]) -> Markup:
     """Paths seen on two of the three axes, from `low` to a little above zero on both."""
     size, high = 300.0, 4.0
     scale = lambda value: size * (value - low) / (high - low)  # noqa: E731

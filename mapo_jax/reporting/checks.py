@@ -13,7 +13,7 @@ import numpy as np
 from mapo_jax.reporting.charts import tell
 from mapo_jax.reporting.comparison import Difference
 from mapo_jax.reporting.diversity import Diversity
-from mapo_jax.reporting.folder import Run, setting
+from mapo_jax.reporting.folder import SavedRun, setting
 
 FINE, LOOK, ALARM, UNKNOWN = "fine", "look", "alarm", "unknown"
 _ORDER = (ALARM, LOOK, UNKNOWN, FINE)
@@ -37,7 +37,7 @@ def ends(values: Sequence[float]) -> tuple[float, float] | None:
     return float(np.mean(values[:part])), float(np.mean(values[-part:]))
 
 
-def check_run(run: Run, diversity: Sequence[Diversity], change: Difference | None) -> list[Check]:
+def check_run(run: SavedRun, diversity: Sequence[Diversity], change: Difference | None) -> list[Check]:
     """Every check, the worst first.
 
     Args:
@@ -66,7 +66,7 @@ def _grade(look: bool, alarm: bool) -> str:
     return ALARM if alarm else LOOK if look else FINE
 
 
-def _entropy(run: Run) -> Check:
+def _entropy(run: SavedRun) -> Check:
     name, pair = "Entropy", ends(run.series("actor/entropy")[1])
     if pair is None:
         return Check(name, UNKNOWN, "not logged", "the policy's spread over tokens")
@@ -80,7 +80,7 @@ def _entropy(run: Run) -> Check:
     return Check(name, state, f"{first:.2f} → {last:.2f} nats per token", meaning)
 
 
-def _length(run: Run) -> Check:
+def _length(run: SavedRun) -> Check:
     name, pair = "Reply length", ends(run.series("response_length/mean")[1])
     cut = run.series("response_length/truncated")[1]
     if pair is None:
@@ -92,7 +92,7 @@ def _length(run: Run) -> Check:
     return Check(name, state, f"{first:.1f} → {last:.1f} tokens, {_share(share)} cut", meaning)
 
 
-def _templates(run: Run, diversity: Sequence[Diversity]) -> Check:
+def _templates(run: SavedRun, diversity: Sequence[Diversity]) -> Check:
     name = "Templates"
     shares = [entry.openings[0].share if entry.openings else 0.0 for entry in diversity]
     if not shares:
@@ -116,7 +116,7 @@ def _templates(run: Run, diversity: Sequence[Diversity]) -> Check:
     return Check(name, state, figure, meaning)
 
 
-def _judge(run: Run) -> Check:
+def _judge(run: SavedRun) -> Check:
     name, failed = "Judge", run.series("judge/failure_rate")[1]
     if not failed:
         return Check(name, UNKNOWN, "not logged", "turns that the judge failed to score")
@@ -132,7 +132,7 @@ def _judge(run: Run) -> Check:
     return Check(name, state, figure, meaning)
 
 
-def _sampler(run: Run) -> Check:
+def _sampler(run: SavedRun) -> Check:
     name, gaps = "Sampler and trainer", run.series("sampler/logprob_diff_mean")[1]
     if not gaps:
         return Check(name, UNKNOWN, "not logged", "whether both compute the same log-probabilities")
@@ -145,7 +145,7 @@ def _sampler(run: Run) -> Check:
     return Check(name, state, f"at most {tell(max(gaps))} per token", meaning)
 
 
-def _gradients(run: Run) -> Check:
+def _gradients(run: SavedRun) -> Check:
     name, norms = "Gradients", run.series("actor/grad_norm")[1]
     if not norms:
         return Check(name, UNKNOWN, "not logged", "whether updates explode")
@@ -157,7 +157,7 @@ def _gradients(run: Run) -> Check:
     return Check(name, state, f"norm {middle:.2f} in the middle, {top:.2f} at most{refused}", meaning)
 
 
-def _reward_against_score(run: Run, change: Difference | None) -> Check:
+def _reward_against_score(run: SavedRun, change: Difference | None) -> Check:
     """A return that rises while the benchmark's score does not: a weak side of the reward was found."""
     name = "Return and score"
     _, scores = run.evaluated("epm_q")
@@ -173,7 +173,7 @@ def _reward_against_score(run: Run, change: Difference | None) -> Check:
     )
 
 
-def _early_ends(run: Run) -> Check:
+def _early_ends(run: SavedRun) -> Check:
     name = "How dialogues end"
     failures, turns = ends(run.series("outcome/failure")[1]), ends(run.series("turns/mean")[1])
     if failures is None or turns is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-from mapo_jax.reporting.folder import Batch, Dialogue
+from mapo_jax.reporting.folder import SavedBatch, SavedDialogue
 
 CONFIDENCE = 0.95
 
@@ -69,7 +69,7 @@ def compare(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[
     return Difference(float(np.mean(one)), float(np.mean(other)), change, low, high, len(shared))
 
 
-def by_card(batch: Batch, value: Callable[[int, Dialogue], float | None]) -> dict[str, list[float]]:
+def by_card(batch: SavedBatch, value: Callable[[int, SavedDialogue], float | None]) -> dict[str, list[float]]:
     """Values of a batch's dialogues by card; `value` gets the index and the dialogue, None is left out."""
     values = defaultdict(list)
     for index, dialogue in enumerate(batch.dialogues):

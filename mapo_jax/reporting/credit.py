@@ -19,7 +19,7 @@ from mapo_jax.algorithm.advantages import ESTIMATORS, estimator_options
 from mapo_jax.algorithm.returns import discounted_returns
 from mapo_jax.algorithm.rewards import REWARDS, impute_missing
 from mapo_jax.config import AlgorithmConfig
-from mapo_jax.reporting.folder import Batch, Dialogue
+from mapo_jax.reporting.folder import SavedBatch, SavedDialogue
 
 MAX_FAILED_SHARE = 0.5  # of the configuration's default, where a run's own is unknown
 
@@ -41,7 +41,7 @@ class Credit:
 
 
 def credit_batch(
-    batch: Batch,
+    batch: SavedBatch,
     algorithm: AlgorithmConfig,
     *,
     scenarios: int = 1,
@@ -98,12 +98,12 @@ def credit_batch(
     ]
 
 
-def learned_from(dialogue: Dialogue, max_failed_share: float) -> bool:
+def learned_from(dialogue: SavedDialogue, max_failed_share: float) -> bool:
     """Whether training uses it: as `rollout.collect.Dialogue.usable` says."""
     return dialogue.counts and dialogue.unscored_turns <= max_failed_share * len(dialogue.turns)
 
 
-def _cells(values: np.ndarray, mask: np.ndarray, dialogue: Dialogue) -> tuple[float | None, ...]:
+def _cells(values: np.ndarray, mask: np.ndarray, dialogue: SavedDialogue) -> tuple[float | None, ...]:
     count = len(dialogue.turns)
     pairs = zip(values[:count].tolist(), mask[:count], strict=True)
     return tuple(value if keep else None for value, keep in pairs)

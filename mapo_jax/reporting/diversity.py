@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mapo_jax.reporting.credit import Credit
-from mapo_jax.reporting.folder import Batch
+from mapo_jax.reporting.folder import SavedBatch
 
 OPENING_WORDS = 4
 PHRASE_WORDS = (3, 4, 5)
@@ -88,7 +88,7 @@ def distinct(replies: Iterable[Sequence[str]], size: int, budget: int) -> float 
     return len(seen) / total if total and left <= 0 else None
 
 
-def analyse(batches: Sequence[Batch], credits: Sequence[Sequence[Credit]]) -> list[Diversity]:
+def analyse(batches: Sequence[SavedBatch], credits: Sequence[Sequence[Credit]]) -> list[Diversity]:
     """The diversity of each batch, with one budget of words for all of them."""
     said = [_replies(batch, credit) for batch, credit in zip(batches, credits, strict=True)]
     totals = [sum(len(text) for _, text, _ in replies) for replies in said]
@@ -100,7 +100,7 @@ def analyse(batches: Sequence[Batch], credits: Sequence[Sequence[Credit]]) -> li
 
 
 def shifts(
-    before: tuple[Batch, Sequence[Credit]], after: tuple[Batch, Sequence[Credit]], top: int = 6
+    before: tuple[SavedBatch, Sequence[Credit]], after: tuple[SavedBatch, Sequence[Credit]], top: int = 6
 ) -> tuple[list[Shift], list[Shift]]:
     """Phrases whose share of replies rose most, and fell most.
 
@@ -139,7 +139,7 @@ def shifts(
 Reply = tuple[int, list[str], float | None]  # dialogue, words, reward
 
 
-def _replies(batch: Batch, credits: Sequence[Credit]) -> list[Reply]:
+def _replies(batch: SavedBatch, credits: Sequence[Credit]) -> list[Reply]:
     """Replies of all dialogues, or of every k-th one where they have too many words."""
     letters = sum(len(turn.reply) for dialogue in batch.dialogues for turn in dialogue.turns)
     stride = max(1, round(letters / LETTERS_PER_WORD / MOST_WORDS))

@@ -23,7 +23,7 @@ from mapo_jax.config import AlgorithmConfig
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.scenario import start_position
 from mapo_jax.errors import UserError
-from mapo_jax.evaluation.empa import score_case
+from mapo_jax.scores.empa import score_case
 
 CONFIG_FILE, METRICS_FILE, DIALOGUES, EVALUATIONS = "config.yaml", "metrics.jsonl", "dialogues", "evaluations"
 HELPER_FILE = "helper.json"  # in EVALUATIONS: what the good scripted helper comes to on the same cards
@@ -35,7 +35,7 @@ Vector = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Turn:
+class SavedTurn:
     """One turn as it was saved, with what the judge and the director made of it."""
 
     user: str
@@ -63,14 +63,14 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class SavedDialogue:
     """One dialogue. `place` is (scenario, rollout) in its batch."""
 
     step: int
     place: tuple[int, int]
     card: Mapping[str, Any]  # the scenario card's own fields
     start: Vector
-    turns: tuple[Turn, ...]
+    turns: tuple[SavedTurn, ...]
     outcome: str
     failure: str | None
     rule: str | None
@@ -121,17 +121,17 @@ class Dialogue:
 
 
 @dataclass(frozen=True)
-class Batch:
+class SavedBatch:
     """The dialogues of one file: a training step's, or an evaluation's."""
 
     step: int
     validation: bool
-    dialogues: tuple[Dialogue, ...]
+    dialogues: tuple[SavedDialogue, ...]
     broken: int = 0  # rows that could not be read
 
 
 @dataclass(frozen=True)
-class Run:
+class SavedRun:
     """What could be read of a run folder."""
 
     folder: Path
@@ -141,8 +141,8 @@ class Run:
     steps: tuple[Mapping[str, float], ...]  # rows of metrics.jsonl, by step
     evaluations: Mapping[int, Mapping[str, float]]  # step -> metrics
     helper: Mapping[str, float]  # the same metrics of the good helper; empty where nobody wrote them down
-    training: tuple[Batch, ...]
-    validation: tuple[Batch, ...]
+    training: tuple[SavedBatch, ...]
+    validation: tuple[SavedBatch, ...]
     shape: Mapping[str, Any]  # of the model
     notes: tuple[str, ...] = ()  # what is missing or broken, in sentences
     left_out: int = 0  # training steps whose dialogues are on the disk but were not read
@@ -188,7 +188,9 @@ def setting(config: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
-def read_run(folder: Path | str, *, dialogues: int, progress: Callable[[str], None] | None = None) -> Run:
+def read_run(
+    folder: Path | str, *, dialogues: int, progress: Callable[[str], None] | None = None
+) -> SavedRun:
     """Reads a run.
 
     Args:
@@ -222,7 +224,7 @@ def read_run(folder: Path | str, *, dialogues: int, progress: Callable[[str], No
         notes.append("no dialogues of training were found, so what was said in training cannot be shown")
     if not held:
         notes.append("no validation dialogues were found, so before and after cannot be compared")
-    run = Run(
+    run = SavedRun(
         folder=folder,
         name=folder.resolve().name,
         config=config,
@@ -265,7 +267,7 @@ def choose_steps(files: Mapping[int, Sequence[Path]], most: int) -> list[int]:
 # --- The parts. ---
 
 
-def _state(run: Run) -> list[str]:
+def _state(run: SavedRun) -> list[str]:
     if run.finished:
         return []
     if run.planned is None:
@@ -367,10 +369,10 @@ def _step_files(folder: Path) -> dict[int, list[Path]]:
 
 def _read_batch(
     files: Sequence[Path], step: int, validation: bool, told: Callable[[str], None], notes: list[str]
-) -> Batch:
-    dialogues: dict[tuple[int, int], Dialogue] = {}
+) -> SavedBatch:
+    dialogues: dict[tuple[int, int], SavedDialogue] = {}
     broken = sum(_read_dialogues(file, step, told, notes, dialogues) for file in files)
-    return Batch(step, validation, tuple(dialogues[place] for place in sorted(dialogues)), broken)
+    return SavedBatch(step, validation, tuple(dialogues[place] for place in sorted(dialogues)), broken)
 
 
 def _read_dialogues(
@@ -378,7 +380,7 @@ def _read_dialogues(
     step: int,
     told: Callable[[str], None],
     notes: list[str],
-    dialogues: dict[tuple[int, int], Dialogue],
+    dialogues: dict[tuple[int, int], SavedDialogue],
 ) -> int:
     """Adds a file's dialogues to those of a step; returns how many rows could not be read."""
     told(f"{file.parent.name}/{file.name}")
@@ -418,7 +420,7 @@ def _json(line: bytes) -> Any:
             return None
 
 
-def parse_dialogue(row: Any, step: int) -> Dialogue:
+def parse_dialogue(row: Any, step: int) -> SavedDialogue:
     """A dialogue from its saved row.
 
     Raises:
@@ -430,7 +432,7 @@ def parse_dialogue(row: Any, step: int) -> Dialogue:
     if not isinstance(card["id"], str):
         raise TypeError("a card's id is text")
     rows = [*row.get("earlier_rows", ()), row["row"]]
-    return Dialogue(
+    return SavedDialogue(
         step=step,
         place=(_count(row["scenario"]), _count(row["rollout"])),
         card=card,
@@ -444,7 +446,7 @@ def parse_dialogue(row: Any, step: int) -> Dialogue:
     )
 
 
-def _parse_turn(turn: Mapping[str, Any]) -> Turn:
+def _parse_turn(turn: Mapping[str, Any]) -> SavedTurn:
     judgement, action = turn["judgement"], turn.get("action") or {}
     position = tuple(float(axis) for axis in turn["position"])
     if len(position) != 3 or not all(map(math.isfinite, position)):
@@ -456,7 +458,7 @@ def _parse_turn(turn: Mapping[str, Any]) -> Turn:
         calculator.points(levels)  # raises for a level that the scale does not have
         reading = judgement.get("reading") or {}
     target = action.get("target")
-    return Turn(
+    return SavedTurn(
         user=_text(turn["user"]),
         reply=_text(turn["reply"]),
         position=position,

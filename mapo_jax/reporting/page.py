@@ -19,7 +19,7 @@ from mapo_jax.reporting import charts
 from mapo_jax.reporting.behaviour import changes, typical_pair
 from mapo_jax.reporting.charts import Chart, Path, Plane, Series, draw, draw_plane, mean_path, signed, tell
 from mapo_jax.reporting.curves import curve_groups, hero_chart
-from mapo_jax.reporting.folder import Dialogue, Run
+from mapo_jax.reporting.folder import SavedDialogue, SavedRun
 from mapo_jax.reporting.payload import PAYLOAD_BYTES, Group, pack
 from mapo_jax.reporting.study import Study
 from mapo_jax.reporting.summary import (
@@ -35,7 +35,7 @@ MOST_RUNS = 8  # more lines cannot be told apart
 
 
 def render(
-    runs: Sequence[Run], *, limit: int = PAYLOAD_BYTES, progress: Callable[[str], None] | None = None
+    runs: Sequence[SavedRun], *, limit: int = PAYLOAD_BYTES, progress: Callable[[str], None] | None = None
 ) -> str:
     """The whole page of one or more runs, as HTML.
 
@@ -303,7 +303,7 @@ def extremes(study: Study) -> list[tuple[str, str]]:
     return found
 
 
-def _pair_link(study: Study, before: Dialogue, after: Dialogue) -> str:
+def _pair_link(study: Study, before: SavedDialogue, after: SavedDialogue) -> str:
     key = lambda d: f"{study.number}.v{d.step}.{d.place[0]}.{d.place[1]}"  # noqa: E731
     return f"#d={key(after)}&with={key(before)}"
 

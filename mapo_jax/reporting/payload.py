@@ -22,7 +22,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from mapo_jax.reporting.credit import Credit
-from mapo_jax.reporting.folder import TOKENIZER_FILE, Batch, Dialogue, Run, TokenRow
+from mapo_jax.reporting.folder import TOKENIZER_FILE, SavedBatch, SavedDialogue, SavedRun, TokenRow
 
 PAYLOAD_BYTES = 13_000_000  # of all pieces together, as written
 LEVEL = 5  # of the compression: 6 takes half as long again for a few per cent
@@ -49,7 +49,7 @@ class Group:
     """A batch with its credit, in its run."""
 
     run: int
-    batch: Batch
+    batch: SavedBatch
     credits: Sequence[Credit]
 
     @property
@@ -59,7 +59,7 @@ class Group:
 
 
 def pack(
-    runs: Sequence[Run],
+    runs: Sequence[SavedRun],
     groups: Sequence[Group],
     *,
     limit: int = PAYLOAD_BYTES,
@@ -145,7 +145,7 @@ def squeeze(content: Any) -> str:
     return base64.b64encode(packer.compress(text) + packer.flush()).decode()
 
 
-def index_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
+def index_json(runs: Sequence[SavedRun], groups: Sequence[Group]) -> dict[str, Any]:
     """What the list of dialogues shows, and the cards."""
     cards: dict[str, dict[str, Any]] = {}
     places: dict[str, int] = {}
@@ -178,13 +178,13 @@ def index_json(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
     return {"runs": named, "cards": list(cards.values()), "rows": rows}
 
 
-def failure_kinds(dialogue: Dialogue) -> list[str]:
+def failure_kinds(dialogue: SavedDialogue) -> list[str]:
     """What failed in it: of `timeout: no answer in 60 s` the first word."""
     told = [turn.failure for turn in dialogue.turns if turn.levels is None] + [dialogue.failure]
     return sorted({failure.split(":")[0][:40] for failure in told if failure})
 
 
-def card_json(dialogue: Dialogue) -> dict[str, Any]:
+def card_json(dialogue: SavedDialogue) -> dict[str, Any]:
     """What a reader wants to know of the card."""
     card = dialogue.card
     person = card.get("person") if isinstance(card.get("person"), Mapping) else {}
@@ -207,7 +207,7 @@ def card_json(dialogue: Dialogue) -> dict[str, Any]:
     return {name: str(text) for name, text in texts.items() if text is not None}
 
 
-def dialogue_json(dialogue: Dialogue, credit: Credit) -> dict[str, Any]:
+def dialogue_json(dialogue: SavedDialogue, credit: Credit) -> dict[str, Any]:
     """All of a dialogue but its tokens. Short names: there are thousands of them."""
     none = (None,) * len(dialogue.turns)
     columns = zip(
@@ -274,7 +274,7 @@ class TokenWriter:
         text = self._tokenizer.decode([token], skip_special_tokens=False)
         return name if "\ufffd" in text or not text else text
 
-    def pack(self, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+    def pack(self, dialogues: Sequence[SavedDialogue]) -> dict[str, Any]:
         """Rows of a batch: `words` are the distinct texts; per row token indices, runs of the mask and of the
         turns as [value, length, ...], and hundredths of nats for the sampled tokens."""
         used = np.unique(np.concatenate([row.ids for d in dialogues for row in d.rows] or [np.zeros(0, int)]))

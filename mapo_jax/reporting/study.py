@@ -15,7 +15,7 @@ from mapo_jax.reporting.checks import ALARM, LOOK, UNKNOWN, Check, check_run
 from mapo_jax.reporting.comparison import Difference, by_card, compare
 from mapo_jax.reporting.credit import Credit, credit_batch
 from mapo_jax.reporting.diversity import Diversity, analyse
-from mapo_jax.reporting.folder import Batch, Dialogue, Run, setting
+from mapo_jax.reporting.folder import SavedBatch, SavedDialogue, SavedRun, setting
 from mapo_jax.reporting.payload import Group
 
 COMPARED = ("return/mean", "reward/mean", "epm_q", "outcome/success", "distance/start", "distance/end")
@@ -26,13 +26,13 @@ class Study:
     """A run and what follows from it."""
 
     number: int
-    run: Run
+    run: SavedRun
     credits: tuple[tuple[Credit, ...], ...]  # of run.training
     validation_credits: tuple[tuple[Credit, ...], ...]
     diversity: tuple[Diversity, ...]
 
     @classmethod
-    def of(cls, number: int, run: Run) -> Study:
+    def of(cls, number: int, run: SavedRun) -> Study:
         """Computes the credit of every dialogue and the diversity of every step."""
         shape = {
             "scenarios": setting(run.config, "rollout.scenarios"),
@@ -60,14 +60,14 @@ class Study:
         return charts.DASHES[self.number % len(charts.DASHES)]
 
     @property
-    def first(self) -> tuple[Batch, Sequence[Credit]] | None:
+    def first(self) -> tuple[SavedBatch, Sequence[Credit]] | None:
         """The evaluation before training, if it was held."""
         if len(self.run.validation) > 1:
             return self.run.validation[0], self.validation_credits[0]
         return None
 
     @property
-    def last(self) -> tuple[Batch, Sequence[Credit]] | None:
+    def last(self) -> tuple[SavedBatch, Sequence[Credit]] | None:
         """The latest evaluation."""
         if self.run.validation:
             return self.run.validation[-1], self.validation_credits[-1]
@@ -154,10 +154,10 @@ class Study:
         return f"Users lack {lack}: they still end worse off than they began{less}."
 
 
-def values_of(name: str) -> Callable[[Dialogue, Credit], float | None]:
+def values_of(name: str) -> Callable[[SavedDialogue, Credit], float | None]:
     """One dialogue's part in a metric."""
 
-    def mean_reward(dialogue: Dialogue, credit: Credit) -> float | None:
+    def mean_reward(dialogue: SavedDialogue, credit: Credit) -> float | None:
         scored = [reward for reward in credit.rewards if reward is not None]
         return float(np.mean(scored)) if dialogue.counts and scored else None
 
@@ -172,5 +172,5 @@ def values_of(name: str) -> Callable[[Dialogue, Credit], float | None]:
     }[name]
 
 
-def returns_by_card(batch: Batch, credits: Sequence[Credit]) -> dict[str, list[float]]:
+def returns_by_card(batch: SavedBatch, credits: Sequence[Credit]) -> dict[str, list[float]]:
     return by_card(batch, lambda i, d: credits[i].first_return if d.counts else None)

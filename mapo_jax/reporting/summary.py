@@ -7,7 +7,7 @@ from typing import Any
 
 from mapo_jax.reporting.charts import signed, tell
 from mapo_jax.reporting.comparison import compare
-from mapo_jax.reporting.folder import Run, setting
+from mapo_jax.reporting.folder import SavedRun, setting
 from mapo_jax.reporting.study import Study, returns_by_card
 
 ROLES = ("user", "judge", "director")
@@ -22,7 +22,7 @@ TILES = (
 LOWER_IS_BETTER = ("distance/end",)
 
 
-def recipe(run: Run) -> str:
+def recipe(run: SavedRun) -> str:
     """What was trained, in one sentence."""
     get = lambda key: setting(run.config, key)  # noqa: E731
     if not run.config:
@@ -47,7 +47,7 @@ def recipe(run: Run) -> str:
     )
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def facts(run: SavedRun) -> list[tuple[str, str]]:
     """The run in a few words each."""
     get = lambda key: setting(run.config, key)  # noqa: E731
     seconds = sum(run.series("timing_s/step")[1])

@@ -16,16 +16,16 @@ from rich.text import Text
 from mapo_jax.reporting.behaviour import changes, typical_pair
 from mapo_jax.reporting.charts import signed, tell
 from mapo_jax.reporting.credit import Credit
-from mapo_jax.reporting.folder import Dialogue, Run
+from mapo_jax.reporting.folder import SavedDialogue, SavedRun
 from mapo_jax.reporting.study import Study
 from mapo_jax.reporting.summary import against_first, comparison_sentences, recipe, tiles
-from mapo_jax.training.display import plot
+from mapo_jax.running.display import plot
 
 _STATES = {"fine": ("✓", "green"), "look": ("!", "yellow"), "alarm": ("✕", "red"), "unknown": ("?", "dim")}
 _WORDS = {"good": "green", "bad": "red", "unclear": "yellow"}
 
 
-def render_text(runs: Sequence[Run]) -> RenderableType:
+def render_text(runs: Sequence[SavedRun]) -> RenderableType:
     """How the runs compare, then their summaries, one after the other."""
     studies = [Study.of(number, run) for number, run in enumerate(runs)]
     compared = comparison_sentences(against_first(studies))
@@ -113,7 +113,7 @@ def _checks(study: Study) -> Table:
     return table
 
 
-def _chosen(study: Study) -> list[tuple[str, Dialogue, Credit]]:
+def _chosen(study: Study) -> list[tuple[str, SavedDialogue, Credit]]:
     """A typical dialogue before and after, and the one that improved most."""
     if not (study.first and study.last):
         if study.last is None or not study.last[0].dialogues:
@@ -135,7 +135,7 @@ def _chosen(study: Study) -> list[tuple[str, Dialogue, Credit]]:
     ]
 
 
-def _dialogue(title: str, dialogue: Dialogue, credit: Credit) -> RenderableType:
+def _dialogue(title: str, dialogue: SavedDialogue, credit: Credit) -> RenderableType:
     topic: Any = dialogue.card.get("topic") or ""
     lines: list[RenderableType] = [
         Text(f"{title}: {plain(dialogue.scenario)}", style="bold"),

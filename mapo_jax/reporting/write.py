@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
-from mapo_jax.reporting.folder import Run, read_run
+from mapo_jax.reporting.folder import SavedRun, read_run
 from mapo_jax.reporting.page import MOST_RUNS, render
 
 REPORT_FILE = "report.html"
@@ -16,7 +16,7 @@ DIALOGUES = 3000  # most of training on a page
 
 def read_runs(
     folders: Sequence[Path | str], dialogues: int, progress: Callable[[str], None] | None = None
-) -> list[Run]:
+) -> list[SavedRun]:
     """Reads runs that share `dialogues` of training.
 
     Raises:

@@ -18,14 +18,15 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from mapo_jax.environment.dialogue import DialogueState, RoleFailure, Roles, open_dialogue, take_turn
+from mapo_jax.environment.dialogue import DialogueState, RoleFailure
+from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.rollout.chat import ChatFormat, Row
-from mapo_jax.rollout.desk import Desk
+from mapo_jax.rollout.dispatch import Dispatcher
 from mapo_jax.rollout.engine import Engine, Request
 from mapo_jax.rollout.journal import Journal
+from mapo_jax.rollout.rows import ChatFormat, Row
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ async def finished_groups(
     free: asyncio.Queue[int] = asyncio.Queue()
     for slot in range(engine.slots):
         free.put_nowait(slot)
-    desk = Desk(engine)
+    desk = Dispatcher(engine)
     ids = [scenario.id for scenario in scenarios]
     occurrences = [ids[:index].count(name) for index, name in enumerate(ids)]
     finished_turns = 0

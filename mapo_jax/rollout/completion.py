@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.rollout.chat import ChatFormat
-from mapo_jax.rollout.desk import Desk
+from mapo_jax.rollout.dispatch import Dispatcher
 from mapo_jax.rollout.engine import Engine, Reply, Request
+from mapo_jax.rollout.rows import ChatFormat
 
 
 class Completion(NamedTuple):
@@ -33,7 +33,7 @@ class EngineModel:
     def __init__(self, engine: Engine, chat: ChatFormat) -> None:
         """Args: engine: with weights loaded. chat: the model's format."""
         self._engine, self._chat = engine, chat
-        self._desk = Desk(engine)
+        self._desk = Dispatcher(engine)
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(engine.slots):
             self._free.put_nowait(slot)

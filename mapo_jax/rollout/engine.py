@@ -36,9 +36,9 @@ from mapo_jax.errors import UserError
 from mapo_jax.model.cache import Cache
 from mapo_jax.model.qwen import Params, QwenConfig
 from mapo_jax.model.sharding import row_shards
-from mapo_jax.rollout.programs import make_programs
+from mapo_jax.rollout.capacity import cache_lengths, check_memory, check_sizes, copies_weights
+from mapo_jax.rollout.decoding import make_programs
 from mapo_jax.rollout.sampling import KEY_WORDS, Sampling
-from mapo_jax.rollout.sizes import cache_lengths, check_memory, check_sizes, copies_weights
 
 
 class StaleSlot(RuntimeError):

@@ -5,15 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from mapo_jax.environment.dialogue import (
-    Action,
-    DialogueState,
-    Judgement,
-    RoleFailure,
-    Roles,
-    open_dialogue,
-    take_turn,
-)
+from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure
+from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 

@@ -13,11 +13,11 @@ from mapo_jax.config import Config, RolloutConfig, TrainingConfig, to_yaml
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.helper import hold_dialogue, speaker
-from mapo_jax.environment.scripted.metrics import reading_metrics
+from mapo_jax.environment.scripted.readings import reading_metrics
 from mapo_jax.environment.state import Limits
-from mapo_jax.evaluation.summary import summarize
-from mapo_jax.rollout.chat import Row
 from mapo_jax.rollout.collect import Dialogue
+from mapo_jax.rollout.rows import Row
+from mapo_jax.scores.figures import summarize
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 
 HOSTILE = (

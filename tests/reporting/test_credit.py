@@ -4,14 +4,14 @@ from dataclasses import replace
 import numpy as np
 
 from mapo_jax.config import AlgorithmConfig
+from mapo_jax.learning.batch import make_cells, make_credit
 from mapo_jax.reporting.credit import credit_batch
 from mapo_jax.reporting.folder import read_run
-from mapo_jax.rollout.collect import Dialogue
-from mapo_jax.training.batch import make_cells, make_credit
+from mapo_jax.rollout.collect import SavedDialogue
 
 
 def trainers_credit(file, scenarios, rollouts, turns, algorithm, share):
-    rows = [Dialogue.from_json(json.loads(line)) for line in file.read_text().splitlines()]
+    rows = [SavedDialogue.from_json(json.loads(line)) for line in file.read_text().splitlines()]
     groups = [rows[s * rollouts : (s + 1) * rollouts] for s in range(scenarios)]
     cells = make_cells(groups, turns, max_failed_share=share)
     rewards, advantages = make_credit(algorithm)(cells.positions, cells.valid, cells.scored)

@@ -4,7 +4,7 @@ import pytest
 
 from mapo_jax.reporting.credit import Credit
 from mapo_jax.reporting.diversity import analyse, distinct, shifts, words
-from mapo_jax.reporting.folder import Batch, read_run
+from mapo_jax.reporting.folder import SavedBatch, read_run
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def talk(run_folder):
             for turns in dialogues
         ]
         rewards = [tuple(reward for _, reward in turns) for turns in dialogues]
-        return Batch(step, False, tuple(made)), [Credit(entry, entry) for entry in rewards]
+        return SavedBatch(step, False, tuple(made)), [Credit(entry, entry) for entry in rewards]
 
     return make
 

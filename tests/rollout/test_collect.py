@@ -13,15 +13,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mapo_jax.environment.dialogue import Action, Judgement, RoleFailure, Roles
+from mapo_jax.environment.dialogue import Action, Judgement, RoleFailure
+from mapo_jax.environment.roles import Roles
 from mapo_jax.environment.scenario import Person, Scenario, Stage, Story
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.model.head import token_logprobs
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params
-from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.collect import Dialogue, collect, derive_seed, finished_groups
 from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
 
 LENGTH, LIMIT, TEMPERATURE = 160, 6, 1.1

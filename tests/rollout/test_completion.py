@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.completion import EngineModel
 from mapo_jax.rollout.engine import Reply
+from mapo_jax.rollout.rows import ChatFormat
 
 
 @dataclass

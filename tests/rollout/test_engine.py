@@ -21,11 +21,11 @@ from mapo_jax.model.head import logits, token_logprobs
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_cache, init_params
 from mapo_jax.model.sharding import make_mesh
+from mapo_jax.rollout.capacity import cache_bytes, cache_lengths
+from mapo_jax.rollout.decoding import generate, prefill
 from mapo_jax.rollout.engine import Engine, Request, StaleSlot
-from mapo_jax.rollout.programs import generate, prefill
 from mapo_jax.rollout.sampling import Sampling
-from mapo_jax.rollout.sizes import cache_bytes, cache_lengths
-from mapo_jax.training.metrics import CompileCounter
+from mapo_jax.running.metrics import CompileCounter
 
 CONFIG = QwenConfig(
     vocab_size=61,

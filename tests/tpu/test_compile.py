@@ -13,7 +13,7 @@ from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import parameter_count
 from mapo_jax.model.sharding import MESH_AXES, make_mesh
-from mapo_jax.training.memory import forecast_memory
+from mapo_jax.running.memory import forecast_memory
 from tpu.shapes import SHAPES, model_shape
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.cache import Answer, CallCache, address
+from mapo_jax.environment.live.call_cache import CallCache, Completion, address
 
 FAILURES_FILE = "failures.jsonl"
 
@@ -168,7 +168,7 @@ class Caller:
     """A role's `Complete` over a model, with cache, check, one repair, and a record of what went wrong."""
 
     role: str
-    call: Callable[..., Awaitable[Answer]]  # (messages, seed=, schema=) -> Answer; raises RoleFailure
+    call: Callable[..., Awaitable[Completion]]  # (messages, seed=, schema=) -> Answer; raises RoleFailure
     settings: Mapping[str, Any]  # what else the answer depends on: model, temperature, ...
     log: CallLog
     cache: CallCache | None = None

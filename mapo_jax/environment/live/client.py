@@ -15,7 +15,7 @@ import openai
 
 from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.cache import Answer
+from mapo_jax.environment.live.call_cache import Completion
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
 
 ATTEMPTS = 4
@@ -75,7 +75,9 @@ class Server:
             for _ in range(math.ceil(concurrency / _POOL))
         ]
 
-    async def __call__(self, messages: Messages, *, seed: int, schema: Mapping[str, Any] | None) -> Answer:
+    async def __call__(
+        self, messages: Messages, *, seed: int, schema: Mapping[str, Any] | None
+    ) -> Completion:
         """The model's answer.
 
         Args:
@@ -127,7 +129,7 @@ class Server:
 
     async def _attempt(
         self, client: openai.AsyncOpenAI, messages: Messages, seed: int, schema: Mapping[str, Any] | None
-    ) -> Answer:
+    ) -> Completion:
         if schema is None:
             return await self._request(client, messages, seed)
         if self._enforces is not False:
@@ -157,7 +159,7 @@ class Server:
         messages: Messages,
         seed: int,
         form: Mapping[str, Any] | None = None,
-    ) -> Answer:
+    ) -> Completion:
         config = self._config
         # The library's plain POST: its typed call walks through every message and field, twice the work of
         # everything else, at hundreds of calls a second.
@@ -174,7 +176,7 @@ class Server:
         completion = await client.post("/chat/completions", cast_to=object, body=sent)
         return self._read(completion, messages)
 
-    def _read(self, completion: Any, messages: Messages) -> Answer:
+    def _read(self, completion: Any, messages: Messages) -> Completion:
         """The answer in a completion, which may be anything that a server can send."""
         try:
             choice = completion["choices"][0]
@@ -193,7 +195,7 @@ class Server:
             raise RoleFailure("malformed", detail, text)
         if choice.get("finish_reason") == "content_filter":
             raise RoleFailure("malformed", "the server's content filter stopped the answer", text)
-        return Answer(
+        return Completion(
             text,
             used[0] or math.ceil(prompt_tokens(messages)),
             used[1] or math.ceil(prompt_tokens([{"content": text}])),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState, RoleFailure
-from mapo_jax.environment.live.answers import DirectionForm, read
 from mapo_jax.environment.live.calls import Complete
+from mapo_jax.environment.live.forms import DirectionForm, read
 from mapo_jax.environment.live.prompts import Messages, chat, render
 from mapo_jax.environment.live.user import revealed
 from mapo_jax.environment.scenario import AXES, PERIODS

@@ -8,8 +8,9 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Roles
+from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure
 from mapo_jax.environment.live.calls import CallLog
+from mapo_jax.environment.roles import Roles
 from mapo_jax.environment.scenario import Scenario
 
 WINDOW = 100  # role calls that the watch looks back on

@@ -20,7 +20,7 @@ import yaml
 
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.dialogue import DialogueState, RoleFailure, Turn
-from mapo_jax.environment.judge import Judge
+from mapo_jax.environment.roles import Judge
 from mapo_jax.environment.scenario import load_scenarios
 
 _FILE = Path(__file__).parent / "calibration.yaml"
@@ -28,7 +28,7 @@ GRADES = ("good", "plain", "harmful")
 
 
 @dataclass(frozen=True)
-class Item:
+class CalibrationItem:
     """One reply in its context."""
 
     name: str  # CARD/GRADE or CARD/PROBE
@@ -38,7 +38,7 @@ class Item:
 
 
 @lru_cache(maxsize=1)
-def calibration_set() -> tuple[Item, ...]:
+def calibration_set() -> tuple[CalibrationItem, ...]:
     """Every reply of calibration.yaml in every context it is said in."""
     content = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
     cards = {card.id: card for card in load_scenarios()}
@@ -54,10 +54,12 @@ def calibration_set() -> tuple[Item, ...]:
             return DialogueState(card, 0, turns, context["message"])
 
         said = [turn["reply"] for turn in context["turns"]]
-        items += [Item(f"{card.id}/{grade}", grade, state(said), context[grade]) for grade in GRADES]
+        items += [
+            CalibrationItem(f"{card.id}/{grade}", grade, state(said), context[grade]) for grade in GRADES
+        ]
         for name, probe in content["probes"].items():
             earlier = [probe["text"]] * len(said) if probe.get("repeated") else said
-            items.append(Item(f"{card.id}/{name}", name, state(earlier), probe["text"]))
+            items.append(CalibrationItem(f"{card.id}/{name}", name, state(earlier), probe["text"]))
     return tuple(items)
 
 
@@ -70,7 +72,7 @@ async def score_all(judge: Judge, seed: int, concurrency: int) -> dict[str, tupl
     """
     free = asyncio.Semaphore(concurrency)
 
-    async def score(item: Item) -> tuple[int, ...] | None:
+    async def score(item: CalibrationItem) -> tuple[int, ...] | None:
         async with free:
             try:
                 judged = await judge.score(

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.dialogue import DialogueState, Judgement, RoleFailure, Turn
-from mapo_jax.environment.live.answers import ReplyForm, findings, read
 from mapo_jax.environment.live.calls import Complete
+from mapo_jax.environment.live.forms import ReplyForm, findings, read
 from mapo_jax.environment.live.prompts import Messages, chat, needs, render
 from mapo_jax.environment.scenario import Scenario
 

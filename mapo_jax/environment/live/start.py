@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.answers import StartForm, findings, read
 from mapo_jax.environment.live.calls import Complete
+from mapo_jax.environment.live.forms import StartForm, findings, read
 from mapo_jax.environment.live.prompts import Messages, chat, render
 from mapo_jax.environment.scenario import Scenario
 

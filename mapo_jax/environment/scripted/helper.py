@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from mapo_jax.environment.dialogue import DialogueState, Roles, open_dialogue, take_turn
+from mapo_jax.environment.dialogue import DialogueState
+from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
 from mapo_jax.environment.scenario import FEELINGS, UNSTATED, Scenario, load_scenarios
 from mapo_jax.environment.scripted.assessment import KIND_MEMORY, KIND_MOST, KIND_RUNNING, SLOT_OF
 from mapo_jax.environment.scripted.director import ScriptedDirector

@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.cache import Answer, CallCache
+from mapo_jax.environment.live.call_cache import CallCache, Completion
 from mapo_jax.environment.live.calls import Caller, CallLog, call_figures
 from mapo_jax.errors import UserError
 
@@ -25,7 +25,7 @@ class Model:
         line = self.lines.pop(0)
         if isinstance(line, Exception):
             raise line
-        return Answer(line, 10, 5)
+        return Completion(line, 10, 5)
 
 
 def check(text):

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mapo_jax.environment.dialogue import DialogueState, RoleFailure, Roles
+from mapo_jax.environment.dialogue import DialogueState, RoleFailure
 from mapo_jax.environment.live.calls import CallLog
 from mapo_jax.environment.live.guard import WINDOW, Guarded, Watch, WorldFailing
+from mapo_jax.environment.roles import Roles
 from mapo_jax.environment.scenario import load_scenarios
 
 CARD = load_scenarios()[0]

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 from mapo_jax.config import AlgorithmConfig, RoleConfig
-from mapo_jax.environment.dialogue import Action, DialogueState, Roles, take_turn
+from mapo_jax.environment.dialogue import Action, DialogueState
 from mapo_jax.environment.live.calls import Caller, CallLog
 from mapo_jax.environment.live.client import Server
 from mapo_jax.environment.live.judge import LiveJudge
+from mapo_jax.environment.roles import Roles, take_turn
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
-from mapo_jax.rollout.chat import Row
+from mapo_jax.learning import batch as rows
 from mapo_jax.rollout.collect import Dialogue
-from mapo_jax.training import batch as rows
+from mapo_jax.rollout.rows import Row
 
 # C1 = 3 and nothing else: P_0 = (-6, 0, 0), D = 5; a point on C is a point of D.
 CARD = replace(load_scenarios()[0], start=(3, 0, 0, 0, 0, 0, 0, 0, 0))

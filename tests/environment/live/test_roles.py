@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
-from mapo_jax.environment.live.answers import DirectionForm
-from mapo_jax.environment.live.cache import Answer
+from mapo_jax.environment.live.call_cache import Completion
 from mapo_jax.environment.live.calls import Caller, CallLog
 from mapo_jax.environment.live.director import LiveDirector, director_messages, to_action
+from mapo_jax.environment.live.forms import DirectionForm
 from mapo_jax.environment.live.judge import LiveJudge, judge_messages, median
 from mapo_jax.environment.live.start import estimate_start, start_messages
 from mapo_jax.environment.live.user import LiveUser, user_messages
@@ -31,7 +31,7 @@ class Model:
         line = self.lines.pop(0) if len(self.lines) > 1 else self.lines[0]
         if isinstance(line, Exception):
             raise line
-        return Answer(line, 1, 1)
+        return Completion(line, 1, 1)
 
 
 def complete(model):

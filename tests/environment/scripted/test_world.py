@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from mapo_jax.config import EnvironmentConfig
-from mapo_jax.environment.dialogue import DialogueState, facts, from_facts, open_dialogue, take_turn
+from mapo_jax.environment.dialogue import DialogueState, facts, from_facts
+from mapo_jax.environment.roles import open_dialogue, take_turn
 from mapo_jax.environment.scenario import UNSTATED, load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.fold import mind_at
@@ -25,9 +26,9 @@ from mapo_jax.environment.scripted.helper import (
     synthetic_dialogue,
 )
 from mapo_jax.environment.scripted.imagine import imagined_scenario
-from mapo_jax.environment.scripted.metrics import reading_metrics, readings
+from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
-from mapo_jax.evaluation.summary import summarize
+from mapo_jax.scores.figures import summarize
 
 CARDS = load_scenarios(split="validation")
 ROLES = scripted_roles(EnvironmentConfig())

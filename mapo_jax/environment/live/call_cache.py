@@ -1,0 +1,79 @@
+"""Finished calls in SQLite, so that a run which is started again pays for none of them twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mapo_jax.errors import UserError
+
+CACHE_FILE = "calls.sqlite"
+
+
+class Completion(NamedTuple):
+    """What a model answered, and what it took."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+
+
+def address(**content: Any) -> str:
+    """A digest of everything that an answer depends on: role, model, settings, messages, schema, seed."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class CallCache:
+    """Answers by address. Holds no prompt, no URL and no key."""
+
+    def __init__(self, file: Path | str) -> None:
+        """Opens or creates the file.
+
+        Raises:
+          UserError: it is no such cache, or cannot be written.
+        """
+        self._file = Path(file)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            # Autocommit; in write-ahead mode a row costs no wait for the disk, and a kill loses none.
+            self._rows = sqlite3.connect(self._file, isolation_level=None, timeout=30)
+            self._rows.execute("PRAGMA journal_mode=WAL")
+            self._rows.execute("PRAGMA synchronous=NORMAL")
+            self._rows.execute(
+                "CREATE TABLE IF NOT EXISTS calls (address TEXT PRIMARY KEY, role TEXT NOT NULL, "
+                "text TEXT NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL) "
+                "WITHOUT ROWID"
+            )
+        except (sqlite3.Error, OSError) as error:
+            raise self._unusable(error) from error
+
+    def get(self, where: str) -> Completion | None:
+        """The answer at an address, if there is one."""
+        try:
+            row = self._rows.execute(
+                "SELECT text, input_tokens, output_tokens FROM calls WHERE address = ?", (where,)
+            ).fetchone()
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+        return None if row is None else Completion(*row)
+
+    def put(self, where: str, role: str, answer: Completion) -> None:
+        """Keeps an answer that was fit for use."""
+        try:
+            self._rows.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?)", (where, role, *answer))
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._rows.close()
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            f"the cache of calls {self._file} cannot be used ({error}); free some space if the disk is full, "
+            "else remove the file: the calls in it are then made again"
+        )

@@ -1,0 +1,57 @@
+"""Judged conversations as one page: the scores, the worst turns, every conversation in full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from mapo_jax.environment import state as calculator
+from mapo_jax.scores import empa
+
+
+def render_page(
+    title: str,
+    figures: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    worst: Sequence[Mapping[str, Any]],
+) -> str:
+    """The page's HTML.
+
+    Args:
+      title: what was judged, by whom.
+      figures: of `empa.summarize_cases`.
+      rows: of `transcripts.judge_all`.
+      worst: of `transcripts.worst_turns`.
+    """
+    conversations = []
+    for row in rows:
+        increments = [None if turn is None else calculator.points(turn) for turn in row["levels"]]
+        distances = [calculator.distance(p) for p in calculator.trajectory(row["start"], increments)]
+        scores = empa.score_case(row["start"], row["levels"])
+        exchanges = [
+            {
+                "user": row["messages"][2 * index]["content"],
+                "reply": row["messages"][2 * index + 1]["content"],
+                "levels": levels,
+                "reward": None if levels is None else distances[index] - distances[index + 1],
+                "failure": row["failures"][index],
+            }
+            for index, levels in enumerate(row["levels"])
+        ]
+        conversations.append({**row, "exchanges": exchanges, "epm_q": scores["epm_q"], "end": distances[-1]})
+    conversations.sort(key=lambda conversation: conversation["epm_q"])
+    source = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(source)
+        .render(
+            title=title,
+            figures=figures,
+            parts={"outcome": empa.OUTCOME, "efficiency": empa.EFFICIENCY, "stability": empa.STABILITY},
+            worst=worst,
+            conversations=conversations,
+        )
+    )

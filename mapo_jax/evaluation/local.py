@@ -1,0 +1,125 @@
+"""A model on our own engine: loaded from a Hugging Face folder or a run, asked in batches.
+
+The one place where the evaluations meet `rollout.engine`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jax.sharding import Mesh
+from rich.console import Console
+
+from mapo_jax.config import Config
+from mapo_jax.evaluation.answers import Answer, Prompt
+from mapo_jax.model.qwen import Params
+from mapo_jax.model.sharding import make_mesh
+from mapo_jax.rollout.collect import derive_seed
+from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.sampling import Sampling
+from mapo_jax.running.policy import Policy, load_policy
+
+SLOTS = 32  # prompts at a time
+CHUNK = 128  # prompts are long: more tokens for each prefill program than a dialogue's turns need
+LENGTH_STEP = 64  # cache lengths are multiples of it, so that other prompts reuse compiled programs
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A policy with its weights on their devices."""
+
+    policy: Policy
+    params: Params
+    mesh: Mesh
+    dtype: str
+
+    def engine(self, *, slots: int, length: int, max_reply_tokens: int, temperature: float) -> Engine:
+        """A sampler with these weights. Rows may exceed the positions that the model was made for."""
+        config = self.policy.config
+        if length > config.max_position_embeddings:
+            config = replace(config, max_position_embeddings=length)
+        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        engine = Engine(
+            config,
+            slots=-(-slots // devices) * devices,
+            length=length,
+            max_reply_tokens=max_reply_tokens,
+            stop_ids=self.policy.chat.stop_ids,
+            vocabulary_size=self.policy.chat.vocabulary_size,
+            sampling=Sampling(temperature=temperature),
+            dtype=self.dtype,
+            mesh=self.mesh,
+            chunk=CHUNK,
+        )
+        engine.load(self.params, 0)
+        return engine
+
+
+def load_model(path: Path | str, config: Config, *, step: int | None = None) -> LocalModel:
+    """Loads a Hugging Face folder, or a run's checkpoint.
+
+    Args:
+      config: `mesh`, `model.dtype`, and of `rollout` the history and the system prompt matter.
+      step: of a run: which checkpoint; the latest by default.
+
+    Raises:
+      UserError: neither kind of folder, or one that cannot be read.
+    """
+    mesh = make_mesh(config.mesh)
+    # Whether rows fit the model is known when they are: prompts here, dialogues in the engine.
+    rollout = replace(config.rollout, max_reply_tokens=1, max_tokens=2)
+    policy, params = load_policy(path, rollout, mesh=mesh, step=step)
+    policy.tokenizer.model_max_length = sys.maxsize  # else it warns of every long prompt
+    return LocalModel(policy, params, mesh, config.model.dtype)
+
+
+@dataclass(frozen=True)
+class EngineAnswerer:
+    """Answers prompts, those of like length together, some at a time."""
+
+    model: LocalModel
+    temperature: float
+    max_tokens: int  # of an answer
+    seed: int
+    console: Console
+    slots: int = SLOTS
+
+    def answer(self, prompts: Sequence[Prompt], save: Callable[[Prompt, Answer], None]) -> None:
+        """See `Answerer`. What is sampled depends on the seed and the prompt alone, not on its neighbours."""
+        chat = self.model.policy.chat
+        rows = [(chat.prompt(prompt.messages), prompt) for prompt in prompts]
+        # The longest first: the cache then has its final length from the start, and programs are compiled
+        # for that one only.
+        rows.sort(key=lambda row: (-len(row[0]), row[1].id))
+        longest = len(rows[0][0]) + self.max_tokens
+        positions = self.model.policy.config.max_position_embeddings
+        beyond = sum(len(ids) + self.max_tokens > positions for ids, _ in rows)
+        if beyond:
+            self.console.print(
+                f"note: {beyond} of {len(rows)} prompts may exceed the {positions} positions that the model "
+                "was made for; it reads on beyond them",
+                soft_wrap=True,
+            )
+        engine = self.model.engine(
+            slots=min(self.slots, len(rows)),
+            length=-(-longest // LENGTH_STEP) * LENGTH_STEP,
+            max_reply_tokens=self.max_tokens,
+            temperature=self.temperature,
+        )
+        waiting, free = iter(rows), list(range(engine.slots))
+        asked: dict[int, Prompt] = {}  # by slot
+        while True:
+            for ids, prompt in itertools.islice(waiting, len(free)):
+                slot = free.pop()
+                asked[slot] = prompt
+                key = (self.seed % 2**32, 0, derive_seed(prompt.id))
+                engine.submit(Request(slot, ids, key=key, turn=0, start=True))
+            if not asked:
+                return
+            for slot, reply in engine.advance().items():
+                save(asked.pop(slot), Answer(chat.decode(reply.ids), reply.truncated))
+                free.append(slot)

@@ -1,0 +1,100 @@
+"""The compiled programs of a run, made from its configuration and the model's shape alone.
+
+`train` runs them and `tpu.compile` compiles them for a slice that is not there: both get them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mapo_jax.config import Config
+from mapo_jax.errors import UserError
+from mapo_jax.learning.batch import Batch, row_lengths
+from mapo_jax.learning.optimizer import Optimizer, make_optimizer
+from mapo_jax.learning.update import Scoring, Update, make_scorer, make_update
+from mapo_jax.model.backends import row_attention
+from mapo_jax.model.qwen import QwenConfig
+from mapo_jax.model.sharding import batch_sharding, param_shardings, row_shards
+
+
+class TrainingPrograms(NamedTuple):
+    """What moves the weights, and what scores with them."""
+
+    optimizer: Optimizer
+    update: Update
+    scorer: Callable[..., Any]  # the trainer's own log-probabilities
+
+
+def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh: Mesh) -> TrainingPrograms:
+    """The programs of a run.
+
+    Args:
+      vocabulary_size: ids from here on are no tokens.
+
+    Raises:
+      UserError: the mesh does not fit the model or the mini-batch, or the attention does not fit either.
+    """
+    rollout, training = config.rollout, config.training
+    check_rows(config, mesh)
+    optimizer = make_optimizer(
+        config.optimizer,
+        training.steps * training.epochs * (rollout.scenarios // training.minibatch_scenarios),
+    )
+    scoring = Scoring(
+        model,
+        temperature=rollout.temperature,
+        vocabulary_size=vocabulary_size,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        loss_tokens=rollout.max_turns * rollout.max_reply_tokens,
+        attention=row_attention(config.model.attention, mesh, model, config.model.dtype),
+        mesh=mesh,
+    )
+    update = make_update(
+        scoring,
+        optimizer,
+        config.algorithm,
+        microbatch_tokens=training.microbatch_tokens,
+        constant_length=rollout.max_turns * rollout.max_reply_tokens,
+        shardings=param_shardings(model, mesh),
+    )
+    scorer = make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
+    return TrainingPrograms(optimizer, update, scorer)
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """Refuses a mini-batch that cannot be spread evenly over the mesh. Raises UserError."""
+    size, shards = minibatch_rows(config), row_shards(mesh)
+    if size % shards:
+        raise UserError(
+            f"the {size} rows of a mini-batch (training.minibatch_scenarios="
+            f"{config.training.minibatch_scenarios} x rollout.rollouts={config.rollout.rollouts}) cannot be "
+            f"spread evenly over the {shards} devices of mesh.data={mesh.shape['data']} x "
+            f"mesh.fsdp={mesh.shape['fsdp']}; make it a multiple of {shards}, or use more of mesh.tensor"
+        )
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """A mini-batch of the longest rows, as `jax.ShapeDtypeStruct`s in their places."""
+    shape = (minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
+    kinds = dict(
+        tokens=jnp.int32, positions=jnp.int32, mask=jnp.bool_,
+        sampler_logprobs=jnp.float32, old_logprobs=jnp.float32, advantages=jnp.float32,
+    )  # fmt: skip
+    place = batch_sharding(mesh)
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()})
+
+
+def minibatch_rows(config: Config) -> int:
+    """Rows of an update."""
+    return config.training.minibatch_scenarios * config.rollout.rollouts * rows_per_dialogue(config)
+
+
+def rows_per_dialogue(config: Config) -> int:
+    """One growing row, or one for each turn."""
+    return config.rollout.max_turns if config.rollout.history == "per_turn" else 1

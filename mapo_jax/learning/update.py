@@ -1,0 +1,547 @@
+"""The update: from rows to new weights, as one compiled program with donated buffers.
+
+Two losses share everything else: the clipped surrogate of reinforcement learning (`make_update`) and the
+negative log-likelihood of the warm start (`make_supervised_update`). Both are means over the loss tokens of
+the whole mini-batch, computed in micro-batches whose sums are divided by the mini-batch's count, so that the
+cut changes nothing but rounding.
+
+A loss or gradient that is not finite never reaches the weights: the program keeps the old state and says so
+(`actor/skipped`); stopping is up to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from mapo_jax.algorithm import objective
+from mapo_jax.config import AlgorithmConfig, OptimizerConfig
+from mapo_jax.learning.batch import Batch, microbatch_rows
+from mapo_jax.model.attention import causal_attention
+from mapo_jax.model.head import token_logprobs
+from mapo_jax.model.lora import join, split
+from mapo_jax.model.qwen import Params, QwenConfig, RowAttention, hidden_states, parameter_shapes
+from mapo_jax.model.sharding import batch_sharding, row_shards
+
+_UNDECAYED = ("scale", "bias")  # last name of a parameter's path: norms and biases
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """What an update changes, and the frozen weights it may compare with."""
+
+    params: Params  # what is trained: all weights, or the adapters
+    opt_state: optax.OptState
+    step: Int[Array, ""]  # updates applied so far
+    reference: Params | None = None  # weights of the KL term; never updated
+    base: Params | None = None  # the weights beside the adapters, in the compute dtype; never updated
+
+    @property
+    def weights(self) -> Params:
+        """The whole policy; nothing is copied."""
+        return self.params if self.base is None else join(self.base, self.params)
+
+
+class Optimizer(NamedTuple):
+    """A gradient transformation, and the learning rate that it applies at its i-th update."""
+
+    transform: optax.GradientTransformation
+    schedule: Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+def learning_rate_schedule(
+    peak: float, total_updates: int, *, warmup: float, schedule: str
+) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+    """Linear warm-up over the first `warmup` share of the updates, then cosine to 0, or constant.
+
+    With w warm-up updates of N: `peak (i + 1)/w` for update i < w; then
+    `peak (1 + cos(pi (i - w)/(N - w)))/2`, or `peak`. No update of the run has rate 0.
+
+    Raises:
+      ValueError: an unknown schedule.
+    """
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f"the schedule is {schedule!r}; it must be cosine or constant")
+    rising = min(round(warmup * total_updates), total_updates)
+
+    def rate(update: Int[Array, ""]) -> Float[Array, ""]:
+        update = jnp.asarray(update, jnp.float32)
+        ramp = jnp.minimum((update + 1) / max(rising, 1), 1.0)
+        if schedule == "constant":
+            return peak * ramp
+        progress = jnp.clip((update - rising) / max(total_updates - rising, 1), 0.0, 1.0)
+        return peak * ramp * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+    return rate
+
+
+def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
+    """AdamW (arXiv 1711.05101) behind a clip of the gradient's global norm.
+
+    Decay is decoupled and leaves norms and biases alone. A `gradient_clip` of 0 does not clip.
+
+    Args:
+      total_updates: N of the schedule, for the whole run.
+    """
+    rate = learning_rate_schedule(
+        config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
+    )
+    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
+    if config.gradient_clip == 0:
+        return Optimizer(adamw, rate)
+    return Optimizer(optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw), rate)
+
+
+def _decayed(params: Params) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in _UNDECAYED, params)
+
+
+def create_state(
+    params: Params, optimizer: Optimizer, *, shardings: Any = None, reference: bool = False
+) -> TrainState:
+    """A state before its first update.
+
+    Args:
+      params: start weights; they are donated with the state, so the caller must not use them afterwards. If
+        there are adapters among them, these alone are trained.
+      shardings: `model.sharding.param_shardings`, if there is a mesh; the moments are cut like the weights.
+      reference: the KL term needs the start weights: keep a frozen copy, unless they are frozen anyway.
+    """
+    placed = _state_shardings(optimizer, params, shardings, reference)
+    trained, base = _parts(params)
+    initial = jax.jit(optimizer.transform.init, out_shardings=placed and placed.opt_state)
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placed and placed.params)
+    step = jnp.zeros((), jnp.int32)
+    if placed is not None:
+        step = jax.device_put(step, placed.step)
+    reference = reference and base is None
+    return TrainState(trained, initial(trained), step, copy(trained) if reference else None, base)
+
+
+def abstract_state(
+    params: Any, optimizer: Optimizer, *, shardings: Any, reference: bool = False
+) -> TrainState:
+    """The shapes, types and shardings of `create_state`'s result, without an array: what a restore fills.
+
+    Args:
+      params: the weights' tree, arrays or `jax.ShapeDtypeStruct`s.
+      shardings, reference: as of `create_state`.
+    """
+    trained, base = _parts(params)
+    shapes = TrainState(
+        trained,
+        jax.eval_shape(optimizer.transform.init, trained),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        trained if reference and base is None else None,
+        base,
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        _state_shardings(optimizer, params, shardings, reference),
+    )
+
+
+def _parts(params: Any) -> tuple[Any, Any]:
+    """What is trained, and what is frozen beside it (None: nothing); of weights, shapes or shardings."""
+    adapters, base = split(params)
+    return (adapters, base) if adapters else (params, None)
+
+
+def _state_shardings(
+    optimizer: Optimizer, params: Params, shardings: Any, reference: bool
+) -> TrainState | None:
+    """A TrainState of shardings: the moments are cut like the weights, the counts are everywhere."""
+    if shardings is None:
+        return None
+    everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    trained, base = _parts(shardings)
+    moments = optax.tree_utils.tree_map_params(
+        optimizer.transform,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.transform.init, _parts(params)[0]),
+        trained,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(trained, moments, everywhere, trained if reference and base is None else None, base)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the trainer computes log-probabilities: what is fixed for a run, and compiled in."""
+
+    config: QwenConfig
+    temperature: float = 1.0  # of the sampler, so that both sides are of the distribution sampled from
+    vocabulary_size: int | None = None  # ids from here on have probability 0, as in the sampler
+    dtype: str = "float32"  # compute dtype
+    remat: str = "none"  # a name in `model.qwen.REMAT`
+    loss_tokens: int | None = None  # most loss tokens that a row can have; None: as many as its length
+    attention: RowAttention = causal_attention  # of whole rows
+    mesh: Mesh | None = None  # where weights and rows lie
+
+
+def _loss_columns(mask: Bool[Array, "B L"], limit: int | None) -> Int[Array, "B N"]:
+    """Columns of each row's loss tokens, in order, then others up to N = min(limit, L).
+
+    Only these go through the head: two thirds of a dialogue's tokens are not the policy's, and a head over
+    the vocabulary is dear.
+    """
+    length = mask.shape[1]
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    return order[:, : min(limit or length, length)]
+
+
+def _at(columns: Int[Array, "B N"], array: Array) -> Array:
+    return jnp.take_along_axis(array, columns, axis=1)
+
+
+def _score(
+    params: Params,
+    scoring: Scoring,
+    tokens: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    segments: Int[Array, "B L"] | None,
+    columns: Int[Array, "B N"],
+    wanted: Bool[Array, "B N"],
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+    """Log-probability of the tokens at `columns`, each given those before it, and the entropies.
+
+    Right where they are wanted; elsewhere anything finite.
+    """
+    hidden = hidden_states(
+        params,
+        scoring.config,
+        tokens,
+        positions,
+        segments,
+        dtype=jnp.dtype(scoring.dtype),
+        remat=scoring.remat,
+        attention=scoring.attention,
+        mesh=scoring.mesh,
+    )
+    before = jnp.maximum(columns - 1, 0)  # a token is predicted where the one before it stands
+    return token_logprobs(
+        params,
+        scoring.config,
+        jnp.take_along_axis(hidden, before[:, :, None], axis=1),
+        _at(columns, tokens),
+        wanted,
+        temperature=scoring.temperature,
+        vocabulary_size=scoring.vocabulary_size,
+        mesh=scoring.mesh,
+    )
+
+
+# --- The two losses, of a micro-batch, with the counts of the whole mini-batch. ---
+
+
+def _policy_loss(
+    params: Params,
+    reference: Params | None,
+    batch: Batch,
+    totals: objective.Denominator,
+    scoring: Scoring,
+    algorithm: AlgorithmConfig,
+    constant_length: int | None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    columns = _loss_columns(batch.mask, scoring.loss_tokens)
+    mask = _at(columns, batch.mask)
+    old, sampled, advantages = (
+        _at(columns, array) for array in (batch.old_logprobs, batch.sampler_logprobs, batch.advantages)
+    )
+    rows = (batch.tokens, batch.positions, None, columns, mask)
+    logprobs, entropy = _score(params, scoring, *rows)
+    if not algorithm.entropy_coefficient:
+        entropy = jax.lax.stop_gradient(entropy)  # only reported: no backward pass for it
+    reference_logprobs = None
+    if algorithm.kl_coefficient:
+        plain = replace(scoring, config=replace(scoring.config, lora=None))
+        reference_logprobs = jax.lax.stop_gradient(_score(reference, plain, *rows)[0])
+    weights = None
+    if algorithm.old_logprobs == "trainer":
+        weights = objective.truncated_importance_weights(old, sampled, mask, algorithm.importance_cap)
+    loss, metrics = objective.policy_loss(
+        logprobs,
+        old,
+        advantages,
+        mask,
+        weights=weights,
+        reference_logprobs=reference_logprobs,
+        entropy=entropy,
+        denominator=totals,
+        constant_length=constant_length,
+        **objective.objective_options(algorithm),
+    )
+    metrics = {f"actor/{name}": value for name, value in metrics.items()}
+    difference = jnp.where(mask, jnp.abs(jax.lax.stop_gradient(logprobs) - sampled), 0.0)
+    metrics["sampler/logprob_diff_mean"] = jnp.sum(difference) / totals.tokens
+    metrics["sampler/logprob_diff_max"] = jnp.max(difference)
+    return _refuse_lost_tokens(loss, mask, batch.mask), metrics
+
+
+def _refuse_lost_tokens(loss, kept, mask):
+    # A row with more loss tokens than `loss_tokens` must not lose some in silence.
+    return jnp.where(jnp.sum(kept) == jnp.sum(mask), loss, jnp.nan)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SupervisedBatch:
+    """Rows of given texts, several to a row if packed. Every array is `[B, L]`."""
+
+    tokens: Int[Array, "B L"]
+    positions: Int[Array, "B L"]  # index in its own text
+    segments: Int[Array, "B L"]  # which text of the row; a token sees its own text only
+    mask: Bool[Array, "B L"]  # loss tokens
+
+
+def _supervised_mask(batch: SupervisedBatch) -> Bool[Array, "B L"]:
+    # The first token of a text has nothing before it that could predict it.
+    before = jnp.pad(batch.segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return batch.mask & (batch.segments == before) & (jnp.arange(batch.mask.shape[1]) > 0)
+
+
+def _supervised_loss(
+    params: Params, batch: SupervisedBatch, total: Float[Array, ""], scoring: Scoring
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    wanted = _supervised_mask(batch)
+    columns = _loss_columns(wanted, scoring.loss_tokens)
+    mask = _at(columns, wanted)
+    logprobs, _ = _score(params, scoring, batch.tokens, batch.positions, batch.segments, columns, mask)
+    loss = -jnp.sum(jnp.where(mask, logprobs, 0.0)) / total
+    return _refuse_lost_tokens(loss, mask, wanted), {}
+
+
+# --- The update. ---
+
+
+def _microbatches(batch: Any, rows: int) -> Any:
+    """Cuts `[B, ...]` into `[M, rows, ...]`.
+
+    Micro-batch m gets rows m, m + M, ...: with rows spread over devices in blocks, each device then has its
+    share of every micro-batch and nothing moves.
+    """
+
+    def cut(array: Array) -> Array:
+        count = array.shape[0] // rows
+        return jnp.swapaxes(array.reshape(rows, count, *array.shape[1:]), 0, 1)
+
+    return jax.tree.map(cut, batch)
+
+
+def _gradient(
+    loss: Callable[[Params, Any], tuple[Array, dict[str, Array]]],
+    params: Params,
+    batch: Any,
+    tokens: int,
+    mesh: Mesh | None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Params]:
+    """Loss, metrics and gradient of a mini-batch, at most `tokens` tokens of each device at a time."""
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    size, length = batch.tokens.shape
+    rows = microbatch_rows(size, length, tokens, row_shards(mesh))
+    if rows == size:
+        (value, metrics), gradient = value_and_grad(params, batch)
+        return value, metrics, gradient
+
+    def one(total: Params, part: Any):
+        (value, metrics), gradient = value_and_grad(params, part)
+        return jax.tree.map(jnp.add, total, gradient), (value, metrics)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    gradient, (values, metrics) = jax.lax.scan(one, zeros, _microbatches(batch, rows))
+    return jnp.sum(values), objective.combine_metrics(metrics), gradient
+
+
+def _apply(
+    state: TrainState,
+    optimizer: Optimizer,
+    loss: Float[Array, ""],
+    gradient: Params,
+    tokens: Float[Array, ""],
+    shardings: Any,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """The one place where weights change.
+
+    Nothing changes where the loss or the gradient's norm is not finite, nor where there is no loss token
+    (weight decay and old moments would move the weights on no evidence).
+    """
+    if (
+        shardings is not None
+    ):  # the compiler would pick other ones, an embedding's without its vocabulary axis
+        gradient = jax.lax.with_sharding_constraint(gradient, shardings)
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    accept = finite & (tokens > 0)
+    updates, opt_state = optimizer.transform.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(accept, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": norm,
+        "lr": optimizer.schedule(state.step),
+        "loss_tokens": tokens,
+        "skipped": (~finite).astype(jnp.float32),
+    }
+    return replace(state, params=params, opt_state=opt_state, step=state.step + accept), metrics
+
+
+Update = Callable[[TrainState, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]
+
+
+def make_update(
+    scoring: Scoring,
+    optimizer: Optimizer,
+    algorithm: AlgorithmConfig,
+    *,
+    microbatch_tokens: int = 0,
+    constant_length: int | None = None,
+    shardings: Any = None,
+) -> Update:
+    """The compiled update of reinforcement learning: `(state, batch) -> (state, metrics)`; donates the state.
+
+    With `algorithm.kl_coefficient` the reference's log-probabilities are computed in the same program, beside
+    the policy's: nothing is kept between programs, and with one pass over the data it costs the same.
+
+    Args:
+      microbatch_tokens: most tokens of a device per forward and backward pass (`batch.microbatch_rows`).
+      constant_length: of the aggregation constant-length: the most tokens a row can have.
+      shardings: `param_shardings`, if there is a mesh.
+
+    Returns:
+      The update. Its metrics stay on the device (`fetch` brings a step's over at once): `actor/loss`,
+      `actor/pg_loss`, `actor/entropy`, `actor/clip_fraction`, `actor/approx_kl`, `actor/grad_norm` (before
+      clipping), `actor/lr`, `actor/loss_tokens`, `actor/skipped` (1 if the loss or gradient was not finite
+      and the state was kept), the objective's others, and `sampler/logprob_diff_mean` and `_max`: between the
+      sampler's and the trainer's log-probabilities, of the weights before this update.
+    """
+
+    trained = None if shardings is None else _parts(shardings)[0]
+
+    def update(state: TrainState, batch: Batch):
+        totals = objective.loss_denominator(
+            batch.mask, aggregation=algorithm.aggregation, constant_length=constant_length
+        )
+
+        reference = state.reference if state.base is None else state.base
+
+        def loss(params: Params, part: Batch):
+            weights = replace(state, params=params).weights
+            return _policy_loss(weights, reference, part, totals, scoring, algorithm, constant_length)
+
+        value, metrics, gradient = _gradient(loss, state.params, batch, microbatch_tokens, scoring.mesh)
+        tokens = jnp.sum(batch.mask, dtype=jnp.float32)
+        state, applied = _apply(state, optimizer, value, gradient, tokens, trained)
+        return state, metrics | {f"actor/{name}": number for name, number in applied.items()}
+
+    if algorithm.aggregation == "constant-length" and constant_length is None:
+        raise ValueError("the aggregation constant-length needs a constant_length")
+    return _compile(update, scoring, optimizer, shardings, reference=algorithm.kl_coefficient > 0)
+
+
+def _compile(
+    update: Update, scoring: Scoring, optimizer: Optimizer, shardings: Any, reference: bool
+) -> Update:
+    # With a mesh the new state's shardings are exactly the old one's: else the next call compiles again.
+    state = _state_shardings(optimizer, parameter_shapes(scoring.config), shardings, reference)
+    return jax.jit(update, donate_argnums=0, out_shardings=state and (state, None))
+
+
+def make_supervised_update(
+    scoring: Scoring, optimizer: Optimizer, *, microbatch_tokens: int = 0, shardings: Any = None
+) -> Update:
+    """The compiled update of the warm start: token-mean negative log-likelihood; donates the state.
+
+    Args:
+      microbatch_tokens, shardings: as in `make_update`.
+
+    Returns:
+      `(state, SupervisedBatch) -> (state, metrics)` with `loss`, `grad_norm`, `lr`, `loss_tokens`, `skipped`.
+    """
+
+    def supervised_update(state: TrainState, batch: SupervisedBatch):
+        tokens = jnp.sum(_supervised_mask(batch), dtype=jnp.float32)
+        total = jnp.maximum(tokens, 1.0)
+
+        def loss(params: Params, part: SupervisedBatch):
+            return _supervised_loss(params, part, total, scoring)
+
+        value, _, gradient = _gradient(loss, state.params, batch, microbatch_tokens, scoring.mesh)
+        return _apply(state, optimizer, value, gradient, tokens, shardings)
+
+    return _compile(supervised_update, scoring, optimizer, shardings, reference=False)
+
+
+def make_scorer(scoring: Scoring, *, microbatch_tokens: int = 0) -> Callable[[Params, Batch], Array]:
+    """The trainer's log-probabilities of a batch's loss tokens, compiled: `(params, batch) -> [B, L]`.
+
+    For `old_logprobs: trainer`, on the weights before a step's first update:
+    `dataclasses.replace(batch, old_logprobs=scorer(state.weights, batch))`. 0 outside the mask.
+    """
+
+    def score(params: Params, batch: Batch) -> Float[Array, "B L"]:
+        columns = _loss_columns(batch.mask, scoring.loss_tokens)
+        mask = _at(columns, batch.mask)
+        logprobs, _ = _score(params, scoring, batch.tokens, batch.positions, None, columns, mask)
+        rows = jnp.arange(batch.mask.shape[0])[:, None]
+        logprobs = jnp.where(mask, logprobs, 0.0)
+        return jnp.zeros(batch.mask.shape, jnp.float32).at[rows, columns].set(logprobs)
+
+    def scorer(params: Params, batch: Batch) -> Float[Array, "B L"]:
+        size, length = batch.mask.shape
+        rows = microbatch_rows(size, length, microbatch_tokens, row_shards(scoring.mesh))
+        if rows == size:
+            return score(params, batch)
+        parts = jax.lax.map(lambda part: score(params, part), _microbatches(batch, rows))
+        return jnp.swapaxes(parts, 0, 1).reshape(batch.mask.shape)
+
+    return jax.jit(scorer)
+
+
+def place(batch: Any, mesh: Mesh | None) -> Any:
+    """Puts a batch's rows on the mesh; without one, leaves it to the compiled program.
+
+    On several processes each has the whole batch and puts those rows on its devices that belong there.
+    """
+    if mesh is None:
+        return batch
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]), batch
+    )
+
+
+def fetch(updates: Sequence[Mapping[str, Float[Array, ""]]]) -> dict[str, float]:
+    """One step's metrics from those of its updates, brought from the device in one transfer.
+
+    Means over the updates, but: of `..._max` the largest, of `skipped` the sum, of `lr` the last, and of
+    `sampler/...` the first, the only one whose weights are those that sampled.
+    """
+    fetched = jax.device_get(list(updates))
+    metrics = {}
+    for name in fetched[0]:
+        values = [float(update[name]) for update in fetched]
+        if name.startswith("sampler/"):
+            metrics[name] = values[0]
+        elif name.endswith("_max"):
+            metrics[name] = max(values)
+        elif name.endswith("skipped"):
+            metrics[name] = sum(values)
+        elif name.endswith("lr"):
+            metrics[name] = values[-1]
+        else:
+            metrics[name] = float(np.mean(values))
+    return metrics

@@ -1,0 +1,249 @@
+"""What runs on the device: pure functions over the cache of all resident slots, and how they are jitted.
+
+The cache is cut over the mesh's row axes: `shards` equal parts of consecutive rows, each on devices of its
+own, and a program's lines are cut likewise, so that a line only ever touches the part it lies with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from mapo_jax.model.cache import Cache, LayerCache
+from mapo_jax.model.head import logits
+from mapo_jax.model.qwen import Params, QwenConfig, extend, for_decoding, init_cache
+from mapo_jax.model.sharding import activation_spec, constrain, decoding_shardings, row_shards
+from mapo_jax.rollout.sampling import Sampling, penalise, sample, uniforms
+
+# The small operations of a few tokens keep several cores busy only if independent ones run side by side.
+CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": True}
+
+
+class EnginePrograms(NamedTuple):
+    """Jitted; each compiles once for each cache length. All but `grow` and `park` take over their cache."""
+
+    ready: Callable[[Params], Params]  # (params): as `prefill` and `generate` take them
+    create: Callable[[int], Cache]  # (length): an empty one
+    grow: Callable[..., Any]  # (one layer's entry, length)
+    insert: Callable[..., Cache]  # (cache, source, target)
+    prefill: Callable[..., Cache]  # (params, cache, places, tokens, positions)
+    generate: Callable[..., Any]  # (params, cache, places, words, tokens, positions, limits[, seen])
+    park: Callable[[Cache, int], Cache]  # (cache, place)
+    restore: Callable[[Cache, int, Cache], Cache]  # (cache, place, what was parked)
+
+
+def make_programs(
+    config: QwenConfig,
+    *,
+    resident: int,
+    lanes: int,
+    block: int,
+    stop_ids: tuple[int, ...],
+    vocabulary_size: int,
+    sampling: Sampling,
+    dtype,
+    mesh: Mesh | None,
+) -> EnginePrograms:
+    """The programs of one engine; sizes as of `Engine`."""
+    cache_sharding = everywhere = weights_sharding = None
+    if mesh is not None:
+        weights_sharding = decoding_shardings(config, mesh)
+        cache_sharding = NamedSharding(mesh, activation_spec("cache"))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+    platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
+    model = dict(config=config, dtype=dtype, mesh=mesh)
+    options = CPU_OPTIONS if platform == "cpu" else None
+    return EnginePrograms(
+        ready=jax.jit(
+            functools.partial(for_decoding, config=config, dtype=dtype), out_shardings=weights_sharding
+        ),
+        create=jax.jit(
+            functools.partial(init_cache, config, resident, dtype=dtype, by_feature=platform == "cpu"),
+            static_argnums=0,
+            out_shardings=cache_sharding,
+        ),
+        grow=jax.jit(grow, static_argnums=1, out_shardings=cache_sharding),
+        insert=jax.jit(
+            functools.partial(insert, shards=row_shards(mesh)), donate_argnums=0, out_shardings=cache_sharding
+        ),
+        prefill=jax.jit(
+            functools.partial(prefill, **model),
+            donate_argnums=1,
+            out_shardings=cache_sharding,
+            compiler_options=options,
+        ),
+        generate=jax.jit(
+            functools.partial(
+                generate,
+                **model,
+                in_place=lanes == resident,
+                stop_ids=stop_ids,
+                vocabulary_size=vocabulary_size,
+                sampling=sampling,
+                block=block,
+            ),
+            donate_argnums=1,
+            out_shardings=None if mesh is None else (cache_sharding, *(everywhere,) * 4),
+            compiler_options=options,
+        ),
+        park=jax.jit(park, out_shardings=everywhere),
+        restore=jax.jit(restore, donate_argnums=0, out_shardings=cache_sharding),
+    )
+
+
+def prefill(
+    params: Params,
+    cache: Cache,
+    places: Int[Array, " P"],
+    tokens: Int[Array, "P N"],
+    positions: Int[Array, "P N"],
+    *,
+    config: QwenConfig,
+    dtype,
+    mesh: Mesh | None,
+) -> Cache:
+    rows = _local_rows(places, len(cache[0].values), row_shards(mesh))
+    work = jax.tree.map(lambda array: _take(array, rows), cache)
+    _, work = extend(params, config, tokens, positions, work, dtype=dtype, mesh=mesh)
+    return _write_back(cache, work, rows, positions)
+
+
+def generate(
+    params: Params,
+    cache: Cache,
+    places: Int[Array, " M"],
+    words: UInt32[Array, "M 4"],
+    tokens: Int[Array, " M"],
+    positions: Int[Array, " M"],
+    limits: Int[Array, " M"],
+    seen: Bool[Array, "M V"] | None = None,
+    *,
+    config: QwenConfig,
+    dtype,
+    mesh: Mesh | None,
+    in_place: bool,
+    stop_ids: tuple[int, ...],
+    vocabulary_size: int,
+    sampling: Sampling,
+    block: int,
+) -> tuple[Cache, Int[Array, "M N"], Float[Array, "M N"], Int[Array, " M"], Int[Array, ""]]:
+    """Samples up to `limits` tokens in each lane (0: none); stops when all are done.
+
+    Args:
+      places: which row of the cache each lane decodes.
+      words: keys of the random numbers.
+      tokens: the last token of each row, not in the cache yet.
+      positions: its index in the row.
+      seen: tokens that the row holds; for the repetition penalty alone.
+
+    Returns:
+      (cache, ids, log-probabilities, how many of them each lane has, decode steps); N = `block`.
+    """
+    lanes, length = len(tokens), cache[0].length
+    numbers = uniforms(words, positions[:, None] + 1 + jnp.arange(block))
+    rows = _local_rows(places, len(cache[0].values), row_shards(mesh))
+    work = cache if in_place else jax.tree.map(lambda array: _take(array, rows), cache)
+
+    def going(state):
+        step, *_, done = state
+        return (step < block) & ~jnp.all(done)
+
+    def advance(state):
+        step, work, token, seen, ids, logprobs, counts, done = state
+        position = jnp.where(done, length, positions + step)
+        hidden, work = extend(params, config, token[:, None], position[:, None], work, dtype=dtype, mesh=mesh)
+        scores = logits(params, config, hidden[:, 0], vocabulary_size=vocabulary_size)
+        scores = constrain(constrain(scores, "lane_logits", mesh), "sampled_logits", mesh)
+        if seen is not None:
+            scores = penalise(scores, seen, sampling.repetition_penalty)
+        token, logprob = sample(scores, numbers[:, step], sampling)
+        if seen is not None:
+            seen = seen.at[jnp.arange(lanes), token].set(True)
+        counts = counts + ~done
+        ids = ids.at[:, step].set(token)  # what a done lane samples lies beyond its count
+        logprobs = logprobs.at[:, step].set(logprob)
+        stopped = functools.reduce(jnp.logical_or, [token == stop for stop in stop_ids], done)
+        return step + 1, work, token, seen, ids, logprobs, counts, stopped | (counts >= limits)
+
+    start = (
+        jnp.int32(0),
+        work,
+        tokens,
+        seen,
+        jnp.zeros((lanes, block), jnp.int32),
+        jnp.zeros((lanes, block), jnp.float32),
+        jnp.zeros(lanes, jnp.int32),
+        limits <= 0,
+    )
+    steps, work, _, _, ids, logprobs, counts, _ = jax.lax.while_loop(going, advance, start)
+    if in_place:
+        return work, ids, logprobs, counts, steps
+    written = positions[:, None] + jnp.arange(block)
+    written = jnp.where(jnp.arange(block) < counts[:, None], written, length)
+    return _write_back(cache, work, rows, written), ids, logprobs, counts, steps
+
+
+def insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *, shards: int) -> Cache:
+    """Copies whole rows; `source` and `target` are places of one shard each, K where there is nothing."""
+    total = len(cache[0].values)
+    sources, targets = (_local_rows(places, total, shards) for places in (source, target))
+
+    def copy(array):
+        parts = array.reshape(shards, -1, *array.shape[1:])
+        copied = _take(array, sources).reshape(parts.shape)
+        put = jax.vmap(lambda part, index, new: part.at[index].set(new, mode="drop"))
+        return put(parts, targets, copied).reshape(array.shape)
+
+    return jax.tree.map(copy, cache)
+
+
+def grow(entry: LayerCache, length: int) -> LayerCache:
+    return entry.grown(length)
+
+
+def park(cache: Cache, place: int) -> Cache:
+    """One row of the cache, without its axis of rows."""
+    # A gather, since the compiler would bring a sharded cache together for a dynamic slice.
+    return jax.tree.map(lambda array: array.at[place[None]].get(mode="clip")[0], cache)
+
+
+def restore(cache: Cache, place: int, entries: Cache) -> Cache:
+    """The cache with one row replaced."""
+    return jax.tree.map(lambda array, row: array.at[place[None]].set(row[None], mode="drop"), cache, entries)
+
+
+def _local_rows(places: Int[Array, " M"], total: int, shards: int) -> Int[Array, "D M/D"]:
+    """Places as rows of their own shard's part; idle ones (`total`) stay out of range."""
+    part = total // shards
+    local = places.reshape(shards, -1) - part * jnp.arange(shards)[:, None]
+    return jnp.where(places.reshape(shards, -1) < total, local, part)
+
+
+def _take(array: Array, rows: Int[Array, "D M/D"]) -> Array:
+    """Rows of a cache array, each shard's from its own part; what an idle row gives does not matter."""
+    shards, count = rows.shape
+    parts = array.reshape(shards, -1, *array.shape[1:])
+    return jax.vmap(lambda part, index: part.at[index].get(mode="clip"))(parts, rows).reshape(
+        shards * count, *array.shape[1:]
+    )
+
+
+def _write_back(cache: Cache, work: Cache, rows: Int[Array, "D M/D"], positions: Int[Array, "M N"]) -> Cache:
+    """Copies what `work` holds at the positions to rows of the cache; idle rows are dropped."""
+    shards = len(rows)
+
+    def cut(tree):
+        return jax.tree.map(lambda array: array.reshape(shards, -1, *array.shape[1:]), tree)
+
+    def write(entry: LayerCache, copied: LayerCache) -> LayerCache:
+        new = cut((positions, *copied.read(positions)))
+        written = jax.vmap(LayerCache.write)(cut(entry), rows, *new)
+        return jax.tree.map(lambda array, old: array.reshape(old.shape), written, entry)
+
+    return list(map(write, cache, work))

@@ -1,0 +1,172 @@
+"""What a run would be, before anything is spent: shape, memory, tokens and calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from mapo_jax.config import Config, FreshModelConfig, to_yaml
+from mapo_jax.errors import UserError
+from mapo_jax.learning.programs import abstract_batch, check_rows
+from mapo_jax.learning.train_state import TrainState
+from mapo_jax.model.huggingface import read_config
+from mapo_jax.model.peft import base_folder, is_adapter
+from mapo_jax.model.qwen import QwenConfig, parameter_count
+from mapo_jax.model.sharding import make_mesh, sharding_table
+from mapo_jax.running.checkpoint import CHECKPOINTS_FOLDER
+from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory
+from mapo_jax.running.policy import MODEL_FOLDER, adapters
+
+
+def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> QwenConfig:
+    """The shape of the small Qwen3 that the warm start builds."""
+    return QwenConfig(
+        vocab_size=vocabulary,
+        hidden_size=config.hidden,
+        intermediate_size=config.intermediate,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        num_kv_heads=config.kv_heads,
+        head_dim=config.head_size,
+        rope_theta=config.rope_theta,
+        max_position_embeddings=positions,
+    )
+
+
+def forecast(config: Config) -> str:
+    """The resolved configuration, the mesh, and what a step holds, samples and calls. Nothing is written.
+
+    Memory is that of the update and that of the rollout, each at its worst moment (`memory.py`).
+
+    Raises:
+      UserError: the model folder cannot be read, or the mesh does not fit the devices.
+    """
+    mesh = make_mesh(config.mesh)
+    model = model_shape(config)
+    count = parameter_count(model)
+    rollout, training = config.rollout, config.training
+    dialogues = rollout.scenarios * rollout.rollouts
+    turns = dialogues * rollout.max_turns
+    check_rows(config, mesh)
+    memory = forecast_memory(config, model, mesh)
+    limit = device_memory(mesh)
+    trained = parameter_count(model)
+    if model.lora is not None:
+        trained -= parameter_count(replace(model, lora=None))
+    updates = training.epochs * rollout.scenarios // training.minibatch_scenarios
+    world = "scripted: free of charge" if config.environment.family == "scripted" else "live: see below"
+    most = "" if config.model.path else "at most "  # the tokenizer may find fewer tokens than it may have
+    lines = [
+        to_yaml(config),
+        f"devices   {mesh.size} x {mesh.devices.flat[0].device_kind}: "
+        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        f"model     {most}{count:,} parameters, {trained:,} of them trained "
+        f"({model.family}, {model.num_layers} layers x {model.hidden_size})",
+        "sharding  size/mesh axis = size on each device",
+        *(f"  {line}" for line in sharding_table(model, mesh)),
+        f"{'memory    per device, GiB, while':<48}  updating   talking",
+        *memory_table(memory),
+        *([] if limit is None else [f"  {'a device has':<46}{limit / GIB:10.3f}{limit / GIB:10.3f}"]),
+        "a step",
+        f"  dialogues                      {dialogues:9,} ({rollout.scenarios} x {rollout.rollouts})",
+        f"  sampled tokens, at most        {turns * rollout.max_reply_tokens:9,}",
+        f"  tokens trained on, at most     {dialogues * rollout.max_tokens * training.epochs:9,}"
+        f" in {updates} updates",
+        f"  judge calls, at most           {turns:9,} ({world})",
+        f"the run   {training.steps} steps, {training.steps * turns:,} judge calls at most",
+    ]
+    return "\n".join(lines)
+
+
+def memory_table(memory: Forecast) -> list[str]:
+    """A line for each kind, and one for the sum."""
+
+    def line(kind: str, *sizes: float | None) -> str:
+        cells = ("" if size is None else f"{size / GIB:.3f}" for size in sizes)
+        return f"  {kind:<46}" + "".join(f"{cell:>10}" for cell in cells)
+
+    held = sum(memory.held.values())
+    return [
+        *(line(kind, size, size) for kind, size in memory.held.items()),
+        *(line(kind, size, None) for kind, size in memory.update.items()),
+        *(line(kind, None, size) for kind, size in memory.rollout.items()),
+        line("together", *(held + sum(part.values()) for part in (memory.update, memory.rollout))),
+    ]
+
+
+def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
+    """Stops where a device is too small for what is certain.
+
+    That is what is held all the time, and on top of it the gradient, or the sampler's weights and caches. The
+    rest is a forecast, and the compiler has the last word.
+
+    Raises:
+      UserError: the figures, and what to change.
+    """
+    limit = device_memory(mesh)
+    if limit is None:
+        return
+    memory = forecast_memory(config, model, mesh)
+    certain = sum(memory.held.values()) + memory.update["gradient"]
+    if certain > limit:
+        raise UserError(
+            f"weights, moments and gradient need {certain / GIB:.1f} GiB of each device, which has "
+            f"{limit / GIB:.1f} GiB; use more devices (mesh.fsdp x mesh.tensor is "
+            f"{mesh.shape['fsdp'] * mesh.shape['tensor']}), a smaller model, or adapters (lora.rank=16)"
+        )
+    talking = sum(memory.held.values()) + sum(memory.rollout.values())
+    if talking > limit:
+        parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.rollout.items())
+        raise UserError(
+            f"while dialogues are held each device needs {talking / GIB:.1f} GiB ({parts} beside weights and "
+            f"moments) and has {limit / GIB:.1f} GiB; lower rollout.slots or rollout.max_tokens, set "
+            f"rollout.copy_weights=false, or raise mesh.tensor, which is {mesh.shape['tensor']}"
+        )
+
+
+def check_update(update: jax.stages.Wrapped, state: TrainState, config: Config, mesh: Mesh) -> None:
+    """Compiles the update of the longest rows where memory is the device's own: before any dialogue is held.
+
+    The first update finds it in the compilation cache.
+
+    Raises:
+      UserError: it does not fit; the compiler's figures, and what to change.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        return
+    batch, limit = abstract_batch(config, mesh), device_memory(mesh)
+    try:
+        memory = update.lower(state, batch).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler says it itself
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = " ".join(str(error).split())[:300]
+    else:
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        if limit is None or needed <= limit:
+            return
+        found = f"it needs {needed / GIB:.1f} GiB of {limit / GIB:.1f}"
+    raise UserError(
+        f"an update of rows of {batch.tokens.shape[1]} tokens does not fit a device: {found}; lower "
+        "training.microbatch_tokens or rollout.max_tokens, set model.remat=block, or use more devices"
+    )
+
+
+def model_shape(config: Config) -> QwenConfig:
+    """The shape of the model that a run would train, adapters included, from its folder or the settings.
+
+    Raises:
+      UserError: there is no such folder, or its configuration cannot be read.
+    """
+    lora = adapters(config.lora)
+    if config.model.path is None:
+        fresh = config.model.fresh
+        return replace(fresh_model(fresh, fresh.vocabulary, config.rollout.max_tokens), lora=lora)
+    path = Path(config.model.path)
+    folder = path / MODEL_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path
+    if not folder.is_dir():
+        raise UserError(f"`model.path` is {config.model.path!r}; there is no such folder")
+    return replace(read_config(base_folder(folder) if is_adapter(folder) else folder), lora=lora)

@@ -1,0 +1,246 @@
+"""Bytes of each device by kind, forecast from shapes alone: for updates, and while dialogues are held.
+
+What lies in memory for the whole run is counted from the arrays' shapes and shardings. What an update needs
+on top is worked out per device from its micro-batch:
+
+- kept for the backward pass: what `jax.vjp` of one layer keeps under the remat policy, for every layer;
+- one layer's work: what it keeps without remat, two blocks of attention scores, its weights whole and their
+  gradient, and a few hidden states;
+- or, if that is more, the head's: its matrix whole and the gradient of that, and a chunk's logits four times.
+
+The compiler reuses memory in its own order, so this is near its figure, not equal to it: within 10 % on a CPU
+(tests/learning/test_scale.py), and for the updates that were compiled for TPU slices (tests/tpu/
+test_compile.py). The TPU's compiler keeps more alive than the above. How much more is fitted to those
+updates, and leaves at most 9 % of any of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mapo_jax.config import Config
+from mapo_jax.learning.batch import microbatch_rows, row_lengths
+from mapo_jax.learning.optimizer import make_optimizer
+from mapo_jax.learning.programs import minibatch_rows
+from mapo_jax.learning.train_state import abstract_state
+from mapo_jax.model import head, qwen
+from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
+from mapo_jax.model.backends import attention_name
+from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
+from mapo_jax.model.sharding import RULES, param_shardings, row_shards
+from mapo_jax.rollout.capacity import cache_bytes, copies_weights
+from mapo_jax.running.processes import (
+    Hosts,
+    abstract_rollout_weights,
+    process_count,
+    rollout_mesh,
+    share_of,
+)
+
+GIB = 2**30
+# On a TPU so many times the gradient, a layer's work, and the head's float32 gradient.
+TPU_GRADIENT, TPU_WORK, TPU_HEAD = 2.0, 1.2, 1.27
+BATCH_BYTES = 4 + 4 + 1 + 4 + 4 + 4  # a token of `batch.Batch`
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Kind -> bytes of each device; a kind that is not there needs nothing."""
+
+    held: dict[str, float]  # all the time
+    update: dict[str, float]  # on top while weights are updated
+    rollout: dict[str, float]  # on top while dialogues are held
+
+    @property
+    def most(self) -> float:
+        """At the worst moment."""
+        return sum(self.held.values()) + max(sum(self.update.values()), sum(self.rollout.values()))
+
+
+def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: int | None = None) -> Forecast:
+    """What a run will need.
+
+    Args:
+      model: the shape, with adapters if there are any.
+      length: of the rows; None: the longest.
+    """
+    length = length or row_lengths(config.rollout.max_tokens)[-1]
+    dtype = config.model.dtype
+    state = abstract_state(
+        parameter_shapes(model, dtype),
+        make_optimizer(config.optimizer, 1),
+        shardings=param_shardings(model, mesh),
+        reference=config.algorithm.kl_coefficient > 0,
+    )
+    trained = _bytes(state.params)
+    held = {
+        "weights that are trained": trained,
+        f"frozen weights ({dtype})": _bytes(state.base),
+        "AdamW's moments": _bytes(state.opt_state),
+        "frozen reference": _bytes(state.reference),
+    }
+    total, shards = minibatch_rows(config), row_shards(mesh)
+    rows = microbatch_rows(total, length, config.training.microbatch_tokens, shards)
+    own = _own_part(model, mesh)
+    microbatch = _Microbatch(
+        own, rows // shards, length, dtype, attention_name(config.model.attention, mesh, model, dtype)
+    )
+    work = max(_layer_work(microbatch), _head_work(config, microbatch, model, mesh))
+    gradient = trained if rows == total else 2 * trained
+    if mesh.devices.flat[0].platform == "tpu":
+        gradient *= TPU_GRADIENT
+        head_gradient = 0 if model.lora else 4 * own.vocab_size * own.hidden_size
+        work = TPU_WORK * _layer_work(microbatch) + TPU_HEAD * head_gradient
+    update = {
+        "rows of a mini-batch": BATCH_BYTES * total // shards * length,
+        "gradient": gradient,
+        f"kept for the backward pass (remat {config.model.remat})": model.num_layers
+        * _kept(microbatch, config.model.remat),
+        "work of one layer or of the head": work,
+    }
+    return Forecast(
+        *(
+            {kind: size for kind, size in part.items() if size}
+            for part in (held, update, _rollout(config, model, mesh, state.weights))
+        )
+    )
+
+
+def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
+    """While dialogues are held: each process holds its share on its own devices."""
+    hosts = Hosts(0, process_count(mesh))
+    share, own_mesh = share_of(config.rollout, hosts.count), rollout_mesh(mesh, hosts)
+    dtype = config.model.dtype
+    dialogues = share.scenarios * share.rollouts
+    resident = min(share.slots or dialogues, dialogues)
+    lanes = share.lanes or resident
+    vocabulary = _own_part(model, mesh).vocab_size
+    found = {
+        f"KV caches ({dtype})": cache_bytes(model, resident, lanes, share.max_tokens, jnp.dtype(dtype))
+        / own_mesh.size,
+        "logits of the lanes": 3 * 4 * -(-lanes // row_shards(own_mesh)) * vocabulary,
+    }
+    whole = 0
+    if hosts.count > 1:
+        weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
+        whole = _bytes(weights)
+    if not copies_weights(share.copy_weights, own_mesh):
+        return {f"weights of a host ({dtype})": whole} | found
+    copy = abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
+    # What was gathered is let go before there are caches.
+    more = max(0, whole - sum(found.values()))
+    return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | found
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Bytes that each device has; None where it does not say (one that is only compiled for)."""
+    devices = list(mesh.devices.flat)
+    try:
+        limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:
+        limit = None
+    if limit is None and devices[0].platform == "cpu":
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
+    return limit
+
+
+def _bytes(tree: Any) -> int:
+    """Of a tree of abstract arrays, on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _own_part(model: QwenConfig, mesh: Mesh) -> QwenConfig:
+    """The model as one device computes it: with its part of the heads, of the MLP and of the vocabulary."""
+    tensor = mesh.shape["tensor"]
+    return replace(
+        model,
+        num_heads=model.num_heads // tensor,
+        num_kv_heads=model.num_kv_heads // tensor,
+        intermediate_size=model.intermediate_size // tensor,
+        vocab_size=model.vocab_size // tensor,
+    )
+
+
+@dataclass(frozen=True)
+class _Microbatch:
+    """What one device computes at a time."""
+
+    model: QwenConfig  # its own part
+    rows: int
+    length: int
+    dtype: str
+    attention: str
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of one array of hidden states."""
+        return self.rows * self.length * self.model.hidden_size * jnp.dtype(self.dtype).itemsize
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(batch: _Microbatch, remat: str) -> int:
+    """Bytes that the backward pass of one layer needs of its forward pass, weights not counted."""
+    config, dtype = batch.model, jnp.dtype(batch.dtype)
+    # A fused kernel keeps its inputs and its output, but no scores.
+    attend = causal_attention if batch.attention == "xla" else jax.checkpoint(causal_attention)
+
+    def layer(x, weights, rotary):
+        def block(x, weights):
+            return qwen.run_block(config, dtype, weights, x, rotary, lambda *qkv: (attend(*qkv), None))[0]
+
+        if remat != "none":
+            block = jax.checkpoint(block, policy=qwen.REMAT[remat])
+        return jax.vjp(block, x, weights)[1]
+
+    weights = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
+        parameter_shapes(config, batch.dtype)["layers"],
+    )
+    x = jax.ShapeDtypeStruct((batch.rows, batch.length, config.hidden_size), dtype)
+    positions = jax.ShapeDtypeStruct((batch.rows, batch.length), jnp.int32)
+    rotary = jax.eval_shape(lambda at: rotary_angles(at, config.head_dim, config.rope_theta), positions)
+    kept = jax.tree.leaves(jax.eval_shape(layer, x, weights, rotary))
+    # Weights, and what comes from positions alone, lie there anyway.
+    elsewhere = {(leaf.shape, leaf.dtype) for leaf in (*jax.tree.leaves(weights), *rotary)}
+    size = sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize
+        for leaf in kept
+        if (leaf.shape, leaf.dtype) not in elsewhere
+    )
+    if remat == "none" and batch.attention != "xla":
+        size += batch.rows * batch.length * config.num_heads * config.head_dim * dtype.itemsize
+    return size
+
+
+def _layer_work(batch: _Microbatch) -> int:
+    own, length = batch.model, batch.length
+    scores = batch.rows * own.num_heads * query_block(length) * length * 4 if batch.attention == "xla" else 0
+    layers = parameter_shapes(own, batch.dtype)["layers"]
+    weights = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
+    return _kept(batch, "none") + 2 * scores + 2 * weights + 3 * batch.hidden
+
+
+def _head_work(config: Config, batch: _Microbatch, model: QwenConfig, mesh: Mesh) -> int:
+    own = batch.model
+    matrix = own.vocab_size * own.hidden_size
+    gathered = mesh.shape["fsdp"] > 1 or batch.dtype != "float32"
+    loss_tokens = batch.rows * min(config.rollout.max_turns * config.rollout.max_reply_tokens, batch.length)
+    logits = min(head.head_chunk(model.vocab_size), loss_tokens) * own.vocab_size * 4
+    frozen = model.lora is not None
+    return (
+        gathered * matrix * jnp.dtype(batch.dtype).itemsize
+        + (not frozen and mesh.shape["fsdp"] > 1) * matrix * 4
+        + 4 * logits
+        + 3 * batch.hidden
+    )

@@ -1,0 +1,239 @@
+"""A policy as it lies on the disk: a Hugging Face folder, or a run's checkpoint with its model files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mapo_jax.config import LoraConfig, RolloutConfig
+from mapo_jax.errors import UserError
+from mapo_jax.files import as_path, copy_files, in_bucket, local_folder, write_whole
+from mapo_jax.model.huggingface import (
+    Reader,
+    load_params,
+    read_config,
+    write_config,
+)
+from mapo_jax.model.lora import ADAPTERS, LoRA, join, low_rank, merge, split
+from mapo_jax.model.peft import base_folder, is_adapter, read_adapter_config, write_adapter_config
+from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
+from mapo_jax.model.sharding import param_shardings
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.rows import ChatFormat
+from mapo_jax.rollout.sampling import Sampling
+from mapo_jax.running.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    open_base,
+    open_params,
+    restore_base,
+    restore_params,
+)
+from mapo_jax.running.processes import share_of
+from mapo_jax.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODEL_FOLDER = "model"  # of a run: config.json and tokenizer, everything but weights
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What talks: architecture, tokenizer, and how dialogues become token rows. Weights are kept apart."""
+
+    config: QwenConfig
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
+
+
+def load_policy(
+    path: Path | str,
+    rollout: RolloutConfig,
+    *,
+    mesh: Mesh | None = None,
+    step: int | None = None,
+    dtype: str = "float32",
+) -> tuple[Policy, Params]:
+    """Loads a policy and its weights, each array onto its own devices.
+
+    What a run with adapters left is merged: whoever loads it gets plain weights.
+
+    Args:
+      path: a Hugging Face folder, a folder of LoRA adapters in PEFT's format, or a run folder.
+      rollout: how dialogues are rendered.
+      mesh: where the weights go.
+      step: of a run: which checkpoint; the latest by default.
+      dtype: of the weights; norms are float32 in any case.
+
+    Raises:
+      UserError: neither kind of folder, or one that cannot be read; names the file and what is wrong.
+    """
+    policy = read_policy(path, rollout)
+    config = policy.config
+    if not _is_run(path):
+        return policy, load_params(path, config, mesh, dtype=dtype)
+    template = parameter_shapes(config)
+    if mesh is not None:
+        template = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            template,
+            param_shardings(config, mesh),
+        )
+    if config.lora is None:
+        return policy, restore_params(path, in_precision(template, dtype), step=step)
+    adapters, base = split(template)
+    params = join(restore_base(path, base), restore_params(path, adapters, step=step))
+    policy = replace(policy, config=replace(config, lora=None))
+    merged = jax.jit(
+        lambda params: in_precision(merge(params, config.lora), dtype),
+        out_shardings=None if mesh is None else param_shardings(policy.config, mesh),
+    )
+    return policy, merged(params)
+
+
+def open_weights(run: Path | str, config: QwenConfig, *, step: int | None = None) -> Reader:
+    """Reads the weights of a run's checkpoint one by one, adapters merged; arguments as of `open_params`.
+
+    Args:
+      config: of the run's policy, adapters included.
+    """
+    if config.lora is None:
+        return open_params(run, parameter_shapes(config), step=step)
+    adapters, base = split(parameter_shapes(config))
+    read_adapter, read_base = open_params(run, adapters, step=step), open_base(run, base)
+
+    def read(path: str, layer: int | None) -> np.ndarray:
+        weight = read_base(path, layer).astype(np.float32)
+        module, kind = path.rsplit("/", 1)
+        if kind != "kernel" or module.rsplit("/", 1)[-1] not in config.lora.targets:
+            return weight
+        a, b = (read_adapter(f"{module}/{name}", layer) for name in ADAPTERS)
+        return weight + low_rank(a, b, config.lora, weight.shape)
+
+    return read
+
+
+def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
+    """A policy without its weights; arguments and errors as of `load_policy`."""
+    path = as_path(path)
+    folder = path / MODEL_FOLDER if _is_run(path) else base_folder(path) if is_adapter(path) else path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
+    with local_folder(folder) as here:
+        tokenizer = load_tokenizer(here)
+        model = read_config(here)
+        if _is_run(path):
+            model = replace(model, lora=read_adapter_config(here))
+    chat = ChatFormat(tokenizer, rollout.history, rollout.system_prompt)
+    policy = Policy(model, tokenizer, chat)
+    _check_fit(policy, rollout, path)
+    return policy
+
+
+def adapters(config: LoraConfig) -> LoRA | None:
+    """What `lora` asks for; None: all weights are trained."""
+    return LoRA(config.rank, config.alpha, tuple(config.targets)) if config.rank else None
+
+
+def _is_run(path: Path | str) -> bool:
+    return (as_path(path) / CHECKPOINTS_FOLDER).is_dir()
+
+
+def make_engine(
+    policy: Policy,
+    rollout: RolloutConfig,
+    temperature: float,
+    *,
+    dtype: str,
+    mesh: Mesh | None,
+    processes: int = 1,
+) -> Engine:
+    """The sampler of a policy, without weights yet, with a slot for every dialogue of a step.
+
+    Args:
+      mesh: of the devices it samples on.
+      processes: how many have such a sampler, each with its share of dialogues, caches and lanes.
+
+    Raises:
+      UserError: they cannot be shared evenly.
+    """
+    chat = policy.chat
+    return engine_for(
+        policy.config,
+        chat.stop_ids,
+        chat.vocabulary_size,
+        share_of(rollout, processes),
+        temperature,
+        dtype=dtype,
+        mesh=mesh,
+    )
+
+
+def engine_for(
+    model: QwenConfig,
+    stop_ids: Sequence[int],
+    vocabulary_size: int,
+    rollout: RolloutConfig,
+    temperature: float,
+    *,
+    dtype: str,
+    mesh: Mesh | None,
+) -> Engine:
+    """`make_engine` where there is a shape and no tokenizer."""
+    dialogues = rollout.scenarios * rollout.rollouts
+    return Engine(
+        model,
+        slots=dialogues,
+        resident=min(rollout.slots or dialogues, dialogues),
+        lanes=rollout.lanes,
+        length=rollout.max_tokens,
+        max_reply_tokens=rollout.max_reply_tokens,
+        stop_ids=stop_ids,
+        vocabulary_size=vocabulary_size,
+        sampling=Sampling(temperature=temperature),
+        copy_weights=rollout.copy_weights,
+        dtype=dtype,
+        mesh=mesh,
+    )
+
+
+def save_model_files(run_folder: Path | str, policy: Policy) -> None:
+    """Writes what a run's checkpoints lack to be a model: its shape and its tokenizer."""
+    folder = as_path(run_folder) / MODEL_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    if not in_bucket(folder):
+        _write_model_files(folder, policy)
+        return
+    with tempfile.TemporaryDirectory(prefix="mapo_jax.") as here:
+        _write_model_files(Path(here), policy)
+        config = (Path(here) / "config.json").read_bytes()
+        (Path(here) / "config.json").unlink()
+        copy_files(Path(here), folder)
+        write_whole(folder / "config.json", config)
+
+
+def _write_model_files(folder: Path, policy: Policy) -> None:
+    policy.tokenizer.save_pretrained(folder)
+    if policy.config.lora is not None:
+        write_adapter_config(folder, policy.config.lora)
+    write_config(folder, policy.config)  # last: its presence says that the rest is there
+
+
+def _check_fit(policy: Policy, rollout: RolloutConfig, path: Path) -> None:
+    if rollout.max_tokens > policy.config.max_position_embeddings:
+        raise UserError(
+            f"`rollout.max_tokens` is {rollout.max_tokens}; it must be at most the "
+            f"{policy.config.max_position_embeddings} positions of the model {path}"
+        )
+    if policy.chat.vocabulary_size > policy.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {path} has {policy.chat.vocabulary_size} ids but the model only "
+            f"{policy.config.vocab_size}; they do not belong together"
+        )

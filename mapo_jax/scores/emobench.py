@@ -1,0 +1,415 @@
+"""EmoBench: emotional application (EA: what helps best) and understanding (EU: which emotion, and why).
+
+The items are the benchmark's own (MIT licence, English and Chinese) and come from a file; the prompts are
+ours. Labels sit at biased places (always C is right in 37 % of EA), so a protocol can ask in several orders:
+order k rotates the choices, so that over four orders each of four choices stands once at every letter.
+
+Source: Sabour et al., EmoBench: Evaluating the Emotional Intelligence of Large Language Models (ACL 2024).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mapo_jax.errors import UserError
+from mapo_jax.json_files import read_rows
+from mapo_jax.scores.bootstrap import intervals
+from mapo_jax.scores.emobench_prompts import KEYS, LETTERS, render
+
+TASKS = ("EA", "EU")
+LANGUAGES = ("en", "zh")
+ORDERS = 4  # rotations of the choices that there are
+
+
+class AskingProtocol(NamedTuple):
+    """How often every item is asked."""
+
+    orders: int  # in so many orders of its choices
+    samples: int  # so often in each order; the majority counts
+    temperature: float  # of sampling
+
+
+PROTOCOLS = {
+    "current": AskingProtocol(1, 1, 0.0),
+    "permuted": AskingProtocol(ORDERS, 1, 0.0),
+    "earlier": AskingProtocol(ORDERS, 5, 0.6),
+}
+"""`current`: the choices as given, once. `permuted`: once in each order. `earlier`: the majority of five
+samples in each order, with the temperature of the benchmark's first release. Scores are means over orders."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One scenario with its one (EA) or two (EU) questions."""
+
+    task: str
+    qid: str
+    language: str
+    category: str
+    detail: str  # EA: what is asked for, Action or Response; EU: the finer category
+    scenario: str
+    subject: str
+    choices: tuple[tuple[str, ...], ...]  # EA: one list; EU: emotions, then causes
+    labels: tuple[int, ...]  # the right choice of each list
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What names it: task, qid and language."""
+        return self.task, self.qid, self.language
+
+
+@dataclass(frozen=True)
+class Asking:
+    """An item asked once."""
+
+    item: Item
+    order: int = 0  # 0: as given
+    sample: int = 0
+
+    @property
+    def id(self) -> str:
+        """Unique among the askings of a run, and the same in every run."""
+        return "/".join((*self.item.key, str(self.order), str(self.sample)))
+
+    def shown(self, question: int) -> list[int]:
+        """Which choice stands at each letter."""
+        count = len(self.item.choices[question])
+        shift = self.order * count // ORDERS
+        return [(place + shift) % count for place in range(count)]
+
+    def prompt(self) -> str:
+        """What the model is asked."""
+        item = self.item
+        choices = [[listed[choice] for choice in self.shown(i)] for i, listed in enumerate(item.choices)]
+        return render(item.task, item.language, item.detail, item.scenario, item.subject, choices)
+
+
+def askings(items: Iterable[Item], protocol: AskingProtocol) -> list[Asking]:
+    """Everything that a protocol asks."""
+    return [
+        Asking(item, order, sample)
+        for item in items
+        for order in range(protocol.orders)
+        for sample in range(protocol.samples)
+    ]
+
+
+# --- Files ---
+
+
+def read_items(paths: Sequence[str | Path]) -> list[Item]:
+    """Reads items of EA, EU or both from JSON-lines files as the benchmark has them.
+
+    Raises:
+      UserError: a file cannot be read, a line is no item (file, line and key are named), or one occurs twice.
+    """
+    items: dict[tuple[str, str, str], Item] = {}
+    for path in paths:
+        for place, row in read_rows(path, "items"):
+            item = _item(row, place)
+            if item.key in items:
+                raise UserError(
+                    f"{place}: item {item.qid} ({item.task}, {item.language}) occurs a second time"
+                )
+            items[item.key] = item
+    return list(items.values())
+
+
+def _item(row: Mapping[str, Any], place: str) -> Item:
+    def text(key: str) -> str:
+        if not isinstance(row.get(key), str | int) or not str(row[key]).strip():
+            raise UserError(
+                f"{place}: `{key}` must be text, not {row.get(key)!r}; this is no item of EmoBench"
+            )
+        return str(row[key])
+
+    def question(choices_key: str, label_key: str) -> tuple[tuple[str, ...], int]:
+        choices, label = row.get(choices_key), text(label_key)
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise UserError(f"{place}: `{choices_key}` must be a list of texts")
+        if not 2 <= len(choices) <= len(LETTERS):
+            raise UserError(
+                f"{place}: `{choices_key}` has {len(choices)} choices; 2 to {len(LETTERS)} can be asked"
+            )
+        if choices.count(label) != 1:
+            raise UserError(f"{place}: `{label_key}` {label!r} must be one of `{choices_key}`")
+        return tuple(choices), choices.index(label)
+
+    if "emotion_choices" in row:
+        task, category, detail = "EU", "coarse_category", "finegrained_category"
+        questions = [question("emotion_choices", "emotion_label"), question("cause_choices", "cause_label")]
+    elif "choices" in row:
+        task, category, detail = "EA", "category", "question type"
+        questions = [question("choices", "label")]
+    else:
+        raise UserError(
+            f"{place}: neither an item of EA (`choices`, `label`) nor of EU (`emotion_choices`, "
+            "`emotion_label`, `cause_choices`, `cause_label`)"
+        )
+    if row.get("language") not in LANGUAGES:
+        raise UserError(
+            f"{place}: `language` is {row.get('language')!r}; it must be one of {', '.join(LANGUAGES)}"
+        )
+    choices, labels = zip(*questions, strict=True)
+    return Item(
+        task,
+        text("qid"),
+        row["language"],
+        text(category),
+        text(detail),
+        text("scenario"),
+        text("subject"),
+        choices,
+        labels,
+    )
+
+
+def read_answers(path: str | Path, items: Sequence[Item]) -> dict[Asking, Any]:
+    """Reads saved answers: JSON lines of `qid`, `language` and `answer`.
+
+    `task` may be left out where the items are of one task, `order` (0) and `sample` (0) where an item was
+    asked once. The answer is what the model said, or the object that was read from it.
+
+    Raises:
+      UserError: the file cannot be read, or a line names no item or one twice; names the line.
+    """
+    by_key = {item.key: item for item in items}
+    tasks = {item.task for item in items}
+    answers: dict[Asking, Any] = {}
+    for place, row in read_rows(path, "answers"):
+        for key in ("qid", "language", "answer"):
+            if key not in row:
+                raise UserError(f"{place}: has no `{key}`; it needs qid, language and answer")
+        if "task" not in row and len(tasks) > 1:
+            raise UserError(f"{place}: has no `task`, and the items are of both EA and EU")
+        task = row.get("task", min(tasks))
+        item = by_key.get((task, str(row["qid"]), row["language"]))
+        if item is None:
+            raise UserError(f"{place}: there is no item {row['qid']} ({task}, {row['language']})")
+        order, sample = row.get("order", 0), row.get("sample", 0)
+        if order not in range(ORDERS) or not isinstance(sample, int):
+            raise UserError(f"{place}: order {order!r}, sample {sample!r}; an order is 0 to {ORDERS - 1}")
+        asking = Asking(item, order, sample)
+        if asking in answers:
+            raise UserError(f"{place}: a second answer to item {row['qid']} ({task}, {row['language']})")
+        answers[asking] = row["answer"]
+    return answers
+
+
+# --- Reading an answer ---
+
+
+def parse(answer: Any, asking: Asking) -> tuple[int | None, ...]:
+    """Which choice of each question an answer picks; None where that cannot be told.
+
+    Read in this order: an object with the keys `answer` (EA) or `answer_q1` and `answer_q2` (EU), or a list
+    of as many values; the last such JSON object in a text, with other text around it; those keys with a value
+    behind each, where the object is broken or there is none (`answer: C`); a text that is nothing but the
+    letters. A value is a letter of the choices (`C`, `(c)`, `C) ...`, `Option C`) or the whole text of one.
+    Case does not matter, nor do full-width characters and typographic quotes.
+    """
+    values = _values(answer, KEYS[asking.item.task])
+    return tuple(_choice(value, asking, question) for question, value in enumerate(values))
+
+
+_QUOTES = str.maketrans("\u201c\u201d\u201e\u2018\u2019", '"""\'\'')
+
+
+def _plain(text: str) -> str:
+    """In one spelling: no full-width characters, no typographic quotes."""
+    return unicodedata.normalize("NFKC", text).translate(_QUOTES)
+
+
+def _values(answer: Any, keys: Sequence[str]) -> list[Any]:
+    if isinstance(answer, Mapping):
+        found = {str(name).strip().lower(): value for name, value in answer.items()}
+        return [found.get(key) for key in keys]
+    if isinstance(answer, list | tuple):
+        return list(answer) if len(answer) == len(keys) else [None] * len(keys)
+    text = _plain(answer) if isinstance(answer, str) else ""
+    for found in reversed(list(_objects(text))):
+        if any(str(name).strip().lower() in keys for name in found):
+            return _values(found, keys)
+    named = [_named(text, key) for key in keys]
+    if any(value is not None for value in named):
+        return named
+    bare = re.findall(r"[A-Za-z]+", text)
+    if len(bare) == len(keys) and all(len(word) == 1 for word in bare):
+        return bare
+    return [text] if len(keys) == 1 else [None] * len(keys)
+
+
+def _named(text: str, key: str) -> str | None:
+    """The last value that stands behind a key: quoted, or up to the end of the line."""
+    found = re.findall(rf"""(?i)\b{key}\b["'*]*\s*:\s*(?:"([^"]*)"|'([^']*)'|([^\n,}}]*))""", text)
+    return next(filter(None, found[-1]), None) if found else None
+
+
+def _objects(text: str) -> Iterable[dict[str, Any]]:
+    """The JSON objects in a text, those inside others left out."""
+    decoder, start = json.JSONDecoder(strict=False), 0
+    while (start := text.find("{", start)) >= 0:
+        try:
+            value, start = decoder.raw_decode(text, start)
+            yield value
+        except (json.JSONDecodeError, RecursionError):
+            start += 1
+
+
+_LETTER = re.compile(
+    r"[\s\"'*(\[<]*(?:(?:option|choice|answer)\b\s*|\u9009\u9879\s*)?[\s\"'*(\[<]*"
+    r"([A-Za-z])(?:[\"'*\s]*(?:[)\]>.:,\u3001\u3002]|\s-\s|$))",
+    re.IGNORECASE,
+)
+
+
+def _choice(value: Any, asking: Asking, question: int) -> int | None:
+    if not isinstance(value, str):
+        return None
+    shown, value = asking.shown(question), _plain(value)
+    choices = [_words(choice) for choice in asking.item.choices[question]]
+    if choices.count(_words(value)) == 1:
+        return choices.index(_words(value))
+    letter = _LETTER.match(value)
+    place = LETTERS.find(letter[1].upper()) if letter else -1
+    return shown[place] if 0 <= place < len(shown) else None
+
+
+def _words(text: str) -> str:
+    """For comparing choices: without case and what surrounds them."""
+    return _plain(text).lower().strip(" \n\t\"'*.\u3002")
+
+
+# --- Scores ---
+
+
+class _Cell(NamedTuple):
+    """An item in one order, after the vote over its samples."""
+
+    item: Item
+    order: int
+    picked: tuple[int | None, ...]
+
+    @property
+    def right(self) -> bool:
+        return self.picked == self.item.labels
+
+    @property
+    def parseable(self) -> bool:
+        return None not in self.picked
+
+
+def score_answers(items: Sequence[Item], answers: Mapping[Asking, Any], *, seed: int = 0) -> dict[str, Any]:
+    """Accuracy, overall and by what the items are.
+
+    In each order the majority of an item's samples counts, for each question on its own; unparseable samples
+    do not vote, and of a tie the choice sampled first wins. EU is right only if emotion and cause both are.
+
+    Args:
+      items: those that were to be asked.
+      answers: what was said (text, or an object read from it) to each asking.
+      seed: of the bootstrap over scenarios; a scenario's two languages are drawn together.
+
+    Returns:
+      `accuracy` over all answers, unparseable ones counted as wrong, with `interval` (95 %);
+      `accuracy_parseable`, over the others; `items`; `answered`, items with an answer in any order;
+      `answers`, the votes scored (items times orders); `unparseable`, those without a choice, and
+      `unparseable_share`; with several orders `accuracy_by_order` and `agreement`, the share of items (asked
+      in more than one order) that get the same choices in all. For every task there is under its name all of
+      this, the same for every `languages`, `categories` and `details` (question types or finer categories),
+      and for EU `emotion_accuracy` and `cause_accuracy`.
+
+    Raises:
+      UserError: no answers.
+    """
+    if not answers:
+        raise UserError("there are no answers to score")
+    cells = _vote(answers)
+    scores = _figures(items, cells, seed)
+    for task in TASKS:
+        if any(item.task == task for item in items):
+            scores[task] = _task_scores(task, items, cells, seed)
+    return scores
+
+
+def _task_scores(task: str, items: Sequence[Item], cells: Sequence[_Cell], seed: int) -> dict[str, Any]:
+    items = [item for item in items if item.task == task]
+    cells = [cell for cell in cells if cell.item.task == task]
+    scores = _figures(items, cells, seed)
+    if task == "EU" and cells:
+        for question, name in enumerate(("emotion_accuracy", "cause_accuracy")):
+            hits = [cell.picked[question] == cell.item.labels[question] for cell in cells]
+            scores[name] = float(np.mean(hits))
+    groupings: dict[str, Callable[[Item], str]] = {
+        "languages": lambda item: item.language,
+        "categories": lambda item: item.category,
+        "details": lambda item: item.detail,
+    }
+    for grouping, group_of in groupings.items():
+        scores[grouping] = {
+            group: _figures(
+                [item for item in items if group_of(item) == group],
+                [cell for cell in cells if group_of(cell.item) == group],
+                seed,
+            )
+            for group in sorted({group_of(item) for item in items})
+        }
+    return scores
+
+
+def _vote(answers: Mapping[Asking, Any]) -> list[_Cell]:
+    samples: dict[tuple[Item, int], list[tuple[int, tuple[int | None, ...]]]] = {}
+    for asking, answer in answers.items():
+        samples.setdefault((asking.item, asking.order), []).append((asking.sample, parse(answer, asking)))
+    cells = []
+    for (item, order), picks in samples.items():
+        voted = []
+        for question in range(len(item.labels)):
+            votes = Counter(pick[question] for _, pick in sorted(picks, key=lambda pick: pick[0]))
+            del votes[None]
+            voted.append(votes.most_common(1)[0][0] if votes else None)
+        cells.append(_Cell(item, order, tuple(voted)))
+    return cells
+
+
+def _figures(items: Sequence[Item], cells: Sequence[_Cell], seed: int) -> dict[str, Any]:
+    scenarios = {key: row for row, key in enumerate(sorted({(c.item.task, c.item.qid) for c in cells}))}
+    sums, counts = np.zeros((len(scenarios), 1)), np.zeros((len(scenarios), 1))
+    by_item: dict[Item, list[_Cell]] = {}
+    for cell in cells:
+        row = scenarios[cell.item.task, cell.item.qid]
+        sums[row] += cell.right
+        counts[row] += 1
+        by_item.setdefault(cell.item, []).append(cell)
+    parseable = sum(cell.parseable for cell in cells)
+    right = sum(cell.right for cell in cells)
+    ends = intervals(sums, counts, seed=seed)[:, 0]
+    figures: dict[str, Any] = {
+        "accuracy": right / len(cells) if cells else None,
+        "interval": None if np.isnan(ends).any() else ends.tolist(),
+        "accuracy_parseable": right / parseable if parseable else None,
+        "items": len(items),
+        "answered": len(by_item),
+        "answers": len(cells),
+        "unparseable": len(cells) - parseable,
+        "unparseable_share": 1 - parseable / len(cells) if cells else None,
+    }
+    orders = sorted({cell.order for cell in cells})
+    if len(orders) > 1:
+        figures["accuracy_by_order"] = [
+            float(np.mean([cell.right for cell in cells if cell.order == order])) for order in orders
+        ]
+        several = [found for found in by_item.values() if len(found) > 1]
+        figures["agreement"] = float(
+            np.mean([len({cell.picked for cell in found}) == 1 for found in several])
+        )
+    return figures

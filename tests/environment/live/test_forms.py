@@ -1,0 +1,135 @@
+"""Reading what models answer: strict about content, tolerant of what stands around it."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mapo_jax.environment.dialogue import RoleFailure
+from mapo_jax.environment.live.forms import DirectionForm, ReplyForm, StartForm, findings, read, spoken
+
+GOOD = {
+    name: {"evidence": "you said so", "reason": "it does", "level": level}
+    for name, level in zip(
+        ("C_progress", "C_harm", "A_progress", "A_harm", "P_progress", "P_harm"),
+        (1, 0, 2, -1, 0, -2),
+        strict=True,
+    )
+}
+
+
+def changed(name="C_progress", **fields):
+    return json.dumps({**GOOD, name: {**GOOD[name], **fields}})
+
+
+def failure(text, form=ReplyForm):
+    with pytest.raises(RoleFailure) as caught:
+        read(text, form)
+    assert caught.value.raw == text
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(GOOD),
+        f"<think>Maybe {{C_progress: 2}}? Let me see.</think>\n{json.dumps(GOOD)}",
+        f"<think>a</think><think>b</think>{json.dumps(GOOD)}",
+        f"Here it is:\n```json\n{json.dumps(GOOD, indent=2)}\n```\nThat is all.",
+        f"A set {{1, 2}} first. {json.dumps(GOOD)}",
+        f"{json.dumps({'note': 'other keys'})} {json.dumps(GOOD)}",
+        f"{json.dumps(GOOD)} again: {json.dumps(GOOD)}",
+    ],
+    ids=["bare", "reasoning", "twice", "fenced", "braces", "other", "repeated"],
+)
+def test_preambles_are_tolerated(text):
+    form = read(text, ReplyForm)
+    assert [finding.level for finding in findings(form)] == [1, 0, 2, -1, 0, -2]
+    assert form.A_progress.evidence == "you said so"
+
+
+@pytest.mark.parametrize("level", [3, -1, 7, 100])
+def test_a_level_beyond_its_scale_is_out_of_range(level):
+    assert failure(changed(level=level)).kind == "out_of_range"
+
+
+def test_harm_above_zero_and_progress_below_are_out_of_range():
+    assert failure(changed("A_harm", level=1)).kind == "out_of_range"
+    assert "C_progress.level" in failure(changed(level=-2)).detail
+
+
+@pytest.mark.parametrize("level", ["1", 1.0, 1.5, True, None, [1], {}])
+def test_a_level_that_is_no_whole_number_is_malformed(level):
+    assert failure(changed(level=level)).kind == "malformed"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "I would say a 2.",
+        json.dumps(GOOD)[:-20],
+        "<think>" + json.dumps(GOOD),
+        json.dumps([1, 2]),
+        json.dumps({k: v for k, v in GOOD.items() if k != "P_harm"}),
+        json.dumps({**GOOD, "bonus": 1}),
+        changed(evidence=3),
+        changed(reason=" "),
+        changed(evidence=" "),
+        json.dumps(GOOD) + changed(level=2),
+        json.dumps(GOOD).replace('"level": 1', '"level": 1, "level": 2'),
+        json.dumps(GOOD).replace('"level": 1', '"level": NaN'),
+        "{" * 3000,
+        '{"a":' * 3000,
+    ],
+    ids=[
+        "empty", "prose", "cut", "unfinished", "list", "missing", "surplus", "type", "no-reason",
+        "no-evidence", "two", "twice", "nan", "braces", "deep",
+    ],
+)  # fmt: skip
+def test_everything_else_is_malformed(text):
+    assert failure(text).kind == "malformed"
+
+
+def test_level_zero_needs_no_evidence():
+    assert read(changed("C_harm", evidence=""), ReplyForm).C_harm.level == 0
+
+
+@given(st.text(max_size=200))
+def test_no_text_raises_anything_but_a_role_failure(text):
+    for body in (text, json.dumps(GOOD)[: len(text)] + text, f"{text}{{{text}}}"):
+        try:
+            read(body, ReplyForm)
+        except RoleFailure as problem:
+            assert problem.kind in ("malformed", "out_of_range")
+
+
+def test_start_and_direction():
+    nine = {n: {"evidence": "e", "reason": "r", "level": i % 4} for i, n in enumerate(StartForm.model_fields)}
+    assert [f.level for f in findings(read(json.dumps(nine), StartForm))] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+    nine["C1"]["level"] = 4
+    assert failure(json.dumps(nine), StartForm).kind == "out_of_range"
+    call = {"reason": "r", "function": "continue", "target": None, "guidance": "g"}
+    assert read(json.dumps(call), DirectionForm).function == "continue"
+    assert failure(json.dumps({**call, "function": "delete"}), DirectionForm).kind == "malformed"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("  I am tired. ", "I am tired."),
+        ('"I am tired."', "I am tired."),
+        ("<think>short</think> I am tired.", "I am tired."),
+        ('"Yes," she said. "No."', '"Yes," she said. "No."'),
+        ("\u300c\u6211\u7d2f\u4e86\u3002\u300d", "\u6211\u7d2f\u4e86\u3002"),
+    ],
+)
+def test_a_persons_words(text, words):
+    assert spoken(text) == words
+
+
+@pytest.mark.parametrize("text", ["", "<think>so", '""', "<think>a</think>", "x" * 1201])
+def test_no_words(text):
+    with pytest.raises(RoleFailure, match="malformed"):
+        spoken(text)

@@ -1,0 +1,109 @@
+"""Many tasks, one engine: who gives up, what breaks. The engine is a stand-in."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import pytest
+
+from mapo_jax.rollout.dispatch import Dispatcher
+from mapo_jax.rollout.engine import Reply, Request
+
+
+@dataclass
+class Counting:
+    """A reply of as many tokens as its slot's number, one for each block."""
+
+    left: dict = field(default_factory=dict)
+    blocks: int = 0
+    broken_from: int = 1000
+
+    def submit(self, request):
+        assert request.slot not in self.left
+        self.left[request.slot] = request.slot
+
+    @property
+    def busy(self):
+        return bool(self.left)
+
+    def advance(self):
+        self.blocks += 1
+        if self.blocks >= self.broken_from:
+            raise ValueError("out of order")
+        self.left = {slot: left - 1 for slot, left in self.left.items()}
+        ended = [slot for slot, left in self.left.items() if left <= 0]
+        for slot in ended:
+            del self.left[slot]
+        return {slot: Reply((slot,) * slot, (0.0,) * slot, False) for slot in ended}
+
+
+def ask(desk, slot):
+    return asyncio.ensure_future(desk.reply(Request(slot, (1,), key=(0, 0, slot), turn=0, start=True)))
+
+
+def run(engine, work):
+    async def both():
+        desk = Dispatcher(engine)
+        serving = asyncio.ensure_future(desk.serve())
+        try:
+            return await asyncio.wait_for(work(desk), 20)
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+
+    return asyncio.run(both())
+
+
+def test_everybody_gets_their_own():
+    async def work(desk):
+        return await asyncio.gather(*(ask(desk, slot) for slot in (5, 1, 3, 2)))
+
+    engine = Counting()
+    assert [len(reply.ids) for reply in run(engine, work)] == [5, 1, 3, 2]
+    assert engine.blocks == 5
+
+
+def test_who_gives_up_stops_nobody():
+    """Before and while the engine works on it; the slot then takes another request."""
+
+    async def work(desk):
+        early, late, other = (ask(desk, slot) for slot in (1, 3, 6))
+        await asyncio.sleep(0)
+        early.cancel()
+        while engine.blocks < 2:
+            await asyncio.sleep(0.001)
+        late.cancel()
+        assert len((await other).ids) == 6
+        return await ask(desk, 3)
+
+    engine = Counting()
+    assert len(run(engine, work).ids) == 3
+
+
+def test_a_broken_engine_reaches_everybody():
+    async def work(desk):
+        return await asyncio.gather(*(ask(desk, slot) for slot in (1, 4, 5)), return_exceptions=True)
+
+    first, *others = run(Counting(broken_from=3), work)
+    assert first.ids == (1,)
+    assert [str(error) for error in others] == ["out of order"] * 2
+
+
+def test_a_block_under_way_ends_before_the_desk_does():
+    """Else the engine would still be at work in its thread when its weights are replaced."""
+    engine, ended = Counting(), []
+    advance = engine.advance
+
+    def slow():
+        time.sleep(0.1)
+        ended.append(True)
+        return advance()
+
+    engine.advance = slow
+
+    async def work(desk):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(ask(desk, 9)), 0.03)
+
+    run(engine, work)
+    assert ended

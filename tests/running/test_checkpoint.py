@@ -1,0 +1,327 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mapo_jax.config import load_config
+from mapo_jax.errors import UserError
+from mapo_jax.learning.optimizer import make_optimizer
+from mapo_jax.learning.train_state import TrainState, create_state
+from mapo_jax.running.checkpoint import (
+    Checkpoints,
+    best_steps,
+    checkpoint_folder,
+    claim,
+    cut_back,
+    read_events,
+    read_progress,
+    restore_params,
+)
+from mapo_jax.running.metrics import MetricWriter
+
+OPTIMIZER = make_optimizer(load_config().optimizer, 10)
+PROGRESS = {"seed": 7, "data": {"next_index": 5, "epoch": [1, 2]}, "configuration": "training:\n  seed: 7\n"}
+
+
+def make_state(seed=0, *, updates=2, reference=True) -> TrainState:
+    """A state with moments that are not zero, and values that only their own bits spell."""
+    random = np.random.default_rng(seed)
+    params = {
+        "embed": {"embedding": random.normal(size=(5, 3)).astype(np.float32)},
+        "layers": {"norm": {"scale": random.normal(size=(2, 3)).astype(np.float32)}},
+    }
+    state = create_state(jax.tree.map(jnp.array, params), OPTIMIZER, reference=reference)
+    for _ in range(updates):
+        gradient = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), params)
+        _, moments = OPTIMIZER.transform.update(gradient, state.opt_state, state.params)
+        state = replace(state, opt_state=moments, step=state.step + 1)
+    return state
+
+
+def assert_same_bits(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_round_trip_is_bitwise_and_complete(tmp_path, reference):
+    state = make_state(reference=reference)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(state) is None
+        checkpoints.save(3, state, PROGRESS)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, progress = checkpoints.restore_latest(make_state(1, updates=0, reference=reference))
+    assert_same_bits(restored, state)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(restored.opt_state))
+    assert progress == {**PROGRESS, "step": 3}
+
+
+def test_buffers_may_be_donated_while_the_save_goes_on(tmp_path):
+    double = jax.jit(lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree), donate_argnums=0)
+    state = make_state()
+    expected = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        for _ in range(3):
+            state = double(state)
+        checkpoints.wait()
+        restored, _ = checkpoints.restore_latest(state)
+    assert_same_bits(restored, expected)
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    (tmp_path / "evaluations").mkdir()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, score in enumerate([0.1, 0.9, 0.3, None, 0.2]):
+            checkpoints.save(step, make_state(step), {})
+            if score is not None:  # the weights of a step are evaluated after they were saved
+                file = tmp_path / "evaluations" / f"step_{step:06d}.json"
+                file.write_text(json.dumps({"return/mean": score}))
+        checkpoints.wait()
+        assert checkpoints.steps == [1, 3, 4]
+        assert best_steps(tmp_path, checkpoints.steps) == [1, 4]
+        checkpoints.save(4, make_state(9), {})  # already saved: left alone
+        restored, _ = checkpoints.restore_latest(make_state())
+        assert_same_bits(restored, make_state(4))
+
+
+def test_an_interrupted_save_is_ignored_and_cleaned_away(tmp_path):
+    """A process that dies with a save under way, as by SIGKILL."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+    script = f"""
+        import os, jax.numpy as jnp, optax
+        from mapo_jax.running.checkpoint import Checkpoints
+        from mapo_jax.learning.train_state import TrainState
+        big = jnp.arange(20_000_000, dtype=jnp.float32)
+        Checkpoints({str(tmp_path)!r}).save(2, TrainState({{"big": big}}, (), jnp.int32(1)), {{}})
+        os._exit(9)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env={**os.environ})
+    assert killed.returncode == 9
+    left = sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir())
+    assert len(left) == 2 and left[1].startswith("2.orbax-checkpoint-tmp"), "the save was not interrupted"
+
+    assert checkpoint_folder(tmp_path).name == "1"
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1]
+        restored, _ = checkpoints.restore_latest(make_state(1))
+        checkpoints.save(2, make_state(2), {})
+    assert_same_bits(restored, make_state())
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    assert_same_bits(restore_params(tmp_path, make_state().params), make_state(2).params)
+
+
+def test_restores_into_the_templates_shardings(tmp_path):
+    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+        template = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), make_state(1)
+        )
+        restored, _ = checkpoints.restore_latest(template)
+    assert_same_bits(restored, make_state())
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(restored))
+
+
+def test_weights_alone_for_another_run(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, PROGRESS)
+        checkpoints.save(2, make_state(2), PROGRESS)
+    assert_same_bits(restore_params(tmp_path, state.params, step=1), state.params)
+    assert_same_bits(restore_params(tmp_path, state.params), make_state(2).params)
+    assert read_progress(checkpoint_folder(tmp_path))["seed"] == 7
+
+    with pytest.raises(UserError, match=r"no checkpoint of step 5; it has 1, 2"):
+        restore_params(tmp_path, state.params, step=5)
+    with pytest.raises(UserError, match=r"nowhere holds no whole checkpoint; train there first"):
+        restore_params(tmp_path / "nowhere", state.params)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+    params = make_state().params
+    wider = {**params, "embed": {"embedding": np.zeros((5, 4), np.float32)}}
+    with pytest.raises(UserError, match=r"params.embed.embedding has shape \(5, 3\) in .* and \(5, 4\) here"):
+        restore_params(tmp_path, wider)
+    with pytest.raises(UserError, match=r"has no params.head.kernel; use the configuration"):
+        restore_params(tmp_path, {**params, "head": {"kernel": np.zeros((3, 5), np.float32)}})
+    with pytest.raises(UserError, match=r"has params.layers.norm.scale, which this model does not"):
+        restore_params(tmp_path, {"embed": params["embed"]})
+
+
+def test_a_damaged_checkpoint_says_so(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+    for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:3])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=r"1 cannot be read .*remove"):
+        checkpoints.restore_latest(make_state())
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of one megabyte; needs the right to mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_a_clear_error_and_harms_nothing(tiny_disk):
+    state = make_state()
+    big = replace(state, params={"big": jnp.asarray(np.random.default_rng(0).random(10**6, np.float32))})
+    with (
+        pytest.raises(UserError, match=r"the disk that holds .*checkpoints is full; free some space"),
+        Checkpoints(tiny_disk) as checkpoints,
+    ):
+        checkpoints.save(1, state, PROGRESS)
+        checkpoints.save(2, big, PROGRESS)
+    with Checkpoints(tiny_disk) as checkpoints:
+        assert checkpoints.steps == [1]
+        restored, progress = checkpoints.restore_latest(make_state(1))
+    assert_same_bits(restored, state)
+    assert progress["step"] == 1
+
+
+def test_a_full_disk_at_once_is_the_same_error(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(checkpoints._manager, "save", lambda *_, **__: raise_(full))
+        with pytest.raises(UserError, match="is full"):
+            checkpoints.save(1, make_state(), {})
+
+
+def raise_(error):
+    raise error
+
+
+def test_claim_makes_a_folder_and_continues_the_same_run(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    config = load_config(overrides=["algorithm.discount=0.9"])
+    with claim(folder, config) as continues:
+        assert not continues
+    assert load_config(folder / "config.yaml") == config
+    harmless = replace(config, logging=replace(config.logging, progress=False))
+    with claim(folder, harmless) as continues:
+        assert continues
+    assert load_config(folder / "config.yaml") == config
+
+
+def test_claim_refuses_what_is_not_this_run(tmp_path):
+    def refuses(folder, config, sentence):
+        before = sorted((entry, entry.stat().st_mtime_ns) for entry in tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=sentence), claim(folder, config):
+            pass
+        assert before == sorted((entry, entry.stat().st_mtime_ns) for entry in tmp_path.rglob("*"))
+
+    folder = tmp_path / "run"
+    with claim(folder, load_config()):
+        pass
+    refuses(
+        folder,
+        load_config(overrides=["algorithm.discount=0.5"]),
+        r"run holds a run with algorithm.discount=0.85, not 0.5; choose another run.directory, or",
+    )
+    refuses(
+        folder,
+        load_config(overrides=["training.seed=3", "algorithm.discount=0.5"]),
+        r"algorithm.discount=0.85, not 0.5 \(and 1 more: training.seed\)",
+    )
+    (folder / "config.yaml").write_text("- a\n- list\n")
+    refuses(folder, load_config(), r"config.yaml is no configuration of a run")
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.png").touch()
+    refuses(other, load_config(), r"photos holds files but no run \(cat.png, ...\); choose a new or empty")
+    refuses(other / "cat.png", load_config(), r"cat.png is a file; choose a folder")
+
+
+def test_a_run_folder_belongs_to_one_process_and_a_killed_one_frees_it(tmp_path):
+    config = load_config()
+    with (
+        claim(tmp_path / "run", config),
+        pytest.raises(UserError, match=r"another process is training in .*run; wait for it, stop it, or"),
+        claim(tmp_path / "run", config),
+    ):
+        pass
+    with claim(tmp_path / "run", config) as continues:
+        assert continues
+
+
+def write_run(folder):
+    """Steps 0 to 3, then what a kill leaves half written."""
+    with MetricWriter(folder) as writer:
+        for step in range(4):
+            writer.write(step, {"reward/mean": step / 2})
+    for name in (
+        "dialogues/step_000001.jsonl",
+        "dialogues/step_000003.jsonl",
+        "evaluations/step_000002.json",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "reward/me')
+    (events,) = (folder / "tensorboard").iterdir()
+    with open(events, "ab") as file:
+        file.write(events.read_bytes()[-20:-7])
+    (folder / "dialogues" / ".step_000004.jsonl.x8k2").write_text("half")
+    return events
+
+
+def steps_of(events):
+    return [event.step for _, event in read_events(events.read_bytes()) if event.summary.value]
+
+
+def test_cut_back_leaves_what_the_checkpoint_knows(tmp_path):
+    events = write_run(tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    cut_back(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(lines[:3])
+    assert [entry.name for entry in (tmp_path / "dialogues").iterdir()] == ["step_000001.jsonl"]
+    assert [entry.name for entry in (tmp_path / "evaluations").iterdir()] == ["step_000002.json"]
+    assert steps_of(events) == [0, 1, 2]
+
+    once = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    cut_back(tmp_path, 2)
+    assert once == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    cut_back(tmp_path, -1)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    cut_back(tmp_path / "new", -1)
+
+
+def test_cut_back_keeps_whole_steps_and_drops_only_torn_tails(tmp_path):
+    events = write_run(tmp_path)
+    cut_back(tmp_path, 3)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert (tmp_path / "dialogues" / "step_000003.jsonl").exists()
+    assert steps_of(events) == [0, 1, 2, 3]
+
+
+def test_cut_back_on_a_full_disk_harms_nothing(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("mapo_jax.files.os.fsync", lambda _: raise_(full))
+    with pytest.raises(UserError, match="is full"):
+        cut_back(tmp_path, 1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before

@@ -1,0 +1,87 @@
+"""What a person reads: the curve, the panel, the table, a dialogue."""
+
+import io
+
+import numpy as np
+from rich.console import Console
+
+from mapo_jax.running.display import Display, plot, results_table
+
+METRICS = {
+    "return/mean": -1.5,
+    "reward/mean": -0.25,
+    "turns/mean": 7.0,
+    "actor/entropy": 1.0,
+    "actor/grad_norm": 0.5,
+    "timing_s/step": 2.0,
+}
+
+
+def dots(picture):
+    """Rows of lit dots, top to bottom, of a picture in braille."""
+    lines = [line[8:] for line in picture.split("\n")]
+    bits = ((0, 3), (1, 4), (2, 5), (6, 7))
+    return np.array(
+        [
+            [ord(cell) - 0x2800 >> bit & 1 for cell in line for bit in bits[row]]
+            for line in lines
+            for row in range(4)
+        ]
+    )
+
+
+def test_a_rising_line_is_drawn_from_bottom_left_to_top_right():
+    picture = dots(plot([0.0, 1.0], width=10, height=5))
+    assert picture.shape == (20, 20)
+    assert (picture.sum(axis=0) == 1).all()
+    rows = picture.argmax(axis=0)
+    assert rows[0] == 19 and rows[-1] == 0 and (np.diff(rows) <= 0).all()
+
+
+def test_the_labels_are_the_range_and_what_is_not_finite_is_left_out():
+    lines = plot([float("nan"), -2.0, 3.5, float("inf")], width=8, height=3).split("\n")
+    assert lines[0].startswith("  +3.50") and lines[-1].startswith("  -2.00")
+    assert plot([float("nan")]) == "" and plot([]) == ""
+
+
+def test_one_value_and_more_values_than_dots_are_drawn_too():
+    assert dots(plot([1.0], width=4, height=2)).sum() == 8
+    assert dots(plot(np.sin(np.arange(1000)), width=5, height=2)).shape == (8, 10)
+
+
+def test_without_a_terminal_every_step_is_one_plain_line():
+    console = Console(file=io.StringIO(), width=160)
+    with Display("title", 3, live=True, console=console) as display:
+        display.phase("dialogues", 1, 8)
+        display.step(1, METRICS)
+        display.step(2, METRICS)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 2 and "\x1b" not in console.file.getvalue()
+    assert "step    2/3" in lines[1] and "-1.500" in lines[1]
+
+
+def test_on_a_terminal_there_is_a_panel_with_the_curve():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Display("mapo [not markup]", 3, live=True, console=console) as display:
+        display.step(1, METRICS)
+        display.step(2, METRICS | {"return/mean": 0.5})
+    text = console.file.getvalue()
+    assert "[not markup]" in text and "+0.50" in text and "-1.50" in text
+
+
+def test_the_way_made_is_a_share_of_the_way_to_the_helper():
+    console = Console(file=io.StringIO(), width=120)
+    figures = {
+        "return/mean": -6.0,
+        "reward/mean": -1.0,
+        "epm_q": 25.0,
+        "turns/mean": 7.5,
+        "naming/feeling": 0.5,
+    }
+    after = figures | {"return/mean": -1.0, "kind/ask": 0.25}
+    helper = figures | {"return/mean": 9.0}
+    console.print(results_table(figures, after, helper))
+    text = console.file.getvalue()
+    row = next(line for line in text.splitlines() if "return" in line)
+    assert "33%" in row and "-6.00" in row and "+9.00" in row
+    assert "feeling named right" in text and "share of ask" in text

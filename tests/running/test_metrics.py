@@ -1,0 +1,120 @@
+import errno
+import json
+import os
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from mapo_jax.errors import UserError
+from mapo_jax.running import metrics
+from mapo_jax.running.metrics import CompileCounter, MetricWriter, full_disk_is_a_user_error
+
+
+def test_a_step_is_one_strict_json_line(tmp_path):
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"reward/mean": np.float32(0.5), "turns/max": 8})
+        writer.write(2, {"reward/mean": float("nan"), "actor/pg_loss": float("inf")})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"step": 1, "reward/mean": 0.5, "turns/max": 8},
+        {"step": 2, "reward/mean": None, "actor/pg_loss": None},
+    ]
+
+
+def test_events_hold_the_scalars(tmp_path):
+    from mapo_jax.running.checkpoint import read_events
+
+    with MetricWriter(tmp_path) as writer:
+        writer.write(3, {"reward/mean": 0.25})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    scalars = [
+        (event.step, value.tag, value.simple_value)
+        for _, event in read_events(file.read_bytes())
+        for value in event.summary.value
+    ]
+    assert scalars == [(3, "reward/mean", 0.25)]
+
+
+def test_wandb_is_used_when_asked_for_and_missed_with_a_remedy(tmp_path, monkeypatch):
+    calls = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: calls.append(options["config"])
+    fake.log = lambda values, step: calls.append((step, values))
+    fake.finish = lambda: calls.append("finish")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with MetricWriter(tmp_path, tensorboard=False, wandb=True, configuration={"a": 1}) as writer:
+        writer.write(1, {"x": 2.0})
+    assert calls == [{"a": 1}, (1, {"x": 2.0}), "finish"]
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install wandb.*logging.wandb=false"):
+        MetricWriter(tmp_path, tensorboard=False, wandb=True)
+
+
+def test_a_full_disk_leaves_the_rows_before_whole(tmp_path, monkeypatch):
+    writer = MetricWriter(tmp_path, tensorboard=False)
+    writer.write(1, {"x": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    write = os.write
+    monkeypatch.setattr(metrics.os, "write", lambda handle, data: write(handle, data[:5]))
+    with pytest.raises(UserError, match=r"disk that holds .*metrics.jsonl is full; free some space"):
+        writer.write(2, {"x": 2.0})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_is_recognised_through_wrappers():
+    with pytest.raises(UserError), full_disk_is_a_user_error("here"):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as inner:
+            raise RuntimeError("save failed") from inner
+    with pytest.raises(UserError), full_disk_is_a_user_error("here"):
+        raise ValueError("RESOURCE_EXHAUSTED: write: No space left on device [OS error 28]")
+    with pytest.raises(OSError, match="denied"), full_disk_is_a_user_error("here"):
+        raise OSError(errno.EACCES, "denied")
+
+
+def test_counter_names_what_was_compiled_and_a_steady_step_compiles_nothing():
+    @jax.jit
+    def twice(x):
+        return 2 * x
+
+    with CompileCounter() as counter:
+        twice(np.zeros(3, np.float32))
+        assert counter.count == 1 and "twice" in counter.names[0]
+        with counter.steady():
+            twice(np.ones(3, np.float32))
+        with pytest.raises(AssertionError, match=r"step 7 compiled 1.*twice"), counter.steady("step 7"):
+            twice(np.ones(4, np.float32))
+    twice(np.ones(5, np.float32))
+    assert counter.count == 2, "a closed counter hears nothing"
+
+
+def test_a_program_from_the_persistent_cache_counts_too(tmp_path):
+    """Counting requests, not compilations: the figure must not depend on what an earlier run left."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path), 0, -1), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        function = jax.jit(lambda x: x + 3)
+        with CompileCounter() as counter:
+            function(np.zeros(3, np.float32))
+            assert any(tmp_path.iterdir())
+            function.clear_cache()
+            function(np.zeros(3, np.float32))
+        assert counter.count == 2
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

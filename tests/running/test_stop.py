@@ -1,0 +1,36 @@
+"""A first signal asks, a second one acts."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mapo_jax.running.stop import Interrupted, StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noticed_at_the_next_check(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        stop.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted, match=number.name):
+            stop.check()
+    assert signal.getsignal(number) == before
+
+
+def test_the_second_signal_does_what_it_always_does():
+    program = (
+        "import os, signal\n"
+        "from mapo_jax.running.stop import StopRequest\n"
+        "with StopRequest():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('alive', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('not reached', flush=True)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "alive\n"
+    assert result.returncode == -signal.SIGTERM
