@@ -16,7 +16,7 @@ from mapo_jax.model.qwen import QwenConfig, parameter_count
 from mapo_jax.model.sharding import make_mesh, sharding_table
 from mapo_jax.training.checkpoint import CHECKPOINTS_FOLDER
 from mapo_jax.training.memory import GIB, Forecast, device_memory, forecast_memory
-from mapo_jax.training.policy import MODEL_FOLDER, adapters
+from mapo_jax.training.policy import MODEL_FOLDER, adapters, check_policy
 from mapo_jax.training.programs import abstract_batch, check_rows
 from mapo_jax.training.step import TrainState
 
@@ -42,10 +42,12 @@ def forecast(config: Config) -> str:
     Memory is that of the update and that of the rollout, each at its worst moment (`memory.py`).
 
     Raises:
-      UserError: the model folder cannot be read, or the mesh does not fit the devices.
+      UserError: the model folder is one that a run would refuse, or the mesh does not fit the devices.
     """
     mesh = make_mesh(config.mesh)
     model = model_shape(config)
+    if config.model.path is not None:
+        check_policy(config.model.path, config.rollout)
     count = parameter_count(model)
     rollout, training = config.rollout, config.training
     dialogues = rollout.scenarios * rollout.rollouts

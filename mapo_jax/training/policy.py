@@ -17,6 +17,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, copy_files, in_bucket, local_folder, write_whole
 from mapo_jax.model.huggingface import (
     Reader,
+    check_weights,
     load_params,
     read_config,
     write_config,
@@ -31,6 +32,7 @@ from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.tokenizer import load_tokenizer
 from mapo_jax.training.checkpoint import (
     CHECKPOINTS_FOLDER,
+    checkpoint_folder,
     open_base,
     open_params,
     restore_base,
@@ -135,6 +137,15 @@ def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
     policy = Policy(model, tokenizer, chat)
     _check_fit(policy, rollout, path)
     return policy
+
+
+def check_policy(path: Path | str, rollout: RolloutConfig) -> None:
+    """Refuses what `load_policy` refuses, as far as it shows without reading all weights."""
+    policy = read_policy(path, rollout)
+    if _is_run(path):
+        checkpoint_folder(path, None)
+    else:
+        check_weights(path, policy.config)
 
 
 def adapters(config: LoraConfig) -> LoRA | None:

@@ -1,0 +1,70 @@
+"""A dry run refuses the model folders that a run refuses, with the same words."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mapo_jax.config import load_config
+from mapo_jax.errors import UserError
+from mapo_jax.model.huggingface import EMBEDDING, HEAD, SINGLE, save_params, write_config
+from mapo_jax.model.qwen import QwenConfig, init_params
+from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
+from mapo_jax.training.forecast import forecast
+from mapo_jax.training.policy import load_policy
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = QwenConfig(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+    )
+    save_tokenizer(tmp_path, train_tokenizer(["I feel tired."], 300), max_tokens=2048)
+    save_params(tmp_path, init_params(config, 0), config, dtype="float32")
+    write_config(tmp_path, config, dtype="float32")
+    return tmp_path
+
+
+def other_head(folder):
+    tensors = load_file(folder / SINGLE)
+    save_file(tensors | {HEAD: tensors[EMBEDDING] + np.float32(1)}, folder / SINGLE)
+
+
+def fewer_weights(folder):
+    tensors = load_file(folder / SINGLE)
+    del tensors[EMBEDDING]
+    save_file(tensors, folder / SINGLE)
+
+
+def two_kinds(folder):
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_head, f"{HEAD} that differs from the embedding"),
+        (fewer_weights, f"lack the tensor {EMBEDDING}"),
+        (lambda folder: (folder / SINGLE).unlink(), "holds no weights"),
+        (lambda folder: (folder / SINGLE).write_bytes(b"x" * 9), "truncated or damaged"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot read the tokenizer"),
+        (two_kinds, r"both a model \(config.json\) and adapters \(adapter_config.json\)"),
+    ],
+)
+def test_what_a_run_refuses(folder, damage, message):
+    config = load_config(None, [f"model.path={folder}", "run.directory=unused"])
+    assert "parameters" in forecast(config)
+    damage(folder)
+    with pytest.raises(UserError, match=message) as by_the_run:
+        load_policy(folder, config.rollout)
+    with pytest.raises(UserError) as by_the_dry_run:
+        forecast(config)
+    assert str(by_the_dry_run.value) == str(by_the_run.value)
