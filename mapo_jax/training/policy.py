@@ -29,7 +29,7 @@ from mapo_jax.model.sharding import param_shardings
 from mapo_jax.rollout.chat import ChatFormat
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.sampling import Sampling
-from mapo_jax.tokenizer import load_tokenizer
+from mapo_jax.tokenizer import load_tokenizer, write_tokenizer
 from mapo_jax.training.checkpoint import (
     CHECKPOINTS_FOLDER,
     checkpoint_folder,
@@ -231,7 +231,7 @@ def save_model_files(run_folder: Path | str, policy: Policy) -> None:
 
 
 def _write_model_files(folder: Path, policy: Policy) -> None:
-    policy.tokenizer.save_pretrained(folder)
+    write_tokenizer(folder, policy.tokenizer)
     if policy.config.lora is not None:
         write_adapter_config(folder, policy.config.lora)
     write_config(folder, policy.config)  # last: its presence says that the rest is there
