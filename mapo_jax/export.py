@@ -6,8 +6,8 @@
 The folder holds weights (safetensors, in files of up to 5 GB), config.json, the tokenizer with the chat
 template that renders dialogues as they were trained on, generation_config.json, README.md and, once a run has
 some steps behind it, the curve of its return. Transformers 4 and 5 both read it. The weights go from the
-checkpoint to the files tensor by tensor, so that a model larger than the memory can be exported. The folder is
-written whole or not at all, and read again and compared before it takes its name; `--check` also lets
+checkpoint to the files tensor by tensor, so that a model larger than the memory can be exported. The folder
+is written whole or not at all, and read again and compared before it takes its name; `--check` also lets
 transformers compute with it.
 
 Of a run with adapters (`lora.rank`) they are merged into the weights; or the adapters alone are written, in
