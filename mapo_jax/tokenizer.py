@@ -146,6 +146,8 @@ def write_tokenizer(
         settings.pop(key, None)
     if settings["tokenizer_class"] == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("bos_token", "unk_token"):
+        settings.setdefault(key, None)  # left out, each version has a default of its own
     named = settings.pop("model_specific_special_tokens", {})
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")

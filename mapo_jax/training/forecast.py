@@ -168,7 +168,10 @@ def model_shape(config: Config) -> QwenConfig:
         fresh = config.model.fresh
         return replace(fresh_model(fresh, fresh.vocabulary, config.rollout.max_tokens), lora=lora)
     path = Path(config.model.path)
-    folder = path / MODEL_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path
+    if (path / CHECKPOINTS_FOLDER).is_dir():
+        folder = path / MODEL_FOLDER
+    else:
+        folder = base_folder(path) if is_adapter(path) else path
     if not folder.is_dir():
         raise UserError(f"`model.path` is {config.model.path!r}; there is no such folder")
-    return replace(read_config(base_folder(folder) if is_adapter(folder) else folder), lora=lora)
+    return replace(read_config(folder), lora=lora)

@@ -1,6 +1,7 @@
 """A dry run refuses the model folders that a run refuses, with the same words."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from safetensors.numpy import load_file, save_file
 from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import EMBEDDING, HEAD, SINGLE, save_params, write_config
+from mapo_jax.model.lora import LoRA
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
-from mapo_jax.training.forecast import forecast
-from mapo_jax.training.policy import load_policy
+from mapo_jax.training.forecast import forecast, model_shape
+from mapo_jax.training.policy import load_policy, read_policy, save_model_files
 
 
 @pytest.fixture
@@ -68,3 +70,17 @@ def test_what_a_run_refuses(folder, damage, message):
     with pytest.raises(UserError) as by_the_dry_run:
         forecast(config)
     assert str(by_the_dry_run.value) == str(by_the_run.value)
+
+
+def test_a_run_with_adapters_is_no_folder_of_two_kinds(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    (run / "checkpoints").mkdir()
+    config = load_config(None, [f"model.path={folder}", "run.directory=unused"])
+    policy, _ = load_policy(folder, config.rollout)
+    lora = LoRA(2, 4.0, ("q",))
+    save_model_files(run, replace(policy, config=replace(policy.config, lora=lora)))
+    assert read_policy(run, config.rollout).config.lora == lora
+    config = load_config(None, [f"model.path={run}", "run.directory=unused"])
+    assert model_shape(config) == policy.config
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        forecast(config)
