@@ -5,9 +5,10 @@
 
 The folder holds weights (safetensors, in files of up to 5 GB), config.json, the tokenizer with the chat
 template that renders dialogues as they were trained on, generation_config.json, README.md and, once a run has
-some steps behind it, the curve of its return. The weights go from the checkpoint to the files tensor by
-tensor, so that a model larger than the memory can be exported. The folder is written whole or not at all, and
-read again and compared before it takes its name; `--check` also lets transformers compute with it.
+some steps behind it, the curve of its return. Transformers 4 and 5 both read it. The weights go from the
+checkpoint to the files tensor by tensor, so that a model larger than the memory can be exported. The folder
+is written whole or not at all, and read again and compared before it takes its name; `--check` also lets
+transformers compute with it.
 
 Of a run with adapters (`lora.rank`) they are merged into the weights; or the adapters alone are written, in
 PEFT's format, or the frozen weights beside them.
@@ -46,8 +47,9 @@ from mapo_jax.model.lora import split
 from mapo_jax.model.qwen import hidden_states, parameter_count, parameter_shapes
 from mapo_jax.running.checkpoint import CONFIG_FILE, checkpoint_folder, open_base, open_params
 from mapo_jax.running.metrics import METRICS_FILE
-from mapo_jax.running.model_folder import save_tokenizer_files, whole_folder, write_model_folder
+from mapo_jax.running.model_folder import whole_folder, write_model_folder
 from mapo_jax.running.policy import Policy, load_policy, open_weights, read_policy
+from mapo_jax.tokenizer import write_tokenizer
 from mapo_jax.warmstarting.packing import Renderer
 
 DTYPES = ("float32", "bfloat16")
@@ -139,7 +141,7 @@ def _write_adapters(folder: Path, run: Path, policy: Policy, config: Config, ste
     again = load_file(folder / peft.WEIGHTS)
     if name := next((name for name in tensors if not np.array_equal(tensors[name], again.get(name))), None):
         raise UserError(f"the exported tensor {name} reads back differently; check the disk of {folder}")
-    save_tokenizer_files(folder, policy)
+    write_tokenizer(folder, policy.tokenizer, policy.chat.template)
 
 
 def verify(folder: Path, policy: Policy, read: Reader, config: Config) -> None:

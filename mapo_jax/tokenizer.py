@@ -125,6 +125,37 @@ def save_tokenizer(
     write_whole(folder / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False, indent=2) + "\n")
 
 
+def write_tokenizer(
+    folder: str | Path, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> None:
+    """Writes a loaded tokenizer so that transformers 4 and 5 both read it.
+
+    Args:
+      chat_template: jinja source; None for the tokenizer's own.
+    """
+    own = tokenizer.chat_template
+    tokenizer.chat_template = chat_template or own
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.chat_template = own
+    file = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    # Version 5 writes these for itself alone. Of the names and spellings that both know, it reads 4's.
+    for key in ("backend", "is_local", "local_files_only"):
+        settings.pop(key, None)
+    if settings["tokenizer_class"] == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("bos_token", "unk_token"):
+        settings.setdefault(key, None)  # left out, each version has a default of its own
+    named = settings.pop("model_specific_special_tokens", {})
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if named:
+        settings["extra_special_tokens"] = named
+    write_whole(file, json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; never asks the network.
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _make(
     config: Config, folder: Path, console: Console, check: Callable[[], None], mesh: Mesh
 ) -> dict[str, Any]:
     started = time.monotonic()
-    chats = _chats(config)
+    chats = _chats(config, console)
     policy, params = _start(config, chats, mesh)
     rows = _rows(config, policy, chats)
     console.print(
@@ -154,9 +155,10 @@ def _make(
 # --- Texts, model, rows. ---
 
 
-def _chats(config: Config) -> list[Chat]:
+def _chats(config: Config, console: Console) -> list[Chat]:
     if config.warmstart.data is not None:
-        return read_chats(config.warmstart.data)
+        note = partial(console.print, soft_wrap=True, markup=False)
+        return read_chats(config.warmstart.data, note)
     return synthetic_chats(
         load_scenarios(config.environment.scenarios, "train"),
         config.warmstart.dialogues,

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mapo_jax.errors import UserError
-from mapo_jax.tokenizer import END, SPECIAL_TOKENS, START, load_tokenizer, save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import (
+    CHAT_TEMPLATE,
+    END,
+    SPECIAL_TOKENS,
+    START,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+    write_tokenizer,
+)
 
 TEXTS = [
     f"{start} about the {adjective} {noun}. I feel tired."
@@ -106,6 +115,29 @@ def test_it_is_the_tokenizer_that_transformers_finds(folder, tmp_path):
 
 def test_qwens_own_tokenizer_is_read_as_transformers_reads_it(shared_data):
     assert same_as_transformers_finds(shared_data / "qwen3_tokenizer") == "Qwen2Tokenizer"
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_written_tokenizer_has_no_spelling_that_only_version_5_reads(folder, tmp_path, kind):
+    """tests/test_export_transformers4.py lets transformers 4 read it."""
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    named = {"extra_special_tokens": {"image_token": START}} if kind != "Qwen2Tokenizer" else {}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": kind} | named))
+    loaded = load_tokenizer(source)
+    write_tokenizer(tmp_path / "written", loaded, "{{ messages }}")
+    written = json.loads((tmp_path / "written" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == kind
+    assert written["additional_special_tokens"] == [START, END]
+    assert written.get("extra_special_tokens") == named.get("extra_special_tokens")
+    assert not {"backend", "is_local", "local_files_only", "model_specific_special_tokens"} & set(written)
+
+    again = load_tokenizer(tmp_path / "written")
+    assert (again.chat_template, loaded.chat_template) == ("{{ messages }}", CHAT_TEMPLATE)
+    assert again._tokenizer.to_str() == loaded._tokenizer.to_str()
+    assert again.extra_special_tokens == loaded.extra_special_tokens
+    assert again.special_tokens_map == loaded.special_tokens_map
 
 
 def test_a_missing_or_foreign_folder_is_named(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -26,10 +27,12 @@ from mapo_jax.model.sharding import param_shardings
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 # Our path -> Hugging Face's name, and which of our axes (the stacked layer axis not counted) make up each of
 # its axes. ((1, 2), (0,)) reads: its axis 0 is our axes 1 and 2 flattened, its axis 1 is our axis 0.
 NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
-    "embed/embedding": ("model.embed_tokens.weight", ((0,), (1,))),
+    "embed/embedding": (EMBEDDING, ((0,), (1,))),
     "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", ((0,),)),
     "layers/attention/q/kernel": ("model.layers.{}.self_attn.q_proj.weight", ((1, 2), (0,))),
     "layers/attention/q/bias": ("model.layers.{}.self_attn.q_proj.bias", ((0, 1),)),
@@ -45,7 +48,7 @@ NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "layers/mlp/up/kernel": ("model.layers.{}.mlp.up_proj.weight", ((1,), (0,))),
     "layers/mlp/down/kernel": ("model.layers.{}.mlp.down_proj.weight", ((1,), (0,))),
     "norm/scale": ("model.norm.weight", ((0,),)),
-    "head/kernel": ("lm_head.weight", ((1,), (0,))),
+    "head/kernel": (HEAD, ((1,), (0,))),
 }
 
 
@@ -66,7 +69,7 @@ def read_config(folder: str | Path) -> QwenConfig:
         raise UserError(
             f"cannot read {path}: {error.strerror}; a model folder needs its config.json"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object")
@@ -246,18 +249,13 @@ def load_params(
       UserError: no weights, an unreadable or truncated file, or a tensor that is missing, surplus, of
         another shape, or quantised; the tensor or file is named.
     """
-    folder = Path(folder)
-    base = base_folder(folder) if is_adapter(folder) else folder
     shapes = in_precision(parameter_shapes(config), dtype)
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), shapes)
     else:
         shardings = param_shardings(parameter_shapes(config), mesh)
     with ExitStack() as stack:
-        tensors = _open_tensors(base, stack)
-        _check_tensors(base, tensors, config)
-        if base is not folder:
-            tensors = adapt(folder, tensors, stack)
+        tensors = _open_weights(Path(folder), config, stack)
 
         def load(path, leaf, sharding):
             name = "/".join(entry.key for entry in path)
@@ -266,6 +264,30 @@ def load_params(
             )
 
         return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+
+
+def check_weights(folder: str | Path, config: QwenConfig) -> None:
+    """Refuses what `load_params` refuses; of the weights only a tied head and its embedding are read."""
+    with ExitStack() as stack:
+        _open_weights(Path(folder), config, stack)
+
+
+def _open_weights(folder: Path, config: QwenConfig, stack: ExitStack) -> dict[str, Any]:
+    """The tensors that the configuration calls for, to be read window by window, adapters included."""
+    if not is_adapter(folder):
+        return _open_model(folder, config, stack)
+    return adapt(folder, _open_model(base_folder(folder), config, stack), stack)
+
+
+def _open_model(folder: Path, config: QwenConfig, stack: ExitStack) -> dict[str, Any]:
+    found = _open_tensors(folder, config, stack)
+    if config.tie_word_embeddings and EMBEDDING not in found and HEAD in found:
+        found[EMBEDDING] = found.pop(HEAD)  # of one matrix with two names some tools store only the second
+    tensors = {name: tensor for name, tensor in found.items() if not _is_redundant(name, config)}
+    _check_tensors(folder, tensors, config)
+    for name in found.keys() - tensors.keys():
+        _check_redundant(folder, name, found, config)
+    return tensors
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -278,7 +300,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             for tensor, file in weight_map.items():
                 files.setdefault(folder / file, set()).add(tensor)
             return files
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index} is no valid index of weights; fetch the file again") from error
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: None}
@@ -287,7 +309,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     )
 
 
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+def _open_tensors(folder: Path, config: QwenConfig, stack: ExitStack) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for file, promised in _weight_files(folder).items():
         try:
@@ -299,13 +321,54 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
                 f"the weights file {file} is truncated or damaged ({error}); fetch or export it again"
             ) from error
         names = set(handle.keys())
-        if promised is not None and names != promised:
-            odd = sorted(names ^ promised)[0]
+        odd = [] if promised is None else sorted(names ^ promised)
+        if odd := next((name for name in odd if not _is_redundant(name, config)), None):
             where = "lists it there" if odd in promised else "does not list it there"
             having = "lacks" if odd in promised else "holds"
             raise UserError(f"the weights file {file} {having} the tensor {odd}, but {INDEX} {where}")
         tensors.update((name, handle.get_slice(name)) for name in names)
     return tensors
+
+
+_FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def _is_redundant(name: str, config: QwenConfig) -> bool:
+    """Whether a tensor says again what the others or config.json say, as some published folders have it."""
+    return bool(_FREQUENCIES.fullmatch(name)) or (name == HEAD and config.tie_word_embeddings)
+
+
+def _check_redundant(folder: Path, name: str, tensors: Mapping[str, Any], config: QwenConfig) -> None:
+    if name == HEAD:
+        if _equal(tensors[name], tensors[EMBEDDING]):
+            return
+        raise UserError(
+            f"the weights in {folder} hold a tensor {name} that differs from the embedding, while "
+            "config.json ties the two (`tie_word_embeddings`); set that to false, or remove the tensor"
+        )
+    expected = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    found = np.asarray(tensors[name][:]).astype(np.float64)
+    # Half precision keeps two digits, and nothing below 1e-7.
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=0.01, atol=1e-4):
+        raise UserError(
+            f"the tensor {name} in {folder} holds other rotary frequencies than follow from config.json's "
+            f"`rope_theta` ({config.rope_theta:g}); correct that, or remove the tensor"
+        )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two matrices in files hold the same values; a block of each is in memory at a time."""
+    if one.get_shape() != other.get_shape():
+        return False
+    height, width = one.get_shape()
+    rows = max(1, _BLOCK_BYTES // (4 * width))
+    blocks = (slice(start, min(start + rows, height)) for start in range(0, height, rows))
+    return all(
+        np.array_equal(
+            *(np.asarray(matrix[block]).astype(np.float32) for matrix in (one, other)), equal_nan=True
+        )
+        for block in blocks
+    )
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig) -> None:
@@ -319,14 +382,8 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig)
     surplus = sorted(name for name in tensors if name not in expected)
     if surplus:
         more = f" (and {len(surplus) - 1} more)" if len(surplus) > 1 else ""
-        hint = (
-            "; config.json ties the head to the embedding (`tie_word_embeddings`)"
-            if surplus == ["lm_head.weight"]
-            else ""
-        )
         raise UserError(
-            f"the weights in {folder} hold the tensor {surplus[0]}{more}, "
-            f"which config.json does not call for{hint}"
+            f"the weights in {folder} hold the tensor {surplus[0]}{more}, which config.json does not call for"
         )
     for name, (_, _, shape) in expected.items():
         found = tuple(tensors[name].get_shape())
@@ -439,8 +496,7 @@ def differing_tensor(folder: str | Path, read: Reader, config: QwenConfig) -> st
     """
     folder = Path(folder)
     with ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
-        _check_tensors(folder, tensors, config)
+        _open_model(folder, config, stack)
     places = {}
     for file in _weight_files(folder):
         with file.open("rb") as content:

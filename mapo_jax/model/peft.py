@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -24,22 +25,47 @@ from mapo_jax.model.lora import TARGETS, LoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# What would make more of an adapter than W + scale B A; each must be absent or as here.
-_PLAIN = {
-    "bias": ("none",),
-    "use_dora": (False,),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
-    "alpha_pattern": ({},),
-    "lora_bias": (False,),
-    "trainable_token_indices": (None,),
-}
+# Keys of PEFT's LoraConfig that do not change what adapters compute: where they come from, and what mattered
+# only while they were made. `_RULES` has the keys that are read; any other, of a later PEFT too, must be off.
+_IGNORED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+    "velora_config",
+)
+_LINEAR = re.compile(r"(?:model\.layers\.\d+\.\w+\.\w+_proj|lm_head)\.weight")
+_OFF = (None, False, "none", "", [], {})
+# The `init_lora_weights` that leave the base as it is; pissa, olora, corda, loftq and lora_ga take from its
+# weights what they put into the adapters.
+_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 def is_adapter(folder: Path | str) -> bool:
-    """Whether a folder holds adapters and no model of its own."""
+    """Whether a folder holds adapters.
+
+    Raises:
+      UserError: it holds a model too; other tools do not agree which of the two it is.
+    """
     folder = Path(folder)
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    if not (folder / CONFIG).is_file():
+        return False
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds both a model (config.json) and adapters ({CONFIG}); move one elsewhere"
+        )
+    return True
 
 
 def base_folder(folder: Path | str) -> Path:
@@ -47,7 +73,7 @@ def base_folder(folder: Path | str) -> Path:
 
     Raises:
       UserError: `base_model_name_or_path` names no folder that is there (from here, or from beside the
-        adapters).
+        adapters), or the adapters are of a kind that is not read.
     """
     folder = Path(folder)
     name = str(_settings(folder).get("base_model_name_or_path"))
@@ -68,18 +94,11 @@ def adapt(folder: Path | str, tensors: Mapping[str, Any], stack: ExitStack) -> d
       stack: keeps the adapters' file open.
 
     Raises:
-      UserError: another kind of adapter than plain LoRA, a damaged file, or one that does not fit the base.
+      UserError: another kind of adapter than plain LoRA, a damaged file, or one that does not fit the base or
+        its own configuration.
     """
     folder = Path(folder)
     settings = _settings(folder)
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG}: `peft_type` is {settings.get('peft_type')!r}; only LORA is read")
-    for key, plain in _PLAIN.items():
-        if key in settings and settings[key] not in plain:
-            raise UserError(
-                f"{folder / CONFIG}: `{key}` is {json.dumps(settings[key])}, which is not supported; merge "
-                "these adapters into their model with PEFT"
-            )
     try:
         file = stack.enter_context(safe_open(folder / WEIGHTS, framework="numpy"))
         matrices = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
@@ -88,24 +107,86 @@ def adapt(folder: Path | str, tensors: Mapping[str, Any], stack: ExitStack) -> d
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS} is truncated or damaged ({error}); save it again") from error
 
-    adapted = dict(tensors)
-    for name, down in matrices.items():
+    linear = sorted(name.removesuffix(".weight") for name in tensors if _LINEAR.fullmatch(name))
+    pairs: dict[str, dict[str, str]] = {}  # module -> side -> name in the file
+    for name in sorted(matrices):
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
-        target = f"{match[1]}.weight" if match else None
-        if target not in tensors:
+        if match is None or match[1] not in linear:
             raise UserError(f"{folder / WEIGHTS} holds {name}, to which the base model has no matrix")
-        if match[2] == "B":
-            continue
-        up = matrices.get(name.replace("lora_A", "lora_B"))
-        shape = tuple(tensors[target].get_shape())
-        if up is None or (*up.shape[:1], *down.shape[1:]) != shape or up.shape[1] != down.shape[0]:
+        if not _is_target(settings, match[1]):
             raise UserError(
-                f"{folder / WEIGHTS}: {name} and its B do not fit the base's {target}, which is {list(shape)}"
+                f"{folder / WEIGHTS} holds {name}, which {CONFIG} leaves out (`target_modules`, "
+                "`exclude_modules`, `layers_to_transform`)"
             )
-        rank = down.shape[0]
-        scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        adapted[target] = _Adapted(tensors[target], down, up, scale)
+        if match[2] in pairs.setdefault(match[1], {}):
+            raise UserError(f"{folder / WEIGHTS} holds {name} and {pairs[match[1]][match[2]]}, which are one")
+        pairs[match[1]][match[2]] = name
+    if not pairs:
+        raise UserError(f"{folder / WEIGHTS} holds no adapters; save them again")
+    if "target_modules" in settings:
+        for module in linear:
+            if module not in pairs and _is_target(settings, module):
+                raise UserError(
+                    f"{folder / WEIGHTS} lacks the adapters of {module}, which {CONFIG} names; save it again"
+                )
+
+    adapted = dict(tensors)
+    for module, names in pairs.items():
+        target = f"{module}.weight"
+        shape = tuple(tensors[target].get_shape())
+        down, up = (matrices.get(names.get(side)) for side in "AB")
+        fits = down is not None and up is not None and down.ndim == up.ndim == 2
+        if not fits or (len(up), down.shape[1]) != shape or up.shape[1] != len(down):
+            name, other = (names["A"], "B") if "A" in names else (names["B"], "A")
+            raise UserError(
+                f"{folder / WEIGHTS}: {name} and its {other} do not fit the base's {target}, which is "
+                f"{list(shape)}"
+            )
+        rank = _by_pattern(settings, "rank_pattern", module, settings["r"])
+        if len(down) != rank:
+            raise UserError(
+                f"{folder / WEIGHTS}: {names['A']} has rank {len(down)}, but {CONFIG} says {rank} (`r`, "
+                "`rank_pattern`)"
+            )
+        alpha = _by_pattern(settings, "alpha_pattern", module, settings["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        adapted[target] = _Adapted(tensors[target], matrices[names["A"]], matrices[names["B"]], scale)
     return adapted
+
+
+def _is_target(settings: Mapping[str, Any], module: str) -> bool:
+    """Whether the configuration gives a module adapters, by PEFT's rules; without targets all modules."""
+    if _named(settings.get("exclude_modules") or (), module):
+        return False
+    targets = settings.get("target_modules")
+    if targets is None:
+        return True
+    if isinstance(targets, str):
+        return module != "lm_head" if targets.lower() == "all-linear" else _named(targets, module)
+    if module in targets:
+        return True
+    layers, patterns = settings.get("layers_to_transform"), settings.get("layers_pattern") or r"[^.]*"
+    if not _named(targets, module) or layers in (None, []):
+        return _named(targets, module)
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            return int(match[1]) in (layers if isinstance(layers, list) else [layers])
+    return False
+
+
+def _named(names: str | Sequence[str], module: str) -> bool:
+    """Whether a pattern matches a module's whole path, or a list has the path or its end."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(settings: Mapping[str, Any], key: str, module: str, otherwise: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's path."""
+    for pattern, value in (settings.get(key) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
 
 
 class _Adapted:
@@ -159,19 +240,93 @@ def read_adapter_config(folder: str | Path) -> LoRA | None:
     if not file.is_file():
         return None
     content = _settings(Path(folder))
-    try:
-        ours = {theirs: name for name, theirs in TARGETS.items()}
-        targets = tuple(ours[name] for name in content["target_modules"])
-        return LoRA(int(content["r"]), float(content["lora_alpha"]), targets)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} does not describe adapters of this project ({error!r})") from error
+    ours = {theirs: name for name, theirs in TARGETS.items()}
+    targets = content.get("target_modules")
+    more = [key for key in _RULES if content.get(key) and key not in ("r", "lora_alpha", "target_modules")]
+    if more or not isinstance(targets, list) or not set(targets) <= set(ours):
+        key = (more or ["target_modules"])[0]
+        raise UserError(f"{file}: `{key}` is {content.get(key)!r}, which no run of this project writes")
+    return LoRA(content["r"], float(content["lora_alpha"]), tuple(ours[name] for name in targets))
 
 
 def _settings(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` with PEFT's defaults, once it is known that all it asks for is done here.
+
+    Raises:
+      UserError: it cannot be read, is of another kind, or a key (named) is neither read nor off.
+    """
+    file = folder / CONFIG
     try:
-        content = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{folder / CONFIG} must hold a JSON object")
-    return content
+        raise UserError(f"{file} must hold a JSON object")
+    if content.get("peft_type") != "LORA":
+        raise UserError(f"{file}: `peft_type` is {content.get('peft_type')!r}; only LORA is read")
+
+    def refuse(key: str, reason: str) -> None:
+        raise UserError(f"{file}: `{key}` is {shorten(json.dumps(content[key]), 100)}, {reason}")
+
+    start = content.get("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) not in _STARTS:
+        refuse(
+            "init_lora_weights",
+            "so these adapters belong to a base whose weights were changed; save them again with PEFT's "
+            "`path_initial_model_for_weight_conversion`, or merge them into their model",
+        )
+    known = (*_RULES, *_IGNORED, "peft_type", "init_lora_weights")
+    for key, value in content.items():
+        if key not in known and value not in _OFF:
+            refuse(key, "which is not supported; merge these adapters into their model with PEFT")
+        if key in _RULES and value is not None and not _RULES[key][0](value):
+            refuse(key, f"but it must be {_RULES[key][1]}")
+    return {"r": 8, "lora_alpha": 8} | {key: value for key, value in content.items() if value is not None}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_index(value) and value > 0
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, RecursionError):
+        return False
+
+
+def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(holds, value))
+
+
+def _is_table(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(_is_pattern, value)) and all(map(holds, value.values()))
+
+
+def _names_modules(value: Any) -> bool:
+    return _is_pattern(value) or _is_list(value, lambda name: isinstance(name, str))
+
+
+# The keys that are read, and what each must be.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "a whole number above 0"),
+    "lora_alpha": (_is_number, "a number"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "rank_pattern": (lambda value: _is_table(value, _is_rank), "ranks by pattern"),
+    "alpha_pattern": (lambda value: _is_table(value, _is_number), "numbers by pattern"),
+    "target_modules": (_names_modules, "a pattern or a list of names"),
+    "exclude_modules": (_names_modules, "a pattern or a list of names"),
+    "layers_to_transform": (
+        lambda value: _is_index(value) or _is_list(value, _is_index),
+        "numbers of layers",
+    ),
+    "layers_pattern": (lambda value: _is_pattern(value) or _is_list(value, _is_pattern), "patterns"),
+}

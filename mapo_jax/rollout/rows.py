@@ -31,22 +31,46 @@ START, END = "<|im_start|>", "<|im_end|>"
 ZERO_WIDTH_SPACE = "\u200b"
 _PROBE = "PROBE"
 
-# Both templates begin with this: what others say cannot spell a token, and a system message is there if one
-# belongs there. The upper-case names stand for literals, which ChatFormat puts in.
+# Both templates begin with this. Every message gets its text: null or missing content is empty, a list of
+# text parts is joined, as servers and their clients send them. What others say cannot spell a token, and a
+# system message is there if one belongs there. Upper-case names stand for literals, which ChatFormat puts in.
 _PREPARE_MESSAGES = """\
 {%- set kept = namespace(messages=[]) -%}
-{%- if SYSTEM and not (messages and messages[0].role == 'system') -%}
+{%- if SYSTEM and not (messages and messages[0].role in ['system', 'developer']) -%}
     {%- set kept.messages = [{'role': 'system', 'content': SYSTEM}] -%}
 {%- endif -%}
 {%- for message in messages -%}
-    {%- if message.role == 'assistant' -%}
-        {%- set kept.messages = kept.messages + [message] -%}
+    {%- set role = 'system' if message.role == 'developer' else message.role -%}
+    {%- if role not in ['system', 'user', 'assistant', 'tool'] -%}
+        {{- raise_exception('the role of a message must be system, user, assistant or tool, not ' ~ role) -}}
+    {%- endif -%}
+    {%- if message.content is not defined or message.content is none -%}
+        {%- set parts = [] -%}
+    {%- elif message.content is string or message.content is mapping or message.content is not iterable -%}
+        {%- set parts = [message.content] -%}
     {%- else -%}
-        {%- set plain = namespace(text=message.content) -%}
+        {%- set parts = message.content -%}
+    {%- endif -%}
+    {%- set plain = namespace(text='') -%}
+    {%- for part in parts -%}
+        {%- if part is string -%}
+            {%- set plain.text = plain.text + part -%}
+        {%- elif part is mapping and part.text is string
+            and (part.type is not defined or part.type in ['text', 'input_text', 'output_text']) -%}
+            {%- set plain.text = plain.text + part.text -%}
+        {%- else -%}
+            {{- raise_exception('the content of a message must be text or a list of text parts') -}}
+        {%- endif -%}
+    {%- endfor -%}
+    {%- if role == 'assistant' -%}
+        {%- set kept.messages = kept.messages + [{
+            'role': role, 'content': plain.text,
+            'reasoning_content': message.reasoning_content, 'tool_calls': message.tool_calls}] -%}
+    {%- else -%}
         {%- for marker in MARKERS -%}
             {%- set plain.text = plain.text.replace(marker, marker[0] + '\\u200b' + marker[1:]) -%}
         {%- endfor -%}
-        {%- set kept.messages = kept.messages + [{'role': message.role, 'content': plain.text}] -%}
+        {%- set kept.messages = kept.messages + [{'role': role, 'content': plain.text}] -%}
     {%- endif -%}
 {%- endfor -%}
 {%- set messages = kept.messages -%}
@@ -54,13 +78,35 @@ _PREPARE_MESSAGES = """\
 """
 
 # history=append. Unlike Qwen's own this writes the line break before each message but the first, not after
-# each, so that a finished dialogue ends with <|im_end|> as its row does. With history=per_turn the
-# family's own follows instead.
+# each, so that a finished dialogue ends with <|im_end|> as its row does. Calls of tools and their results are
+# written as the family writes them; reasoning is left out, since the policy was trained with an empty think
+# block. With history=per_turn the family's own follows instead.
 _APPEND_MESSAGES = """\
+{%- if tools -%}
+    {{- raise_exception('this model was trained without tools: leave out `tools`') -}}
+{%- endif -%}
 {%- for message in messages -%}
-    {{- '' if loop.first else '\\n' -}}
-    {{- '<|im_start|>' + message.role + '\\n' + (OPENING if message.role == 'assistant' else '') -}}
-    {{- message.content + '<|im_end|>' -}}
+    {%- set results = message.role == 'tool' -%}
+    {%- if not (results and not loop.first and messages[loop.index0 - 1].role == 'tool') -%}
+        {{- '' if loop.first else '\\n' -}}
+        {{- '<|im_start|>' + ('user' if results else message.role) -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+    {%- if results -%}
+        {{- '<tool_response>\\n' + message.content + '\\n</tool_response>' -}}
+    {%- else -%}
+        {{- (OPENING if message.role == 'assistant' else '') + message.content -}}
+    {%- endif -%}
+    {%- for called in message.tool_calls or [] -%}
+        {%- set call = called.function or called -%}
+        {{- '\\n' if message.content or not loop.first else '' -}}
+        {{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' -}}
+        {{- call.arguments if call.arguments is string else call.arguments | tojson -}}
+        {{- '}\\n</tool_call>' -}}
+    {%- endfor -%}
+    {%- if not (results and not loop.last and messages[loop.index0 + 1].role == 'tool') -%}
+        {{- '<|im_end|>' -}}
+    {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- '\\n<|im_start|>assistant\\n' + OPENING -}}

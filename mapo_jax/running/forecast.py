@@ -18,7 +18,7 @@ from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, sharding_table
 from mapo_jax.running.checkpoint import CHECKPOINTS_FOLDER
 from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory
-from mapo_jax.running.policy import MODEL_FOLDER, adapters
+from mapo_jax.running.policy import MODEL_FOLDER, adapters, check_policy
 
 
 def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> QwenConfig:
@@ -42,10 +42,12 @@ def forecast(config: Config) -> str:
     Memory is that of the update and that of the rollout, each at its worst moment (`memory.py`).
 
     Raises:
-      UserError: the model folder cannot be read, or the mesh does not fit the devices.
+      UserError: the model folder is one that a run would refuse, or the mesh does not fit the devices.
     """
     mesh = make_mesh(config.mesh)
     model = model_shape(config)
+    if config.model.path is not None:
+        check_policy(config.model.path, config.rollout)
     count = parameter_count(model)
     rollout, training = config.rollout, config.training
     dialogues = rollout.scenarios * rollout.rollouts
@@ -166,7 +168,10 @@ def model_shape(config: Config) -> QwenConfig:
         fresh = config.model.fresh
         return replace(fresh_model(fresh, fresh.vocabulary, config.rollout.max_tokens), lora=lora)
     path = Path(config.model.path)
-    folder = path / MODEL_FOLDER if (path / CHECKPOINTS_FOLDER).is_dir() else path
+    if (path / CHECKPOINTS_FOLDER).is_dir():
+        folder = path / MODEL_FOLDER
+    else:
+        folder = base_folder(path) if is_adapter(path) else path
     if not folder.is_dir():
         raise UserError(f"`model.path` is {config.model.path!r}; there is no such folder")
-    return replace(read_config(base_folder(folder) if is_adapter(folder) else folder), lora=lora)
+    return replace(read_config(folder), lora=lora)

@@ -17,6 +17,7 @@ from mapo_jax.model.huggingface import Reader, save_params, write_config
 from mapo_jax.model.qwen import Params
 from mapo_jax.running.metrics import full_disk_is_a_user_error
 from mapo_jax.running.policy import Policy
+from mapo_jax.tokenizer import write_tokenizer
 
 
 def write_model_folder(
@@ -43,7 +44,7 @@ def write_model_folder(
     token_ids = {"eos_token_id": stop, **({} if pad is None else {"pad_token_id": pad})}
     save_params(folder, params, policy.config, dtype=dtype, max_shard_bytes=max_shard_bytes)
     write_config(folder, policy.config, dtype=dtype, token_ids=token_ids)
-    save_tokenizer_files(folder, policy)
+    write_tokenizer(folder, policy.tokenizer, policy.chat.template)
     generation = {
         "do_sample": True,
         "temperature": rollout.temperature,
@@ -53,16 +54,6 @@ def write_model_folder(
         **token_ids,
     }
     write_whole(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-
-
-def save_tokenizer_files(folder: Path, policy: Policy) -> None:
-    """Writes the tokenizer with the chat template of the rows."""
-    own_template = policy.tokenizer.chat_template
-    policy.tokenizer.chat_template = policy.chat.template
-    try:
-        policy.tokenizer.save_pretrained(folder)
-    finally:
-        policy.tokenizer.chat_template = own_template
 
 
 @contextmanager

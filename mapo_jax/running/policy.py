@@ -17,6 +17,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, copy_files, in_bucket, local_folder, write_whole
 from mapo_jax.model.huggingface import (
     Reader,
+    check_weights,
     load_params,
     read_config,
     write_config,
@@ -30,13 +31,14 @@ from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.checkpoint import (
     CHECKPOINTS_FOLDER,
+    checkpoint_folder,
     open_base,
     open_params,
     restore_base,
     restore_params,
 )
 from mapo_jax.running.processes import share_of
-from mapo_jax.tokenizer import load_tokenizer
+from mapo_jax.tokenizer import load_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,6 +139,15 @@ def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
     return policy
 
 
+def check_policy(path: Path | str, rollout: RolloutConfig) -> None:
+    """Refuses what `load_policy` refuses, as far as it shows without reading all weights."""
+    policy = read_policy(path, rollout)
+    if _is_run(path):
+        checkpoint_folder(path, None)
+    else:
+        check_weights(path, policy.config)
+
+
 def adapters(config: LoraConfig) -> LoRA | None:
     """What `lora` asks for; None: all weights are trained."""
     return LoRA(config.rank, config.alpha, tuple(config.targets)) if config.rank else None
@@ -220,7 +231,7 @@ def save_model_files(run_folder: Path | str, policy: Policy) -> None:
 
 
 def _write_model_files(folder: Path, policy: Policy) -> None:
-    policy.tokenizer.save_pretrained(folder)
+    write_tokenizer(folder, policy.tokenizer)
     if policy.config.lora is not None:
         write_adapter_config(folder, policy.config.lora)
     write_config(folder, policy.config)  # last: its presence says that the rest is there

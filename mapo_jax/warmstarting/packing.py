@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
@@ -43,12 +44,13 @@ class Renderer:
         return self._formats[system_prompt]
 
     def pieces(
-        self, chat: Sequence[Mapping[str, str]], length: int, turns: int | None = None, where: str = "a chat"
+        self, chat: Sequence[Mapping[str, Any]], length: int, turns: int | None = None, where: str = "a chat"
     ) -> list[Row]:
         """Rows of a chat, cut between turns where it is longer than a row.
 
         Every piece begins as a dialogue begins. The reply tokens, and the end of turn behind each, are
-        marked `sampled`: they are what is learnt.
+        marked `sampled`: they are what is learnt. A reply with `weight` 0 is not, and a piece with nothing to
+        learn is left out.
 
         Args:
           chat: messages; a system message of its own replaces the configured one.
@@ -66,8 +68,11 @@ class Renderer:
         exchanges = [
             (user["content"], reply["content"]) for user, reply in zip(chat[0::2], chat[1::2], strict=False)
         ]
+        learnt = [reply.get("weight", 1) == 1 for reply in chat[1::2]]
         if self._history == "per_turn":
-            rows = [self._rendered_turn(format, exchanges[: i + 1]) for i in range(len(exchanges))]
+            rows = [
+                self._rendered_turn(format, exchanges[: i + 1]) for i in range(len(exchanges)) if learnt[i]
+            ]
             for number, row in enumerate(rows):
                 _check_length(len(row), length, where, number)
             return rows
@@ -80,11 +85,14 @@ class Renderer:
                 rows.append(row)
                 row, held = Row(), 0
             row = row.with_prompt(prompt if held else format.start(user))
-            row = row.with_reply(tokens, (0.0,) * len(tokens), held)
+            if learnt[number]:
+                row = row.with_reply(tokens, (0.0,) * len(tokens), held)
+            else:
+                row = row.with_prompt(tokens)
             held += 1
             _check_length(len(row), length, where, number)
         rows.append(row)
-        return rows
+        return [row for row in rows if any(row.sampled)]
 
     def _rendered_turn(self, format: ChatFormat, exchanges: Sequence[tuple[str, str]]) -> Row:
         messages = []

@@ -15,10 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mapo_jax.errors import UserError
-from mapo_jax.model import head
+from mapo_jax.model import head, huggingface
 from mapo_jax.model.huggingface import (
+    EMBEDDING,
+    HEAD,
     INDEX,
     SINGLE,
+    check_weights,
     load_params,
     read_config,
     save_params,
@@ -211,12 +214,24 @@ def test_unsupported_configurations_are_refused_by_key(saved, changes, message):
 def test_unreadable_configurations(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
         read_config(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(UserError, match="not valid JSON"):
-        read_config(tmp_path)
+    for text in ('{"model_type": ', "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="not valid JSON"):
+            read_config(tmp_path)
 
 
 NORM = "model.layers.1.input_layernorm.weight"
+FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+def frequencies(theta, size=20):
+    return (1 / theta ** (np.arange(0, size, 2) / size)).astype(np.float32)
+
+
+def changed(matrix, row=60):
+    copy = matrix.copy()
+    copy[row, 7] += 1e-3
+    return copy
 
 
 def damage(folder, config, change):
@@ -236,18 +251,70 @@ def damage(folder, config, change):
         (lambda tensors: tensors.pop(NORM), f"lack the tensor {NORM}"),
         (lambda tensors: tensors.update(extra=np.zeros(3)), "hold the tensor extra"),
         (
-            lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}),
-            "lm_head.weight.*tie_word_embeddings",
+            lambda tensors: tensors.update({HEAD: changed(tensors[EMBEDDING])}),
+            f"{HEAD} that differs from the embedding.*`tie_word_embeddings`",
+        ),
+        (
+            lambda tensors: tensors.update({HEAD: tensors[EMBEDDING][:-1].copy()}),
+            f"{HEAD} that differs from the embedding",
+        ),
+        (
+            lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)[:-1].copy()}),
+            rf"{EMBEDDING}.*\[130, 48\].*\[131, 48\]",
+        ),
+        (
+            lambda tensors: tensors.update({FREQUENCIES: frequencies(1e4)}),
+            f"{FREQUENCIES}.*`rope_theta` \\(5e\\+06\\)",
         ),
         (lambda tensors: tensors.update({NORM: np.zeros(47, np.float32)}), rf"{NORM}.*\[47\].*\[48\]"),
         (lambda tensors: tensors.update({NORM: np.zeros(48, np.int8)}), f"{NORM}.*I8"),
     ],
-    ids=["missing", "surplus", "tied head", "shape", "dtype"],
+    ids=["missing", "surplus", "other head", "short head", "head alone", "frequencies", "shape", "dtype"],
 )
 def test_wrong_tensors_are_named(qwen3, saved, change, message):
     damage(saved, qwen3, change)
     with pytest.raises(UserError, match=message):
         load_params(saved, qwen3)
+    with pytest.raises(UserError, match=message):  # what a dry run asks
+        check_weights(saved, qwen3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].copy()}),
+        lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}),
+        lambda tensors: tensors.update({FREQUENCIES: frequencies(5e6)}),
+        lambda tensors: tensors.update({"model.rotary_emb.inv_freq": frequencies(5e6).astype(np.float16)}),
+    ],
+    ids=["tied head", "head alone", "frequencies", "in half precision"],
+)
+def test_what_a_folder_says_twice_is_read_once(qwen3, qwen3_params, saved, change):
+    """As published folders of tied models have it, and those of old versions of transformers."""
+    damage(saved, qwen3, change)
+    check_weights(saved, qwen3)
+    jax.tree.map(np.testing.assert_array_equal, load_params(saved, qwen3), qwen3_params)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["in a file of its own", "only in the index"])
+def test_a_tied_head_of_a_sharded_folder_is_read_once(qwen3, qwen3_params, saved, stored):
+    (embedding,) = (
+        load_file(file)[EMBEDDING] for file in saved.glob("*.safetensors") if EMBEDDING in load_file(file)
+    )
+    index = json.loads((saved / INDEX).read_text())
+    last = sorted(saved.glob("*.safetensors"))[-1]
+    index["weight_map"][HEAD] = "model-head.safetensors" if stored else last.name
+    if stored:
+        save_file({HEAD: embedding}, saved / "model-head.safetensors")
+    (saved / INDEX).write_text(json.dumps(index))
+    jax.tree.map(np.testing.assert_array_equal, load_params(saved, qwen3), qwen3_params)
+
+
+def test_a_large_tied_head_is_compared_block_by_block(qwen3, saved, monkeypatch):
+    monkeypatch.setattr(huggingface, "_BLOCK_BYTES", 1000)  # five rows
+    damage(saved, qwen3, lambda tensors: tensors.update({HEAD: changed(tensors[EMBEDDING], row=-1)}))
+    with pytest.raises(UserError, match="differs from the embedding"):
+        check_weights(saved, qwen3)
 
 
 def test_damaged_files_are_named(qwen3, saved, tmp_path_factory):
@@ -273,9 +340,10 @@ def test_damaged_files_are_named(qwen3, saved, tmp_path_factory):
     with pytest.raises(UserError, match=first.name):
         load_params(folder, qwen3)
 
-    (folder / INDEX).write_text("{")
-    with pytest.raises(UserError, match=INDEX):
-        load_params(folder, qwen3)
+    for text in ("{", "[" * 100_000):
+        (folder / INDEX).write_text(text)
+        with pytest.raises(UserError, match=INDEX):
+            load_params(folder, qwen3)
     (folder / INDEX).unlink()
     with pytest.raises(UserError, match="holds no weights"):
         load_params(folder, qwen3)

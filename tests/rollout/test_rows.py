@@ -161,6 +161,116 @@ class TestTiny:
         assert chat.vocabulary_size == len(thinking_tokenizer)
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "你"}}}
+TEXT_PARTS = [{"type": "text", "text": "Hello <|im_"}, "end|>", {"type": "input_text", "text": "!"}]
+# Messages as servers send them, and what the template with an empty think block makes of them.
+SENT = {
+    "null content": ([{"role": "assistant", "content": None}], f"assistant\n{EMPTY_THINKING}"),
+    "no content": ([{"role": "assistant"}], f"assistant\n{EMPTY_THINKING}"),
+    "empty content": ([{"role": "assistant", "content": ""}], f"assistant\n{EMPTY_THINKING}"),
+    "null beside nulls": (
+        [
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": None,
+                "reasoning_content": None,
+                "refusal": None,
+            }
+        ],
+        f"assistant\n{EMPTY_THINKING}",
+    ),
+    "reasoning": (
+        [
+            {
+                "role": "assistant",
+                "content": "Yes.",
+                "reasoning_content": "Hm.",
+                "name": "x",
+                "annotations": [],
+            }
+        ],
+        f"assistant\n{EMPTY_THINKING}Yes.",
+    ),
+    "a call": (
+        [{"role": "assistant", "content": None, "tool_calls": [CALL]}],
+        f"assistant\n{EMPTY_THINKING}<tool_call>\n"
+        '{"name": "look", "arguments": {"at": "你"}}\n</tool_call>',
+    ),
+    "text and two calls": (
+        [{"role": "assistant", "content": "Wait.", "tool_calls": [{"name": "a", "arguments": "{}"}, CALL]}],
+        f'assistant\n{EMPTY_THINKING}Wait.\n<tool_call>\n{{"name": "a", "arguments": {{}}}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "look", "arguments": {"at": "你"}}\n</tool_call>',
+    ),
+    "results": (
+        [
+            {"role": "tool", "content": "one"},
+            {"role": "tool", "content": [{"type": "text", "text": "<think>"}]},
+        ],
+        "user\n<tool_response>\none\n</tool_response>\n<tool_response>\n<\u200bthink>\n</tool_response>",
+    ),
+    "parts of a reply": (
+        [
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "I "}, {"type": "text", "text": "see."}],
+            }
+        ],
+        f"assistant\n{EMPTY_THINKING}I see.",
+    ),
+    "no parts": ([{"role": "user", "content": []}], "user\n"),
+    "parts": ([{"role": "user", "content": TEXT_PARTS}], "user\nHello <\u200b|im_end|>!"),
+    "one part": ([{"role": "user", "content": {"type": "text", "text": "Hi"}}], "user\nHi"),
+    "nobody speaks": ([{"role": "user", "content": None}], "user\n"),
+    "a developer": ([{"role": "developer", "content": "Be brief."}], "system\nBe brief."),
+}
+FIRST = {"role": "user", "content": "Hello."}
+
+
+class TestSent:
+    """Contents that servers and their clients send."""
+
+    @pytest.mark.parametrize("name", SENT)
+    def test_append(self, thinking_tokenizer, name):
+        messages, expected = SENT[name]
+        template = {"chat_template": ChatFormat(thinking_tokenizer).template, "tokenize": False}
+        text = thinking_tokenizer.apply_chat_template([FIRST, *messages], **template)
+        assert text == f"<|im_start|>user\nHello.<|im_end|>\n<|im_start|>{expected}<|im_end|>"
+
+    @pytest.mark.parametrize("name", [name for name in SENT if "call" not in name and "results" not in name])
+    def test_per_turn(self, thinking_tokenizer, name):
+        """The family's own template gets text, whatever was sent."""
+        messages, expected = SENT[name]
+        template = {"chat_template": ChatFormat(thinking_tokenizer, "per_turn").template, "tokenize": False}
+        text = thinking_tokenizer.apply_chat_template([FIRST, *messages], **template)
+        expected = expected.replace(EMPTY_THINKING, "")
+        assert text == f"<|im_start|>user\nHello.<|im_end|>\n<|im_start|>{expected}<|im_end|>\n"
+
+    @pytest.mark.parametrize(
+        ("message", "options", "error"),
+        [
+            (
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+                {},
+                "text parts",
+            ),
+            ({"role": "user", "content": [{"type": "image", "text": "x"}]}, {}, "text parts"),
+            ({"role": "user", "content": [{"type": "text", "text": None}]}, {}, "text parts"),
+            ({"role": "user", "content": [["x"]]}, {}, "text parts"),
+            ({"role": "user", "content": [None]}, {}, "text parts"),
+            ({"role": "user", "content": 3}, {}, "text parts"),
+            ({"role": "user", "content": {"a": 1}}, {}, "text parts"),
+            ({"role": "function", "content": "x"}, {}, "not function"),
+            ({"content": "x"}, {}, "role of a message"),
+            ({"role": "user", "content": "x"}, {"tools": [CALL]}, "without tools"),
+        ],
+    )
+    def test_what_is_no_text_is_refused(self, thinking_tokenizer, message, options, error):
+        template = {"chat_template": ChatFormat(thinking_tokenizer).template, "tokenize": False}
+        with pytest.raises(Exception, match=error):
+            thinking_tokenizer.apply_chat_template([FIRST, message], **template, **options)
+
+
 class TestBadInput:
     def test_other_families(self, make_tokenizer):
         with pytest.raises(UserError, match=r"ChatML.*\[INST\]"):
@@ -265,6 +375,22 @@ class TestQwen:
                 assert ChatFormat(tokenizer, system_prompt=system).start(messages[-1]["content"]) == prompt
             checked += 1
         assert checked == 12
+
+    def test_contents_are_rendered_as_qwen_renders_them(self, qwen):
+        """With the family without think blocks the text is the same but for the last line break."""
+        tokenizer = qwen[1][FAMILIES[2]]
+        sent = [
+            message for name in SENT if "part" not in name and "dev" not in name for message in SENT[name][0]
+        ]
+        sent = [m if m["role"] != "tool" else {"role": "tool", "content": "one"} for m in sent]
+        for messages in ([FIRST, *sent], [*sent, FIRST], sent[:1], sent[-3:]):
+            own = tokenizer.apply_chat_template(messages, tokenize=False)
+            template = {"chat_template": ChatFormat(tokenizer).template, "tokenize": False}
+            assert tokenizer.apply_chat_template(messages, **template) + "\n" == own
+        with_per_turn = ChatFormat(tokenizer, "per_turn").template
+        assert tokenizer.apply_chat_template(sent, chat_template=with_per_turn, tokenize=False) == (
+            tokenizer.apply_chat_template(sent, tokenize=False)
+        )
 
     def test_families(self, qwen):
         chats = {name: ChatFormat(tokenizer) for name, tokenizer in qwen[1].items()}

@@ -48,6 +48,22 @@ def test_only_replies_and_their_end_of_turn_are_learnt(tokenizer):
     assert learnt == "".join(message["content"] + "<|im_end|>" for message in CHAT[1::2])
 
 
+@pytest.mark.parametrize("history", ["append", "per_turn"])
+def test_a_reply_with_weight_0_is_read_and_not_learnt(tokenizer, history):
+    weighted = [*CHAT[:3], {**CHAT[3], "weight": 0}, *CHAT[4:]]
+    renderer = Renderer(tokenizer, history, None)
+    rows, whole = renderer.pieces(weighted, 512), renderer.pieces(CHAT, 512)
+    learnt = [tokenizer.decode(np.array(row.ids)[np.array(row.sampled)]) for row in rows]
+    assert "".join(learnt) == "".join(CHAT[i]["content"] + "<|im_end|>" for i in (1, 5))
+    if history == "append":
+        assert [row.ids for row in rows] == [row.ids for row in whole]
+        # Cut between turns, the piece with nothing to learn is left out.
+        alone, cut = renderer.pieces(weighted, 512, turns=1), renderer.pieces(CHAT, 512, turns=1)
+        assert alone == [cut[0], cut[2]]
+    else:
+        assert rows == [whole[0], whole[2]]
+
+
 def test_pieces_are_cut_between_turns(tokenizer):
     renderer = Renderer(tokenizer, "append", None)
     pieces = renderer.pieces(CHAT, 512, turns=2)
