@@ -20,6 +20,8 @@ from mapo_jax.training.policy import MODEL_FOLDER, adapters
 from mapo_jax.training.programs import abstract_batch, check_rows
 from mapo_jax.training.step import TrainState
 
+FRESH_ROPE_THETA = 10_000.0  # base of the small model's rotary frequencies
+
 
 def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> QwenConfig:
     """The shape of the small Qwen3 that the warm start builds."""
@@ -31,7 +33,7 @@ def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> Qw
         num_heads=config.heads,
         num_kv_heads=config.kv_heads,
         head_dim=config.head_size,
-        rope_theta=config.rope_theta,
+        rope_theta=FRESH_ROPE_THETA,
         max_position_embeddings=positions,
     )
 

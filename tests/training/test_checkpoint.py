@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mapo_jax.config import load_config
+from mapo_jax.config import load_config, updated
 from mapo_jax.errors import UserError
 from mapo_jax.training.checkpoint import (
     Checkpoints,
@@ -217,7 +217,7 @@ def test_claim_makes_a_folder_and_continues_the_same_run(tmp_path):
     with claim(folder, config) as continues:
         assert not continues
     assert load_config(folder / "config.yaml") == config
-    harmless = replace(config, logging=replace(config.logging, progress=False))
+    harmless = updated(config, {"logging.progress": False})
     with claim(folder, harmless) as continues:
         assert continues
     assert load_config(folder / "config.yaml") == config
