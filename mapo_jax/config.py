@@ -317,11 +317,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        """What can be judged without the model or the devices. Raises UserError."""
+        """What can be judged without the model or the devices."""
 
         def require(condition: bool, dotted: str, right: str) -> None:
             if not condition:
-                raise UserError(f"`{dotted}` is {value_of(self, dotted)!r}; it must be {right}")
+                raise ValueError(f"`{dotted}` is {value_of(self, dotted)!r}; it must be {right}")
 
         rollout, algorithm, fresh = self.rollout, self.algorithm, self.model.fresh
         estimator, least = algorithm.estimator, algorithm.min_group
@@ -344,7 +344,7 @@ class Config(Section):
         require(len(set(targets)) == len(targets), "lora.targets", "names that differ from each other")
         sizes = self.mesh.model_dump()
         if list(sizes.values()).count(-1) > 1:
-            raise UserError(f"`mesh` is {sizes}; it must have at most one axis of size -1")
+            raise ValueError(f"`mesh` is {sizes}; it must have at most one axis of size -1")
         if self.environment.family == "live":
             for name in (*ROLES, HELD_OUT) if held_out(self.environment) else ROLES:
                 validate_role(name, getattr(self.environment, name))

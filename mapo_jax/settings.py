@@ -130,7 +130,7 @@ def read_override(root: type[Section], override: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError):
         value = text
     field = fields(root).get(dotted)
-    if field and field.annotation in _TEXT and not isinstance(value, str | None):
+    if field and field.annotation in _TEXT and isinstance(value, int | float | datetime.date):
         value = text
     return leaves(root, _nested(dotted, value))
 
@@ -163,7 +163,7 @@ def validated(root: type[S], values: Mapping[str, Any], places: Mapping[str, str
       places: what a message about a dotted key begins with.
 
     Raises:
-      UserError: an unknown key, a value of the wrong type or out of bounds; and what validators raise.
+      UserError: an unknown key, a value of the wrong type or out of bounds, a combination that cannot work.
     """
     for dotted in values:
         if dotted not in fields(root):
@@ -207,6 +207,8 @@ def _message(
     root: type[Section], error: Mapping[str, Any], values: Mapping[str, Any], places: Mapping[str, str]
 ) -> str:
     """One of pydantic's errors as a sentence: where, which key, its value, and what would be right."""
+    if not error["loc"]:  # a combination, which names its keys
+        return str(error["ctx"]["error"])
     names = [str(name) for name in error["loc"]]
     dotted = next(d for n in range(len(names), 0, -1) if (d := ".".join(names[:n])) in fields(root))
     schema, value = _schema(root, dotted), values[dotted]
