@@ -223,6 +223,19 @@ def test_claim_makes_a_folder_and_continues_the_same_run(tmp_path):
     assert load_config(folder / "config.yaml") == config
 
 
+def test_claim_continues_a_run_of_version_0_1_where_nothing_changes(tmp_path):
+    config, file = load_config(), tmp_path / "run" / "config.yaml"
+    with claim(file.parent, config):
+        pass
+    stored = file.read_text()
+    file.write_text(stored.replace("rollout:\n", "rollout:\n  top_p: 1.0\n  lanes: null\n"))
+    with claim(file.parent, config) as continues:
+        assert continues
+    file.write_text(stored.replace("rollout:\n", "rollout:\n  lanes: 4\n"))
+    with pytest.raises(UserError, match=r"`rollout.lanes` \(4\) is gone"), claim(file.parent, config):
+        pass
+
+
 def test_claim_refuses_what_is_not_this_run(tmp_path):
     def refuses(folder, config, sentence):
         before = sorted((entry, entry.stat().st_mtime_ns) for entry in tmp_path.rglob("*"))
