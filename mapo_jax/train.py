@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
-from mapo_jax.config import Config, load_config
+from mapo_jax.config import Config, describe_keys, load_config
 from mapo_jax.environment.dialogue import facts, from_facts
 from mapo_jax.environment.live import health
 from mapo_jax.environment.live.cost import live_forecast
@@ -225,8 +225,7 @@ def record(
         "timing_s/unix": time.time(),
         "perf/compiled_programs": float(run.compiles.count),
     }
-    if done % run.config.logging.dialogues_every == 0:
-        write_dialogues(run, run.folder / "dialogues" / f"step_{done:06d}.jsonl", dialogues)
+    write_dialogues(run, run.folder / "dialogues" / f"step_{done:06d}.jsonl", dialogues)
     if not run.hosts.first:
         return
     peak = peak_flops(devices.flat[0], run.config.logging.peak_flops)
@@ -443,11 +442,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model in the scripted world, on the CPU, in minutes. The same command continues an unfinished run.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
+    parser.add_argument("--keys", action="store_true", help="print all keys with their meaning, and exit")
     parser.add_argument("--dry-run", action="store_true", help="print what a run would be, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=20")
     options = parser.parse_args(arguments)
 
     def command() -> None:
+        if options.keys:
+            print(describe_keys())
+            return
         config = load_config(options.config, options.overrides)
         if options.dry_run:
             console = Console(highlight=False)

@@ -7,7 +7,7 @@ settings, the same way as in training.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from mapo_jax.algorithm.advantages import ESTIMATORS, estimator_options
 from mapo_jax.algorithm.returns import discounted_returns
 from mapo_jax.algorithm.rewards import REWARDS, impute_missing
-from mapo_jax.config import AlgorithmConfig
+from mapo_jax.config import AlgorithmConfig, updated
 from mapo_jax.reporting.folder import SavedBatch, SavedDialogue
 
 MAX_FAILED_SHARE = 0.5  # of the configuration's default, where a run's own is unknown
@@ -82,7 +82,7 @@ def credit_batch(
             valid[place][:count] = True
             scored[place][:count] = dialogue.scored
     # Advantages are over what training learned from; rewards and returns of what it left out are shown too.
-    arrays = _compute(_settings(algorithm), positions, valid, scored, exists, judged)
+    arrays = _compute(algorithm, positions, valid, scored, exists, judged)
     rewards, returns, *advantages = (np.asarray(array) for array in arrays)
     return [
         Credit(
@@ -112,16 +112,6 @@ def _cells(values: np.ndarray, mask: np.ndarray, dialogue: SavedDialogue) -> tup
 _COMPILED: dict[Any, Callable[..., Any]] = {}
 
 
-def _settings(algorithm: AlgorithmConfig) -> AlgorithmConfig:
-    """The settings with unknown names replaced, so that an odd configuration still gives rewards."""
-    default = AlgorithmConfig()
-    return replace(
-        algorithm,
-        estimator=algorithm.estimator if algorithm.estimator in ESTIMATORS else default.estimator,
-        reward=algorithm.reward if algorithm.reward in REWARDS else default.reward,
-    )
-
-
 def _compute(
     algorithm: AlgorithmConfig,
     positions: Float[np.ndarray, "S R T+1 3"],
@@ -142,7 +132,7 @@ def _compute(
             rewards = jnp.where(scored, rewards, 0.0)
             terms = [
                 ESTIMATORS[name](
-                    rewards, valid, scored, **estimator_options(replace(algorithm, estimator=name))
+                    rewards, valid, scored, **estimator_options(updated(algorithm, {"estimator": name}))
                 )
                 for name in ("turn", "batch", algorithm.estimator)
             ]
