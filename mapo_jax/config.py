@@ -1,480 +1,442 @@
-"""The configuration: frozen dataclasses, one doc line per field, read from YAML and `key=value` overrides."""
+"""The configuration: every key with its type, default, bounds and meaning; reading and changing it.
 
-from __future__ import annotations
+The models below are the one declaration. Validation, the list of all keys (`python -m mapo_jax.train --keys`)
+and `configs/schema.json`, which editors use for the YAML files, come from them. After a change:
 
-import difflib
-import math
+    python -m mapo_jax.config > configs/schema.json
+"""
+
+import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from mapo_jax import settings
 from mapo_jax.errors import UserError
+from mapo_jax.settings import Section, key, value_of
+from mapo_jax.settings import differing_keys as differing_keys
+from mapo_jax.settings import updated as updated
 
-LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+Estimator = Literal[
+    "mapo", "grpo", "turn", "batch", "grpo_per_turn", "reinforce_plus_plus", "rloo", "dr_grpo", "mt_grpo"
+]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+COMPARE_NO_ROLLOUTS = ("batch", "reinforce_plus_plus")
+LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
-
-@dataclass(frozen=True)
-class FreshModelConfig:
-    """The small Qwen3 that the warm start builds when `model.path` is empty."""
-
-    vocabulary: int = 4096  # tokens of the byte-level BPE, its special tokens included
-    hidden: int = 128  # model width
-    intermediate: int = 384  # width of the gated MLP
-    layers: int = 3  # transformer blocks
-    heads: int = 4  # query heads
-    kv_heads: int = 2  # key/value heads
-    head_size: int = 32  # width of one head
-    rope_theta: float = 10_000.0  # base of the rotary frequencies
+ROLES = ("user", "judge", "director")
+HELD_OUT = "held_out_judge"  # scores evaluations in the judge's place
+ENGINE = "engine:"  # a role's model of this form is a frozen Qwen in a folder
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which weights are trained, and how they are computed with."""
-
-    path: str | None = None  # Hugging Face folder or run folder; empty: the small model, warm-started
-    dtype: str = "float32"  # compute dtype: float32 or bfloat16 (master weights stay float32)
-    remat: str = "none"  # what the backward pass recomputes: none, minimal or block (qwen.REMAT)
-    attention: str = "auto"  # over whole rows: auto (by the mesh's platform), xla, splash (TPU), cudnn (GPU)
-    fresh: FreshModelConfig = field(default_factory=FreshModelConfig)
+def _check_axis(size: int) -> int:
+    if size < -1 or size == 0:
+        raise ValueError(f"is {size}; it must be at least 1, or -1 for the devices left")
+    return size
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters, trained in the place of the weights (`model/lora.py`)."""
-
-    rank: int = 0  # of the adapters; 0: none, all weights are trained
-    alpha: float = 32.0  # the low-rank term counts alpha / rank times
-    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # which maps of every layer
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0)]
+Axis = Annotated[int, AfterValidator(_check_axis), Field(json_schema_extra={"not": {"const": 0}})]
 
 
-@dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the device mesh; one axis may be -1 and takes the devices that are left."""
-
-    data: int = 1  # replicas of the weights, each with its own rows
-    fsdp: int = -1  # shards of weights, moments and rows
-    tensor: int = 1  # shards of heads and MLP width
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How dialogues are held."""
-
-    scenarios: int = 8  # S: scenarios per step
-    rollouts: int = 8  # R: dialogues per scenario
-    max_turns: int = 8  # T: a dialogue ends here
-    min_turns: int = 5  # success and failure end a dialogue from this turn on
-    temperature: float = 1.0  # sampling temperature in training
-    top_p: float = 1.0  # must stay 1 in training: the trained distribution is the sampled one
-    top_k: int = 0  # must stay 0 in training
-    max_reply_tokens: int = 32  # a reply longer than this is cut and marked truncated
-    max_tokens: int = 448  # longest dialogue in tokens; also the length of the KV cache
-    copy_weights: bool | None = None  # sample with a copy, cast once: faster, but held; empty: on a CPU alone
-    slots: int | None = None  # KV caches on the device, the others in host memory; empty: all of a step
-    lanes: int | None = None  # dialogues that are decoded at once; empty: as many as `slots`
-    history: str = "append"  # append: one growing row per dialogue; per_turn: one rendered row per turn
-    system_prompt: str | None = None  # first message of every dialogue, if any
-
-
-@dataclass(frozen=True)
-class RoleConfig:
-    """Who plays a role of the live world."""
-
-    url: str | None = None  # base URL of an OpenAI-compatible server, such as http://localhost:8000/v1
-    model: str | None = None  # the name that the server knows it by, or engine:FOLDER for our own engine
-    key_variable: str | None = None  # environment variable with the server's key; the key is written nowhere
-    implementation: str | None = None  # a class of your own, package.module:Class; empty: ours
-    temperature: float = 1.0  # sampling temperature
-    max_tokens: int = 2048  # longest answer, reasoning included
-    extra_body: dict[str, Any] = field(default_factory=dict)  # more request fields; engine: slots, tokens
-    requests_per_minute: int = 0  # the server's limit; 0: none
-    tokens_per_minute: int = 0  # the server's limit, prompts and answers together; 0: none
-    prices: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of a million prompt and answer tokens
-
-
-@dataclass(frozen=True)
-class JudgeConfig(RoleConfig):
-    """The judge, who may score a reply more than once."""
-
-    samples: int = 1  # judgements per reply; the median of each level counts
-
-
-@dataclass(frozen=True)
-class EnvironmentConfig:
-    """The world the policy talks to."""
-
-    family: str = "scripted"  # scripted: offline and deterministic; live: roles played by language models
-    scenarios: str | None = None  # folder of cards; empty: the embedded ones
-    fault_rate: float = 0.0  # scripted only: share of judge calls that fail, drawn by seed
-    delayed_opening: bool = True  # scripted only: an early good reflection opens a stage later
-    success_tolerance: float = 0.05  # `a` of the success rule (0.1 in the published result sets)
-    max_failed_share: float = 0.5  # a dialogue with a larger share of unscored turns is left out
-    concurrency: int = 64  # environment calls under way at once
-    user: RoleConfig = field(default_factory=RoleConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    director: RoleConfig = field(default_factory=RoleConfig)
-    held_out_judge: JudgeConfig = field(default_factory=JudgeConfig)
-    call_seconds: float = 60.0  # live only: longest attempt of a call; a dialogue has twice that a turn
-    step_seconds: float = 7200.0  # live only: longest collection; what is unfinished then is left out
-    failure_share: float = 0.2  # live only: a larger share of failures in the last 100 calls pauses the run
-    pause_minutes: float = 60.0  # live only: pauses, each twice the last, until the run stops
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    """Rewards, returns, advantages, objective."""
-
-    estimator: str = "mapo"  # a name in advantages.ESTIMATORS
-    turn_weight: float = 1 / 3  # weight of the turn-level term in the mix; the batch level has the rest
-    discount: float = 0.85  # gamma per turn
-    reward: str = "incremental"  # incremental, absolute, sum, or potential
-    batch_scope: str = "batch"  # statistics of the batch-level term: batch, or group (one scenario)
-    leave_one_out: bool = False  # centre the turn level on the mean of the other rollouts
-    min_group: int = 2  # fewest scored rollouts for turn-level statistics
-    outcome_weight: float = 1.0  # mt_grpo only: weight of the outcome term
-    clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
-    clip_high: float = 0.28  # and above 1 + clip_high
-    dual_clip: float = 10.0  # bound of the surrogate for negative advantages
-    aggregation: str = "token-mean"  # token-mean, sequence-mean, or constant-length
-    old_logprobs: str = "sampler"  # denominator of the ratio: sampler, or trainer (recomputed first)
-    importance_cap: float = 2.0  # old_logprobs=trainer only: truncation of the trainer/sampler weight
-    kl_coefficient: float = 0.0  # KL to the frozen start weights, in the loss
-    kl_estimator: str = "k3"  # k1, k2 or k3
-    entropy_coefficient: float = 0.01  # bonus for entropy of the policy
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its schedule."""
-
-    learning_rate: float = 5e-4  # peak
-    schedule: str = "cosine"  # after the warm-up: cosine (to 0), or constant
-    warmup: float = 0.05  # share of the updates with a rising rate
-    weight_decay: float = 0.1  # decoupled; not on norms and biases
-    gradient_clip: float = 1.0  # largest global norm
-    b1: float = 0.9  # decay of the first moment
-    b2: float = 0.999  # decay of the second moment
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The length of the run and the shape of an update."""
-
-    steps: int = 45  # collect-and-update steps
-    seed: int = 0  # everything random follows from it
-    minibatch_scenarios: int = 2  # scenarios per optimizer update; divides rollout.scenarios
-    microbatch_tokens: int = 1792  # most tokens of a device per pass, a row at least; 0: the whole mini-batch
-    epochs: int = 1  # passes over a step's dialogues
-
-
-@dataclass(frozen=True)
-class WarmstartConfig:
-    """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
-
-    steps: int = 1150  # optimizer updates
-    rows: int = 8  # packed rows per update
-    row_tokens: int = 256  # length of a packed row
-    turns: int = 3  # dialogues are cut into pieces of so many turns; 0: as many as fit a row
-    learning_rate: float = 3e-3  # peak of a cosine schedule with warm-up
-    dialogues: int = 3000  # synthetic dialogues when `data` is empty
-    data: str | None = None  # JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality
-    cache: str | None = None  # folder of finished warm starts; empty: the user's cache folder
-    min_naming_ratio: float = 2.0  # gate: naming accuracy must be this many times chance before RL starts
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """What is kept of a run."""
-
-    every: int = 10  # steps between checkpoints; before an evaluation and after the last step always
-    keep: int = 2  # newest checkpoints kept
-    keep_best: int = 1  # and beside them the best ones by validation return
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    """What a run writes besides metrics.jsonl."""
-
-    tensorboard: bool = True  # event files
-    wandb: bool = False  # Weights & Biases beside them, if installed
-    dialogues_every: int = 1  # steps between files of dialogues
-    progress: bool = True  # the live display
-    peak_flops: float | None = None  # FLOP/s of a device, for perf/mfu; empty: from a table, or no MFU
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Validation during training."""
-
-    every: int = 15  # steps between evaluations; before the first and after the last step always
-    scenarios: int = 16  # validation cards, from the first
-    rollouts: int = 2  # dialogues per card
-    temperature: float = 1.0  # sampling temperature
-
-
-@dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """Where the run lives."""
 
-    directory: str = "runs/tiny"  # run folder; an existing run of the same configuration continues
-    compilation_cache: str | None = None  # folder of compiled programs; empty: the user's cache folder
-    deadline_minutes: float = 0.0  # save and stop so long after the start, wherever the run is; 0: never
-    join_seconds: float = 300.0  # several processes only: how long to wait for all to have come
-    silent_seconds: float = 120.0  # several processes only: who is silent for so long is taken for dead
+    directory: str = key("runs/tiny", "run folder; an existing run of the same configuration continues")
+    compilation_cache: str | None = key(None, "folder of compiled programs; empty: the user's cache folder")
+    deadline_minutes: Amount = key(0.0, "save and stop so long after the start; 0: never")
+    join_seconds: float = key(300.0, "several processes only: time limit for all to join", ge=1)
+    silent_seconds: float = key(120.0, "several processes only: one silent for this long has failed", ge=1)
 
 
-@dataclass(frozen=True)
-class Config:
+class FreshModelConfig(Section):
+    """The small Qwen3 that the warm start builds when `model.path` is empty."""
+
+    vocabulary: int = key(4096, "tokens of the byte-level BPE, its special tokens included", ge=300)
+    hidden: int = key(128, "model width; the gated MLP is three times as wide", ge=8)
+    layers: Count = key(3, "transformer blocks")
+    heads: int = key(4, "query heads, each of hidden / heads; half as many for keys and values", ge=2)
+
+    @property
+    def intermediate(self) -> int:
+        """Width of the gated MLP."""
+        return 3 * self.hidden
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.heads // 2
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.hidden // self.heads
+
+
+class ModelConfig(Section):
+    """Which weights are trained, and how they are computed with."""
+
+    path: str | None = key(None, "Hugging Face folder or run folder; empty: the small model, warm-started")
+    dtype: Literal["float32", "bfloat16"] = key("float32", "compute dtype; master weights stay float32")
+    remat: Literal["none", "minimal", "block"] = key("none", "what the backward pass recomputes (qwen.REMAT)")
+    attention: Literal["auto", "xla", "splash", "cudnn"] = key(
+        "auto", "over whole rows; auto: by the mesh's platform; splash: on TPU; cudnn: on GPU"
+    )
+    fresh: FreshModelConfig = FreshModelConfig()
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, trained in the place of the weights (`model/lora.py`)."""
+
+    rank: int = key(0, "rank of the adapters; 0: none, all weights are trained", ge=0)
+    alpha: Amount = key(32.0, "the low-rank term counts alpha / rank times")
+    targets: list[LoraTarget] = key(
+        list(get_args(LoraTarget)), "maps of every layer that have adapters", min_length=1
+    )
+
+
+class MeshConfig(Section):
+    """Sizes of the device mesh; one axis may be -1 and takes the devices that are left."""
+
+    data: Axis = key(1, "replicas of the weights, each with its own rows")
+    fsdp: Axis = key(-1, "shards of weights, moments and rows")
+    tensor: Axis = key(1, "shards of heads and MLP width")
+
+
+class RolloutConfig(Section):
+    """How dialogues are held."""
+
+    scenarios: Count = key(8, "S: scenarios per step")
+    rollouts: Count = key(8, "R: dialogues per scenario")
+    max_turns: Count = key(8, "T: a dialogue ends here")
+    min_turns: Count = key(5, "success and failure end a dialogue from this turn on")
+    temperature: float = key(1.0, "sampling temperature in training", gt=0)
+    max_reply_tokens: Count = key(32, "a reply longer than this is cut and marked truncated")
+    max_tokens: int = key(448, "longest dialogue in tokens; also the length of the KV cache", ge=2)
+    copy_weights: bool | None = key(None, "sample with a cast copy: faster, needs memory; empty: on CPU only")
+    slots: Count | None = key(None, "KV caches on the device, the rest in host memory; empty: all of a step")
+    history: Literal["append", "per_turn"] = key(
+        "append", "append: one growing row per dialogue; per_turn: one rendered row per turn"
+    )
+    system_prompt: str | None = key(None, "first message of every dialogue, if any")
+
+
+_FORMS = {
+    "url": (
+        r"https?://[^/@?#\s]+(/[^@?#\s]*)?",
+        "the http(s) address of an OpenAI-compatible server, without user, password or query (a key belongs "
+        "into the variable named by key_variable)",
+    ),
+    "key_variable": (r"[A-Za-z_]\w*", "the name of an environment variable, not the key that it holds"),
+    "implementation": (r"[\w.]+:\w+", "written as package.module:Class"),
+}
+
+
+class RoleConfig(Section):
+    """Who plays a role of the live world; judge, director and held-out judge have the same keys."""
+
+    url: str | None = key(None, "base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
+    model: str | None = key(None, "the server's name for it, or engine:FOLDER for our own engine")
+    key_variable: str | None = key(None, "environment variable that holds the server's key")
+    implementation: str | None = key(None, "a class of your own, package.module:Class; empty: ours")
+    temperature: Amount = key(1.0, "sampling temperature")
+    max_tokens: Count = key(2048, "longest answer, reasoning included")
+    extra_body: dict[str, Any] = key({}, "more request fields; engine: slots, tokens")
+    requests_per_minute: int = key(0, "the server's limit; 0: none", ge=0)
+    tokens_per_minute: int = key(0, "the server's limit, prompts and answers together; 0: none", ge=0)
+    prices: list[float] = key([0.0, 0.0], "of a million prompt tokens, of a million answer tokens")
+
+    @field_validator("url", "key_variable", "implementation")
+    @classmethod
+    def _is_well_formed(cls, value: str | None, info: ValidationInfo) -> str | None:
+        pattern, right = _FORMS[info.field_name]
+        if value is None or re.fullmatch(pattern, value):
+            return value
+        secret = info.field_name == "key_variable" or re.search("[@?#]", value)  # it may be, or hold, a key
+        raise ValueError(f"must be {right}" if secret else f"is {value!r}; it must be {right}")
+
+    @field_validator("prices")
+    @classmethod
+    def _are_two(cls, prices: list[float]) -> list[float]:
+        if len(prices) != 2 or min(prices) < 0:
+            raise ValueError(f"is {prices}; it must be two numbers of at least 0: of prompts, of answers")
+        return prices
+
+
+class JudgeConfig(RoleConfig):
+    """A judge: the keys of a role and one more; the held-out judge scores evaluations in its place."""
+
+    samples: Count = key(1, "judgements per reply; the median of each level counts")
+
+
+class EnvironmentConfig(Section):
+    """The world the policy talks to."""
+
+    family: Literal["scripted", "live"] = key(
+        "scripted", "scripted: offline and deterministic; live: roles played by language models"
+    )
+    scenarios: str | None = key(None, "folder of cards; empty: the embedded ones")
+    fault_rate: Share = key(0.0, "scripted only: share of judge calls that fail, drawn by seed")
+    delayed_opening: bool = key(True, "scripted only: an early good reflection opens a stage later")
+    success_tolerance: Share = key(0.05, "`a` of the success rule (0.1 in the published result sets)")
+    max_failed_share: Share = key(0.5, "a dialogue with a larger share of unscored turns is left out")
+    concurrency: Count = key(64, "most environment calls at once")
+    call_seconds: float = key(
+        60.0, "live only: time limit of an attempt; a dialogue has 2 x this x max_turns", ge=0.01
+    )
+    step_seconds: float = key(
+        7200.0, "live only: time limit of a rollout; unfinished dialogues are left out", ge=0.01
+    )
+    failure_share: Share = key(0.2, "live only: largest share of failed calls of the last 100, else a pause")
+    pause_minutes: Amount = key(60.0, "live only: sum of all pauses, each twice the last; then the run stops")
+    user: RoleConfig = RoleConfig()
+    judge: JudgeConfig = JudgeConfig()
+    director: RoleConfig = RoleConfig()
+    held_out_judge: JudgeConfig = JudgeConfig()
+
+
+class AlgorithmConfig(Section):
+    """Rewards, returns, advantages, objective."""
+
+    estimator: Estimator = key("mapo", "estimator of the advantages (algorithm/advantages.py)")
+    turn_weight: Share = key(1 / 3, "weight of the turn-level term in the mix; the batch level has the rest")
+    discount: Share = key(0.85, "gamma per turn")
+    reward: Literal["incremental", "absolute", "sum", "potential"] = key(
+        "incremental", "reward of a turn, from the positions before and after it (algorithm/rewards.py)"
+    )
+    batch_scope: Literal["batch", "group"] = key(
+        "batch", "statistics of the batch-level term: of the whole batch, or of one scenario"
+    )
+    leave_one_out: bool = key(False, "centre the turn level on the mean of the other rollouts")
+    min_group: int = key(2, "fewest scored rollouts for turn-level statistics", ge=2)
+    outcome_weight: Amount = key(1.0, "mt_grpo only: weight of the outcome term")
+    clip_low: Share = key(0.2, "the ratio is clipped below 1 - clip_low")
+    clip_high: Amount = key(0.28, "the ratio is clipped above 1 + clip_high")
+    dual_clip: float = key(10.0, "largest ratio that counts where the advantage is negative", ge=1)
+    aggregation: Literal["token-mean", "sequence-mean", "constant-length"] = key(
+        "token-mean", "mean of the tokens' losses; constant-length: as in Dr. GRPO"
+    )
+    old_logprobs: Literal["sampler", "trainer"] = key(
+        "sampler", "denominator of the ratio; trainer: recomputed before the first mini-batch"
+    )
+    importance_cap: Amount = key(2.0, "old_logprobs=trainer only: truncation of the trainer/sampler weight")
+    kl_coefficient: Amount = key(0.0, "KL to the frozen start weights, in the loss")
+    kl_estimator: Literal["k1", "k2", "k3"] = key("k3", "estimator of that KL")
+    entropy_coefficient: Amount = key(0.01, "bonus for entropy of the policy")
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: Amount = key(5e-4, "peak of the schedule")
+    schedule: Literal["cosine", "constant"] = key("cosine", "after the warm-up; cosine: to 0")
+    warmup: Share = key(0.05, "share of the updates with a rising learning rate")
+    weight_decay: Amount = key(0.1, "decoupled weight decay; not on norms and biases")
+    gradient_clip: Amount = key(1.0, "largest global norm of the gradient; 0: no clipping")
+    b2: Share = key(0.999, "decay of the second moment")
+
+
+class TrainingConfig(Section):
+    """The length of the run and the shape of an update."""
+
+    steps: Count = key(45, "collect-and-update steps")
+    seed: int = key(0, "everything random follows from it", ge=0, le=2**31 - 1)
+    minibatch_scenarios: Count = key(2, "scenarios per optimizer update; divides rollout.scenarios")
+    microbatch_tokens: int = key(
+        1792, "tokens per device and pass, at least a row; 0: the whole mini-batch", ge=0
+    )
+    epochs: Count = key(1, "passes over a step's dialogues")
+
+
+class WarmstartConfig(Section):
+    """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
+
+    steps: Count = key(1150, "optimizer updates")
+    rows: Count = key(8, "packed rows per update")
+    row_tokens: int = key(256, "length of a packed row", ge=2)
+    turns: int = key(3, "dialogues are cut into pieces of so many turns; 0: as many as fit a row", ge=0)
+    learning_rate: Amount = key(3e-3, "peak of a cosine schedule with warm-up")
+    dialogues: Count = key(3000, "synthetic dialogues when `data` is empty")
+    data: str | None = key(None, "JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality")
+    cache: str | None = key(None, "folder of finished warm starts; empty: the user's cache folder")
+    min_naming_ratio: Amount = key(
+        2.0, "least naming accuracy before RL starts, in multiples of chance; 0: any"
+    )
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run."""
+
+    every: Count = key(10, "steps between checkpoints; before an evaluation and after the last step always")
+    keep: Count = key(2, "newest checkpoints kept")
+    keep_best: int = key(1, "best checkpoints by validation return, kept beside them", ge=0)
+
+
+class LoggingConfig(Section):
+    """What a run writes besides metrics.jsonl and dialogues/."""
+
+    tensorboard: bool = key(True, "event files")
+    wandb: bool = key(False, "Weights & Biases beside them, if installed")
+    progress: bool = key(True, "the live display")
+    peak_flops: float | None = key(
+        None, "FLOP/s of a device for perf/mfu; empty: from a table, or no MFU", ge=1
+    )
+
+
+class EvaluationConfig(Section):
+    """Validation during training."""
+
+    every: Count = key(15, "steps between evaluations; before the first and after the last step always")
+    scenarios: Count = key(16, "validation cards, from the first")
+    rollouts: Count = key(2, "dialogues per card")
+    temperature: Amount = key(1.0, "sampling temperature")
+
+
+class Config(Section):
     """One run."""
 
-    run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    mesh: MeshConfig = MeshConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    warmstart: WarmstartConfig = WarmstartConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        """What can be judged without the model or the devices."""
+
+        def require(condition: bool, dotted: str, right: str) -> None:
+            if not condition:
+                raise ValueError(f"`{dotted}` is {value_of(self, dotted)!r}; it must be {right}")
+
+        rollout, algorithm, fresh = self.rollout, self.algorithm, self.model.fresh
+        estimator, least = algorithm.estimator, algorithm.min_group
+        compares = estimator not in COMPARE_NO_ROLLOUTS
+        if compares and not (estimator == "mapo" and algorithm.turn_weight == 0):
+            right = (
+                f"at least {least} with algorithm.estimator={estimator}, which compares a scenario's rollouts"
+            )
+            require(rollout.rollouts >= least, "rollout.rollouts", right)
+        right = f"a divisor of rollout.scenarios ({rollout.scenarios})"
+        divides = rollout.scenarios % self.training.minibatch_scenarios == 0
+        require(divides, "training.minibatch_scenarios", right)
+        right = f"at most rollout.max_turns ({rollout.max_turns})"
+        require(rollout.min_turns <= rollout.max_turns, "rollout.min_turns", right)
+        right = f"less than rollout.max_tokens ({rollout.max_tokens})"
+        require(rollout.max_reply_tokens < rollout.max_tokens, "rollout.max_reply_tokens", right)
+        right = f"even, and a divisor of half of model.fresh.hidden ({fresh.hidden})"
+        require(fresh.heads % 2 == 0 == fresh.hidden % (2 * fresh.heads), "model.fresh.heads", right)
+        targets = self.lora.targets
+        require(len(set(targets)) == len(targets), "lora.targets", "names that differ from each other")
+        sizes = self.mesh.model_dump()
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"`mesh` is {sizes}; it must have at most one axis of size -1")
+        if self.environment.family == "live":
+            for name in (*ROLES, HELD_OUT) if held_out(self.environment) else ROLES:
+                validate_role(name, getattr(self.environment, name))
+        return self
+
+
+# --- Keys that version 0.1 had. ---
+
+
+class Gone(NamedTuple):
+    """Why a key is gone, and the value that is in effect in its place."""
+
+    sentence: str
+    value: Callable[[Config], Any]
+
+
+GONE = {
+    "rollout.top_p": Gone("training samples from the whole distribution", lambda _: 1.0),
+    "rollout.top_k": Gone("training samples from the whole distribution", lambda _: 0),
+    "rollout.lanes": Gone("all caches on the device are decoded at once; set rollout.slots", lambda _: None),
+    "model.fresh.intermediate": Gone("it is 3 x model.fresh.hidden", lambda c: c.model.fresh.intermediate),
+    "model.fresh.kv_heads": Gone("it is model.fresh.heads / 2", lambda c: c.model.fresh.kv_heads),
+    "model.fresh.head_size": Gone(
+        "it is model.fresh.hidden / model.fresh.heads", lambda c: c.model.fresh.head_size
+    ),
+    "model.fresh.rope_theta": Gone("it is always 10000", lambda _: 10_000.0),
+    "optimizer.b1": Gone("it is always 0.9", lambda _: 0.9),
+    "logging.dialogues_every": Gone("the dialogues of every step are written", lambda _: 1),
+}
+RUN_FILE = "config.yaml"  # of a run's folder, where a key that is gone may stand with the value in effect
+
+
+def _refusal(gone: Mapping[str, Any], places: Mapping[str, str]) -> str:
+    dotted, *others = gone
+    also = f"; also gone: {', '.join(f'`{other}`' for other in others)}" if others else ""
+    return (
+        f"{places.get(dotted, '')}`{dotted}` ({gone[dotted]!r}) is gone: {GONE[dotted].sentence}; remove the "
+        f"key{also}"
+    )
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and `key=value` overrides on top of the defaults, and validates the result.
 
     Args:
-      path: YAML file with any subset of the keys; None for `configs/tiny.yaml`'s content, which is the
-        defaults of this module.
+      path: YAML file with any subset of the keys; None for the defaults, which `configs/tiny.yaml` lists.
       overrides: dotted assignments such as `training.steps=20`.
 
     Raises:
-      UserError: an unknown key (the nearest known one is named), a value of the wrong type, a
-        combination that cannot work, or a file that cannot be read.
+      UserError: an unknown key (the nearest known one is named) or one that is gone, a value of the wrong
+        type or out of bounds, a combination that cannot work, or a file that cannot be read.
     """
-    merged = OmegaConf.structured(Config)
-    if path is not None:
-        merged = _merge(merged, _read_yaml(Path(path)), source=str(path))
+    content, places = ({}, {}) if path is None else settings.read_yaml(path)
+    values = settings.leaves(Config, content)
+    gone = {dotted: values.pop(dotted) for dotted in GONE if dotted in values}
+    if gone and Path(str(path)).name != RUN_FILE:
+        raise UserError(_refusal(gone, places))
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"`{override}` is no override; write it as key=value, e.g. training.steps=20")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        merged = _merge(merged, _nest(key, value), source=f"override `{override}`")
-    config = OmegaConf.to_object(merged)
-    validate(config)
+        given = settings.read_override(Config, override)
+        if named := {dotted: value for dotted, value in given.items() if dotted in GONE}:
+            raise UserError(_refusal(named, {}))
+        values = settings.merged(values, given)
+        places = {dotted: place for dotted, place in places.items() if dotted not in given}
+    config = settings.validated(Config, values, places)
+    if differing := {dotted: value for dotted, value in gone.items() if value != GONE[dotted].value(config)}:
+        raise UserError(_refusal(differing, places))
     return config
 
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML; `load_config` reads it back to an equal one."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
-def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two nested mappings or dataclasses differ."""
-    one = asdict(one) if is_dataclass(one) else one
-    other = asdict(other) if is_dataclass(other) else other
-    keys = []
-    for name in dict.fromkeys([*one, *other]):
-        left, right = one.get(name), other.get(name)
-        if isinstance(left, dict) and isinstance(right, dict):
-            keys += differing_keys(left, right, f"{prefix}{name}.")
-        elif left != right:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
-def known_keys(section: type = Config, prefix: str = "") -> list[str]:
+def known_keys() -> list[str]:
     """Every dotted key of the configuration, leaves only."""
-    keys = []
-    hints = get_type_hints(section)
-    for entry in fields(section):
-        inner = hints[entry.name]
-        dotted = f"{prefix}{entry.name}"
-        keys += known_keys(inner, f"{dotted}.") if is_dataclass(inner) else [dotted]
-    return keys
+    return list(settings.fields(Config))
 
 
-def _read_yaml(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if content is not None and not isinstance(content, dict):
-        raise UserError(f"{path} must hold a mapping of sections, not a {type(content).__name__}")
-    return content or {}
+def own_keys() -> list[str]:
+    """The known keys with those of a role once: of the user, and what the judge has beside them."""
+
+    def is_own(section: str, name: str) -> bool:
+        shared = section == "environment.judge" and name in RoleConfig.model_fields
+        return section not in ("environment.director", f"environment.{HELD_OUT}") and not shared
+
+    return [dotted for dotted in known_keys() if is_own(*dotted.rsplit(".", 1))]
 
 
-def _nest(dotted: str, value: Any) -> dict:
-    for name in reversed(dotted.split(".")):
-        value = {name: value}
-    return value
-
-
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree and not prefix.endswith(_FREE_FORM):
-        for name, inner in tree.items():
-            yield from _leaves(inner, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix, tree
-
-
-def _merge(base: DictConfig, update: dict, source: str) -> DictConfig:
-    known = known_keys()
-    for key, value in _leaves(update):
-        if key in known:
-            continue
-        if any(name.startswith(f"{key}.") for name in known):
-            if value in (None, {}):
-                continue
-            raise UserError(f"{source}: `{key}` is a section; set one of its keys, e.g. `{_under(key)[0]}`")
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        raise UserError(f"{source}: unknown key `{key}`; the nearest known one is `{close[0]}`")
-    for key, value in _leaves(update):
-        if key not in known:
-            continue
-        ill_typed = UserError(f"{source}: `{key}` must be {_type_name(key)}, not {value!r}")
-        logical = _type_of(key) in (bool, bool | None)
-        if value is not None and isinstance(value, bool) != logical:
-            raise ill_typed  # OmegaConf would take 3 for true and true for 1
-        try:
-            base = OmegaConf.merge(base, _nest(key, value))
-        except OmegaConfBaseException as error:
-            raise ill_typed from error
-    return base
-
-
-def _under(section: str) -> list[str]:
-    return [key for key in known_keys() if key.startswith(f"{section}.")]
-
-
-def _type_of(dotted: str) -> Any:
-    section: Any = Config
-    for name in dotted.split("."):
-        section = get_type_hints(section)[name]
-    return section
-
-
-def _type_name(dotted: str) -> str:
-    section = _type_of(dotted)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    names |= {kind | None: f"{name} or null" for kind, name in names.items()}
-    if section == list[float]:
-        return "a list of numbers"
-    if section == list[str]:
-        return "a list of names"
-    return names.get(section) or "a mapping"
-
-
-def _require(condition: bool, key: str, value: Any, right: str) -> None:
-    if not condition:
-        raise UserError(f"`{key}` is {value!r}; it must be {right}")
-
-
-def validate(config: Config) -> None:
-    """Checks every value and combination that can be judged without the model or the devices.
-
-    Raises:
-      UserError: names the key, its value, and what would be right.
-    """
-    for key, choices in _CHOICES.items():
-        value = value_of(config, key)
-        _require(value in choices, key, value, f"one of {', '.join(choices)}")
-    for key, (low, high) in _RANGES.items():
-        value = value_of(config, key)
-        if value is None:  # only where the type allows it
-            continue
-        right = f"at least {low}" if high is None else f"between {low} and {high}"
-        _require(math.isfinite(value) and value >= low and (high is None or value <= high), key, value, right)
-
-    rollout, algorithm, training = config.rollout, config.algorithm, config.training
-    groups = ESTIMATORS_THAT_COMPARE_ROLLOUTS
-    if algorithm.estimator in groups and not (algorithm.estimator == "mapo" and algorithm.turn_weight == 0):
-        _require(
-            rollout.rollouts >= max(2, algorithm.min_group),
-            "rollout.rollouts",
-            rollout.rollouts,
-            f"at least {max(2, algorithm.min_group)} with algorithm.estimator={algorithm.estimator}, "
-            "which compares rollouts of one scenario",
-        )
-    _require(
-        rollout.scenarios % training.minibatch_scenarios == 0,
-        "training.minibatch_scenarios",
-        training.minibatch_scenarios,
-        f"a divisor of rollout.scenarios ({rollout.scenarios})",
-    )
-    _require(
-        rollout.min_turns <= rollout.max_turns,
-        "rollout.min_turns",
-        rollout.min_turns,
-        f"at most rollout.max_turns ({rollout.max_turns})",
-    )
-    _require(
-        rollout.max_reply_tokens < rollout.max_tokens,
-        "rollout.max_reply_tokens",
-        rollout.max_reply_tokens,
-        f"less than rollout.max_tokens ({rollout.max_tokens})",
-    )
-    _require(
-        rollout.top_p == 1.0,
-        "rollout.top_p",
-        rollout.top_p,
-        "1 in training, where the sampled distribution is the trained one; "
-        "top-p is for evaluation and serving",
-    )
-    _require(
-        rollout.top_k == 0,
-        "rollout.top_k",
-        rollout.top_k,
-        "0 in training, where the sampled distribution is the trained one; "
-        "top-k is for evaluation and serving",
-    )
-    _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0 in training")
-    sizes = asdict(config.mesh)
-    _require(sum(size == -1 for size in sizes.values()) <= 1, "mesh", sizes, "at most one axis of size -1")
-    for axis, size in sizes.items():
-        _require(size == -1 or size >= 1, f"mesh.{axis}", size, "at least 1, or -1 for the devices left")
-    targets = config.lora.targets
-    _require(
-        bool(targets) and len(set(targets)) == len(targets) and set(targets) <= set(LORA_TARGETS),
-        "lora.targets",
-        targets,
-        f"a list of some of {', '.join(LORA_TARGETS)}, each at most once",
-    )
-    if config.environment.family == "live":
-        for name in ROLES:
-            validate_role(name, getattr(config.environment, name))
-        if held_out(config.environment):
-            validate_role(HELD_OUT, config.environment.held_out_judge)
-    fresh = config.model.fresh
-    _require(
-        fresh.heads % fresh.kv_heads == 0,
-        "model.fresh.kv_heads",
-        fresh.kv_heads,
-        f"a divisor of model.fresh.heads ({fresh.heads})",
-    )
-
-
-def value_of(config: Config, dotted: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for name in dotted.split("."):
-        value = getattr(value, name)
-    return value
+def describe_keys() -> str:
+    """Every key with its default, meaning, type and bounds, 80 columns wide; the keys of a role once."""
+    return settings.describe(Config, own_keys())
 
 
 def held_out(environment: EnvironmentConfig) -> bool:
@@ -484,157 +446,20 @@ def held_out(environment: EnvironmentConfig) -> bool:
 
 
 def validate_role(name: str, role: RoleConfig) -> None:
-    """Checks who plays a role of the live world.
+    """Checks that somebody plays a role of the live world.
 
     Raises:
       UserError: names the key, its value, and what would be right.
     """
-    key = f"environment.{name}"
+    dotted = f"environment.{name}"
     if role.model is None and role.implementation is None:
         raise UserError(
-            f"`{key}.model` is empty; with environment.family=live it must be the name of a model at "
-            f"{key}.url, or engine:FOLDER, unless {key}.implementation names a class of your own"
+            f"`{dotted}.model` is empty; with environment.family=live it must be the name of a model at "
+            f"{dotted}.url, or engine:FOLDER, unless {dotted}.implementation names a class of your own"
         )
-    engine = role.model is not None and role.model.startswith(ENGINE)
-    if role.url is not None or (role.model is not None and not engine):
-        _require(
-            role.url is not None and re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", role.url) is not None,
-            f"{key}.url",
-            None if role.url and re.search("[@?#]", role.url) else role.url,
-            "the http(s) address of an OpenAI-compatible server, without user, password or query "
-            "(a key belongs into the variable named by key_variable)",
-        )
-    if role.key_variable is not None and not re.fullmatch(r"[A-Za-z_]\w*", role.key_variable):
-        raise UserError(  # without the value, which may well be the key
-            f"`{key}.key_variable` must be the name of an environment variable, not the key that it holds"
-        )
-    if role.implementation is not None:
-        _require(
-            re.fullmatch(r"[\w.]+:\w+", role.implementation) is not None,
-            f"{key}.implementation",
-            role.implementation,
-            "written as package.module:Class",
-        )
-    for field_name, low in (
-        ("temperature", 0),
-        ("max_tokens", 1),
-        ("requests_per_minute", 0),
-        ("tokens_per_minute", 0),
-    ):
-        value = getattr(role, field_name)
-        _require(math.isfinite(value) and value >= low, f"{key}.{field_name}", value, f"at least {low}")
-    _require(
-        len(role.prices) == 2 and all(math.isfinite(price) and price >= 0 for price in role.prices),
-        f"{key}.prices",
-        role.prices,
-        "two numbers of at least 0: of a million prompt tokens, of a million answer tokens",
-    )
+    if role.model is not None and not role.model.startswith(ENGINE) and role.url is None:
+        raise UserError(f"`{dotted}.url` is None; it must be {_FORMS['url'][1]}")
 
 
-ROLES = ("user", "judge", "director")
-HELD_OUT = "held_out_judge"  # scores evaluations in the judge's place
-ENGINE = "engine:"  # a role's model of this form is a frozen Qwen in a folder
-_FREE_FORM = ("extra_body",)  # keys whose value is a mapping of the user's own
-
-ESTIMATORS = (
-    "mapo",
-    "grpo",
-    "turn",
-    "batch",
-    "grpo_per_turn",
-    "reinforce_plus_plus",
-    "rloo",
-    "dr_grpo",
-    "mt_grpo",
-)
-ESTIMATORS_THAT_COMPARE_ROLLOUTS = tuple(
-    name for name in ESTIMATORS if name not in ("batch", "reinforce_plus_plus")
-)
-
-_CHOICES = {
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "minimal", "block"),
-    "model.attention": ("auto", "xla", "splash", "cudnn"),
-    "rollout.history": ("append", "per_turn"),
-    "environment.family": ("scripted", "live"),
-    "algorithm.estimator": ESTIMATORS,
-    "algorithm.reward": ("incremental", "absolute", "sum", "potential"),
-    "algorithm.batch_scope": ("batch", "group"),
-    "algorithm.aggregation": ("token-mean", "sequence-mean", "constant-length"),
-    "algorithm.old_logprobs": ("sampler", "trainer"),
-    "algorithm.kl_estimator": ("k1", "k2", "k3"),
-    "optimizer.schedule": ("cosine", "constant"),
-}
-
-# Smallest and largest sensible value; None: no upper bound.
-_RANGES: dict[str, tuple[float, float | None]] = {
-    "run.deadline_minutes": (0, None),
-    "run.join_seconds": (1, None),
-    "run.silent_seconds": (1, None),
-    "model.fresh.vocabulary": (300, None),
-    "model.fresh.hidden": (8, None),
-    "model.fresh.intermediate": (8, None),
-    "model.fresh.layers": (1, None),
-    "model.fresh.heads": (1, None),
-    "model.fresh.kv_heads": (1, None),
-    "model.fresh.head_size": (2, None),
-    "model.fresh.rope_theta": (1, None),
-    "lora.rank": (0, None),
-    "lora.alpha": (0, None),
-    "rollout.scenarios": (1, None),
-    "rollout.rollouts": (1, None),
-    "rollout.max_turns": (1, None),
-    "rollout.min_turns": (1, None),
-    "rollout.temperature": (0, None),
-    "rollout.max_reply_tokens": (1, None),
-    "rollout.max_tokens": (2, None),
-    "rollout.slots": (1, None),
-    "rollout.lanes": (1, None),
-    "environment.fault_rate": (0, 1),
-    "environment.success_tolerance": (0, 1),
-    "environment.max_failed_share": (0, 1),
-    "environment.concurrency": (1, None),
-    "environment.judge.samples": (1, None),
-    "environment.held_out_judge.samples": (1, None),
-    "environment.call_seconds": (0.01, None),
-    "environment.step_seconds": (0.01, None),
-    "environment.failure_share": (0, 1),
-    "environment.pause_minutes": (0, None),
-    "algorithm.turn_weight": (0, 1),
-    "algorithm.discount": (0, 1),
-    "algorithm.min_group": (2, None),
-    "algorithm.outcome_weight": (0, None),
-    "algorithm.clip_low": (0, 1),
-    "algorithm.clip_high": (0, None),
-    "algorithm.dual_clip": (1, None),
-    "algorithm.importance_cap": (0, None),
-    "algorithm.kl_coefficient": (0, None),
-    "algorithm.entropy_coefficient": (0, None),
-    "optimizer.learning_rate": (0, None),
-    "optimizer.warmup": (0, 1),
-    "optimizer.weight_decay": (0, None),
-    "optimizer.gradient_clip": (0, None),
-    "optimizer.b1": (0, 1),
-    "optimizer.b2": (0, 1),
-    "training.steps": (1, None),
-    "training.seed": (0, 2**31 - 1),
-    "training.minibatch_scenarios": (1, None),
-    "training.microbatch_tokens": (0, None),
-    "training.epochs": (1, None),
-    "warmstart.steps": (1, None),
-    "warmstart.rows": (1, None),
-    "warmstart.row_tokens": (2, None),
-    "warmstart.turns": (0, None),
-    "warmstart.learning_rate": (0, None),
-    "warmstart.dialogues": (1, None),
-    "warmstart.min_naming_ratio": (0, None),
-    "checkpoint.every": (1, None),
-    "checkpoint.keep": (1, None),
-    "checkpoint.keep_best": (0, None),
-    "logging.dialogues_every": (1, None),
-    "logging.peak_flops": (1, None),
-    "evaluation.every": (1, None),
-    "evaluation.scenarios": (1, None),
-    "evaluation.rollouts": (1, None),
-    "evaluation.temperature": (0, None),
-}
+if __name__ == "__main__":
+    print(json.dumps(settings.json_schema(Config), indent=1))

@@ -18,7 +18,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
-from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_config
+from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_config, updated
 from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import SPLITS, load_scenarios
 from mapo_jax.errors import UserError
@@ -185,7 +184,7 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
     )
     temperature = config.evaluation.temperature if options.temperature is None else options.temperature
     if options.max_tokens is not None:
-        config = replace(config, rollout=replace(config.rollout, max_reply_tokens=options.max_tokens))
+        config = updated(config, {"rollout.max_reply_tokens": options.max_tokens})
     rollouts, limits = config.evaluation.rollouts, conversations.limits_of(config)
     live = config.environment.family == "live"
     console.print(
@@ -304,11 +303,11 @@ def _mesh(config: Config) -> Mesh | None:
 
 def _unhurried(config: Config) -> Config:
     """Without the time of a training step: each call and each dialogue has its own."""
-    return replace(config, environment=replace(config.environment, step_seconds=math.inf))
+    return updated(config, {"environment.step_seconds": math.inf})
 
 
 def _flat(section: str, values: Any) -> dict[str, Any]:
-    return {f"{section}.{name}": value for name, value in asdict(values).items()}
+    return {f"{section}.{name}": value for name, value in values.model_dump().items()}
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:

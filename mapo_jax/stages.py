@@ -285,8 +285,7 @@ def record(run: Run, at: Position, dialogues: Dialogues, figures: dict[str, floa
             "perf/compiled_programs": float(run.compiles.count),
         }
     )
-    if at.step % run.config.logging.dialogues_every == 0:
-        write_dialogues(run, run.folder / "dialogues" / f"step_{at.step:06d}.jsonl", dialogues)
+    write_dialogues(run, run.folder / "dialogues" / f"step_{at.step:06d}.jsonl", dialogues)
     if not run.hosts.first:
         return
     devices = run.mesh.devices

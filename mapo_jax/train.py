@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from mapo_jax.commands import prepare_jax, run_command
-from mapo_jax.config import Config, load_config
+from mapo_jax.config import Config, describe_keys, load_config
 from mapo_jax.environment.live.cost import live_forecast
 from mapo_jax.learning.batch import minibatches
 from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
@@ -109,11 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "model in the scripted world, on the CPU, in minutes. The same command continues an unfinished run.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
+    parser.add_argument("--keys", action="store_true", help="print all keys with their meaning, and exit")
     parser.add_argument("--dry-run", action="store_true", help="print what a run would be, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=20")
     options = parser.parse_args(arguments)
 
     def command() -> None:
+        if options.keys:
+            print(describe_keys())
+            return
         config = load_config(options.config, options.overrides)
         if not options.dry_run:
             train(config)

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mapo_jax.commands import Stopped, cache_folder, prepare_jax, run_command
-from mapo_jax.config import Config, OptimizerConfig, load_config
+from mapo_jax.config import Config, OptimizerConfig, load_config, updated
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.grammar import KINDS
@@ -63,7 +62,7 @@ REPORT_EVERY = 10  # updates between looks at the loss: each look waits for the 
 MEASURE_STREAM = 2_000_003  # keeps the measurement's random numbers apart from training's and evaluation's
 TOKENIZER_CHATS = 1000  # chats that the tokenizer is built from: more change nothing but the time
 # Second moments over few updates: a short training of a small model moves too fast for long memories.
-OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0, b1=0.9, b2=0.95)
+OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0, b2=0.95)
 
 _PACKAGE = Path(__file__).parent
 _SOURCES = (
@@ -225,7 +224,7 @@ def _train(
             f"`warmstart.rows` is {settings.rows}; it must be a multiple of the {shards} shards "
             "(mesh.data x mesh.fsdp) that the rows are cut over"
         )
-    optimizer = make_optimizer(replace(OPTIMIZER, learning_rate=settings.learning_rate), settings.steps)
+    optimizer = make_optimizer(updated(OPTIMIZER, {"learning_rate": settings.learning_rate}), settings.steps)
     scoring = Scoring(
         policy.config,
         vocabulary_size=policy.chat.vocabulary_size,
@@ -383,11 +382,11 @@ def _key(config: Config) -> str:
 
 def _determinants(config: Config) -> dict[str, Any]:
     """Everything that the result follows from, as JSON: settings, texts, and the code that makes it."""
-    rollout, settings = asdict(config.rollout), asdict(config.warmstart)
+    rollout, settings = config.rollout.model_dump(), config.warmstart.model_dump()
     del settings["cache"], settings["min_naming_ratio"]
     if settings["data"] is not None:
         settings["data"] = _digest([Path(settings["data"])])
-    model = asdict(config.model)
+    model = config.model.model_dump()
     if model["path"] is not None:
         model["fresh"] = None
         model["path"] = _listing(Path(model["path"]))

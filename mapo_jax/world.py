@@ -26,6 +26,7 @@ from mapo_jax.config import (
     RoleConfig,
     RolloutConfig,
     held_out,
+    updated,
     validate_role,
 )
 from mapo_jax.environment.dialogue import RoleFailure
@@ -352,7 +353,7 @@ def load_role(name: str, path: str) -> Callable[[Complete | None], Any]:
 def _shared(role: RoleConfig, count: int) -> RoleConfig:
     """The role with this process's share of its server's limits."""
     limits = ("requests_per_minute", "tokens_per_minute")
-    return replace(role, **{name: -(-getattr(role, name) // count) for name in limits})
+    return updated(role, {name: -(-getattr(role, name) // count) for name in limits})
 
 
 def _server(name: str, role: RoleConfig, environment: EnvironmentConfig, log: CallLog) -> Server:

@@ -1,13 +1,27 @@
 """The configuration: reading, overriding, and every sentence a user gets for bad input."""
 
-from dataclasses import asdict, replace
+import json
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
-from mapo_jax import config as configuration
-from mapo_jax.config import Config, differing_keys, known_keys, load_config, to_yaml
+from mapo_jax import settings, train
+from mapo_jax.config import (
+    GONE,
+    Config,
+    describe_keys,
+    differing_keys,
+    known_keys,
+    load_config,
+    own_keys,
+    to_yaml,
+    updated,
+    value_of,
+)
 from mapo_jax.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 LIVE = ["environment.family=live"] + [
     f"environment.{role}.model=engine:x" for role in ("user", "judge", "director")
@@ -35,18 +49,40 @@ def test_overrides_win_over_the_file(tmp_path):
     assert (config.training.steps, config.training.seed) == (9, 3)
 
 
-def test_about_a_hundred_fields_at_most_and_each_has_a_doc_line():
-    # A role's fields are written once and configure four roles.
+def test_a_hundred_keys_at_most_and_each_has_a_meaning():
+    # A role's keys are written once and configure four roles.
     others = tuple(f"environment.{name}." for name in ("user", "director", "held_out_judge"))
     repeated = sum(key.startswith(others) for key in known_keys())
-    assert len(known_keys()) - repeated <= 110
-    source = Path(configuration.__file__).read_text().split("def load_config")[0]
-    for key in known_keys():
-        name = key.rsplit(".", 1)[1]
-        lines = [line for line in source.splitlines() if line.strip().startswith(f"{name}: ")]
-        lines = [line for line in lines if "Config = field(" not in line]  # a section of that name
-        assert lines, key
-        assert all("#" in line for line in lines), key
+    assert len(known_keys()) - repeated == len(own_keys()) <= 100
+    for key, field in settings.fields(Config).items():
+        assert field.description, key
+
+
+def test_the_list_of_keys_has_all_of_them_with_default_and_meaning(capsys):
+    assert train.main(["--keys"]) == 0
+    shown = capsys.readouterr().out
+    assert shown == describe_keys() + "\n"
+    assert max(map(len, shown.splitlines())) <= 80
+    words = " ".join(shown.split())
+    for key in own_keys():
+        default = value_of(Config(), key)
+        assert f"{key} = {default if isinstance(default, str) else json.dumps(default)}\n" in shown
+        assert settings.fields(Config)[key].description in words
+    assert "collect-and-update steps (a whole number, at least 1)" in words
+    assert "Validation during training." in words
+
+
+def test_the_schema_for_editors_is_what_the_models_give():
+    schema = json.loads((CONFIGS / "schema.json").read_text())
+    remedy = "run `python -m mapo_jax.config > configs/schema.json`"
+    assert schema == settings.json_schema(Config), remedy
+    algorithm = schema["$defs"]["AlgorithmConfig"]
+    assert algorithm["additionalProperties"] is False
+    discount = algorithm["properties"]["discount"]
+    assert (discount["minimum"], discount["maximum"], discount["description"]) == (0, 1, "gamma per turn")
+    assert "rloo" in algorithm["properties"]["estimator"]["enum"]
+    for file in CONFIGS.glob("*.yaml"):
+        assert file.read_text().startswith("# yaml-language-server: $schema=schema.json\n"), file
 
 
 @pytest.mark.parametrize(
@@ -63,8 +99,9 @@ def test_about_a_hundred_fields_at_most_and_each_has_a_doc_line():
         (["rollout.slots=true"], ["rollout.slots", "a whole number or null"]),
         (["training=3"], ["section", "training.steps"]),
         (["steps"], ["key=value"]),
-        (["rollout.top_p=0.9"], ["rollout.top_p", "evaluation and serving"]),
-        (["rollout.top_k=5"], ["rollout.top_k", "evaluation and serving"]),
+        (["rollout.top_p=0.9"], ["rollout.top_p", "0.9", "gone", "whole distribution"]),
+        (["rollout.top_k=0"], ["rollout.top_k", "gone", "whole distribution"]),
+        (["rollout={lanes: 4}"], ["rollout.lanes", "gone", "rollout.slots"]),
         (["rollout.temperature=0"], ["rollout.temperature", "above 0"]),
         (["rollout.rollouts=1"], ["rollout.rollouts", "at least 2", "mapo"]),
         (["algorithm.estimator=gpro"], ["grpo", "one of"]),
@@ -75,7 +112,17 @@ def test_about_a_hundred_fields_at_most_and_each_has_a_doc_line():
         (["mesh.tensor=0"], ["mesh.tensor"]),
         (["algorithm.discount=1.5"], ["between 0 and 1"]),
         (["optimizer.learning_rate=.nan"], ["optimizer.learning_rate", "nan"]),
-        (["model.fresh.kv_heads=3"], ["divisor of model.fresh.heads"]),
+        (["model.fresh.kv_heads=3"], ["model.fresh.kv_heads", "gone", "model.fresh.heads / 2"]),
+        (["model.fresh.heads=6"], ["model.fresh.heads", "6", "divisor of half of model.fresh.hidden (128)"]),
+        (["training.steps.more=3"], ["training.steps", "whole number"]),
+        (["run.directory={}"], ["run.directory", "text"]),
+        (["logging.progress=[]"], ["logging.progress", "true or false"]),
+        (["algorithm.reward=3"], ["algorithm.reward", "one of", "incremental"]),
+        (["optimizer.learning_rate=true"], ["optimizer.learning_rate", "a number", "True"]),
+        (["lora.targets=[q,q]"], ["lora.targets", "differ"]),
+        (["lora.targets=[]"], ["lora.targets", "some of q, k, v"]),
+        (["environment.judge.prices=[1,many]"], ["environment.judge.prices", "a list of numbers", "many"]),
+        (["run.directory=[a]"], ["run.directory", "text"]),
         (["environment.family=live"], ["environment.user.model", "engine:FOLDER"]),
         (["environment.judge.extra_body=3"], ["environment.judge.extra_body", "mapping"]),
         ([*LIVE, "environment.judge.url=judge.example"], ["environment.judge.url", "http"]),
@@ -111,19 +158,121 @@ def test_a_missing_file_is_one_clear_error(tmp_path):
         load_config(tmp_path / "absent.yaml")
 
 
+def test_a_message_points_at_the_line(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("training:\n  seed: 1\n  steps: many\nrollout:\n  rollout: 3\n")
+    with pytest.raises(UserError, match=r"mine\.yaml, line 5: unknown key `rollout.rollout`"):
+        load_config(file)
+    file.write_text("training:\n  seed: 1\n  steps: many\n")
+    with pytest.raises(UserError, match=r"mine\.yaml, line 3: `training.steps` must be a whole number"):
+        load_config(file)
+    assert load_config(file, ["training.steps=3"]).training.steps == 3
+    with pytest.raises(UserError, match=r"^`training.steps` is 0; it must be at least 1"):
+        load_config(file, ["training.steps=0"])
+    file.write_text("training: {seed: 1}\ntraining: {steps: 2}\n")
+    with pytest.raises(UserError, match=r"line 2: `training` is there a second time"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("7", "run.directory", "7"),
+        ("007", "run.directory", "007"),
+        ("2024-01-31", "run.directory", "2024-01-31"),
+        ("2024-31-31", "run.directory", "2024-31-31"),
+        ("'null'", "run.directory", "null"),
+        ("null", "model.path", None),
+        ("1e-3", "optimizer.learning_rate", 1e-3),
+        ("3", "optimizer.learning_rate", 3.0),
+        ("[1e-3, 2]", "environment.user.prices", [1e-3, 2.0]),
+        ("{a: {b: 1}}", "environment.user.extra_body", {"a": {"b": 1}}),
+    ],
+)
+def test_values_are_taken_as_they_are_meant(text, key, value):
+    taken = value_of(load_config(None, [f"{key}={text}"]), key)
+    assert taken == value and type(taken) is type(value)
+
+
+def test_mappings_of_a_key_are_merged(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "environment: {user: &role {extra_body: {slots: 16, tokens: 1024}}, judge: *role}\nmodel:\n"
+    )
+    environment = load_config(file, ["environment.user.extra_body.tokens=4096"]).environment
+    assert environment.user.extra_body == {"slots": 16, "tokens": 4096}
+    assert environment.judge.extra_body == {"slots": 16, "tokens": 1024}
+
+
+# --- Keys of version 0.1 that are gone. ---
+
+
+def old_file(folder, **changes):
+    """What a run of version 0.1 kept of its default configuration."""
+    content = Config().model_dump()
+    old = {key: gone.value(Config()) for key, gone in GONE.items()} | changes
+    for key, value in old.items():
+        *sections, name = key.split(".")
+        inner = content
+        for section in sections:
+            inner = inner[section]
+        inner[name] = value
+    file = folder / "config.yaml"
+    file.write_text(json.dumps(content, indent=1))
+    return file
+
+
+def test_a_run_folder_of_version_0_1_is_read_where_nothing_changes(tmp_path):
+    assert load_config(old_file(tmp_path)) == Config()
+    with pytest.raises(
+        UserError, match=r"line \d+: `rollout.lanes` \(16\) is gone: .*rollout.slots"
+    ) as caught:
+        load_config(old_file(tmp_path, **{"rollout.lanes": 16}))
+    assert "top_p" not in str(caught.value)
+    wide = {"model.fresh.hidden": 256}  # with the old width of the MLP
+    with pytest.raises(UserError, match=r"`model.fresh.intermediate` \(384\) is gone"):
+        load_config(old_file(tmp_path, **wide))
+    derived = {"model.fresh.intermediate": 768, "model.fresh.head_size": 64}
+    assert load_config(old_file(tmp_path, **wide, **derived)).model.fresh.hidden == 256
+
+
+def test_a_configuration_of_version_0_1_is_told_of_all_that_is_gone(tmp_path):
+    file = old_file(tmp_path).rename(tmp_path / "mine.yaml")
+    with pytest.raises(UserError) as caught:
+        load_config(file)
+    message = str(caught.value)
+    assert "mine.yaml, line " in message and "\n" not in message
+    for key in GONE:
+        assert f"`{key}`" in message
+    assert not set(GONE) & set(known_keys())
+
+
 def test_one_rollout_is_enough_where_nothing_compares_rollouts():
     assert load_config(None, ["rollout.rollouts=1", "algorithm.estimator=batch"]).rollout.rollouts == 1
 
 
 def test_differing_keys_are_dotted():
     config = Config()
-    other = replace(config, training=replace(config.training, seed=4))
-    assert differing_keys(config, asdict(other)) == ["training.seed"]
+    other = updated(config, {"training.seed": 4})
+    assert differing_keys(config, other.model_dump()) == ["training.seed"]
+
+
+def test_updated_changes_what_exists_alone():
+    config = updated(Config(), {"rollout.max_turns": 3, "training.seed": 2})
+    assert differing_keys(config, Config()) == ["rollout.max_turns", "training.seed"]
+    assert (config.rollout.max_turns, config.training.seed, Config().rollout.max_turns) == (3, 2, 8)
+    with pytest.raises(KeyError, match="turns"):
+        updated(Config(), {"rollout.turns": 3})
 
 
 def test_tiny_yaml_spells_out_the_defaults():
-    file = Path(configuration.__file__).resolve().parents[1] / "configs" / "tiny.yaml"
+    file = CONFIGS / "tiny.yaml"
     assert load_config(file) == Config()
-    text = file.read_text()
-    for key in known_keys():
-        assert f"{key.rsplit('.', 1)[1]}: " in text, key
+    lines, (_, places) = file.read_text().splitlines(), settings.read_yaml(file)
+    for key, field in settings.fields(Config).items():
+        if key.startswith("environment.held_out_judge."):
+            continue  # the keys of the judge
+        comment = lines[int(places[key].split()[-1].strip(": ")) - 1].partition("# ")[2]
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        named = f" ({', '.join(choices)})" if choices else ""
+        assert comment == f"{field.description}{named}", key

@@ -55,7 +55,6 @@ def test_a_tpu_recipe_has_the_papers_settings(name, sizes):
         rollout.min_turns,
         rollout.temperature,
     )
-    assert (rollout.top_p, rollout.top_k) == (1.0, 0)
     assert rollout.max_tokens >= 25_000
     assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_clip) == (1e-6, 0.1, 1.0)
     assert (optimizer.schedule, optimizer.warmup) == ("cosine", 0.05)

@@ -17,11 +17,8 @@ from mapo_jax.warmstarting.chats import write_chats
 TINY = [
     "model.fresh.vocabulary=400",
     "model.fresh.hidden=16",
-    "model.fresh.intermediate=16",
     "model.fresh.layers=1",
     "model.fresh.heads=2",
-    "model.fresh.kv_heads=1",
-    "model.fresh.head_size=8",
     "warmstart.steps=12",
     "warmstart.rows=2",
     "warmstart.row_tokens=240",

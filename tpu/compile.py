@@ -473,7 +473,7 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
 def _digest(config: Config) -> str:
     """Names what the programs follow from."""
     sections = ("model", "lora", "mesh", "rollout", "algorithm", "optimizer", "training")
-    text = json.dumps({name: asdict(getattr(config, name)) for name in sections})
+    text = json.dumps({name: getattr(config, name).model_dump() for name in sections})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from typing import IO, Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mapo_jax.config import differing_keys
+from mapo_jax.config import GONE, differing_keys
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.json_files import read_json, read_rows
@@ -111,7 +111,8 @@ class Folder:
         saved = read_json(known, "settings")
         if not isinstance(saved, dict):
             raise UserError(f"{known} holds no settings; choose another --output")
-        keys = [key for key in differing_keys(saved, settings) if not key.startswith(HARMLESS_KEYS)]
+        harmless = (*HARMLESS_KEYS, *GONE)
+        keys = [key for key in differing_keys(saved, settings) if not key.startswith(harmless)]
         if keys:
             raise UserError(
                 f"{self.path} holds an evaluation with {keys[0]} {saved.get(keys[0])!r}, not "

@@ -14,7 +14,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mapo_jax.config import Config
+from mapo_jax.config import Config, updated
 from mapo_jax.evaluation.answers import Answer, Prompt
 from mapo_jax.model.qwen import Params
 from mapo_jax.model.sharding import make_mesh
@@ -71,7 +71,7 @@ def load_model(path: Path | str, config: Config, *, step: int | None = None) -> 
     """
     mesh = make_mesh(config.mesh)
     # Whether rows fit the model is known when they are: prompts here, dialogues in the engine.
-    rollout = replace(config.rollout, max_reply_tokens=1, max_tokens=2)
+    rollout = updated(config.rollout, {"max_reply_tokens": 1, "max_tokens": 2})
     policy, params = load_policy(path, rollout, mesh=mesh, step=step)
     policy.tokenizer.model_max_length = sys.maxsize  # else it warns of every long prompt
     return LocalModel(policy, params, mesh, config.model.dtype)

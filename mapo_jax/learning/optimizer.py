@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from mapo_jax.config import OptimizerConfig
 from mapo_jax.model.qwen import Params
 
+B1 = 0.9  # decay of AdamW's first moment
 _UNDECAYED = ("scale", "bias")  # last name of a parameter's path: norms and biases
 
 
@@ -60,7 +61,7 @@ def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
     rate = learning_rate_schedule(
         config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
     )
-    adamw = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
+    adamw = optax.adamw(rate, b1=B1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
     if config.gradient_clip == 0:
         return Optimizer(adamw, rate)
     return Optimizer(optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw), rate)

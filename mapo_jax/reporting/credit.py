@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from mapo_jax.algorithm.advantages import ESTIMATORS
-from mapo_jax.algorithm.rewards import REWARDS
-from mapo_jax.config import AlgorithmConfig
+from mapo_jax.config import AlgorithmConfig, updated
 from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
 from mapo_jax.reporting.folder import SavedBatch, SavedDialogue
 
@@ -72,14 +70,13 @@ def credit_batch(
         if learned_from(dialogue, max_failed_share):
             valid[place][:count] = True
             scored[place][:count] = dialogue.scored
-    algorithm = _settings(algorithm)
     # Advantages are over what training learned from; rewards and returns of what it left out are shown too.
     shown = turn_rewards(positions, judged, algorithm=algorithm)
     shown_returns = turn_returns(shown, exists, judged, algorithm=algorithm)
     rewards = turn_rewards(positions, scored, algorithm=algorithm)
     returns = turn_returns(rewards, valid, scored, algorithm=algorithm)
     advantages = [
-        turn_advantages(rewards, returns, valid, scored, algorithm=replace(algorithm, estimator=name))
+        turn_advantages(rewards, returns, valid, scored, algorithm=updated(algorithm, {"estimator": name}))
         for name in ("turn", "batch", algorithm.estimator)
     ]
     shown, shown_returns, *advantages = map(np.asarray, (shown, shown_returns, *advantages))
@@ -106,13 +103,3 @@ def _cells(values: np.ndarray, mask: np.ndarray, dialogue: SavedDialogue) -> tup
     count = len(dialogue.turns)
     pairs = zip(values[:count].tolist(), mask[:count], strict=True)
     return tuple(value if keep else None for value, keep in pairs)
-
-
-def _settings(algorithm: AlgorithmConfig) -> AlgorithmConfig:
-    """The settings with unknown names replaced, so that an odd configuration still gives rewards."""
-    default = AlgorithmConfig()
-    return replace(
-        algorithm,
-        estimator=algorithm.estimator if algorithm.estimator in ESTIMATORS else default.estimator,
-        reward=algorithm.reward if algorithm.reward in REWARDS else default.reward,
-    )

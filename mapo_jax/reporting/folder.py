@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 import yaml
+from pydantic import ValidationError
 
 from mapo_jax.algorithm.rewards import distance
 from mapo_jax.config import AlgorithmConfig
@@ -298,20 +299,15 @@ def _read_config(file: Path, notes: list[str]) -> Mapping[str, Any]:
 
 def _algorithm(config: Mapping[str, Any], notes: list[str]) -> AlgorithmConfig:
     section = config.get("algorithm")
-    default = AlgorithmConfig()
     if not isinstance(section, Mapping):
         notes.append("the algorithm's settings are unknown; credit is computed with the defaults")
-        return default
-    kept = {
-        f.name: section[f.name]
-        for f in fields(AlgorithmConfig)
-        if f.name in section and _same_type(section[f.name], getattr(default, f.name))
-    }
-    return AlgorithmConfig(**kept)
-
-
-def _same_type(value: Any, like: Any) -> bool:
-    return is_number(value) if is_number(like) else type(value) is type(like)
+        return AlgorithmConfig()
+    try:
+        return AlgorithmConfig.model_validate(section)
+    except ValidationError as error:
+        odd = {str(each["loc"][0]) for each in error.errors()}
+        notes.append(f"unknown settings of the algorithm: {', '.join(sorted(odd))}; the defaults stand in")
+        return AlgorithmConfig.model_validate({key: section[key] for key in section if str(key) not in odd})
 
 
 def _read_metrics(

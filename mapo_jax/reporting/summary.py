@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mapo_jax.config import GONE
 from mapo_jax.reporting.charts import signed, tell
 from mapo_jax.reporting.comparison import compare
 from mapo_jax.reporting.folder import SavedRun, setting
 from mapo_jax.reporting.study import Study, returns_by_card
 
 ROLES = ("user", "judge", "director")
-OWN = ("run.directory", "run.name")  # settings that differ between any two runs
+OWN = ("run.directory", "run.name", *GONE)  # settings that differ between any two runs, or did
 TILES = (
     ("return/mean", "Return of a dialogue", "number"),
     ("reward/mean", "Reward of a turn", "number"),

@@ -17,7 +17,6 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-import yaml
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from mapo_jax.config import HELD_OUT, ROLES, Config, differing_keys, to_yaml
+from mapo_jax.config import HELD_OUT, ROLES, Config, differing_keys, load_config, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, in_bucket, write_whole
 from mapo_jax.learning.train_state import TrainState
@@ -47,7 +45,6 @@ HARMLESS_KEYS = (
     "run.",
     "mesh.",  # it changes the order of sums, and so the last bits
     "rollout.slots",
-    "rollout.lanes",
     "training.microbatch_tokens",
     "logging.",
     "checkpoint.",
@@ -500,17 +497,18 @@ def _unwritable_is_a_user_error(folder: Path) -> Iterator[None]:
 
 def _same_configuration(file: Path, config: Config) -> None:
     try:
-        there = yaml.safe_load(file.read_text())
-        keys = [key for key in differing_keys(there, asdict(config)) if not key.startswith(HARMLESS_KEYS)]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, AttributeError) as error:
+        there = load_config(file)
+    except UserError as error:
         raise UserError(
-            f"{file} is no configuration of a run; choose another run.directory, or remove that folder"
+            f"{file} is no configuration of a run ({error}); choose another run.directory, or remove that "
+            "folder"
         ) from error
+    keys = [key for key in differing_keys(there, config) if not key.startswith(HARMLESS_KEYS)]
     if not keys:
         return
     key = keys[0]
     others = f" (and {len(keys) - 1} more: {', '.join(keys[1:4])})" if len(keys) > 1 else ""
-    saved, wanted = _at(there, key), _at(asdict(config), key)
+    saved, wanted = _at(there.model_dump(), key), _at(config.model_dump(), key)
     raise UserError(
         f"{file.parent} holds a run with {key}={saved!r}, not {wanted!r}{others}; "
         "choose another run.directory, or the run's own configuration to continue it"

@@ -20,6 +20,8 @@ from mapo_jax.running.checkpoint import CHECKPOINTS_FOLDER
 from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory
 from mapo_jax.running.policy import MODEL_FOLDER, adapters, check_policy
 
+FRESH_ROPE_THETA = 10_000.0  # base of the small model's rotary frequencies
+
 
 def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> QwenConfig:
     """The shape of the small Qwen3 that the warm start builds."""
@@ -31,7 +33,7 @@ def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> Qw
         num_heads=config.heads,
         num_kv_heads=config.kv_heads,
         head_dim=config.head_size,
-        rope_theta=config.rope_theta,
+        rope_theta=FRESH_ROPE_THETA,
         max_position_embeddings=positions,
     )
 

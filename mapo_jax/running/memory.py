@@ -121,12 +121,11 @@ def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> 
     dtype = config.model.dtype
     dialogues = share.scenarios * share.rollouts
     resident = min(share.slots or dialogues, dialogues)
-    lanes = share.lanes or resident
     vocabulary = _own_part(model, mesh).vocab_size
     found = {
-        f"KV caches ({dtype})": cache_bytes(model, resident, lanes, share.max_tokens, jnp.dtype(dtype))
+        f"KV caches ({dtype})": cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(dtype))
         / own_mesh.size,
-        "logits of the lanes": 3 * 4 * -(-lanes // row_shards(own_mesh)) * vocabulary,
+        "logits of the lanes": 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary,
     }
     whole = 0
     if hosts.count > 1:

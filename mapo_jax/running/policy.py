@@ -170,7 +170,7 @@ def make_engine(
 
     Args:
       mesh: of the devices it samples on.
-      processes: how many have such a sampler, each with its share of dialogues, caches and lanes.
+      processes: how many have such a sampler, each with its share of dialogues and caches.
 
     Raises:
       UserError: they cannot be shared evenly.
@@ -203,7 +203,6 @@ def engine_for(
         model,
         slots=dialogues,
         resident=min(rollout.slots or dialogues, dialogues),
-        lanes=rollout.lanes,
         length=rollout.max_tokens,
         max_reply_tokens=rollout.max_reply_tokens,
         stop_ids=stop_ids,

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mapo_jax.commands import printable
-from mapo_jax.config import Config, RolloutConfig, known_keys, value_of
+from mapo_jax.config import Config, RolloutConfig, known_keys, updated, value_of
 from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, param_shardings
@@ -283,13 +283,13 @@ def share_of(rollout: RolloutConfig, processes: int) -> RolloutConfig:
     """What one of several processes holds of a step.
 
     Raises:
-      UserError: scenarios, slots or lanes cannot be shared evenly.
+      UserError: scenarios or slots cannot be shared evenly.
     """
-    shared = {name: getattr(rollout, name) for name in ("scenarios", "slots", "lanes")}
+    shared = {name: getattr(rollout, name) for name in ("scenarios", "slots")}
     for name, size in shared.items():
         if size is not None and size % processes:
             raise UserError(
                 f"`rollout.{name}` is {size}; it must be a multiple of the {processes} processes, "
                 "each of which holds its share"
             )
-    return replace(rollout, **{name: size and size // processes for name, size in shared.items()})
+    return updated(rollout, {name: size and size // processes for name, size in shared.items()})

@@ -75,7 +75,9 @@ def test_every_mesh_learns_what_one_device_learns():
             return jax.tree_util.tree_map_with_path(leaf, parameter_shapes(config))
 
         def learn(config, sizes, score=True):
-            mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+            data, fsdp, tensor = sizes
+            axes = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+            mesh = make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
             shardings = param_shardings(parameter_shapes(config), mesh)
             scoring = dataclasses.replace(tiny.SCORING, config=config, vocabulary_size=61, mesh=mesh)
             params = jax.device_put(weights(config), shardings)
@@ -129,7 +131,8 @@ def test_splash_on_a_mesh_equals_xla_on_one_device():
             num_heads=8, num_kv_heads=4, head_dim=16,
         )
         backends.SPLASH_BLOCK = 128
-        splash = backends.row_attention("splash", make_mesh(MeshConfig(2, 2, 2)), config, "float32")
+        mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+        splash = backends.row_attention("splash", mesh, config, "float32")
         numbers = np.random.default_rng(0)
         *inputs, weights = (
             numbers.normal(size=(4, 200, heads, 16)).astype(np.float32) for heads in (8, 4, 4, 8)

@@ -165,7 +165,7 @@ def test_optimizer_equals_torch():
     start |= {"norm": {"scale": random.normal(size=4)}, "embed": {"embedding": random.normal(size=(5, 4))}}
     start = jax.tree.map(lambda leaf: leaf.astype(np.float32), start)
     settings = OptimizerConfig(
-        learning_rate=0.03, schedule="cosine", warmup=0.4, weight_decay=0.7, gradient_clip=2.5, b1=0.8, b2=0.9
+        learning_rate=0.03, schedule="cosine", warmup=0.4, weight_decay=0.7, gradient_clip=2.5, b2=0.95
     )
     optimizer = make_optimizer(settings, 5)
 
@@ -174,7 +174,7 @@ def test_optimizer_equals_torch():
         {"params": [theirs["a"]["kernel"], theirs["embed"]["embedding"]], "weight_decay": 0.7},
         {"params": [theirs["a"]["bias"], theirs["norm"]["scale"]], "weight_decay": 0.0},
     ]
-    reference = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.9))
+    reference = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
     ours, opt_state = start, optimizer.transform.init(start)
     for step in range(5):
         gradient = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), start)

@@ -43,7 +43,7 @@ def test_every_parameter_of_every_family_has_axes(any_config):
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 1, 3), (-1, 1, 3)])
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
     with pytest.raises(UserError, match=r"do not fill the 1 devices"):
-        sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:1])
+        sharding.make_mesh(MeshConfig(**dict(zip(sharding.MESH_AXES, sizes, strict=True))), jax.devices()[:1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,13 @@
 import json
 import random
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mapo_jax.config import Config, RolloutConfig, TrainingConfig, to_yaml
+from mapo_jax.config import Config, RolloutConfig, TrainingConfig, to_yaml, updated
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.helper import hold_dialogue, speaker
@@ -47,10 +47,14 @@ def write_run(folder: Path, shape: Shape = Shape()) -> Path:
         ),
         training=TrainingConfig(steps=shape.steps, minibatch_scenarios=1, seed=shape.seed),
     )
-    config = replace(
+    config = updated(
         config,
-        evaluation=replace(config.evaluation, every=shape.every, scenarios=shape.cards, rollouts=2),
-        environment=replace(config.environment, fault_rate=shape.fault_rate),
+        {
+            "evaluation.every": shape.every,
+            "evaluation.scenarios": shape.cards,
+            "evaluation.rollouts": 2,
+            "environment.fault_rate": shape.fault_rate,
+        },
     )
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))

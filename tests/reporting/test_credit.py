@@ -67,10 +67,15 @@ def test_nothing_is_learnt_from_validation(run_folder):
     assert credit.returns and credit.advantages == ()
 
 
-def test_an_estimator_nobody_knows_still_gives_rewards(run_folder):
-    batch = read_run(run_folder, dialogues=1000).training[0]
-    odd = AlgorithmConfig(estimator="of the future", reward="unheard of")
-    assert credit_batch(batch, odd)[0].rewards == credit_batch(batch, AlgorithmConfig())[0].rewards
+def test_an_estimator_nobody_knows_still_gives_rewards(run_copy):
+    usual = read_run(run_copy, dialogues=1000)
+    file = run_copy / "config.yaml"
+    odd = file.read_text().replace("estimator: mapo", "estimator: of the future\n  of_the_future: 3")
+    file.write_text(odd.replace("reward: incremental", "reward: unheard of"))
+    run = read_run(run_copy, dialogues=1000)
+    assert "estimator, of_the_future, reward" in run.notes[-1]
+    batch = run.training[0]
+    assert credit_batch(batch, run.algorithm)[0].rewards == credit_batch(batch, usual.algorithm)[0].rewards
 
 
 def test_the_three_advantages_by_an_independent_calculation(run_folder):

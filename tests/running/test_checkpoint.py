@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mapo_jax.config import load_config
+from mapo_jax.config import load_config, updated
 from mapo_jax.errors import UserError
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import TrainState, create_state
@@ -218,10 +218,23 @@ def test_claim_makes_a_folder_and_continues_the_same_run(tmp_path):
     with claim(folder, config) as continues:
         assert not continues
     assert load_config(folder / "config.yaml") == config
-    harmless = replace(config, logging=replace(config.logging, progress=False))
+    harmless = updated(config, {"logging.progress": False})
     with claim(folder, harmless) as continues:
         assert continues
     assert load_config(folder / "config.yaml") == config
+
+
+def test_claim_continues_a_run_of_version_0_1_where_nothing_changes(tmp_path):
+    config, file = load_config(), tmp_path / "run" / "config.yaml"
+    with claim(file.parent, config):
+        pass
+    stored = file.read_text()
+    file.write_text(stored.replace("rollout:\n", "rollout:\n  top_p: 1.0\n  lanes: null\n"))
+    with claim(file.parent, config) as continues:
+        assert continues
+    file.write_text(stored.replace("rollout:\n", "rollout:\n  lanes: 4\n"))
+    with pytest.raises(UserError, match=r"`rollout.lanes` \(4\) is gone"), claim(file.parent, config):
+        pass
 
 
 def test_claim_refuses_what_is_not_this_run(tmp_path):

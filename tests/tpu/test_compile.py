@@ -9,7 +9,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from mapo_jax.config import load_config
+from mapo_jax.config import load_config, updated
 from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import parameter_count
 from mapo_jax.model.sharding import MESH_AXES, make_mesh
@@ -115,7 +115,7 @@ def test_bounds_of_an_update(overrides, passes, attention, head_passes):
     from tpu.compile import Job, bounds
 
     config = load_config(CONFIGS / "qwen3_8b_v5p.yaml", [*SMALL, "mesh.tensor=4", *overrides])
-    config = replace(config, training=replace(config.training, microbatch_tokens=256))
+    config = updated(config, {"training.microbatch_tokens": 256})
     model = model_shape(config)
     found = bounds(Job(config, model, "v5p-16", jax.sharding.AbstractMesh((1, 2, 4), MESH_AXES)), "train")
     adapters = parameter_count(model) - parameter_count(replace(model, lora=None))
