@@ -287,7 +287,11 @@ def open_models(
         log = CallLog(None if folder is None else part_of(folder / FAILURES_FILE, part))
         engines: dict[Any, EngineModel] = {}
         calls: dict[str, Callable[..., Awaitable[Any]]] = {}
-        servers = _connect([getattr(environment, name) for name in names], environment, runner, stack)
+        connections = _connect([getattr(environment, name) for name in names], environment, runner, stack)
+        for name in names:  # every key is looked at before anything is sent
+            role = getattr(environment, name)
+            if role.model is not None and not role.model.startswith(ENGINE):
+                calls[name] = _server(name, _shared(role, count), environment, connections[role.url], log)
         for name in names:
             role = getattr(environment, name)
             if role.model is None:
@@ -295,9 +299,7 @@ def open_models(
             if role.model.startswith(ENGINE):
                 calls[name] = _engine_call(name, role, engines, config, mesh, log)
             else:
-                server = _server(name, _shared(role, count), environment, servers[role.url], log)
-                calls[name] = server
-                runner.run(_ready(name, role, server))
+                runner.run(_ready(name, role, calls[name]))
         cache = None
         if folder is not None:  # only now: a run that could not begin leaves its folder as it was
             cache = CallCache(part_of(folder / CACHE_FILE, part))

@@ -202,10 +202,8 @@ def _answers(text: str, names: set[str]) -> list[dict[str, Any]]:
     found, behind = [], 0
     for start, end, item in _objects(said):
         if set(item) & names:
-            between = said[behind:start]
-            if _CLOSE in between:
-                _behind_blocks(between.rpartition(_CLOSE)[2])  # another block, and it never ends
-                found = []
+            if _CLOSE in said[behind:start]:
+                found = []  # drafts
             found.append(item)
             behind = end
     return found

@@ -32,7 +32,7 @@ from mapo_jax.errors import UserError
 
 ATTEMPTS = 4
 LONGEST_WAIT = 30.0  # seconds between two attempts, whatever the server asks for
-LARGEST_BODY = 2**22  # bytes of a response, as sent and unpacked
+LARGEST_BODY = 2**23  # bytes of a response, as sent and unpacked
 _MOST_TOKENS = 2**53  # in one answer's usage: the whole numbers that every JSON reader agrees on
 _POOL = 16  # connections of one pool, which looks at each of them for every request
 _REDIRECTS = 3
