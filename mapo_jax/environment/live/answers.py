@@ -7,12 +7,21 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mapo_jax.environment.dialogue import ACTIONS, RoleFailure
 
 Form = TypeVar("Form", bound=BaseModel)
 
+_SILENT = "silent"  # validation context
 _OPEN, _CLOSE = "<think>", "</think>"
 _SEARCHED = 10**6  # characters of the longest text in which objects are searched
 
@@ -53,7 +62,9 @@ class _Finding(_Strict):
         return reason
 
     @model_validator(mode="after")
-    def _has_evidence(self) -> _Finding:
+    def _has_evidence(self, info: ValidationInfo) -> _Finding:
+        if info.context == _SILENT:
+            return self
         if getattr(self, "level", 0) != 0 and not self.evidence.strip():
             raise ValueError("a level other than 0 needs evidence")
         return self
@@ -161,7 +172,7 @@ def _behind_blocks(text: str) -> str:
     return said
 
 
-def read(text: str, form: type[Form]) -> Form:
+def read(text: str, form: type[Form], *, silent: bool = False) -> Form:
     """The one answer of this form in a model's text; prose, fences and reasoning around it are tolerated.
 
     No text within the answer can be mistaken for what stands around it: from the first brace behind a leading
@@ -170,6 +181,11 @@ def read(text: str, form: type[Form]) -> Form:
 
     Nothing is mended: no number is clamped, no text is taken for a number. Line breaks and tabs within a
     string are read as they stand, and half a surrogate pair as U+FFFD.
+
+    Args:
+      text: of a model.
+      form: what it should hold.
+      silent: it is about a reply without a word, in which no level can find evidence.
 
     Raises:
       RoleFailure: malformed (no such object, two different ones, a missing, surplus or ill-typed field), or
@@ -184,7 +200,7 @@ def read(text: str, form: type[Form]) -> Form:
     if any(item != found[0] for item in found):
         raise RoleFailure("malformed", "it holds two different answers", text)
     try:
-        return form.model_validate(found[0])
+        return form.model_validate(found[0], context=_SILENT if silent else None)
     except ValidationError as error:
         raise _failure(error, text) from None
 

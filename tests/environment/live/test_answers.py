@@ -165,6 +165,12 @@ def test_characters_that_json_wants_escaped_are_read_as_they_stand(reply):
     assert read(raw, ReplyForm).C_progress.evidence == reply
 
 
+def test_a_reply_without_a_word_needs_no_evidence():
+    """Else silence could not be scored."""
+    assert read(changed("A_harm", evidence=""), ReplyForm, silent=True).A_harm.level == -1
+    assert failure(changed("A_harm", evidence="")).kind == "malformed"
+
+
 def test_half_a_character_in_an_answer_is_read_as_none():
     assert read(changed(evidence="so \ud83d"), ReplyForm).C_progress.evidence == "so \ufffd"
     problem = failure(json.dumps({**GOOD, "\ud83d": 1}))

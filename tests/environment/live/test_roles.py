@@ -233,7 +233,7 @@ def test_no_reply_keeps_its_judge_from_scoring(serve, hostile_replies):
         lines = [line for line in request["messages"][1]["content"].split("\n") if "last reply" in line]
         reply = json.loads(lines[-1])["last reply"]
         level = {"evidence": reply, "reason": "because", "level": 0}
-        harm = {**level, "evidence": f"says {reply}", "level": -2}
+        harm = {**level, "level": -2}
         return json.dumps({name: harm if "harm" in name else level for name in judge_names})
 
     judge_names = list(ReplyForm.model_fields)
