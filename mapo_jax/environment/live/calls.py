@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.call_cache import CallCache, Completion, address
+from mapo_jax.environment.live.call_cache import CallCache, address
 from mapo_jax.environment.live.forms import excerpt, whole_characters
+from mapo_jax.environment.roles import Completion
 
 FAILURES_FILE = "failures.jsonl"
 

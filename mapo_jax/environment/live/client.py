@@ -24,10 +24,10 @@ import openai
 
 from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.call_cache import Completion
 from mapo_jax.environment.live.forms import excerpt, whole_characters
 from mapo_jax.environment.live.keys import scrubber
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
+from mapo_jax.environment.roles import Completion
 from mapo_jax.errors import UserError
 
 ATTEMPTS = 4
