@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
-import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,6 @@ from mapo_jax.config import (
     updated,
     validate_role,
 )
-from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.call_cache import CACHE_FILE, CallCache
 from mapo_jax.environment.live.calls import (
     FAILURES_FILE,
@@ -43,6 +41,8 @@ from mapo_jax.environment.live.director import LiveDirector
 from mapo_jax.environment.live.guard import Guarded, Watch, WorldFailing
 from mapo_jax.environment.live.health import score_all
 from mapo_jax.environment.live.judge import LiveJudge
+from mapo_jax.environment.live.keys import read_key
+from mapo_jax.environment.live.limits import allow_connections
 from mapo_jax.environment.live.user import LiveUser
 from mapo_jax.environment.roles import Completion, Roles
 from mapo_jax.environment.scripted import scripted_roles
@@ -57,7 +57,7 @@ from mapo_jax.running.metrics import full_disk_is_a_user_error
 from mapo_jax.running.policy import load_policy
 
 if TYPE_CHECKING:
-    from mapo_jax.environment.live.client import Server
+    from mapo_jax.environment.live.client import Connections, Server
 
 T = TypeVar("T")
 
@@ -288,6 +288,11 @@ def open_models(
         log = CallLog(None if folder is None else part_of(folder / FAILURES_FILE, part))
         engines: dict[Any, EngineModel] = {}
         calls: dict[str, Callable[..., Awaitable[Any]]] = {}
+        connections = _connect([getattr(environment, name) for name in names], environment, runner, stack)
+        for name in names:  # every key is looked at before anything is sent
+            role = getattr(environment, name)
+            if role.model is not None and not role.model.startswith(ENGINE):
+                calls[name] = _server(name, _shared(role, count), environment, connections[role.url], log)
         for name in names:
             role = getattr(environment, name)
             if role.model is None:
@@ -295,9 +300,7 @@ def open_models(
             if role.model.startswith(ENGINE):
                 calls[name] = _engine_call(name, role, engines, config, mesh, log)
             else:
-                calls[name] = server = _server(name, _shared(role, count), environment, log)
-                stack.callback(lambda server=server: runner.run(server.close()))
-                runner.run(_ready(name, role, server))
+                runner.run(_ready(name, role, calls[name]))
         cache = None
         if folder is not None:  # only now: a run that could not begin leaves its folder as it was
             cache = CallCache(part_of(folder / CACHE_FILE, part))
@@ -356,23 +359,41 @@ def _shared(role: RoleConfig, count: int) -> RoleConfig:
     return updated(role, {name: -(-getattr(role, name) // count) for name in limits})
 
 
-def _server(name: str, role: RoleConfig, environment: EnvironmentConfig, log: CallLog) -> Server:
-    from mapo_jax.environment.live.client import Server  # half a second of imports for live worlds alone
+def _connect(
+    roles: Sequence[RoleConfig], environment: EnvironmentConfig, runner: asyncio.Runner, stack: ExitStack
+) -> dict[str | None, Connections]:
+    """Connections to the servers that roles ask, by URL; roles of one server share them."""
+    urls = dict.fromkeys(role.url for role in roles if role.model and not role.model.startswith(ENGINE))
+    if not urls:
+        return {}
+    from mapo_jax.environment.live.client import Connections  # half a second of imports for live worlds alone
+
+    allow_connections(len(urls) * environment.concurrency, "environment.concurrency")
+    servers = {}
+    for url in urls:
+        servers[url] = connections = Connections(
+            url, concurrency=environment.concurrency, call_seconds=environment.call_seconds
+        )
+        stack.callback(lambda connections=connections: runner.run(connections.close()))
+    return servers
+
+
+def _server(
+    name: str, role: RoleConfig, environment: EnvironmentConfig, connections: Connections, log: CallLog
+) -> Server:
+    from mapo_jax.environment.live.client import Server
 
     key = None
     if role.key_variable is not None:
-        key = os.environ.get(role.key_variable)
-        if not key:
+        try:
+            key = read_key(role.key_variable)
+        except UserError as error:
+            raise UserError(f"`environment.{name}.key_variable`: {error}") from None
+        if key is None:
             raise UserError(
                 f"`environment.{name}.key_variable` names the environment variable {role.key_variable}, "
                 "which is empty or not set; put the server's key there"
             )
-
-    if key is not None and not re.fullmatch(r"[!-~]+", key):
-        raise UserError(
-            f"the key in {role.key_variable} (`environment.{name}.key_variable`) holds a space, a line's "
-            "end or another character that no key has; set it again"
-        )
 
     def attempted(seconds: float | None, failure: str | None) -> None:
         tally = log[name]
@@ -385,16 +406,18 @@ def _server(name: str, role: RoleConfig, environment: EnvironmentConfig, log: Ca
         role,
         key=key,
         call_seconds=environment.call_seconds,
-        concurrency=environment.concurrency,
+        connections=connections,
         on_attempt=attempted,
     )
 
 
 async def _ready(name: str, role: RoleConfig, server: Server) -> None:
+    from mapo_jax.environment.live.client import CallFailed
+
     try:
         await server([{"role": "user", "content": "Answer with one word: ready"}], seed=0, schema=None)
-    except RoleFailure as failure:
-        if failure.kind == "malformed" and failure.raw:
+    except CallFailed as failure:
+        if failure.answered:
             return  # it talks, perhaps too long for max_tokens: that is for its calls to find out
         raise UserError(
             f"the {name}'s server at {role.url} does not serve {role.model!r} ({failure}); check "

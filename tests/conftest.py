@@ -94,6 +94,7 @@ class ScriptedServer:
         ("silence",)                             nothing at all, for a minute
         ("cut",)                                 half a body, announced whole
         ("json",)                                a body that is no JSON
+        ("body", bytes, {"content-encoding": "gzip"})   a body as it is
         ("stall", seconds)                       headers at once, then silence, then the connection closes
     """
 
@@ -171,6 +172,9 @@ class ScriptedServer:
             return True
         if what[0] == "json":
             await self._send(writer, 200, b'{"id": "c1", "choi')
+            return True
+        if what[0] == "body":
+            await self._send(writer, 200, what[1], what[2])
             return True
         if what[0] == "silence":
             await asyncio.sleep(60)

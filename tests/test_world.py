@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from mapo_jax.config import ROLES, load_config, to_yaml
+from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
+from mapo_jax.files import part_name
 from mapo_jax.rollout.collect import collect, derive_seed
 from mapo_jax.rollout.engine import Reply
 from mapo_jax.rollout.rows import ChatFormat
@@ -407,6 +409,64 @@ def test_a_key_that_is_none_is_named_by_its_variable(key, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="SOME_KEY") as caught, open_world(config, tmp_path, None):
         pass
     assert "sk-a" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_no_server_is_asked_before_every_key_was_looked_at(serve, well_formed, tmp_path, monkeypatch):
+    server = serve(well_formed)
+    monkeypatch.setenv("SOME_KEY", "sk-a\n")
+    config = configure(server.url, environment__director__key_variable="SOME_KEY")
+    with pytest.raises(UserError, match=r"environment\.director\.key_variable.*SOME_KEY"):
+        open_world(config, tmp_path, None).__enter__()
+    assert server.count == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [[], {}, "ready", {"choices": []}, {"choices": [{"message": {"role": "assistant", "content": 5}}]}],
+)
+def test_a_server_that_sends_no_completion_is_not_ready(serve, tmp_path, body):
+    server = serve(lambda request, number: ("body", json.dumps(body).encode(), {}))
+    config = configure(server.url, environment__call_seconds=0.6)
+    with pytest.raises(UserError, match=r"the user's server .* does not serve 'm' \(malformed"):
+        open_world(config, tmp_path, None).__enter__()
+
+
+def test_a_model_that_only_reasons_about_it_is_ready(serve, tmp_path):
+    message = {"role": "assistant", "content": None, "reasoning_content": "Which word?"}
+    server = serve(lambda request, number: {"choices": [{"message": message, "finish_reason": "length"}]})
+    with open_world(configure(server.url), tmp_path, None):
+        assert server.count == 3
+
+
+def test_a_key_spelled_in_escapes_is_not_brought_back_by_parsing(serve, judged, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    escaped = "".join(f"\\u{ord(character):04x}" for character in KEY)
+    judgement = judged(1, 0, 0, 0, 0, 0).replace("words of the reply", f"It is {escaped}.")
+    server = serve(lambda request, number: judgement)
+    with open_world(configure(server.url, environment__judge__key_variable="JUDGE_KEY"), tmp_path, None) as w:
+        found = w.run(w.roles.judge.score(DialogueState(CARDS[0], 1, (), "Hm."), "Yes."))
+    assert found.levels == (1, 0, 0, 0, 0, 0) and set(found.evidence) == {"It is [key]."}
+
+
+def test_processes_that_share_a_folder_have_caches_of_their_own(serve, well_formed, tmp_path):
+    """SQLite's write-ahead log must not be opened from two machines."""
+    config = configure(serve(well_formed).url)
+    parts = [part_name(index, 2) for index in range(2)]
+    with open_world(config, tmp_path, None, part=parts[0], count=2):  # noqa: SIM117
+        with open_world(config, tmp_path, None, part=parts[1], count=2) as world:
+            world.run(world.roles.user.open(CARDS[0], 1))
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"calls{part}.sqlite" for part in parts]
+
+
+def test_more_connections_than_may_be_open_are_one_sentence(serve, well_formed, tmp_path, monkeypatch):
+    server = serve(well_formed)
+    monkeypatch.setattr("resource.getrlimit", lambda which: (300, 300))
+    config = configure(server.url, environment__concurrency=256)
+    with pytest.raises(UserError, match=r"`environment.concurrency` allows for 256 connections.* open 300;"):
+        open_world(config, tmp_path, None).__enter__()
+    assert server.count == 0 and not list(tmp_path.iterdir())
+    with open_world(configure(server.url, environment__concurrency=32), tmp_path, None):
+        pass
 
 
 OWN_JUDGE = """

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mapo_jax.config import RoleConfig
+from mapo_jax.environment.dialogue import RoleFailure
+from mapo_jax.environment.live.keys import read_key
+from mapo_jax.environment.live.limits import allow_connections
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Answer, Messages, Prompt
 from mapo_jax.rollout.collect import derive_seed
 
+if TYPE_CHECKING:
+    from mapo_jax.environment.live.client import Server
+
+KEY = "OPENAI_API_KEY"  # the environment variable with the server's key, if it wants one
 PATIENCE = 5  # calls running that fail for good before the rest is given up
 HOPELESS = (401, 403, 404)  # no later call would fare better
-LONGEST_WAIT = 60.0  # seconds that the client waits before another try, if a server asks it to
 
 
 @dataclass(frozen=True)
@@ -52,35 +58,29 @@ class Endpoint:
             await together([work() for _ in range(min(self.concurrency, len(prompts)))])
         calls.conclude()
 
-    @property
-    def longest(self) -> float:
-        """Seconds that a call may take with all its tries. `timeout` alone does not bound a try: it begins
-        anew with every byte that comes."""
-        return (self.retries + 1) * (self.timeout + LONGEST_WAIT)
+    def connected(self) -> Server:
+        """A client, to be closed by its context.
 
-    def connected(self):
-        """A client, to be closed by its context."""
-        from openai import AsyncOpenAI  # a second of imports that a local model need not pay
+        Raises:
+          UserError: the key or the URL cannot be one, or the process may not open so many connections.
+        """
+        from mapo_jax.environment.live.client import Server  # imports that a local model need not pay
 
-        return AsyncOpenAI(
-            base_url=self.url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=self.timeout,
-            max_retries=self.retries,
+        allow_connections(self.concurrency, "--concurrency")
+        return Server(
+            RoleConfig(
+                url=self.url, model=self.model, temperature=self.temperature, max_tokens=self.max_tokens
+            ),
+            key=read_key(KEY),
+            call_seconds=self.timeout,
+            concurrency=self.concurrency,
+            attempts=self.retries + 1,
         )
 
-    async def complete(self, client, messages: Messages, seed: int) -> Answer:
-        """One answer. Raises openai.OpenAIError when the tries are used up."""
-        options = {"seed": seed % 2**31} if self.temperature > 0 else {}
-        reply = await client.chat.completions.create(
-            model=self.model,
-            messages=list(messages),
-            temperature=self.temperature,
-            max_tokens=self.max_tokens,
-            **options,
-        )
-        choice = reply.choices[0]
-        return Answer(choice.message.content or "", choice.finish_reason == "length")
+    async def complete(self, client: Server, messages: Messages, seed: int) -> Answer:
+        """One answer. Raises RoleFailure when the tries are used up."""
+        said = await client.ask(messages, seed=seed % 2**31 if self.temperature > 0 else None)
+        return Answer(said.text, said.cut)
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Calls:
     """The calls of one evaluation: counts those that failed, and gives up when going on is pointless."""
 
     endpoint: Endpoint
-    client: object = None
+    client: Server | None = None
     failed: int = 0
     running: int = 0  # failures since the last answer
     reason: str = ""
@@ -99,18 +99,15 @@ class Calls:
         Raises:
           UserError: too many calls running failed, or one in a way that all will.
         """
-        from openai import APIStatusError, OpenAIError
-
+        assert self.client is not None
         try:
-            async with asyncio.timeout(self.endpoint.longest):
-                answer = await self.endpoint.complete(self.client, messages, seed)
-        except (OpenAIError, TimeoutError, IndexError, AttributeError, TypeError) as error:
+            answer = await self.endpoint.complete(self.client, messages, seed)
+        except RoleFailure as failure:
             self.failed += 1
             self.running += 1
-            self.reason = _reason(error)
-            hopeless = isinstance(error, APIStatusError) and error.status_code in HOPELESS
-            if hopeless or self.running >= PATIENCE:
-                raise self._error() from error
+            self.reason = str(failure)
+            if getattr(failure, "status", None) in HOPELESS or self.running >= PATIENCE:
+                raise self._error() from None
             return None
         self.running = 0
         return answer
@@ -125,11 +122,6 @@ class Calls:
             f"the endpoint {self.endpoint.url} failed {self.failed} calls to {self.endpoint.model} "
             f"(last: {self.reason})"
         )
-
-
-def _reason(error: Exception) -> str:
-    cause = f": {error.__cause__}" if error.__cause__ is not None and str(error.__cause__) else ""
-    return " ".join(f"{type(error).__name__}: {error}{cause}".split())[:300]
 
 
 async def together(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
@@ -147,21 +139,25 @@ def only_model(url: str) -> str:
     """The name of the one model that a server offers.
 
     Raises:
-      UserError: it cannot be reached, or offers none or several.
+      UserError: it cannot be reached, or offers none or several, or the key cannot be one.
     """
-    from openai import OpenAI, OpenAIError
+    from mapo_jax.environment.live.client import CallFailed, Server
+
+    async def names() -> list[str]:
+        async with Server(
+            RoleConfig(url=url), key=read_key(KEY), call_seconds=10, concurrency=1, attempts=2
+        ) as server:
+            return await server.models()
 
     try:
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        with OpenAI(base_url=url, api_key=key, timeout=10, max_retries=1) as client:
-            names = [model.id for model in client.models.list()]
-    except OpenAIError as error:
+        found = asyncio.run(names())
+    except CallFailed as failure:
         raise UserError(
-            f"the endpoint {url} does not say which models it has ({_reason(error)}); is the server up, and "
-            "does the URL end with /v1? Name one with --endpoint-model"
-        ) from error
-    if len(names) != 1:
+            f"the endpoint {url} does not say which models it has ({failure}); is the server up, and does "
+            "the URL end with /v1? Name one with --endpoint-model"
+        ) from None
+    if len(found) != 1:
         raise UserError(
-            f"the endpoint {url} offers {', '.join(names) or 'no model'}; choose by --endpoint-model"
+            f"the endpoint {url} offers {', '.join(found) or 'no model'}; choose by --endpoint-model"
         )
-    return names[0]
+    return found[0]

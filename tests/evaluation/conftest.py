@@ -46,34 +46,38 @@ def console():
 
 
 class Server:
-    """Answers chat completions by `reply`, a function of the request: text, or a status to fail with."""
+    """Answers chat completions by `reply`, a function of the request: text or another content, a mapping (a
+    message), or a status to fail with. `models` is what /models says; bytes are sent as HTML."""
 
     def __init__(self):
-        self.requests = []
+        self.requests, self.headers, self.complaint = [], [], "told to fail"
         self.reply = lambda request: "fine"
+        self.models = {"object": "list", "data": [{"id": "house-model", "object": "model"}]}
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.send({"object": "list", "data": [{"id": "house-model", "object": "model"}]})
+                self.send(server.models)
 
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.requests.append(request)
+                server.headers.append(self.headers)
                 said = server.reply(request)
                 if isinstance(said, int):
-                    self.send({"error": {"message": "told to fail"}}, said)
+                    self.send({"error": {"message": server.complaint}}, said)
                     return
-                message = {"role": "assistant", "content": said}
+                message = {"role": "assistant", **(said if isinstance(said, dict) else {"content": said})}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 self.send(
                     {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
                 )
 
             def send(self, content, status=200):
-                body = json.dumps(content).encode()
+                html = isinstance(content, bytes)
+                body = content if html else json.dumps(content).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/html" if html else "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

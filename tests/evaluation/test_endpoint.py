@@ -94,9 +94,8 @@ def test_a_server_that_hangs_is_given_up_in_bounded_time(server):
     assert time.monotonic() - began < 2.5
 
 
-def test_a_server_that_drips_is_given_up_in_bounded_time(monkeypatch):
+def test_a_server_that_drips_is_given_up_in_bounded_time():
     """Every byte comes in time, the answer never."""
-    monkeypatch.setattr("mapo_jax.evaluation.endpoint.LONGEST_WAIT", 0.5)
     over = threading.Event()
 
     def drip(connection):
@@ -138,3 +137,100 @@ def test_a_server_that_is_down_is_named():
 
 def test_the_only_model_of_a_server(server):
     assert only_model(server.url) == "house-model"
+
+
+@pytest.mark.parametrize(
+    "models",
+    [b"<html>Welcome</html>", [], [{"id": "m"}], {}, {"data": {"id": "m"}}, {"data": [{}]}, {"data": [5]},
+     {"data": [{"id": 5}]}, {"data": None}, "m", None],
+)  # fmt: skip
+def test_what_is_no_list_of_models_is_the_sentence_about_v1(server, models):
+    server.models = models
+    with pytest.raises(UserError, match=r"does not say which models .* end with /v1\? Name one with"):
+        only_model(server.url)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:x/v1", "http://[::1/v1"])
+def test_what_is_no_url_is_one_sentence(url):
+    for ask in (lambda: only_model(url), lambda: endpoint(url).answer(PROMPTS, lambda *_: None)):
+        with pytest.raises(UserError, match="is not the URL of a server"):
+            ask()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", " ", "\u201d", "\u00e9", "\x7f"])
+def test_a_key_that_cannot_be_one_is_named_and_never_sent(server, monkeypatch, end):
+    monkeypatch.setenv("OPENAI_API_KEY", f"sk-test-1234567890{end}")
+    for ask in (
+        lambda: only_model(server.url),
+        lambda: endpoint(server.url).answer(PROMPTS, lambda *_: None),
+    ):
+        with pytest.raises(UserError, match="the key in OPENAI_API_KEY holds") as caught:
+            ask()
+        assert "sk-" not in str(caught.value)
+    assert server.requests == []
+
+
+def test_a_key_that_the_server_echoes_is_neither_printed_nor_saved(server, monkeypatch):
+    key = "sk-test-1234567890abcdef"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    escaped = "".join(f"\\u{ord(character):04x}" for character in key)
+    server.reply = lambda request: f"You sent {key}, {escaped} and {key[:7]}****{key[-4:]}."
+    found, error = collect(endpoint(server.url))
+    assert server.headers[0]["Authorization"] == f"Bearer {key}"
+    assert error is None and set(found.values()) == {"You sent [key], [key] and [key]"}
+    server.reply, server.complaint = (lambda request: 401), f"no such key: {key} {escaped}"
+    _, error = collect(endpoint(server.url))
+    assert "no such key: [key] [key]" in error
+    server.models = {"data": [{"id": f"a{key}"}, {"id": f"b{escaped}"}]}
+    with pytest.raises(UserError, match=r"offers a\[key\], b\[key\]; choose"):
+        only_model(server.url)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "One, "}, {"type": "text", "text": "two."}], "One, two."),
+        ([{"type": "thinking", "thinking": ["Hm."]}, {"type": "text", "text": "Yes."}], "Yes."),
+        ("half \ud83d", "half \ufffd"),
+        ("whole \ud83d\ude00", "whole \U0001f600"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_contents_that_hold_text_are_answers(server, content, text):
+    server.reply = lambda request: content
+    found, error = collect(endpoint(server.url), PROMPTS[:1])
+    assert (found, error) == ({"p0": text}, None) and found["p0"].encode() is not None
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"content": None}, "no text"),
+        ({"content": None, "reasoning_content": "Hm."}, "reasoning alone"),
+        ({"content": "", "reasoning": "Hm."}, "reasoning alone"),
+        ({"content": [{"type": "thinking", "thinking": "Hm."}]}, "reasoning alone"),
+        ({"content": [{"type": "image_url", "image_url": {}}]}, "content is no text"),
+        ({"content": [{"type": "text"}]}, "content is no text"),
+        ({"content": [{"type": "text", "text": 5}]}, "content is no text"),
+        ({"content": {"type": "text", "text": "Me."}}, "content is no text"),
+        ({"content": 5}, "content is no text"),
+        ({"content": True}, "content is no text"),
+    ],
+)
+def test_contents_without_text_are_failed_calls(server, message, why):
+    server.reply = lambda request: message
+    found, error = collect(endpoint(server.url), PROMPTS[:1])
+    assert found == {} and "failed 1 calls" in error and why in error
+
+
+def test_more_connections_than_the_process_may_open_are_one_sentence(server, monkeypatch):
+    limits = [(300, 300)]
+    monkeypatch.setattr("resource.getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda which, pair: limits.append(pair))
+    with pytest.raises(UserError, match=r"`--concurrency` allows for 256 connections.* may open 300; lower"):
+        endpoint(server.url, concurrency=256).answer(PROMPTS, lambda *_: None)
+    assert server.requests == []
+    limits.append((300, 4096))
+    assert collect(endpoint(server.url, concurrency=256))[1] is None
+    soft, hard = limits[-1]
+    assert 300 < soft < 1000 and hard == 4096  # raised, and no further than it must

@@ -24,7 +24,11 @@ class CallCache:
     """Answers by address. Holds no prompt, no URL and no key."""
 
     def __init__(self, file: Path | str) -> None:
-        """Opens or creates the file.
+        """Opens or creates the file, which must be this machine's alone.
+
+        Write-ahead logs need memory that all who open the file share. So where the processes of a run, or
+        its hosts, share a folder, each must have a file of its own (`files.part_of`), as `world.open_models`
+        gives it.
 
         Raises:
           UserError: it is no such cache, or cannot be written.

@@ -14,6 +14,7 @@ import numpy as np
 
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.call_cache import CallCache, address
+from mapo_jax.environment.live.forms import excerpt, whole_characters
 from mapo_jax.environment.roles import Completion
 
 FAILURES_FILE = "failures.jsonl"
@@ -40,7 +41,8 @@ class Complete(Protocol):
           seed: of the dialogue. The same messages with the same seed are the same call, which is made once.
           schema: JSON schema that the answer must fit, if any.
           check: raises RoleFailure (malformed, out_of_range) for an answer that is of no use. Such an answer
-            is recorded with its text, and never cached.
+            is recorded with an excerpt of its text, and never cached; an empty answer is of no use to any
+            role.
           repair: from the failure's detail, what the model is told before its one second attempt; None: none.
 
         Raises:
@@ -65,7 +67,7 @@ class Tally:
 
 
 class CallLog:
-    """Counts calls by role, and keeps every failure with its raw text in `failures.jsonl`."""
+    """Counts calls by role, and keeps every failure with an excerpt of its text in `failures.jsonl`."""
 
     def __init__(self, file: Path | None = None) -> None:
         """Args: file: where failures go; None for nowhere."""
@@ -88,9 +90,9 @@ class CallLog:
             "role": role,
             "kind": failure.kind,
             "final": final,
-            "detail": failure.detail,
+            "detail": excerpt(failure.detail),
             "seed": seed,
-            "raw": failure.raw,
+            "raw": excerpt(failure.raw),
         }
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as file:
@@ -197,8 +199,8 @@ class Caller:
             tally.repairs += 1
             messages = [
                 *messages,
-                _plain({"role": "assistant", "content": failure.raw or "(nothing)"}),
-                _plain({"role": "user", "content": repair(failure.detail)}),
+                _plain({"role": "assistant", "content": excerpt(failure.raw) or "(nothing)"}),
+                _plain({"role": "user", "content": repair(excerpt(failure.detail))}),
             ]
         try:
             return await self._once(tally, messages, seed, schema, check)
@@ -217,22 +219,36 @@ class Caller:
         where = address(
             role=self.role, settings=self.settings, messages=list(messages), schema=schema, seed=seed
         )
-        if self.cache is not None and (kept := self.cache.get(where)) is not None:
+        kept = None if self.cache is None else self.cache.get(where)
+        if kept is not None and _problem(kept.text, check) is None:
             tally.cached += 1
             return kept.text
-        answer = await self.call(messages, seed=seed, schema=schema)
+        said = await self.call(messages, seed=seed, schema=schema)
+        answer = Completion(whole_characters(said.text), said.input_tokens, said.output_tokens)
         tally.input_tokens += answer.input_tokens
         tally.output_tokens += answer.output_tokens
-        if check is not None:
-            try:
-                check(answer.text)
-            except RoleFailure as failure:
-                raise RoleFailure(failure.kind, failure.detail, answer.text) from None
+        if (problem := _problem(answer.text, check)) is not None:
+            raise problem
         if self.cache is not None:
             self.cache.put(where, self.role, answer)
         return answer.text
 
 
+def _problem(text: str, check: Callable[[str], Any] | None) -> RoleFailure | None:
+    """Why an answer is of no use, if it is of none."""
+    if not text.strip():
+        return RoleFailure("malformed", "it is empty", text)
+    try:
+        if check is not None:
+            check(text)
+    except RoleFailure as failure:
+        return RoleFailure(failure.kind, failure.detail, text)
+    return None
+
+
 def _plain(message: Mapping[str, str]) -> dict[str, str]:
-    """A message that cannot spell a chat template's control token, such as <|im_end|>."""
-    return {"role": message["role"], "content": message["content"].replace("<|", "<\u200b|")}
+    """A message of whole characters that cannot spell a chat template's control token, such as <|im_end|>."""
+    return {
+        "role": message["role"],
+        "content": whole_characters(message["content"]).replace("<|", "<\u200b|"),
+    }

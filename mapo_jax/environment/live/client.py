@@ -1,38 +1,119 @@
-"""One OpenAI-compatible server, as one role calls it: pool, limits, time-outs, retries, structured output."""
+"""OpenAI-compatible servers, for the live world and for evaluations: the one client that there is.
+
+`Connections` are one server's, shared by all who ask it; a `Server` is one model of it, as one role or one
+evaluation asks it: limits, time-outs, attempts, structured output, and the reading of what comes back.
+
+A server may send anything. What leaves this module is sound: text of whole characters, without the key,
+token counts that are counts, and CallFailed for all the rest.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import json
 import math
 import random
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import httpx2
 import openai
 
 from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
+from mapo_jax.environment.live.forms import excerpt, whole_characters
+from mapo_jax.environment.live.keys import scrubber
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
 from mapo_jax.environment.roles import Completion
+from mapo_jax.errors import UserError
 
 ATTEMPTS = 4
-_POOL = 16  # connections of one pool, which looks at each of them for every request
 LONGEST_WAIT = 30.0  # seconds between two attempts, whatever the server asks for
+LARGEST_BODY = 2**23  # bytes of a response, as sent and unpacked
+_MOST_TOKENS = 2**53  # in one answer's usage: the whole numbers that every JSON reader agrees on
+_POOL = 16  # connections of one pool, which looks at each of them for every request
+_REDIRECTS = 3
 _HELPLESS_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # 429s that no waiting mends
 _NO_SCHEMA_STATUS = (400, 404, 415, 422, 501)  # what servers say who do not know `response_format`
 
 Messages = Sequence[Mapping[str, str]]
+T = TypeVar("T")
+
+
+class CallFailed(RoleFailure):
+    """A call of a server that failed for good.
+
+    Attributes:
+      status: HTTP status, if that was the trouble.
+      answered: whether the server sent a chat completion, if one that is of no use.
+    """
+
+    def __init__(
+        self, kind: str, detail: str, raw: str = "", *, status: int | None = None, answered: bool = False
+    ) -> None:
+        super().__init__(kind, detail, raw)
+        self.status, self.answered = status, answered
+
+
+class Completion(NamedTuple):
+    """What a model said."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+    cut: bool  # at max_tokens
+
+
+class Connections:
+    """Connections to one server. A context manager, to be used within one event loop."""
+
+    def __init__(self, url: str, *, concurrency: int = 64, call_seconds: float = 60.0) -> None:
+        """Opens no connection yet.
+
+        Args:
+          url: of the API, up to and including /v1.
+          concurrency: most requests under way, whoever makes them.
+          call_seconds: longest wait for the next byte.
+
+        Raises:
+          UserError: the URL is none.
+        """
+        limits = httpx2.Limits(max_connections=_POOL, max_keepalive_connections=_POOL)
+        try:
+            self.clients = [
+                openai.AsyncOpenAI(
+                    base_url=url,
+                    api_key="none",
+                    max_retries=0,  # `Server` makes the attempts: counted, within limits, waits bounded
+                    timeout=call_seconds,
+                    http_client=_Bounded(limits=limits),
+                )
+                for _ in range(math.ceil(concurrency / _POOL))
+            ]
+        except (httpx2.InvalidURL, UnicodeError) as error:
+            raise UserError(
+                f"{url!r} is not the URL of a server ({error}); write http://HOST:PORT/v1"
+            ) from None
+        # Places for requests; those used last first, so that few connections are kept warm.
+        self.places: asyncio.LifoQueue[int] = asyncio.LifoQueue()
+        for place in reversed(range(concurrency)):
+            self.places.put_nowait(place)
+
+    async def close(self) -> None:
+        """Closes them."""
+        for client in self.clients:
+            await client.close()
 
 
 class Server:
     """Calls one model of one server. A context manager, to be used within one event loop.
 
     An attempt is made again after a time-out, a lost connection, 408, 409, 429 and 5xx, and after an answer
-    that is no chat completion at all; the waits grow, are jittered, and heed Retry-After. Everything else
-    fails at once: it would fail again.
+    that is no chat completion at all; the waits grow, are jittered, and heed Retry-After (seconds or a date)
+    up to LONGEST_WAIT. Everything else fails at once: it would fail again.
     """
 
     def __init__(
@@ -42,43 +123,46 @@ class Server:
         key: str | None = None,
         call_seconds: float = 60.0,
         concurrency: int = 64,
+        attempts: int = ATTEMPTS,
+        connections: Connections | None = None,
         on_attempt: Callable[[float | None, str | None], None] | None = None,
     ) -> None:
         """Opens no connection yet.
 
         Args:
           config: URL, model, sampling, limits.
-          key: of the server; never in a message of an error, nor in an answer.
+          key: of the server, as `read_key` gives it; never in a message of an error, nor in an answer.
           call_seconds: longest attempt, from the request to the last byte.
-          concurrency: most requests under way.
+          concurrency: most requests under way, if the connections are its own.
+          attempts: most attempts of a call.
+          connections: to config.url, shared with others, who close them; None for its own.
           on_attempt: told of every attempt: its seconds if it went well, else the kind of its failure.
+
+        Raises:
+          UserError: the URL is none.
         """
         self._config = config
-        self._key = key
         self._call_seconds = call_seconds
+        self._attempts = attempts
         self._first_wait = min(1.0, call_seconds / 60)
         self._on_attempt = on_attempt or (lambda seconds, failure: None)
-        # Places for requests; those used last first, so that few connections are kept warm.
-        self._places: asyncio.LifoQueue[int] = asyncio.LifoQueue()
-        for place in reversed(range(concurrency)):
-            self._places.put_nowait(place)
+        self._scrub = scrubber(key)
         self._requests = PerMinute(config.requests_per_minute)
         self._tokens = PerMinute(config.tokens_per_minute)
         self._enforces: bool | None = None  # whether the server enforces a schema; None: not tried yet
-        self._clients = [
-            openai.AsyncOpenAI(
-                base_url=config.url,
-                api_key=key or "none",
-                max_retries=0,  # ours: they stop where a retry cannot help, and are counted
-                timeout=call_seconds,
+        assert config.url is not None
+        self._own = None
+        if connections is None:
+            self._own = connections = Connections(
+                config.url, concurrency=concurrency, call_seconds=call_seconds
             )
-            for _ in range(math.ceil(concurrency / _POOL))
-        ]
+        self._places = connections.places
+        self._clients = [client.with_options(api_key=key or "none") for client in connections.clients]
 
     async def __call__(
         self, messages: Messages, *, seed: int, schema: Mapping[str, Any] | None
     ) -> Completion:
-        """The model's answer.
+        """The model's answer, whole.
 
         Args:
           messages: the chat.
@@ -87,39 +171,57 @@ class Server:
             message.
 
         Raises:
-          RoleFailure: timeout, transport or malformed; after the last attempt, or at once.
+          CallFailed: timeout, transport or malformed; after the last attempt, or at once.
         """
+        said = await self.ask(messages, seed=seed, schema=schema)
+        if said.cut:
+            detail = f"the answer was cut at max_tokens={self._config.max_tokens}"
+            raise CallFailed("malformed", detail, said.text, answered=True)
+        return Completion(said.text, said.input_tokens, said.output_tokens)
+
+    async def ask(
+        self, messages: Messages, *, seed: int | None, schema: Mapping[str, Any] | None = None
+    ) -> Completion:
+        """What the model said, be it cut at max_tokens. As a call; seed may be None."""
+        messages = [{**message, "content": whole_characters(message["content"])} for message in messages]
         estimate = prompt_tokens(messages) + min(self._config.max_tokens, 512)  # corrected when it is known
-        place = await self._places.get()
-        try:
-            client = self._clients[place // _POOL]
-            for attempt in range(ATTEMPTS):
-                await self._requests.take()
-                taken = await self._tokens.take(estimate)
-                started = time.monotonic()
-                try:
-                    async with asyncio.timeout(self._call_seconds):
-                        answer = await self._attempt(client, messages, seed, schema)
-                except Exception as error:
-                    failure, retry, wait = self._judge_error(error)
-                    self._on_attempt(None, failure.kind)
-                    if not retry or attempt == ATTEMPTS - 1:
-                        # Without its cause, whose text and request may hold the key.
-                        raise failure from None
-                else:
-                    self._on_attempt(time.monotonic() - started, None)
-                    self._tokens.correct(taken, answer.input_tokens + answer.output_tokens)
-                    return answer
-                backoff = self._first_wait * 2**attempt * random.uniform(0.5, 1.5)
-                await asyncio.sleep(min(LONGEST_WAIT, max(backoff, wait)))
-        finally:
-            self._places.put_nowait(place)
-        raise AssertionError("unreachable")
+        taken = None
+
+        async def attempt(client: openai.AsyncOpenAI) -> Completion:
+            return await self._attempt(client, messages, seed, schema)
+
+        async def wait() -> None:
+            nonlocal taken
+            await self._requests.take()
+            taken = await self._tokens.take(estimate)
+
+        said = await self._persist(attempt, wait)
+        self._tokens.correct(taken, said.input_tokens + said.output_tokens)
+        return said
+
+    async def models(self) -> list[str]:
+        """The names of the models that the server offers.
+
+        Raises:
+          CallFailed: as of a call.
+        """
+
+        async def attempt(client: openai.AsyncOpenAI) -> list[str]:
+            listed = await _parsed(client.get("/models", cast_to=object))
+            try:
+                names = [model["id"] for model in listed["data"]]
+            except (KeyError, TypeError):
+                raise _Unusable("the answer is no list of models", _shown(listed)) from None
+            if not all(isinstance(name, str) for name in names):
+                raise _Unusable("the answer is no list of models", _shown(listed))
+            return [self._scrub(whole_characters(name)) for name in names]
+
+        return await self._persist(attempt, self._requests.take)
 
     async def close(self) -> None:
-        """Closes the connections."""
-        for client in self._clients:
-            await client.close()
+        """Closes the connections that are its own."""
+        if self._own is not None:
+            await self._own.close()
 
     async def __aenter__(self) -> Server:
         return self
@@ -127,15 +229,46 @@ class Server:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    async def _persist(
+        self, attempt: Callable[[openai.AsyncOpenAI], Awaitable[T]], wait: Callable[[], Awaitable[Any]]
+    ) -> T:
+        """Makes attempts until one goes well; `wait` is awaited before each, for the limits per minute."""
+        for number in range(self._attempts):
+            await wait()
+            # A place is held for the attempt alone: others may use it while this call waits.
+            place = await self._places.get()
+            started = time.monotonic()
+            try:
+                async with asyncio.timeout(self._call_seconds):
+                    result = await attempt(self._clients[place // _POOL])
+            except Exception as error:
+                failure, retry, asked = self._judge_error(error)
+            else:
+                self._on_attempt(time.monotonic() - started, None)
+                return result
+            finally:
+                self._places.put_nowait(place)
+            self._on_attempt(None, failure.kind)
+            if not retry or number == self._attempts - 1:
+                # Without its cause, whose text and request may hold the key.
+                raise failure from None
+            backoff = self._first_wait * 2**number * random.uniform(0.5, 1.5)
+            await asyncio.sleep(min(LONGEST_WAIT, max(backoff, asked)))
+        raise AssertionError("unreachable")
+
     async def _attempt(
-        self, client: openai.AsyncOpenAI, messages: Messages, seed: int, schema: Mapping[str, Any] | None
+        self,
+        client: openai.AsyncOpenAI,
+        messages: Messages,
+        seed: int | None,
+        schema: Mapping[str, Any] | None,
     ) -> Completion:
         if schema is None:
             return await self._request(client, messages, seed)
         if self._enforces is not False:
             form = {"name": "answer", "schema": schema, "strict": True}
             try:
-                answer = await self._request(
+                said = await self._request(
                     client, messages, seed, {"response_format": {"type": "json_schema", "json_schema": form}}
                 )
             except openai.APIStatusError as error:
@@ -144,20 +277,21 @@ class Server:
             else:
                 # Some servers ignore `response_format` without a word: a first answer that does not begin as
                 # JSON shows it. One that breaks off is no sign.
-                if self._enforces is None:
-                    self._enforces = answer.text.lstrip().startswith("{")
-                return answer
+                if self._enforces is None and not said.cut:
+                    self._enforces = said.text.lstrip().startswith("{")
+                return said
         *earlier, last = messages
         text = f"{last['content']}\n\nJSON schema: {json.dumps(schema, ensure_ascii=False)}"
-        answer = await self._request(client, [*earlier, {**last, "content": text}], seed)
-        self._enforces = False
-        return answer
+        said = await self._request(client, [*earlier, {**last, "content": text}], seed)
+        if not said.cut:
+            self._enforces = False
+        return said
 
     async def _request(
         self,
         client: openai.AsyncOpenAI,
         messages: Messages,
-        seed: int,
+        seed: int | None,
         form: Mapping[str, Any] | None = None,
     ) -> Completion:
         config = self._config
@@ -173,75 +307,165 @@ class Server:
             **config.extra_body,
         }
         sent = {name: value for name, value in body.items() if value is not None}
-        completion = await client.post("/chat/completions", cast_to=object, body=sent)
+        completion = await _parsed(client.post("/chat/completions", cast_to=object, body=sent))
         return self._read(completion, messages)
 
     def _read(self, completion: Any, messages: Messages) -> Completion:
-        """The answer in a completion, which may be anything that a server can send."""
+        """What a completion says, which may be anything that a server can send."""
         try:
             choice = completion["choices"][0]
-            text, role = choice["message"].get("content") or "", choice["message"]["role"]
-            usage = completion.get("usage") or {}
-            used = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
-            raise _Unusable("the answer is no chat completion", str(completion)) from None
-        if not isinstance(text, str):
-            raise _Unusable("the answer's content is no text", str(text))
+            message, finish = choice["message"], choice.get("finish_reason")
+            content, role = message.get("content"), message["role"]
+            usage = completion.get("usage")
+            used = [
+                (usage or {}).get(name) for name in ("prompt_tokens", "completion_tokens")
+            ]  # null or missing where a server does not count
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise _Unusable("the answer is no chat completion", _shown(completion)) from None
+        for count in used:
+            if count is not None and (type(count) is not int or not 0 <= count <= _MOST_TOKENS):
+                raise _Unusable("the answer's usage holds no numbers of tokens", _shown(usage))
         if role != "assistant":
-            raise _Unusable(f"the answer has the role {role!r}", text)
-        text = self._scrub(text.encode(errors="replace").decode())  # JSON can spell half a character
-        if choice.get("finish_reason") == "length":
-            detail = f"the answer was cut at max_tokens={self._config.max_tokens}"
-            raise RoleFailure("malformed", detail, text)
-        if choice.get("finish_reason") == "content_filter":
-            raise RoleFailure("malformed", "the server's content filter stopped the answer", text)
+            raise _Unusable(f"the answer has the role {_shown(role)[:100]!r}", _shown(content))
+        text = self._scrub(whole_characters(_text(content)))
+        cut = finish == "length"
+        if finish == "content_filter":
+            detail = "the server's content filter stopped the answer"
+            raise CallFailed("malformed", detail, text, answered=True)
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        thought = thought or (content if isinstance(content, list) else None)
+        if not text and (thought or not isinstance(content, str)):
+            detail = "the answer has no text"
+            if thought:
+                detail = "the answer is reasoning alone, without a word of text" + (
+                    f", cut at max_tokens={self._config.max_tokens}" if cut else ""
+                )
+            raise CallFailed("malformed", detail, answered=True)
         return Completion(
             text,
             used[0] or math.ceil(prompt_tokens(messages)),
             used[1] or math.ceil(prompt_tokens([{"content": text}])),
+            cut,
         )
 
-    def _judge_error(self, error: Exception) -> tuple[RoleFailure, bool, float]:
+    def _judge_error(self, error: Exception) -> tuple[CallFailed, bool, float]:
         """(the failure, whether to try again, seconds that the server wants us to wait)."""
-        # First without the key, then cut: half a key is a leak too.
-        detail = self._scrub(" ".join(str(error).split()))[:500]
-        if isinstance(error, RoleFailure):
+        if isinstance(error, CallFailed):
             return error, False, 0.0
+        # First without the key, then cut: half a key is a leak too.
+        detail = self._scrub(whole_characters(" ".join(str(error).split())))[:500]
         if isinstance(error, _Unusable):
-            return RoleFailure("malformed", detail, self._scrub(error.raw)[:2000]), True, 0.0
+            return CallFailed("malformed", detail, excerpt(self._scrub(error.raw))), True, 0.0
         if isinstance(error, (TimeoutError, openai.APITimeoutError)):
-            return RoleFailure("timeout", f"no answer within {self._call_seconds:g} s"), True, 0.0
+            late = f"{type(error).__name__}: no answer within {self._call_seconds:g} s"
+            return CallFailed("timeout", late), True, 0.0
         if isinstance(error, openai.APIStatusError):
             status = error.status_code
             retry = status in (408, 409, 429) or status >= 500
             if getattr(error, "code", None) in _HELPLESS_CODES:
                 retry = False
-            return RoleFailure("transport", f"HTTP {status}: {detail}"), retry, _retry_after(error)
-        if isinstance(error, (openai.OpenAIError, ValueError)):
-            # A lost connection; or a body that is no JSON, which the next attempt may well not have.
-            return RoleFailure("transport", f"{type(error).__name__}: {detail}"), True, 0.0
+            failure = CallFailed("transport", f"HTTP {status}: {detail}", status=status)
+            return failure, retry, retry_after(error.response.headers.get("retry-after"))
+        if isinstance(error, (openai.OpenAIError, httpx2.HTTPError)):
+            return CallFailed("transport", f"{type(error).__name__}: {detail}"), True, 0.0
         raise error
-
-    def _scrub(self, text: str) -> str:
-        """`text` without the key, which servers echo in their errors."""
-        if self._key and len(self._key) >= 4:
-            text = text.replace(self._key, "[key]")
-            # OpenAI echoes a key with stars in its middle.
-            text = re.sub(re.escape(self._key[:4]) + r"\S*\*+\S*", "[key]", text)
-        return text
 
 
 class _Unusable(Exception):
     """An answer that is no answer."""
 
-    def __init__(self, detail: str, raw: str) -> None:
+    def __init__(self, detail: str, raw: str = "") -> None:
         super().__init__(detail)
         self.raw = raw
 
 
-def _retry_after(error: openai.APIStatusError) -> float:
+class _Bounded(openai.DefaultAsyncHttpxClient):
+    """Reads no response beyond LARGEST_BODY, neither as it is sent nor unpacked."""
+
+    async def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
+        request.headers["accept-encoding"] = "gzip"  # what `_unpacked` knows
+        options["follow_redirects"] = False  # the client would read their bodies whole
+        for _ in range(_REDIRECTS + 1):
+            response = await super().send(request, stream=True, **options)
+            body = bytearray()
+            try:
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > LARGEST_BODY:
+                        raise _too_large()
+            finally:
+                await response.aclose()
+            if response.next_request is None:
+                break
+            request = response.next_request
+        headers = response.headers.copy()
+        content = _unpacked(bytes(body), headers.pop("content-encoding", ""))
+        for name in ("content-length", "transfer-encoding"):
+            headers.pop(name, None)
+        return httpx2.Response(
+            response.status_code, headers=headers, content=content, request=response.request
+        )
+
+
+def _unpacked(body: bytes, encoding: str) -> bytes:
+    if encoding.strip().lower() in ("", "identity"):
+        return body
+    if encoding.strip().lower() != "gzip":
+        raise _Unusable(f"the answer is packed as {encoding[:100]!r}, which was not asked for")
+    unpacker = zlib.decompressobj(wbits=31)
     try:
-        seconds = float(error.response.headers.get("retry-after", 0))
-    except ValueError:  # a date
+        content = unpacker.decompress(body, LARGEST_BODY + 1)
+    except zlib.error as error:
+        raise _Unusable(f"the answer is no gzip ({error})") from None
+    if len(content) > LARGEST_BODY:
+        raise _too_large()
+    if not unpacker.eof:
+        raise _Unusable("the answer breaks off")
+    return content
+
+
+def _too_large() -> _Unusable:
+    return _Unusable(f"the answer is larger than {LARGEST_BODY} bytes")
+
+
+async def _parsed(response: Awaitable[object]) -> Any:
+    """The library's answer to a request, as JSON values."""
+    try:
+        return await response
+    except (ValueError, RecursionError):  # thousands of brackets are no answer either
+        raise _Unusable("the answer is no JSON") from None
+
+
+def _text(content: Any) -> str:
+    """The text of a message: itself, or its parts joined; parts that hold reasoning are not said."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    try:
+        said = [part["text"] for part in content if part["type"] not in ("thinking", "reasoning")]
+        kinds = {part["type"] for part in content} - {"thinking", "reasoning"}
+        if isinstance(content, list) and kinds <= {"text"}:
+            return "".join(said)
+    except (KeyError, TypeError):
+        pass
+    raise _Unusable("the answer's content is no text", _shown(content))
+
+
+def _shown(value: Any) -> str:
+    try:
+        return whole_characters(value if isinstance(value, str) else str(value))
+    except RecursionError:
+        return ""
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds to wait by a Retry-After header, a number of them or an HTTP date; 0 if it says neither."""
+    if header is None:
         return 0.0
-    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, OverflowError, OSError):
+            return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0

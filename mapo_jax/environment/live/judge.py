@@ -40,7 +40,7 @@ class LiveJudge:
         messages = judge_messages(card, state.turns, state.user, reply)
         samples = await asyncio.gather(
             *[
-                self._sample(card, messages, state.seed + index * _SEED_STEP)
+                self._sample(card, messages, state.seed + index * _SEED_STEP, silent=not reply.strip())
                 for index in range(self._samples)
             ],
             return_exceptions=True,
@@ -54,15 +54,15 @@ class LiveJudge:
             self._on_spread(max(totals) - min(totals))
         return median(judgements)
 
-    async def _sample(self, card: Scenario, messages: Messages, seed: int) -> Judgement:
+    async def _sample(self, card: Scenario, messages: Messages, seed: int, *, silent: bool) -> Judgement:
         text = await self._complete(
             messages,
             seed=seed % 2**32,
             schema=SCHEMA,
-            check=lambda text: read(text, ReplyForm),
+            check=lambda text: read(text, ReplyForm, silent=silent),
             repair=lambda problem: render(card.language, "json_repair", problem=problem),
         )
-        return to_judgement(read(text, ReplyForm))
+        return to_judgement(read(text, ReplyForm, silent=silent))
 
 
 def judge_messages(card: Scenario, turns: Sequence[Turn], message: str, reply: str) -> Messages:

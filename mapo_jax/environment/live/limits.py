@@ -1,13 +1,18 @@
-"""Requests and tokens per minute, as servers count them, and an estimate of the tokens."""
+"""Requests and tokens per minute, as servers count them, an estimate of the tokens, and open files."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from mapo_jax.errors import UserError
+
 MINUTE = 60.0
+_SPARE_FILES = 64  # besides connections and what is open at the start: checkpoints, event files, host lookups
 
 
 class PerMinute:
@@ -61,3 +66,26 @@ def estimate_tokens(text: str) -> float:
 def prompt_tokens(messages: Sequence[Mapping[str, str]]) -> float:
     """About how many tokens a prompt has, the marks between its messages included."""
     return sum(estimate_tokens(message["content"]) + 4 for message in messages)
+
+
+def allow_connections(count: int, key: str) -> None:
+    """Makes sure that the process may hold so many connections; raises its soft limit if it must.
+
+    Args:
+      count: connections to servers, all at once.
+      key: the option that their number follows from.
+
+    Raises:
+      UserError: the hard limit on open files is too low.
+    """
+    needed = len(os.listdir("/dev/fd")) + _SPARE_FILES + count
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= needed:
+        return
+    if hard != unlimited and hard < needed:
+        raise UserError(
+            f"`{key}` allows for {count} connections, which takes {needed} open files, and this process may "
+            f"open {hard}; lower `{key}` or raise the limit (`ulimit -Hn`)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

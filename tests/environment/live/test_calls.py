@@ -143,3 +143,39 @@ def test_figures_of_several_processes_are_those_of_all_calls(tmp_path):
     drained = [json.loads(json.dumps(log.drain())) for log in logs]
     assert call_figures(drained, prices) == together.take(prices)
     assert call_figures([log.drain() for log in logs], prices) == {"environment/cost": 0.0}
+
+
+def test_a_long_answer_is_kept_and_shown_to_the_model_as_an_excerpt(tmp_path):
+    model = Model("x" * 10**6, "good")
+    caller, _ = make(tmp_path, model)
+    assert asyncio.run(caller(CHAT, check=check, repair=repair)) == "good"
+    assert all(len(message["content"]) < 5000 for message in model.heard[1][0])
+    (row,) = rows(tmp_path)
+    assert row["raw"].startswith("xxx") and "characters left out" in row["raw"]
+    assert len(json.dumps(row)) < 10_000
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_answer_fails_and_is_not_cached(tmp_path, empty):
+    caller, _ = make(tmp_path, Model(empty, "good"))
+    with pytest.raises(RoleFailure, match="malformed: it is empty"):
+        asyncio.run(caller(CHAT))
+    assert asyncio.run(caller(CHAT)) == "good"
+
+
+def test_a_kept_answer_that_is_refused_now_is_asked_for_again(tmp_path):
+    caller, log = make(tmp_path, Model("bad", "good"))
+    assert asyncio.run(caller(CHAT)) == "bad"  # nobody checked it
+    assert asyncio.run(caller(CHAT, check=check)) == "good"
+    assert asyncio.run(caller(CHAT, check=check)) == "good"
+    assert (log["judge"].calls, log["judge"].cached) == (3, 1)
+
+
+def test_half_a_character_goes_nowhere(tmp_path):
+    model = Model("so \ud83d", "so \ud83d\ude00")
+    caller, _ = make(tmp_path, model)
+    messages = [{"role": "user", "content": "so \ude00"}]
+    for said in ("so \ufffd", "so \ufffd"):  # the second one is from the file
+        assert asyncio.run(caller(messages)) == said
+    assert model.heard[0][0] == [{"role": "user", "content": "so \ufffd"}]
+    assert asyncio.run(caller(messages, seed=1)) == "so \U0001f600"

@@ -1,14 +1,26 @@
 """The client against a scripted server: what is retried, what is not, and that no key ever leaves it."""
 
 import asyncio
+import email.utils
+import gzip
 import json
 import time
+import zlib
 
 import pytest
 
 from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.client import ATTEMPTS, Server
+from mapo_jax.environment.live.client import (
+    ATTEMPTS,
+    LARGEST_BODY,
+    LONGEST_WAIT,
+    CallFailed,
+    Connections,
+    Server,
+    retry_after,
+)
+from mapo_jax.environment.live.keys import scrubber
 from mapo_jax.environment.live.limits import estimate_tokens
 
 KEY = "sk-test-1234567890abcdef"
@@ -207,7 +219,7 @@ def test_half_a_character_does_not_stop_anything(serve):
     body = '{"choices": [{"message": {"role": "assistant", "content": "so \\ud83d"}}]}'
     server = serve(lambda request, number: json.loads(body))
     (answer,), _ = call(server)
-    assert answer.text == "so ?" and answer.text.encode()
+    assert answer.text == "so \ufffd" and answer.text.encode()
 
 
 def test_tokens_per_minute_count_what_was_really_used(serve):
@@ -231,3 +243,190 @@ def test_tokens_per_minute_count_what_was_really_used(serve):
 
 def test_tokens_are_estimated_by_script():
     assert estimate_tokens("abcdefgh") == 2 and estimate_tokens("\u4f60\u597d") == pytest.approx(1.6)
+
+
+SAID = {
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Me."}, "finish_reason": "stop"}]
+}
+PACKED = {"content-encoding": "gzip"}
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens"])
+@pytest.mark.parametrize("count", [2**63, 2**53 + 1, -1, 1.5, 1e999, "12", True, [], {}], ids=repr)
+def test_usage_that_counts_nothing_is_malformed_and_tried_again(serve, field, count):
+    server = serve(lambda request, number: "Fine." if number > 1 else {**SAID, "usage": {field: count}})
+    (answer,), attempts = call(server)
+    assert answer.text == "Fine." and server.count == 2 and attempts[0][1] == "malformed"
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None}, {"prompt_tokens": 2**53}])
+def test_usage_that_is_left_out_is_estimated(serve, usage):
+    (answer,), _ = call(serve(lambda request, number: {**SAID, "usage": usage}))
+    assert answer.input_tokens == ((usage or {}).get("prompt_tokens") or 6) and answer.output_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b"[" * 200_000, {}),
+        (b'{"a":' * 200_000, {}),
+        (b'{"choices": ' + b"[" * 800 + b"]" * 800 + b"}", {}),
+        (b"\xff\xfe\x00", {}),
+        (b"9" * 5000, {}),
+        (b"null", {}),
+        (b"<html></html>", {}),
+        (b" " * (LARGEST_BODY + 1), {}),
+        (gzip.compress(b" " * (LARGEST_BODY + 1)), PACKED),
+        (gzip.compress(gzip.compress(b" " * 300_000_000, 1), 1), {"content-encoding": "gzip, gzip"}),
+        (gzip.compress(b"{}")[:-9], PACKED),
+        (b"no gzip", PACKED),
+        (zlib.compress(b"{}"), {"content-encoding": "deflate"}),
+    ],
+    ids=["lists", "objects", "deep", "bytes", "number", "null", "html", "large", "bomb", "two-bombs",
+         "cut-gzip", "no-gzip", "deflate"],
+)  # fmt: skip
+def test_bodies_that_are_no_answer_are_malformed_and_tried_again(serve, body, headers):
+    server = serve(lambda request, number: "Fine." if number > 2 else ("body", body, headers))
+    (answer,), attempts = call(server)
+    assert answer.text == "Fine." and [kind for _, kind in attempts] == ["malformed", "malformed", None]
+
+
+def test_an_error_has_a_limit_too(serve):
+    server = serve(lambda request, number: ("status", 400, {}, "x" * (LARGEST_BODY + 1)))
+    (failure,), _ = call(server)
+    assert failure.kind == "malformed" and "larger than" in failure.detail
+
+
+def test_packed_answers_are_read(serve):
+    body = gzip.compress(json.dumps(SAID).encode())
+    (answer,), _ = call(serve(lambda request, number: ("body", body, PACKED)))
+    assert answer.text == "Me."
+
+
+def test_what_a_useless_answer_held_is_kept_as_an_excerpt(serve):
+    server = serve(lambda request, number: {"choices": [], "text": f"{'x' * 10**6} {KEY}"})
+    (failure,), _ = call(server)
+    assert not failure.answered and len(failure.raw) < 5000 and failure.raw.endswith("[key]'}")
+
+
+def test_a_redirect_is_followed(serve):
+    server = serve(lambda request, number: "Fine.")
+    elsewhere = serve(lambda request, number: ("status", 307, {"location": f"{server.url}/chat/completions"}))
+    (answer,), _ = call(elsewhere)
+    assert answer.text == "Fine." and f"bearer {KEY}" not in server.headers[0].lower()  # another origin
+    (failure,), _ = call(serve(lambda request, number: ("status", 307, {"location": "/v1/chat/completions"})))
+    assert failure.kind == "transport" and failure.status == 307
+
+
+def test_retry_after_is_a_number_of_seconds_or_a_date():
+    assert retry_after("7.5") == 7.5
+    date = email.utils.formatdate(time.time() + 3600, usegmt=True)
+    assert retry_after(date) == pytest.approx(3600, abs=60)
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "soon", "-5", "nan", "inf", "1e999", "Wed, 21 Oct 2015 07:28:00 GMT", "9 9 9",
+               "Wed, 21 Oct 99999999999 07:28:00 GMT"]
+)  # fmt: skip
+def test_retry_after_that_says_nothing_is_no_wait(header):
+    assert retry_after(header) == 0.0
+
+
+@pytest.mark.parametrize("wait", ["90", "1000000", email.utils.formatdate(time.time() + 10**6, usegmt=True)])
+def test_no_wait_is_longer_than_the_longest(serve, monkeypatch, wait):
+    server = serve(lambda request, number: "Fine." if number > 1 else ("status", 429, {"retry-after": wait}))
+    slept, sleep = [], asyncio.sleep
+
+    async def note(seconds):
+        slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr("mapo_jax.environment.live.client.asyncio.sleep", note)
+    (answer,), _ = call(server)
+    assert answer.text == "Fine." and LONGEST_WAIT in slept and max(slept) == LONGEST_WAIT
+
+
+def test_a_failure_says_its_status_and_whether_it_was_answered(serve):
+    (failure,), _ = call(serve(lambda request, number: ("status", 401, {})))
+    assert isinstance(failure, CallFailed) and (failure.status, failure.answered) == (401, False)
+    half = {"choices": [{"message": {"role": "assistant", "content": "Half"}, "finish_reason": "length"}]}
+    (failure,), _ = call(serve(lambda request, number: half))
+    assert (failure.status, failure.answered) == (None, True)
+
+
+def test_roles_of_one_server_share_its_connections(serve):
+    server = serve(lambda request, number: "Fine.", latency=0.05)
+
+    async def run():
+        shared = Connections(server.url, concurrency=3)
+        roles = [
+            Server(RoleConfig(url=server.url, model=name), key=f"sk-{name}", connections=shared)
+            for name in ("user", "judge")
+        ]
+        await asyncio.gather(*[role(CHAT, seed=i, schema=None) for i in range(6) for role in roles])
+        for role in roles:
+            await role.close()  # not what others use
+        assert (await roles[0](CHAT, seed=9, schema=None)).text == "Fine."
+        await shared.close()
+
+    asyncio.run(run())
+    assert server.count == 13 and server.most == 3
+    keys = {
+        (request["model"], key)
+        for request, key in zip(server.requests, map(bearer, server.headers), strict=True)
+    }
+    assert keys == {("user", "sk-user"), ("judge", "sk-judge")}
+
+
+def bearer(head):
+    return next(line.split()[-1] for line in head.splitlines() if line.lower().startswith("authorization"))
+
+
+def test_a_role_that_waits_for_its_minute_holds_no_connection(serve):
+    server = serve(lambda request, number: "Fine.")
+
+    async def run():
+        shared = Connections(server.url, concurrency=1)
+        slow = Server(RoleConfig(url=server.url, model="slow", requests_per_minute=1), connections=shared)
+        fast = Server(RoleConfig(url=server.url, model="fast"), connections=shared)
+        await slow(CHAT, seed=0, schema=None)
+        waiting = asyncio.ensure_future(slow(CHAT, seed=1, schema=None))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            assert (await fast(CHAT, seed=0, schema=None)).text == "Fine."
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await shared.close()
+
+    asyncio.run(run())
+
+
+def test_half_a_character_in_a_message_is_sent_whole(serve):
+    server = serve(lambda request, number: "Fine.")
+
+    async def run():
+        async with Server(RoleConfig(url=server.url, model="m")) as client:
+            await client([{"role": "user", "content": "so \ud83d"}], seed=0, schema={"type": "object"})
+
+    asyncio.run(run())
+    assert server.requests[0]["messages"][0]["content"] == "so \ufffd"
+
+
+def test_a_key_is_found_however_it_is_spelled():
+    key = 'sk-a/b"c\\d%1'
+    spelled = [
+        key,
+        key.upper(),
+        json.dumps(key)[1:-1],
+        json.dumps(json.dumps(key))[3:-3],
+        "".join(f"\\u{ord(c):04x}" for c in key),
+        "".join(f"\\\\u{ord(c):04X}" for c in key),
+        "".join(f"\\x{ord(c):02x}" for c in key),
+        "".join(f"%{ord(c):02X}" for c in key),
+        f"sk-{key[3:].replace('/', chr(92) + '/')}",
+        "sk-a****d%1",
+    ]
+    for text in spelled:
+        assert scrubber(key)(f"<{text} >") == "<[key] >", text
+    assert scrubber(key)("sk-b and sk-a alone") == "sk-b and sk-a alone"
+    assert scrubber(None)("x") == scrubber("abc")("x") == "x"

@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.forms import DirectionForm, ReplyForm, StartForm, findings, read, spoken
+from mapo_jax.environment.live.forms import (
+    DirectionForm,
+    ReplyForm,
+    StartForm,
+    excerpt,
+    findings,
+    read,
+    spoken,
+    whole_characters,
+    without_reasoning,
+)
 
 GOOD = {
     name: {"evidence": "you said so", "reason": "it does", "level": level}
@@ -40,8 +50,26 @@ def failure(text, form=ReplyForm):
         f"A set {{1, 2}} first. {json.dumps(GOOD)}",
         f"{json.dumps({'note': 'other keys'})} {json.dumps(GOOD)}",
         f"{json.dumps(GOOD)} again: {json.dumps(GOOD)}",
+        f"Maybe {changed(level=2)}.\n</think>\n\n{json.dumps(GOOD)}",
+        f"<think>Maybe {changed(level=2)}, {changed(evidence='</think>')}.</think>{json.dumps(GOOD)}",
+        f"A set {{of things: {json.dumps(GOOD)} and so on}}",
+        f"{json.dumps(GOOD)} It said </think> and <think>.",
+        f"The reply's <think> and {{ are odd. {json.dumps(GOOD)}",
     ],
-    ids=["bare", "reasoning", "twice", "fenced", "braces", "other", "repeated"],
+    ids=[
+        "bare",
+        "reasoning",
+        "twice",
+        "fenced",
+        "braces",
+        "other",
+        "repeated",
+        "unopened",
+        "drafts",
+        "inside",
+        "behind",
+        "before",
+    ],
 )
 def test_preambles_are_tolerated(text):
     form = read(text, ReplyForm)
@@ -82,10 +110,22 @@ def test_a_level_that_is_no_whole_number_is_malformed(level):
         json.dumps(GOOD).replace('"level": 1', '"level": NaN'),
         "{" * 3000,
         '{"a":' * 3000,
+        "{" * 200_000,
+        "{" * 5_000_000,
+        '{"C_progress":' * 14_000,
+        '{"C_progress"}' * 14_000,
+        '{"C_progress":{"level":"{' * 10_000,
+        '{"C_progress":"' + "\\\\" * 100_000,
+        f"<think>{json.dumps(GOOD)}</think>",
+        f"<think>a</think><think>{json.dumps(GOOD)}",
+        json.dumps({"answer": GOOD}),
+        f"So: {json.dumps({'answer': GOOD})}",
     ],
     ids=[
         "empty", "prose", "cut", "unfinished", "list", "missing", "surplus", "type", "no-reason",
-        "no-evidence", "two", "twice", "nan", "braces", "deep",
+        "no-evidence", "two", "twice", "nan", "braces", "deep", "many-braces", "millions", "deep-form",
+        "broken-form", "torn-form", "backslashes", "reasoning-alone", "second-block",
+        "wrapped", "wrapped-in-prose",
     ],
 )  # fmt: skip
 def test_everything_else_is_malformed(text):
@@ -94,6 +134,94 @@ def test_everything_else_is_malformed(text):
 
 def test_level_zero_needs_no_evidence():
     assert read(changed("C_harm", evidence=""), ReplyForm).C_harm.level == 0
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_no_reply_can_make_itself_unscorable(hostile_replies, ascii_only):
+    """Quoted as evidence and in a reason, in an answer however it is wrapped."""
+    for reply in hostile_replies:
+        quoted = {
+            name: {"evidence": f"It says: {reply}", "reason": f"{reply}!", "level": finding["level"]}
+            for name, finding in GOOD.items()
+        }
+        answer = json.dumps(quoted, ensure_ascii=ascii_only)
+        wrapped = [
+            answer,
+            f"```json\n{answer}\n```",
+            f"<think>Let me see. {{C_progress: 2}}?</think>\n{answer}",
+            f"Let me see.\n</think>\n\n{answer}",
+            f"Here it is: {answer} That is all.",
+        ]
+        for text in wrapped:
+            form = read(text, ReplyForm)
+            assert [finding.level for finding in findings(form)] == [1, 0, 2, -1, 0, -2], reply[:80]
+            assert form.C_harm.evidence == f"It says: {whole_characters(reply)}", reply[:80]
+            assert form.model_dump_json()  # it can be written
+
+
+@pytest.mark.parametrize("reply", ["two\nlines", "a\ttab", "\x01"])
+def test_characters_that_json_wants_escaped_are_read_as_they_stand(reply):
+    raw = json.dumps(GOOD).replace("you said so", reply)
+    assert read(raw, ReplyForm).C_progress.evidence == reply
+
+
+def test_a_reply_without_a_word_needs_no_evidence():
+    """Else silence could not be scored."""
+    assert read(changed("A_harm", evidence=""), ReplyForm, silent=True).A_harm.level == -1
+    assert failure(changed("A_harm", evidence="")).kind == "malformed"
+
+
+def test_half_a_character_in_an_answer_is_read_as_none():
+    assert read(changed(evidence="so \ud83d"), ReplyForm).C_progress.evidence == "so \ufffd"
+    problem = failure(json.dumps({**GOOD, "\ud83d": 1}))
+    assert problem.detail.encode() and problem.kind == "malformed"
+
+
+def test_what_is_wrong_is_said_in_short():
+    assert len(failure(json.dumps({**GOOD, "x" * 10**5: 1})).detail) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("plain", "plain"),
+        ("\ud83d\ude00", "\U0001f600"),
+        ("a\ud83d", "a\ufffd"),
+        ("\ude00\ud83d", "\ufffd\ufffd"),
+        ("\ud83dx\U0001f600", "\ufffdx\U0001f600"),
+    ],
+)
+def test_whole_characters(text, whole):
+    assert whole_characters(text) == whole
+
+
+def test_an_excerpt_has_the_beginning_and_the_end():
+    assert excerpt("abcdef", 6) == "abcdef"
+    assert excerpt("a" * 50 + "b" * 50, 10) == "aaaaa [90 characters left out] bbbbb"
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("Hello.", "Hello."),
+        (" \n<think>a</think> b", "b"),
+        ("<think>a</think>\n<think>b</think>c", "c"),
+        ("<think></think>", ""),
+        ("a\n</think>\n\nb", "b"),  # the template opened the block
+        ("a</think><think>b</think>c", "c"),
+        ("<think>a</think>The tag </think> is odd.", "The tag </think> is odd."),
+        ("The tag <think> is odd.", "The tag <think> is odd."),
+        ("", ""),
+    ],
+)
+def test_what_is_said_behind_the_reasoning(text, rest):
+    assert without_reasoning(text) == rest
+
+
+@pytest.mark.parametrize("text", ["<think>", " <think>a", "<think>a</think><think>b", "a</think><think>b"])
+def test_reasoning_that_does_not_end_is_no_answer(text):
+    with pytest.raises(RoleFailure, match="within its reasoning"):
+        without_reasoning(text)
 
 
 @given(st.text(max_size=200))

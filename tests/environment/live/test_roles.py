@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
+from mapo_jax.environment.live.call_cache import CallCache
 from mapo_jax.environment.live.calls import Caller, CallLog
+from mapo_jax.environment.live.client import Server
 from mapo_jax.environment.live.director import LiveDirector, director_messages, to_action
-from mapo_jax.environment.live.forms import DirectionForm
+from mapo_jax.environment.live.forms import DirectionForm, ReplyForm
 from mapo_jax.environment.live.judge import LiveJudge, judge_messages, median
 from mapo_jax.environment.live.start import estimate_start, start_messages
 from mapo_jax.environment.live.user import LiveUser, user_messages
@@ -222,3 +225,31 @@ def test_a_person_who_lacks_nothing_is_asked_about_again():
     model = Model(nine(0), nine(1))
     assert asyncio.run(estimate_start(CARD, complete(model))).levels == (1,) * 9
     assert "every level is 0" in everything(model.heard[1][0])
+
+
+def test_no_reply_keeps_its_judge_from_scoring(serve, hostile_replies):
+    """Through prompt, server, cache and parser; the judge quotes each reply whole."""
+
+    def answer(request, number):
+        lines = [line for line in request["messages"][1]["content"].split("\n") if "last reply" in line]
+        reply = json.loads(lines[-1])["last reply"]
+        level = {"evidence": reply, "reason": "because", "level": 0}
+        harm = {**level, "level": -2}
+        return json.dumps({name: harm if "harm" in name else level for name in judge_names})
+
+    judge_names = list(ReplyForm.model_fields)
+    server = serve(answer)
+
+    async def score():
+        cache = CallCache(":memory:")
+        async with Server(RoleConfig(url=server.url, model="m", max_tokens=10**6)) as model:
+            judge = LiveJudge(Caller("judge", model, {}, CallLog(), cache))
+            for reply in hostile_replies:
+                for _ in range(2):  # the second one is from the cache
+                    judgement = await judge.score(state(turn(reply=reply), user="Hm."), reply)
+                    assert judgement.levels == (0, -2, 0, -2, 0, -2), reply[:80]
+                    assert json.dumps(judgement.evidence, ensure_ascii=False).encode(), reply[:80]
+        cache.close()
+
+    asyncio.run(score())
+    assert server.count == len(set(hostile_replies))

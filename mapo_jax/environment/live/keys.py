@@ -1,0 +1,55 @@
+"""Keys of servers: read from environment variables, checked before use, and taken out of what servers say."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+
+from mapo_jax.errors import UserError
+
+_SHORTEST = 4  # characters; a shorter key would be found in any text
+
+
+def read_key(variable: str) -> str | None:
+    """The key in an environment variable; None if the variable is empty or not set.
+
+    Raises:
+      UserError: it cannot be a key. The message names the variable and never quotes it.
+    """
+    key = os.environ.get(variable)
+    if key and not re.fullmatch(r"[!-~]+", key):
+        raise UserError(
+            f"the key in {variable} holds a space, a line's end or another character that no key has; set "
+            "it again"
+        )
+    return key or None
+
+
+def scrubber(key: str | None) -> Callable[[str], str]:
+    """A function that puts [key] wherever a text holds the key.
+
+    Found as it is, in upper or lower case, with characters spelled as JSON, Python or URL escapes (so that
+    no later parsing brings the key back), and with stars in its middle, as OpenAI quotes a wrong key.
+    Takes time linear in the text.
+    """
+    if key is None or len(key) < _SHORTEST:
+        return lambda text: text
+
+    def spelled(character: str) -> str:
+        code = f"{ord(character):02x}"
+        code = "".join(f"[{digit}{digit.upper()}]" if digit.isalpha() else digit for digit in code)
+        # Alternatives that begin with a literal, so that the search skips quickly to where one may begin.
+        ways = [re.escape(way) for way in sorted({character.lower(), character.upper()})]
+        ways += [rf"\\\\{{0,7}}+(?:u00|U00|x){code}", f"%{code}"]
+        if character in '"/':
+            ways.append(rf"\\\\{{0,7}}+{re.escape(character)}")
+        if character == "\\":
+            ways[0] = r"\\{1,8}"
+        return f"(?:{'|'.join(ways)})"
+
+    whole = "".join(map(spelled, key))
+    # Bounded, as a hostile text may repeat the beginning of the key without end.
+    starred = "".join(map(spelled, key[:_SHORTEST])) + r"[^\s*]{0,16}+\*\S{0,300}"
+    pattern = re.compile(f"{whole}|{starred}")
+    return lambda text: pattern.sub("[key]", text)
