@@ -120,7 +120,7 @@ def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
       Stopped: a signal came before the first step.
     """
     with join_processes(config) as hosts, ExitStack() as stack, hosts.speaking():
-        console = console or Console(highlight=False, quiet=not hosts.first)
+        console = console or Console(highlight=False, markup=False, quiet=not hosts.first)
         stop = stack.enter_context(StopRequest(config.run.deadline_minutes, hosts.peers))
         try:
             run = prepare(config, stack, stop, console, hosts)

@@ -27,7 +27,6 @@ from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.forms import excerpt, whole_characters
 from mapo_jax.environment.live.keys import scrubber
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
-from mapo_jax.environment.roles import Completion
 from mapo_jax.errors import UserError
 
 ATTEMPTS = 4
@@ -58,7 +57,7 @@ class CallFailed(RoleFailure):
         self.status, self.answered = status, answered
 
 
-class Completion(NamedTuple):
+class ChatCompletion(NamedTuple):
     """What a model said."""
 
     text: str
@@ -161,7 +160,7 @@ class Server:
 
     async def __call__(
         self, messages: Messages, *, seed: int, schema: Mapping[str, Any] | None
-    ) -> Completion:
+    ) -> ChatCompletion:
         """The model's answer, whole.
 
         Args:
@@ -177,17 +176,17 @@ class Server:
         if said.cut:
             detail = f"the answer was cut at max_tokens={self._config.max_tokens}"
             raise CallFailed("malformed", detail, said.text, answered=True)
-        return Completion(said.text, said.input_tokens, said.output_tokens)
+        return ChatCompletion(said.text, said.input_tokens, said.output_tokens)
 
     async def ask(
         self, messages: Messages, *, seed: int | None, schema: Mapping[str, Any] | None = None
-    ) -> Completion:
+    ) -> ChatCompletion:
         """What the model said, be it cut at max_tokens. As a call; seed may be None."""
         messages = [{**message, "content": whole_characters(message["content"])} for message in messages]
         estimate = prompt_tokens(messages) + min(self._config.max_tokens, 512)  # corrected when it is known
         taken = None
 
-        async def attempt(client: openai.AsyncOpenAI) -> Completion:
+        async def attempt(client: openai.AsyncOpenAI) -> ChatCompletion:
             return await self._attempt(client, messages, seed, schema)
 
         async def wait() -> None:
@@ -262,7 +261,7 @@ class Server:
         messages: Messages,
         seed: int | None,
         schema: Mapping[str, Any] | None,
-    ) -> Completion:
+    ) -> ChatCompletion:
         if schema is None:
             return await self._request(client, messages, seed)
         if self._enforces is not False:
@@ -293,7 +292,7 @@ class Server:
         messages: Messages,
         seed: int | None,
         form: Mapping[str, Any] | None = None,
-    ) -> Completion:
+    ) -> ChatCompletion:
         config = self._config
         # The library's plain POST: its typed call walks through every message and field, twice the work of
         # everything else, at hundreds of calls a second.
@@ -310,7 +309,7 @@ class Server:
         completion = await _parsed(client.post("/chat/completions", cast_to=object, body=sent))
         return self._read(completion, messages)
 
-    def _read(self, completion: Any, messages: Messages) -> Completion:
+    def _read(self, completion: Any, messages: Messages) -> ChatCompletion:
         """What a completion says, which may be anything that a server can send."""
         try:
             choice = completion["choices"][0]
@@ -341,7 +340,7 @@ class Server:
                     f", cut at max_tokens={self._config.max_tokens}" if cut else ""
                 )
             raise CallFailed("malformed", detail, answered=True)
-        return Completion(
+        return ChatCompletion(
             text,
             used[0] or math.ceil(prompt_tokens(messages)),
             used[1] or math.ceil(prompt_tokens([{"content": text}])),
