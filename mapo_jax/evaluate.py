@@ -213,8 +213,8 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
     rollouts, limits = config.evaluation.rollouts, conversations.limits_of(config)
     live = config.environment.family == "live"
     console.print(
-        f"{printable(subject.name)}: {rollouts} dialogues with each of {len(cards)} cards, {limits.min_turns} to "
-        f"{limits.max_turns} turns, {config.environment.family} world"
+        f"{printable(subject.name)}: {rollouts} dialogues with each of {len(cards)} cards, "
+        f"{limits.min_turns} to {limits.max_turns} turns, {config.environment.family} world"
         + (", held-out judge" if live and held_out(config.environment) else ""),
         soft_wrap=True,
     )

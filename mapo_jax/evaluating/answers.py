@@ -136,8 +136,8 @@ class Folder:
             for name, kind in needed.items():
                 if not isinstance(row.get(name, ...), kind):
                     raise UserError(
-                        f"{place}, is no saved row ({name!r} is missing or of another type); remove the line, "
-                        "and the same command makes it again"
+                        f"{place}, is no saved row ({name!r} is missing or of another type); remove the "
+                        "line, and the same command makes it again"
                     )
             rows.append(row)
         return rows

@@ -90,8 +90,10 @@ def heard(state: DialogueState) -> DialogueState | None:
 
 @dataclass(frozen=True)
 class Hearing:
-    """Roles that hear what a policy says, and not its reasoning. Reasoning alone is judged by nobody, and ends
-    the dialogue with outcome `error`."""
+    """Roles that hear what a policy says, and not its reasoning.
+
+    Reasoning alone is judged by nobody, and ends the dialogue with outcome `error`.
+    """
 
     behind: Roles
 

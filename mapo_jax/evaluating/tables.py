@@ -84,13 +84,10 @@ def _table(title: str, headings: Sequence[str | Text]) -> Table:
     return table
 
 
-_PARSINGS = {"benchmark": "parsed as the benchmark does", "strict": "parsed strictly"}
-
-
 def eqbench_tables(scores: Figures) -> list[Table]:
     """The result, and with a revision both passes."""
     table = _table(
-        f"EQ-Bench v2, {_PARSINGS[scores['parsing']]} (95 % intervals over questions)",
+        f"EQ-Bench v2, parsing: {scores['parsing']} (95 % intervals)",
         ("", "score", "unparseable as 0", "parseable", "counts"),
     )
     passes = {"first_pass": "first pass", "revised": "revised"}

@@ -335,7 +335,7 @@ def score_answers(items: Sequence[Item], answers: Mapping[Asking, Any], *, seed:
 
     Args:
       items: those that were to be asked.
-      answers: what was said (text, or an object read from it) to each asking; reasoning in a text is left out.
+      answers: what was said (text, or an object read from it) to each asking; reasoning in it is left out.
       seed: of the bootstrap over scenarios; a scenario's two languages are drawn together.
 
     Returns:

@@ -105,14 +105,14 @@ def test_a_server_that_fails_midway_loses_nothing(server, tmp_path, capsys):
 
 
 def test_a_remote_models_reasoning_is_neither_judged_nor_kept(server, tmp_path):
-    def reply(request):
+    def thinking(request):
         said = say(request["messages"])
         return [f"<think>Hm.</think>{said}", f"Hm.</think>{said}", [{"type": "text", "text": said}]][
             len(server.requests) % 3
         ]
 
     command = ["empa", "--endpoint", server.url, *SHORT, "evaluation.rollouts=1"]
-    for name, reply in (("thinks", reply), ("speaks", lambda request: say(request["messages"]))):
+    for name, reply in (("thinks", thinking), ("speaks", lambda request: say(request["messages"]))):
         server.reply = reply
         assert main([*command, "--output", str(tmp_path / name)]) == 0
     assert rows(tmp_path / "thinks") == rows(tmp_path / "speaks")
