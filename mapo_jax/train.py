@@ -60,7 +60,7 @@ def train(config: Config, console: Console | None = None) -> None:
     """
     prepare_jax(config.run.compilation_cache)
     with join(config) as hosts, ExitStack() as stack, hosts.speaking():
-        console = console or Console(highlight=False, quiet=not hosts.first)
+        console = console or Console(highlight=False, markup=False, quiet=not hosts.first)
         stop = stack.enter_context(StopRequest(config.run.deadline_minutes, hosts.peers))
         try:
             run, params = prepare(config, stack, stop, console, hosts)
@@ -450,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command() -> None:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
-            console = Console(highlight=False)
+            console = Console(highlight=False, markup=False)
             console.print(forecast(config), markup=False, soft_wrap=True)
             if config.environment.family == "live":
                 table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))
