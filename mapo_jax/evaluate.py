@@ -3,6 +3,7 @@
     python -m mapo_jax.evaluate empa                            --model FOLDER|RUN | --trajectories FILE.jsonl
     python -m mapo_jax.evaluate emobench  --items FILE.jsonl    --model FOLDER|RUN | --answers FILE.jsonl
     python -m mapo_jax.evaluate eqbench   --questions FILE.json --model FOLDER|RUN | --answers FILE.json
+                                          [--parsing benchmark|strict]
     python -m mapo_jax.evaluate dialogues --transcripts FILE.jsonl
 
 `--endpoint URL` instead of `--model` asks an OpenAI-compatible server. Whatever a model says is saved before
@@ -35,7 +36,7 @@ from mapo_jax.evaluation.answers import ANSWERS, Answerer, Folder, Prompt, ask
 from mapo_jax.evaluation.items import HOMES, find_items
 from mapo_jax.evaluation.role_loop import RoleLoop
 from mapo_jax.evaluation.subject import Subject, add_options, find_subject
-from mapo_jax.files import write_whole
+from mapo_jax.files import encodable, write_whole
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.scores import emobench, empa, eqbench
@@ -73,10 +74,13 @@ def run_eqbench(options: argparse.Namespace, console: Console) -> None:
         settings = {"benchmark": "eqbench", "revision": revision, "questions": _fingerprint(prompts)}
         folder = _ask(options, console, subject, "eqbench", prompts, settings, 0.0, max_tokens)
         answers = eqbench.read_answers(folder.file)
-    scores = eqbench.score_answers(questions, answers, revision=revision, seed=options.seed)
+    scores = eqbench.score_answers(
+        questions, answers, revision=revision, parsing=options.parsing, seed=options.seed
+    )
     _show(console, tables.eqbench_tables(scores))
     if scores["answered"] < scores["questions"]:
         console.print(f"only {scores['answered']} of {scores['questions']} questions have an answer")
+    _say_no_answer(console, scores["no_answer"], len(answers))
     _write(options, folder, scores, console)
 
 
@@ -110,6 +114,7 @@ def run_emobench(options: argparse.Namespace, console: Console) -> None:
         answers = emobench.read_answers(folder.file, items)
     scores = emobench.score_answers(items, answers, seed=options.seed)
     _show(console, tables.emobench_tables(scores))
+    _say_no_answer(console, scores["no_answer"], len(answers))
     _write(options, folder, scores, console)
 
 
@@ -151,18 +156,22 @@ def run_empa(options: argparse.Namespace, console: Console) -> None:
     if options.trajectories is not None:
         cases = empa.read_cases(options.trajectories)
     else:
-        folder, expected = _converse(options, console)
+        folder, expected, unanswered = _converse(options, console)
         rows = conversations.saved_rows(folder)
         if not rows:
-            raise UserError(f"no dialogue came to an end in {folder.path}; the same command tries again")
+            why = f" (in {unanswered} the model gave no answer: {_NO_ANSWER})" if unanswered else ""
+            raise UserError(f"no dialogue came to an end in {folder.path}{why}; the same command tries again")
         cases = [empa.make_case(row, f"dialogue {row['case']}") for row in rows]
     models = empa.summarize_models(cases, seed=options.seed)
     _show(console, tables.empa_tables(models))
     if left_out := sum(case is None for case in cases):
         console.print(f"{left_out} dialogues left out: they ended in an error or have no scored turn")
     if folder is not None and (broken := expected - len(rows)):
+        why = [f"in {unanswered} the model gave no answer ({_NO_ANSWER})"] if unanswered else []
+        if broken > unanswered:
+            why.append("the user or the director failed")
         console.print(
-            f"{broken} of {expected} dialogues broke off, as the user or the director failed; the same "
+            f"{broken} of {expected} dialogues broke off, as {' and in others '.join(why)}; the same "
             "command tries them again",
             soft_wrap=True,
         )
@@ -173,8 +182,24 @@ def run_empa(options: argparse.Namespace, console: Console) -> None:
     _write(options, folder, models, console)
 
 
-def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, int]:
-    """Has dialogues held with every card; the folder that then holds them, and how many there should be."""
+_NO_ANSWER = "empty, or reasoning alone: raise --max-tokens, or switch its reasoning off"
+
+
+def _say_no_answer(console: Console, count: int, total: int) -> None:
+    if count:
+        console.print(
+            f"{count} of {total} answers hold nothing ({_NO_ANSWER}); they count as unparseable",
+            soft_wrap=True,
+        )
+
+
+def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, int, int]:
+    """Has dialogues held with every card.
+
+    Returns:
+      The folder that then holds them, how many there should be, and how many now broke off for want of an
+      answer.
+    """
     subject = find_subject(options, BENCHMARK_DIALOGUES)
     config = subject.config
     cards = load_scenarios(
@@ -188,8 +213,8 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
     rollouts, limits = config.evaluation.rollouts, conversations.limits_of(config)
     live = config.environment.family == "live"
     console.print(
-        f"{subject.name}: {rollouts} dialogues with each of {len(cards)} cards, {limits.min_turns} to "
-        f"{limits.max_turns} turns, {config.environment.family} world"
+        f"{printable(subject.name)}: {rollouts} dialogues with each of {len(cards)} cards, "
+        f"{limits.min_turns} to {limits.max_turns} turns, {config.environment.family} world"
         + (", held-out judge" if live and held_out(config.environment) else ""),
         soft_wrap=True,
     )
@@ -207,7 +232,7 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
     prepare_jax(config.run.compilation_cache)
     with folder.opened(settings):  # whose folder it is, before a live world puts its files there
         if not conversations.missing_cards(folder, cards, rollouts):
-            return folder, len(cards) * rollouts
+            return folder, len(cards) * rollouts, 0
     with stoppable(folder) as check, open_world(_unhurried(config), folder.path, _mesh(config)) as w:
         world = RoleLoop(w.evaluation_roles, w.run)
         session = conversations.Session(
@@ -227,10 +252,10 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
             endpoint = subject.reached(
                 options, temperature=temperature, max_tokens=config.rollout.max_reply_tokens
             )
-            conversations.hold_remotely(session, endpoint)
+            unanswered = conversations.hold_remotely(session, endpoint)
         else:
-            conversations.hold_locally(session, subject.load, config, slots=options.concurrency)
-    return folder, len(cards) * rollouts
+            unanswered = conversations.hold_locally(session, subject.load, config, slots=options.concurrency)
+    return folder, len(cards) * rollouts, unanswered
 
 
 def run_dialogues(options: argparse.Namespace, console: Console) -> None:
@@ -263,7 +288,10 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     worst = transcripts.worst_turns(rows, options.worst)
     title = f"{len(rows)} conversations of {Path(options.transcripts).name}, judged by {judge}"
     _show(console, [*tables.empa_tables(models), tables.worst_table(worst)])
-    unjudged = sum(levels is None for row in rows for levels in row["levels"])
+    silent = sum(failure == transcripts.NO_ANSWER for row in rows for failure in row["failures"])
+    if silent:
+        console.print(f"{silent} replies are no answers (null, or reasoning alone) and were not judged")
+    unjudged = sum(levels is None for row in rows for levels in row["levels"]) - silent
     if unjudged or len(rows) < len(chats):
         console.print(
             f"not judged: {unjudged} turns, and {len(chats) - len(rows)} conversations of which every call "
@@ -272,7 +300,7 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
         )
     (figures,) = models.values()
     write_whole(folder.path / PAGE, page.render_page(title, figures, rows, worst))
-    console.print(f"page written to {folder.path / PAGE}", soft_wrap=True, markup=False)
+    console.print(f"page written to {folder.path / PAGE}", soft_wrap=True)
     _write(options, folder, {**figures, "worst": worst}, console)
 
 
@@ -323,13 +351,13 @@ def _show(console: Console, shown: Sequence[Any]) -> None:
 
 
 def _write(options: argparse.Namespace, folder: Folder | None, scores: Any, console: Console) -> None:
-    content = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
+    content = json.dumps(encodable(scores), indent=1, ensure_ascii=False) + "\n"
     files = [file for file in (folder and folder.path / SCORES, options.json) if file]
     for file in files:
         write_whole(file, content)
-        console.print(f"scores written to {file}", soft_wrap=True, markup=False)
+        console.print(f"scores written to {file}", soft_wrap=True)
     if folder is not None:
-        console.print(f"everything kept in {folder.path}", soft_wrap=True, markup=False)
+        console.print(f"everything kept in {folder.path}", soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -377,6 +405,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--revision", action="store_true", help="ask for a first pass, a critique and revised scores"
     )
+    command.add_argument(
+        "--parsing",
+        choices=eqbench.PARSINGS,
+        default="benchmark",
+        help="benchmark (default): without * and #, names in any case; strict: as the answer stands",
+    )
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--answers", metavar="FILE", help="score saved answers: JSON of {question id: text}")
     add_options(command, source)
@@ -410,7 +444,7 @@ def _common(command: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input, 128 + n stopped by signal n."""
     options = _parser().parse_args(arguments)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # names and texts of others are no markup
     return run_command(lambda: options.command(options, console))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def as_path(path: Path | str) -> Path:
@@ -49,6 +51,33 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def encodable(value: Any) -> Any:
+    """A JSON value whose texts can be written as UTF-8: U+FFFD replaces each half of a surrogate pair.
+
+    JSON can spell such a half alone ("\\ud83d"); neither a file, a terminal nor a request can hold it.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
+    if isinstance(value, dict):
+        return {encodable(name): encodable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [encodable(inner) for inner in value]
+    return value
+
+
+def read_object(path: Path | str) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no file, or none that holds an object (it may be cut)."""
+    try:
+        value = json.loads(as_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def append_line(path: Path | str, line: bytes) -> None:

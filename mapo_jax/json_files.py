@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mapo_jax.errors import UserError
+from mapo_jax.files import encodable
 
 
 def read_text(path: str | Path, what: str) -> str:
@@ -28,15 +29,21 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def read_json(path: str | Path, what: str) -> Any:
-    """The value that a JSON file holds.
+    """The value that a JSON file holds, half characters replaced (see `encodable`).
 
     Raises:
       UserError: it cannot be read, or is not JSON (the line is named).
     """
+    return _parse(read_text(path, what), lambda error: f"{path}, line {getattr(error, 'lineno', 1)}")
+
+
+def _parse(text: str, place: Callable[[Exception], str]) -> Any:
     try:
-        return json.loads(read_text(path, what))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, is not JSON: {error.msg}") from error
+        return encodable(json.loads(text))
+    except RecursionError as error:
+        raise UserError(f"{place(error)}, is nested too deeply to be read") from error
+    except ValueError as error:  # also a whole number of more digits than Python converts
+        raise UserError(f"{place(error)}, is not JSON: {getattr(error, 'msg', error)}") from error
 
 
 def read_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -52,10 +59,7 @@ def read_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, Any]
             continue
         empty = False
         place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}, is not JSON: {error.msg}") from error
+        row = _parse(line, lambda error, place=place: place)
         if not isinstance(row, dict):
             raise UserError(f"{place}, holds {type(row).__name__}, not an object")
         yield place, row

@@ -13,8 +13,9 @@ import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.text import Text
 
-from mapo_jax.commands import prepare_jax, run_command
+from mapo_jax.commands import prepare_jax, printable, run_command
 from mapo_jax.errors import UserError
 from mapo_jax.reporting.text import render_text
 from mapo_jax.reporting.write import DIALOGUES, read_runs, write_report
@@ -48,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"`--dialogues` is {options.dialogues}; it must be at least 1")
         if options.text and options.output:
             raise UserError("`--text` prints and writes no file; leave out --output")
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         prepare_jax(None)
         with console.status("reading") as status:
-            told = lambda what: status.update(what)  # noqa: E731
+            told = lambda what: status.update(Text(printable(what)))  # noqa: E731
             if options.text:
                 text = render_text(read_runs(options.run, options.dialogues, told))
             else:
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(text)
         else:
             size = file.stat().st_size / 1e6
-            console.print(f"{file}: {size:.1f} MB; open it in a browser", markup=False, soft_wrap=True)
+            console.print(f"{file}: {size:.1f} MB; open it in a browser", soft_wrap=True)
 
     return run_command(command)
 

@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.dry_run:
             train(config)
             return
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         console.print(forecast(config), markup=False, soft_wrap=True)
         if config.environment.family == "live":
             table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))

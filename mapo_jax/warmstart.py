@@ -99,7 +99,7 @@ def run_warmstart(
     Raises:
       UserError: bad data or a bad model folder, a full disk, or a result that is too weak to start from.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     folder = Path(config.warmstart.cache or cache_folder("warmstart")) / _key(config)
     if (folder / RECORD).is_file():
         record = json.loads((folder / RECORD).read_text())

@@ -32,6 +32,17 @@ def test_saved_levels_are_scored_without_a_model(tmp_path, capsys):
     assert json.loads(scores.read_text()) == written
 
 
+def test_names_of_others_are_no_markup_and_steer_no_terminal(tmp_path, capsys):
+    file, name = tmp_path / "levels.jsonl", "[/x]\x1b]0;t\x07[red]"
+    row = {"model": name, "start": [-5, -4, -3], "levels": [[1, 0, 1, 0, 1, 0]] * 3, "domain": "[/y]\x1b"}
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row | {"model": "half \ud83d"}))
+    assert main(["empa", "--trajectories", str(file), "--json", str(tmp_path / "scores.json")]) == 0
+    shown = capsys.readouterr().out
+    assert r"[/x]\x1b]0;t\x07[red]" in shown and r"[/y]\x1b" in shown
+    assert "\x1b" not in shown and "\x07" not in shown
+    assert set(json.loads((tmp_path / "scores.json").read_text())) == {name, "half \ufffd"}
+
+
 EMOTIONS = ("Calm", "Sad", "Proud", "Afraid")
 
 

@@ -29,3 +29,20 @@ def test_broken_files_are_named(tmp_path):
     file.write_text('{"a": 1,\n "b": }')
     with pytest.raises(UserError, match=r"line 2, is not JSON"):
         read_json(file, "rows")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "1" * 5000, '{"a": ' + "9" * 5000 + "}"])
+def test_what_the_parser_gives_up_on_is_named(tmp_path, text):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    for read in (read_json, lambda *arguments: list(read_rows(*arguments))):
+        with pytest.raises(UserError, match=r"rows.jsonl, line 1, is (not JSON|nested too deeply)"):
+            read(file, "rows")
+
+
+def test_half_characters_are_replaced(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"\\ud83d": ["\\udc00", {"a": "\\ud83d\\ude00"}]}')
+    expected = {"\ufffd": ["\ufffd", {"a": "\U0001f600"}]}
+    assert read_json(file, "rows") == expected
+    assert [row for _, row in read_rows(file, "rows")] == [expected]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import IO, Any, Protocol
 
 from rich.console import Console
@@ -15,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mapo_jax.config import GONE, differing_keys
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.evaluation.speech import text_of
+from mapo_jax.files import encodable, write_whole
 from mapo_jax.json_files import read_json, read_rows
 from mapo_jax.running.checkpoint import HARMLESS_KEYS
 from mapo_jax.running.metrics import full_disk_is_a_user_error
@@ -43,7 +45,7 @@ class Prompt:
 class Answer:
     """What was said."""
 
-    text: str
+    text: str | None  # its content, reasoning in it included; None where a server sent none
     truncated: bool  # cut by its token limit
 
 
@@ -97,7 +99,7 @@ class Folder:
                 raise UserError(
                     f"another process is at work in {self.path}; wait for it or choose another --output"
                 ) from error
-            self._check(json.loads(json.dumps(settings)))
+            self._check(encodable(json.loads(json.dumps(settings))))
             _cut_torn_line(self.file)
             yield file
 
@@ -119,11 +121,27 @@ class Folder:
                 f"{settings.get(keys[0])!r}; choose another --output"
             )
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows that are there."""
+    def rows(self, **needed: type | UnionType) -> list[dict[str, Any]]:
+        """The rows that are there.
+
+        Args:
+          needed: what each row must hold, by name.
+
+        Raises:
+          UserError: the file cannot be read, or a row lacks what it must hold; names the line.
+        """
         if not self.file.exists() or not self.file.stat().st_size:
             return []
-        return [row for _, row in read_rows(self.file, "saved rows")]
+        rows = []
+        for place, row in read_rows(self.file, "saved rows"):
+            for name, kind in needed.items():
+                if not isinstance(row.get(name, ...), kind):
+                    raise UserError(
+                        f"{place}, is no saved row ({name!r} is missing or of another type); remove the "
+                        "line, and the same command makes it again"
+                    )
+            rows.append(row)
+        return rows
 
 
 def append(file: IO[bytes], row: Mapping[str, Any]) -> None:
@@ -133,7 +151,7 @@ def append(file: IO[bytes], row: Mapping[str, Any]) -> None:
       UserError: the disk is full; the rows before are whole.
     """
     with full_disk_is_a_user_error(Path(file.name)):
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(encodable(row), ensure_ascii=False).encode() + b"\n")
         file.flush()
 
 
@@ -154,7 +172,7 @@ def ask(
 ) -> None:
     """Asks what was not asked before; afterwards every prompt has its row in the folder's file.
 
-    A row has the prompt's name, `answer`, and `truncated`.
+    A row has the prompt's name, `answer` (null where the model gave none), and `truncated`.
 
     Args:
       make_answerer: called only if something is left to be asked.
@@ -162,7 +180,8 @@ def ask(
       check: called after every answer; may raise to stop.
 
     Raises:
-      UserError: the folder cannot be used (see `Folder.opened`), or the answerer cannot go on.
+      UserError: the folder cannot be used (see `Folder.opened`), the answerer cannot go on, or an answer is
+        neither text nor a list of text parts; such a one is not saved.
     """
     with folder.opened(settings) as file:
         done = {_key(row, prompts[0].name) for row in folder.rows()} if prompts else set()
@@ -172,14 +191,22 @@ def ask(
         if not missing:
             return
         with progress(console, "answers", len(missing)) as advance:
+            unusable: list[str] = []
 
             def save(prompt: Prompt, answer: Answer) -> None:
-                append(file, {**prompt.name, "answer": answer.text, "truncated": answer.truncated})
-                advance(1)
+                try:
+                    text = text_of(answer.text)
+                except ValueError as problem:
+                    unusable.append(str(problem))
+                else:
+                    append(file, {**prompt.name, "answer": text, "truncated": answer.truncated})
+                    advance(1)
                 check()
 
             try:
                 make_answerer().answer(missing, save)
+                if unusable:
+                    raise UserError(f"{len(unusable)} answers cannot be used (the last: {unusable[-1]})")
             except UserError as error:
                 saved = len(folder.rows())
                 raise UserError(

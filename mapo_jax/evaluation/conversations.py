@@ -5,23 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import IO, Any
+from dataclasses import dataclass, replace
+from typing import IO, Any, TypeVar
 
 from rich.console import Console
 
 from mapo_jax.config import Config
-from mapo_jax.environment.dialogue import DialogueState, RoleFailure
-from mapo_jax.environment.roles import open_dialogue, take_turn
+from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure
+from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
-from mapo_jax.evaluation.answers import Folder, append, progress
+from mapo_jax.evaluation.answers import Answer, Folder, append, progress
 from mapo_jax.evaluation.endpoint import Calls, Endpoint, together
 from mapo_jax.evaluation.local import LocalModel
 from mapo_jax.evaluation.role_loop import RoleLoop
+from mapo_jax.evaluation.speech import spoken, text_of
 from mapo_jax.rollout.collect import Dialogue, derive_seed, finished_groups
 
 DIALOGUES = "dialogues.jsonl"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,53 @@ def to_row(state: DialogueState, model: str, rollout: int) -> dict[str, Any]:
     }
 
 
-def hold_locally(session: Session, load: Callable[[], LocalModel], config: Config, *, slots: int) -> None:
+def heard(state: DialogueState) -> DialogueState | None:
+    """A dialogue without the reasoning in its replies; None if a reply holds nothing else."""
+    replies = [spoken(turn.reply) for turn in state.turns]
+    if None in replies:
+        return None
+    turns = zip(state.turns, replies, strict=True)
+    return replace(state, turns=tuple(replace(turn, reply=reply) for turn, reply in turns))
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """Roles that hear what a policy says, and not its reasoning.
+
+    Reasoning alone is judged by nobody, and ends the dialogue with outcome `error`.
+    """
+
+    behind: Roles
+
+    @property
+    def roles(self) -> Roles:
+        """Itself, as the three roles."""
+        return Roles(self, self, self)
+
+    async def open(self, scenario: Scenario, seed: int) -> str:
+        """See User."""
+        return await self.behind.user.open(scenario, seed)
+
+    async def reply(self, state: DialogueState) -> str:
+        """See User."""
+        return await self.behind.user.reply(_answered(heard(state)))
+
+    async def score(self, state: DialogueState, reply: str) -> Judgement:
+        """See Judge."""
+        return await self.behind.judge.score(_answered(heard(state)), _answered(spoken(reply)))
+
+    async def act(self, state: DialogueState) -> Action:
+        """See Director."""
+        return await self.behind.director.act(_answered(heard(state)))
+
+
+def _answered(said: T | None) -> T:
+    if said is None:
+        raise RoleFailure("malformed", "the reply holds reasoning alone")
+    return said
+
+
+def hold_locally(session: Session, load: Callable[[], LocalModel], config: Config, *, slots: int) -> int:
     """Holds what is missing of a session's dialogues on our engine; a card's are kept when all have ended.
 
     Args:
@@ -78,6 +127,9 @@ def hold_locally(session: Session, load: Callable[[], LocalModel], config: Confi
         model was made for.
       slots: dialogues at a time.
 
+    Returns:
+      How many dialogues broke off because a reply held reasoning alone.
+
     Raises:
       UserError: the folder cannot be used, or a card's first message leaves no room for a reply.
     """
@@ -85,7 +137,7 @@ def hold_locally(session: Session, load: Callable[[], LocalModel], config: Confi
     with session.folder.opened(session.settings) as file:
         missing = _missing(session)
         if not missing:
-            return
+            return 0
         model = load()
         positions = model.policy.config.max_position_embeddings
         length = min(config.rollout.max_tokens, positions)
@@ -104,14 +156,14 @@ def hold_locally(session: Session, load: Callable[[], LocalModel], config: Confi
                 session.rollouts,
                 engine,
                 model.policy.chat,
-                session.world.roles,
+                Hearing(session.world.roles).roles,
                 session.limits,
                 seed=session.seed,
                 step=0,
                 concurrency=config.environment.concurrency,
                 on_turn=lambda turns: session.check(),
             )
-            session.world.run(_keep_groups(session, groups, file, advance), session.check)
+            return session.world.run(_keep_groups(session, groups, file, advance), session.check)
 
 
 async def _keep_groups(
@@ -119,24 +171,37 @@ async def _keep_groups(
     groups: AsyncGenerator[list[Dialogue]],
     file: IO[bytes],
     advance: Callable[[int], None],
-) -> None:
+) -> int:
+    unanswered = 0
     async with aclosing(groups):
         async for group in groups:
             for dialogue in group:
-                _keep(file, session, dialogue.state, dialogue.rollout)
+                state = heard(dialogue.state)
+                if state is None:
+                    unanswered += 1
+                else:
+                    _keep(file, session, state, dialogue.rollout)
             advance(len(group))
+    return unanswered
 
 
-def hold_remotely(session: Session, endpoint: Endpoint) -> None:
+def hold_remotely(session: Session, endpoint: Endpoint) -> int:
     """Holds what is missing of a session's dialogues with a model behind an endpoint, several at once.
+
+    The model's history holds what it said, without its reasoning.
+
+    Returns:
+      How many dialogues broke off because an answer was empty, held reasoning alone, or was no text.
 
     Raises:
       UserError: the folder cannot be used, or the endpoint failed; what had ended is saved.
     """
     with session.folder.opened(session.settings) as file:
-        if missing := _missing(session):
-            with progress(session.console, "dialogues", len(missing) * session.rollouts) as advance:
-                session.world.run(_hold_remotely(session, missing, endpoint, file, advance), session.check)
+        missing = _missing(session)
+        if not missing:
+            return 0
+        with progress(session.console, "dialogues", len(missing) * session.rollouts) as advance:
+            return session.world.run(_hold_remotely(session, missing, endpoint, file, advance), session.check)
 
 
 async def _hold_remotely(
@@ -145,12 +210,14 @@ async def _hold_remotely(
     endpoint: Endpoint,
     file: IO[bytes],
     advance: Callable[[int], None],
-) -> None:
+) -> int:
     calls = Calls(endpoint)
+    unanswered = 0
     openings: dict[str, asyncio.Task[str]] = {}
     waiting = iter([(card, rollout) for card in cards for rollout in range(session.rollouts)])
 
     async def hold(card: Scenario, rollout: int) -> DialogueState | None:
+        nonlocal unanswered
         seed = derive_seed(session.seed, 0, card.id, rollout)
         if card.id not in openings:
             opening = derive_seed(session.seed, 0, card.id, "opening", 0)
@@ -163,8 +230,12 @@ async def _hold_remotely(
             answer = await calls.ask(state.messages, derive_seed(seed, state.turn_count))
             if answer is None:
                 return None
+            reply = _speech(answer)
+            if not reply:
+                unanswered += 1
+                return None
             state = await take_turn(
-                state, answer.text, session.world.roles, session.limits, truncated=answer.truncated
+                state, reply, session.world.roles, session.limits, truncated=answer.truncated
             )
             session.check()
         return state
@@ -179,6 +250,16 @@ async def _hold_remotely(
     async with endpoint.connected() as calls.client:
         await together([work() for _ in range(min(endpoint.concurrency, len(cards) * session.rollouts))])
     calls.conclude()
+    return unanswered
+
+
+def _speech(answer: Answer) -> str:
+    """What an answer says; empty where it says nothing."""
+    try:
+        reply = spoken(text_of(answer.text)) or ""
+    except ValueError:
+        return ""
+    return "" if reply.isspace() else reply
 
 
 def _keep(file: IO[bytes], session: Session, state: DialogueState, rollout: int) -> None:
@@ -188,7 +269,7 @@ def _keep(file: IO[bytes], session: Session, state: DialogueState, rollout: int)
 
 def missing_cards(folder: Folder, cards: Sequence[Scenario], rollouts: int) -> list[Scenario]:
     """Cards of which not every dialogue is saved. A card's dialogues are held together."""
-    saved = {(row["case"], row["rollout"]) for row in folder.rows()}
+    saved = {(row["case"], row["rollout"]) for row in folder.rows(**_NEEDED)}
     return [card for card in cards if not {(card.id, rollout) for rollout in range(rollouts)} <= saved]
 
 
@@ -203,4 +284,7 @@ def _missing(session: Session) -> list[Scenario]:
 
 def saved_rows(folder: Folder) -> list[dict[str, Any]]:
     """The saved dialogues, one row for each card and rollout."""
-    return list({(row["case"], row["rollout"]): row for row in folder.rows()}.values())
+    return list({(row["case"], row["rollout"]): row for row in folder.rows(**_NEEDED)}.values())
+
+
+_NEEDED = {"case": str, "rollout": int, "rule": str | None}

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from mapo_jax.commands import printable
 from mapo_jax.scores import empa
 
 Figures = Mapping[str, Any]
+
+
+def _text(words: str) -> Text:
+    """Words of others: no markup, and nothing that steers a terminal."""
+    return Text(printable(words))
 
 
 def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
@@ -21,14 +27,14 @@ def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
     parts = _table("EPM-Q = 0.4 outcome + 0.2 efficiency + 0.4 stability", ("model", "", "its indices"))
     for model, figures in models.items():
         scores.add_row(
-            model,
+            _text(model),
             str(figures["cases"]),
             _with_ends(figures["epm_q"], figures["intervals"]["epm_q"]),
             f"{figures['passed']}/{figures['dialogues']}",
             f"{figures['turns']:.1f}",
             f"{figures['idr_mean']:+.2f} ± {figures['idr_std']:.2f}",
         )
-        parts.add_row(model)
+        parts.add_row(_text(model))
         for part, indices in _PARTS.items():
             parts.add_row(
                 f"  {part}",
@@ -56,11 +62,11 @@ def _group_tables(models: Mapping[str, Figures]) -> list[Table]:
             groups = [name for name, _ in empa.DIFFICULTIES if name in groups]
         if not groups:
             continue
-        table = _table(f"EPM-Q and passed, by {title}", ("model", *groups))
+        table = _table(f"EPM-Q and passed, by {title}", ("model", *map(_text, groups)))
         for model, found in zip(models, known, strict=True):
             cells = (found.get(group) for group in groups)
             table.add_row(
-                model,
+                _text(model),
                 *(
                     "" if cell is None else f"{cell['epm_q']:.1f}  {cell['passed']}/{cell['dialogues']}"
                     for cell in cells
@@ -70,7 +76,7 @@ def _group_tables(models: Mapping[str, Figures]) -> list[Table]:
     return tables
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
+def _table(title: str, headings: Sequence[str | Text]) -> Table:
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
         # On a narrow terminal names are broken, figures never.
@@ -81,7 +87,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 def eqbench_tables(scores: Figures) -> list[Table]:
     """The result, and with a revision both passes."""
     table = _table(
-        "EQ-Bench v2 (95 % intervals over questions)",
+        f"EQ-Bench v2, parsing: {scores['parsing']} (95 % intervals)",
         ("", "score", "unparseable as 0", "parseable", "counts"),
     )
     passes = {"first_pass": "first pass", "revised": "revised"}
@@ -122,12 +128,12 @@ def emobench_tables(scores: Figures) -> list[Table]:
         for grouping in ("languages", "categories"):
             for group, figures in found[grouping].items():
                 if figures["answers"]:
-                    _accuracy_row(table, f"  {group.replace('_', ' ')}", figures)
+                    _accuracy_row(table, _text(f"  {group.replace('_', ' ')}"), figures)
         table.add_section()
     return [table]
 
 
-def _accuracy_row(table: Table, label: str, figures: Figures) -> None:
+def _accuracy_row(table: Table, label: str | Text, figures: Figures) -> None:
     asked = "" if figures["answered"] == figures["items"] else f"/{figures['items']}"
     parseable, agreement = figures["accuracy_parseable"], figures.get("agreement")
     table.add_row(
@@ -157,5 +163,5 @@ def worst_table(turns: Sequence[Mapping[str, Any]]) -> Table:
         found = [f"{name} {level}: {reason}" for name, level, _, reason in turn["findings"] if level < 0]
         said = [f"user: {turn['user']}", f"reply: {turn['reply']}", *found]
         where = f"{turn['case']}, {turn['turn']}"
-        table.add_row(f"{turn['reward']:+.2f}", escape(where), escape("\n".join(said)))
+        table.add_row(f"{turn['reward']:+.2f}", _text(where), _text("\n".join(said)))
     return table

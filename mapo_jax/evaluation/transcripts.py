@@ -35,10 +35,12 @@ from mapo_jax.evaluation.answers import Folder, append, progress
 from mapo_jax.evaluation.conversations import to_row
 from mapo_jax.evaluation.endpoint import together
 from mapo_jax.evaluation.role_loop import RoleLoop
+from mapo_jax.evaluation.speech import spoken, text_of
 from mapo_jax.json_files import read_rows
 from mapo_jax.rollout.collect import derive_seed
 
 JUDGED = "judged.jsonl"
+NO_ANSWER = "no answer"
 
 # (-17, -19, -19): the mean start of the published cases, rounded (C -17.2, A -19.1, P -19.0).
 UNKNOWN_START = dict(zip(INDICATORS, (3, 1, 3, 1, 2, 3, 1, 2, 3), strict=True))
@@ -49,7 +51,9 @@ class Transcript:
     """A conversation to be judged."""
 
     id: str
-    turns: tuple[tuple[str, str], ...]  # what the user said, and the reply to it
+    turns: tuple[
+        tuple[str, str | None], ...
+    ]  # what the user said, and the reply; None: none, or reasoning alone
     scenario: Scenario
     given: str  # where the start state comes from: card, row or unknown
 
@@ -57,8 +61,10 @@ class Transcript:
 def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: bool) -> list[Transcript]:
     """Reads conversations from JSON lines.
 
-    System messages are passed over, neighbouring messages of one side are one message, and what the assistant
-    says before the user has spoken (a greeting) is not judged, nor is a last message without a reply.
+    A content is text or a list of text parts (`speech.text_of`); the assistant's reasoning is left out, and a
+    reply of null or of reasoning alone is no answer. System messages are passed over, neighbouring messages of
+    one side are one message, and what the assistant says before the user has spoken (a greeting) is not judged,
+    nor is a last message without a reply.
 
     Args:
       cards: known by their ids.
@@ -75,7 +81,7 @@ def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: 
             raise UserError(f"{place}: the id {name} occurs a second time")
         turns = _turns(row.get("messages"), place)
         if "scenario" in row:
-            if row["scenario"] not in by_id:
+            if not isinstance(row["scenario"], str) or row["scenario"] not in by_id:
                 raise UserError(
                     f"{place}: there is no card {row['scenario']!r}; give the cards with "
                     "environment.scenarios=PATH"
@@ -89,32 +95,41 @@ def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: 
         else:
             given = "row" if "start" in row else "unknown"
             try:
-                start_position(row.get("start", UNKNOWN_START))
+                at_rest = not any(start_position(row.get("start", UNKNOWN_START)))
             except (UserError, TypeError) as error:
                 raise UserError(f"{place}: `start`: {error}") from error
+            if at_rest:
+                raise UserError(f"{place}: `start`: at least one level must be above 0")
             scenario = _unknown_person(f"transcript-{name}", row.get("start", UNKNOWN_START))
         transcripts[name] = Transcript(name, turns, scenario, given)
     return list(transcripts.values())
 
 
-def _turns(messages: Any, place: str) -> tuple[tuple[str, str], ...]:
+def _turns(messages: Any, place: str) -> tuple[tuple[str, str | None], ...]:
     if not isinstance(messages, list):
         raise UserError(f"{place}: `messages` must be a list of messages with `role` and `content`")
-    merged: list[list[str]] = []
+    merged: list[tuple[str, list[str]]] = []
     for number, message in enumerate(messages, start=1):
-        role, content = (message.get(k) for k in ("role", "content")) if isinstance(message, dict) else (0, 0)
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        role = message.get("role") if isinstance(message, dict) and "content" in message else None
+        try:
+            content = text_of(message["content"]) if role else None
+        except ValueError:
+            role = None
+        if role not in ("system", "user", "assistant") or (role == "user" and content is None):
             raise UserError(
                 f"{place}, message {number}: needs a `role` (system, user or assistant) and its "
                 "`content` as text"
             )
         if role == "system" or (role == "assistant" and not merged):
             continue
-        if merged and merged[-1][0] == role:
-            merged[-1][1] += f"\n{content}"
-        else:
-            merged.append([role, content])
-    turns = tuple((user[1], reply[1]) for user, reply in zip(merged[::2], merged[1::2], strict=False))
+        if not merged or merged[-1][0] != role:
+            merged.append((role, []))
+        if role == "assistant":
+            content = spoken(content)
+        if content is not None:
+            merged[-1][1].append(content)
+    said = ["\n".join(texts) if texts else None for _, texts in merged]
+    turns = tuple(zip(said[::2], said[1::2], strict=False))
     if not turns:
         raise UserError(f"{place}: there is no reply to a user in it")
     return turns
@@ -154,7 +169,10 @@ def fingerprint(transcripts: Sequence[Transcript]) -> str:
 
 
 async def judge_transcript(transcript: Transcript, judge: Judge) -> DialogueState:
-    """The conversation as a dialogue whose every turn is judged; a failed call leaves its turn unscored."""
+    """The conversation as a dialogue whose every turn is judged.
+
+    A failed call leaves its turn unscored, and so does a reply that is no answer (failure NO_ANSWER).
+    """
     seed = derive_seed("transcript", transcript.id)
     state = DialogueState(transcript.scenario, seed, (), "")
     for user, reply in transcript.turns:
@@ -163,11 +181,14 @@ async def judge_transcript(transcript: Transcript, judge: Judge) -> DialogueStat
         failure = None
         position = state.position
         try:
-            judgement = await judge.score(asked, reply)
-            position = calculator.move(position, calculator.points(judgement.levels))
+            if reply is None:
+                failure = NO_ANSWER
+            else:
+                judgement = await judge.score(asked, reply)
+                position = calculator.move(position, calculator.points(judgement.levels))
         except RoleFailure as problem:
             failure = problem.kind
-        turn = Turn(user, reply, judgement, failure, position, Action("continue"))
+        turn = Turn(user, reply or "", judgement, failure, position, Action("continue"))
         state = replace(state, turns=(*state.turns, turn))
     return state
 
@@ -192,14 +213,17 @@ def judge_all(
       UserError: the folder cannot be used.
     """
     with folder.opened(settings) as file:
-        done = {row["case"] for row in folder.rows()}
+        done = {row["case"] for row in folder.rows(**_NEEDED)}
         waiting = iter([t for t in transcripts if t.id not in done])
         missing = len(transcripts) - len(done)
         if missing:
             with progress(console, "conversations", missing) as advance:
                 world.run(_judge_all(waiting, world.roles.judge, file, concurrency, advance, check), check)
-        rows = {row["case"]: row for row in folder.rows()}
+        rows = {row["case"]: row for row in folder.rows(**_NEEDED)}
     return [rows[t.id] for t in transcripts if t.id in rows]
+
+
+_NEEDED = dict(case=str, start=list, levels=list, messages=list, failures=list, judgements=list)
 
 
 async def _judge_all(waiting, judge, file: IO[bytes], concurrency: int, advance, check) -> None:

@@ -107,7 +107,7 @@ def _checks(study: Study) -> Table:
         table.add_row(
             Text(f"{sign} {check.state}", style=style),
             check.name,
-            plain(check.figure),
+            Text(plain(check.figure)),
             Text(check.meaning, style="dim"),
         )
     return table

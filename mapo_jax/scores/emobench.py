@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mapo_jax.errors import UserError
+from mapo_jax.evaluation.speech import spoken, text_of
 from mapo_jax.json_files import read_rows
 from mapo_jax.scores.bootstrap import intervals
 from mapo_jax.scores.emobench_prompts import KEYS, LETTERS, render
@@ -177,7 +178,8 @@ def read_answers(path: str | Path, items: Sequence[Item]) -> dict[Asking, Any]:
     """Reads saved answers: JSON lines of `qid`, `language` and `answer`.
 
     `task` may be left out where the items are of one task, `order` (0) and `sample` (0) where an item was
-    asked once. The answer is what the model said, or the object that was read from it.
+    asked once. The answer is what the model said (text, a list of text parts, or null where it said nothing),
+    or the object or list that was read from it.
 
     Raises:
       UserError: the file cannot be read, or a line names no item or one twice; names the line.
@@ -192,17 +194,26 @@ def read_answers(path: str | Path, items: Sequence[Item]) -> dict[Asking, Any]:
         if "task" not in row and len(tasks) > 1:
             raise UserError(f"{place}: has no `task`, and the items are of both EA and EU")
         task = row.get("task", min(tasks))
-        item = by_key.get((task, str(row["qid"]), row["language"]))
+        item = by_key.get((str(task), str(row["qid"]), str(row["language"])))
         if item is None:
             raise UserError(f"{place}: there is no item {row['qid']} ({task}, {row['language']})")
         order, sample = row.get("order", 0), row.get("sample", 0)
-        if order not in range(ORDERS) or not isinstance(sample, int):
+        if type(order) is not int or order not in range(ORDERS) or not isinstance(sample, int):
             raise UserError(f"{place}: order {order!r}, sample {sample!r}; an order is 0 to {ORDERS - 1}")
         asking = Asking(item, order, sample)
         if asking in answers:
             raise UserError(f"{place}: a second answer to item {row['qid']} ({task}, {row['language']})")
-        answers[asking] = row["answer"]
+        answers[asking] = _content(row["answer"])
     return answers
+
+
+def _content(answer: Any) -> Any:
+    """An answer; where it is a list of text parts, as some servers send it, their text."""
+    parts = isinstance(answer, list) and any(isinstance(part, dict) and "type" in part for part in answer)
+    try:
+        return text_of(answer) if parts else answer
+    except ValueError:
+        return None
 
 
 # --- Reading an answer ---
@@ -235,7 +246,7 @@ def _values(answer: Any, keys: Sequence[str]) -> list[Any]:
         return [found.get(key) for key in keys]
     if isinstance(answer, list | tuple):
         return list(answer) if len(answer) == len(keys) else [None] * len(keys)
-    text = _plain(answer) if isinstance(answer, str) else ""
+    text = _plain(spoken(answer) or "") if isinstance(answer, str) else ""
     for found in reversed(list(_objects(text))):
         if any(str(name).strip().lower() in keys for name in found):
             return _values(found, keys)
@@ -261,7 +272,7 @@ def _objects(text: str) -> Iterable[dict[str, Any]]:
         try:
             value, start = decoder.raw_decode(text, start)
             yield value
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             start += 1
 
 
@@ -272,6 +283,9 @@ _LETTER = re.compile(
 )
 
 
+_LETTER_WITHIN = 200  # characters; the pattern's time grows with the square of what it reads
+
+
 def _choice(value: Any, asking: Asking, question: int) -> int | None:
     if not isinstance(value, str):
         return None
@@ -279,7 +293,7 @@ def _choice(value: Any, asking: Asking, question: int) -> int | None:
     choices = [_words(choice) for choice in asking.item.choices[question]]
     if choices.count(_words(value)) == 1:
         return choices.index(_words(value))
-    letter = _LETTER.match(value)
+    letter = _LETTER.match(value[:_LETTER_WITHIN])
     place = LETTERS.find(letter[1].upper()) if letter else -1
     return shown[place] if 0 <= place < len(shown) else None
 
@@ -290,6 +304,11 @@ def _words(text: str) -> str:
 
 
 # --- Scores ---
+
+
+def is_no_answer(answer: Any) -> bool:
+    """Whether a model said nothing: no text, or reasoning alone."""
+    return answer is None or (isinstance(answer, str) and not (spoken(answer) or "").strip())
 
 
 class _Cell(NamedTuple):
@@ -316,17 +335,18 @@ def score_answers(items: Sequence[Item], answers: Mapping[Asking, Any], *, seed:
 
     Args:
       items: those that were to be asked.
-      answers: what was said (text, or an object read from it) to each asking.
+      answers: what was said (text, or an object read from it) to each asking; reasoning in it is left out.
       seed: of the bootstrap over scenarios; a scenario's two languages are drawn together.
 
     Returns:
       `accuracy` over all answers, unparseable ones counted as wrong, with `interval` (95 %);
       `accuracy_parseable`, over the others; `items`; `answered`, items with an answer in any order;
       `answers`, the votes scored (items times orders); `unparseable`, those without a choice, and
-      `unparseable_share`; with several orders `accuracy_by_order` and `agreement`, the share of items (asked
+      `unparseable_share`; `no_answer`, how many of all samples hold no text, or reasoning alone (they are
+      unparseable); with several orders `accuracy_by_order` and `agreement`, the share of items (asked
       in more than one order) that get the same choices in all. For every task there is under its name all of
-      this, the same for every `languages`, `categories` and `details` (question types or finer categories),
-      and for EU `emotion_accuracy` and `cause_accuracy`.
+      this but `no_answer`, the same for every `languages`, `categories` and `details` (question types or
+      finer categories), and for EU `emotion_accuracy` and `cause_accuracy`.
 
     Raises:
       UserError: no answers.
@@ -335,6 +355,7 @@ def score_answers(items: Sequence[Item], answers: Mapping[Asking, Any], *, seed:
         raise UserError("there are no answers to score")
     cells = _vote(answers)
     scores = _figures(items, cells, seed)
+    scores["no_answer"] = sum(map(is_no_answer, answers.values()))
     for task in TASKS:
         if any(item.task == task for item in items):
             scores[task] = _task_scores(task, items, cells, seed)

@@ -3,8 +3,8 @@
 The items are the benchmark's own (MIT licence) and come from a file; each prompt asks for a first pass, a
 critique and revised scores. Without revision those parts of the prompt are left out.
 
-Source: Paech, EQ-Bench: An Emotional Intelligence Benchmark for Large Language Models (arXiv 2312.06281),
-version 2 of the scoring (full scale).
+Sources: Paech, EQ-Bench: An Emotional Intelligence Benchmark for Large Language Models (arXiv 2312.06281),
+version 2 of the scoring (full scale); how answers are parsed: `lib/scoring.py` of the benchmark's repository.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from typing import Any
 import numpy as np
 
 from mapo_jax.errors import UserError
+from mapo_jax.evaluation.speech import spoken, text_of
 from mapo_jax.json_files import read_json, read_rows
 from mapo_jax.scores.bootstrap import intervals
+
+PARSINGS = ("benchmark", "strict")
+"""`benchmark`: as the benchmark's own script does now. `strict`: as it did at first."""
 
 FIRST, REVISED = "First pass scores:", "Revised scores:"
 EMOTIONS = 4
@@ -99,15 +103,17 @@ def _question(name: str, entry: Any, place: str) -> Question:
     return Question(name, entry["prompt"], reference)
 
 
-def read_answers(path: str | Path) -> dict[str, str]:
-    """Reads saved answers: a JSON object `{question id: text}`, or JSON lines of `{"id", "answer"}`.
+def read_answers(path: str | Path) -> dict[str, str | None]:
+    """Reads saved answers: a JSON object `{question id: content}`, or JSON lines of `{"id", "answer"}`.
+
+    A content is text or a list of text parts (`speech.text_of`). None: there was no answer.
 
     Raises:
       UserError: the file cannot be read, or is neither; names the line or the id.
     """
     if Path(path).suffix == ".jsonl":
         rows: Iterable[tuple[str, Any, Any]] = (
-            (place, row.get("id"), row.get("answer")) for place, row in read_rows(path, "answers")
+            (place, row.get("id"), row.get("answer", ...)) for place, row in read_rows(path, "answers")
         )
     else:
         content = read_json(path, "answers")
@@ -119,20 +125,47 @@ def read_answers(path: str | Path) -> dict[str, str]:
             if text is not None  # null: not answered
         )
     answers = {}
-    for place, name, text in rows:
-        if not isinstance(name, str | int) or not isinstance(text, str):
+    for place, name, content in rows:
+        try:
+            answer = text_of(content)
+        except ValueError as error:
+            raise UserError(f"{place}: it needs a question's id and the answer as text") from error
+        if not isinstance(name, str | int):
             raise UserError(f"{place}: it needs a question's id and the answer as text")
-        answers[str(name)] = text
+        answers[str(name)] = answer
     return answers
 
 
-def parse(text: str, emotions: Iterable[str]) -> dict[str, int] | None:
+def parse(text: str, emotions: Iterable[str], parsing: str = "benchmark") -> dict[str, float] | None:
     """The ratings that an answer gives, or None if they are not for exactly these emotions.
 
-    A rating is a word, a colon, white space and digits; case matters; of a repeated name the last counts.
+    A rating is a word, a colon, white space and digits; of a repeated name the last counts. The benchmark
+    drops `*` and `#` first and compares names without case (the same name in two spellings is two names);
+    `strict` does neither.
+
+    Args:
+      parsing: one of PARSINGS.
     """
-    found = {name: int(value) for name, value in re.findall(r"(\w+):\s+(\d+)", text)}
-    return found if found.keys() == set(emotions) else None
+    text = _plain(text, parsing)
+    # Every word is read once, rated or not: `(\w+):` alone would try every end of a long word.
+    found = {name: value for name, value in re.findall(r"(\w+)(?::\s+(\d+))?", text) if value}
+    if parsing == "benchmark":
+        known = {emotion.lower(): emotion for emotion in emotions}
+        names = [known.get(name.lower()) for name in found]
+    else:
+        names = list(found)
+    if len(names) != len(set(names)) or set(names) != set(emotions):
+        return None
+    if any(len(value) > _MOST_DIGITS for value in found.values()):
+        return None
+    return dict(zip(names, map(float, found.values()), strict=True))
+
+
+_MOST_DIGITS = 9  # more make no rating
+
+
+def _plain(text: str, parsing: str) -> str:
+    return text.replace("*", "").replace("#", "") if parsing == "benchmark" else text
 
 
 def question_score(ratings: Mapping[str, float], reference: Mapping[str, float]) -> float:
@@ -152,22 +185,31 @@ def question_score(ratings: Mapping[str, float], reference: Mapping[str, float])
 
 
 def score_answers(
-    questions: Sequence[Question], answers: Mapping[str, str], *, revision: bool | None = None, seed: int = 0
+    questions: Sequence[Question],
+    answers: Mapping[str, str | None],
+    *,
+    revision: bool | None = None,
+    parsing: str = "benchmark",
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Scores a set of answers.
 
     Args:
       questions: what was asked.
-      answers: question id -> text. A question without an answer counts as unparseable.
+      answers: question id -> text; reasoning in it is left out. A question without an answer counts as
+        unparseable, and so does an answer of None, of nothing, or of reasoning alone.
       revision: whether the answers hold a first pass and revised scores; None: they do if at least half of
         them have the heading of the revised scores.
+      parsing: one of PARSINGS (see `parse`). With a revision the benchmark wants both headings for the first
+        pass; `strict` takes what stands between its heading and that of the revision or the end.
       seed: of the interval's bootstrap over questions.
 
     Returns:
       `score`: 100 mean(q/10) over the parseable answers (None without any); `interval`, its 95 % interval;
       `counts`: whether enough answers are parseable for the score to count; `parseable` and
       `parseable_share`; `score_unparseable_zero`: the other convention, in which an unparseable answer
-      has 0; `questions`, `answered`, `revision`; `by_question`: `{id: q or None}`. With a revision all this
+      has 0; `questions`; `answered`, those with an answer; `no_answer`, those asked without getting one;
+      `revision`; `parsing`; `by_question`: `{id: q or None}`. With a revision all this
       is of the result, which is the revised scores if they are not lower and nearly as many parse, else the
       first pass; `result` says which, and `first_pass` and `revised` hold the scores of both.
 
@@ -182,20 +224,33 @@ def score_answers(
             raise UserError(
                 f"there is an answer to question {name}, which is not among the {len(known)} questions"
             )
+    texts = {name: spoken(text) for name, text in answers.items()}
+    said = {name: _plain(text, parsing) for name, text in texts.items() if text and not text.isspace()}
     if revision is None:
-        revision = 2 * sum(REVISED in text for text in answers.values()) >= max(1, len(answers))
-    head = {"questions": len(questions), "answered": len(answers), "revision": revision}
+        revision = 2 * sum(REVISED in text for text in said.values()) >= max(1, len(said))
+    head = {
+        "questions": len(questions),
+        "answered": len(said),
+        "no_answer": len(answers) - len(said),
+        "revision": revision,
+        "parsing": parsing,
+    }
     if not revision:
-        return head | _score(questions, answers, seed)
+        return head | _score(questions, said, parsing, seed)
 
     first, revised = {}, {}
-    for name, text in answers.items():
-        before, heading, after = text.partition(REVISED)
-        if FIRST in before:
-            first[name] = before.partition(FIRST)[2]
+    for name, text in said.items():
+        _, heading, after = text.partition(REVISED)
         if heading:
             revised[name] = after
-    parts = {"first_pass": _score(questions, first, seed), "revised": _score(questions, revised, seed)}
+        _, begun, after = text.partition(FIRST)
+        scores, ended, _ = after.partition(REVISED)
+        if begun and (ended or parsing == "strict"):
+            first[name] = scores
+    parts = {
+        "first_pass": _score(questions, first, parsing, seed),
+        "revised": _score(questions, revised, parsing, seed),
+    }
     result = "revised" if _revision_stands(**parts) else "first_pass"
     return (
         head
@@ -214,10 +269,12 @@ def _revision_stands(first_pass: Mapping[str, Any], revised: Mapping[str, Any]) 
     return enough and revised["score"] >= first_pass["score"]
 
 
-def _score(questions: Sequence[Question], answers: Mapping[str, str], seed: int) -> dict[str, Any]:
+def _score(
+    questions: Sequence[Question], answers: Mapping[str, str], parsing: str, seed: int
+) -> dict[str, Any]:
     by_question: dict[str, float | None] = {}
     for question in questions:
-        ratings = parse(answers.get(question.id, ""), question.reference)
+        ratings = parse(answers.get(question.id, ""), question.reference, parsing)
         by_question[question.id] = None if ratings is None else question_score(ratings, question.reference)
     scored = np.array([q for q in by_question.values() if q is not None])
     share = len(scored) / len(questions)

@@ -91,3 +91,39 @@ def test_progress_is_said_where_there_is_no_terminal(tmp_path, console, capsys):
     ask(Scripted, PROMPTS, Folder(tmp_path, ANSWERS), SETTINGS, console)
     assert "6 of 6 answers" in capsys.readouterr().out
     assert json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
+
+
+class Saying:
+    """Answers with the contents given."""
+
+    def __init__(self, *contents):
+        self.contents = contents
+
+    def answer(self, prompts, save):
+        for prompt, content in zip(prompts, self.contents, strict=False):
+            save(prompt, Answer(content, False))
+
+
+def test_contents_are_saved_as_text_and_others_not_at_all(tmp_path, console):
+    folder = Folder(tmp_path / "out", ANSWERS)
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    said = Saying(parts, "half \ud83d", None, 7, {"a": 1}, "")
+    with pytest.raises(UserError, match=r"2 answers cannot be used .*4 of 6 answers are saved"):
+        ask(lambda: said, PROMPTS, folder, SETTINGS, console)
+    found = {row["id"]: row["answer"] for row in folder.rows()}
+    assert found == {"0": "one two", "1": "half \ufffd", "2": None, "5": ""}
+    ask(lambda: Saying("late", "later"), PROMPTS, folder, SETTINGS, console)
+    assert len(folder.rows()) == 6
+
+
+def test_settings_of_names_that_are_no_utf8_are_compared(tmp_path, console):
+    folder, settings = Folder(tmp_path / "out", ANSWERS), SETTINGS | {"model": "mod\udce9le"}
+    for _ in range(2):
+        ask(Scripted, PROMPTS, folder, settings, console)
+
+
+def test_a_row_that_lacks_what_it_must_hold_is_named(tmp_path):
+    folder = Folder(tmp_path, ANSWERS)
+    folder.file.write_text('{"case": "a", "rollout": 0}\n{"case": ["a"], "rollout": 0}\n')
+    with pytest.raises(UserError, match=r"line 2, is no saved row \('case'"):
+        folder.rows(case=str, rollout=int)

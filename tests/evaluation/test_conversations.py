@@ -1,15 +1,19 @@
 """Remote dialogues against the scripted loop, local ones against `collect` through the command."""
 
+import asyncio
 import json
 
 import pytest
 
 from mapo_jax.config import EnvironmentConfig
+from mapo_jax.environment.dialogue import DialogueState
+from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.helper import hold_dialogue
 from mapo_jax.environment.state import Limits
 from mapo_jax.evaluate import main
+from mapo_jax.evaluation.conversations import Hearing, heard
 from mapo_jax.rollout.collect import derive_seed
 
 CARDS = load_scenarios(split="test")
@@ -99,6 +103,90 @@ def test_a_server_that_fails_midway_loses_nothing(server, tmp_path, capsys):
     # Nothing that was kept is asked again. (A call of the broken-off run may still reach the server now.)
     asked = {request["messages"][0]["content"] for request in server.requests}
     assert asked and not asked & {row["messages"][0]["content"] for row in kept}
+
+
+def test_a_remote_models_reasoning_is_neither_judged_nor_kept(server, tmp_path):
+    def thinking(request):
+        said = say(request["messages"])
+        return [f"<think>Hm.</think>{said}", f"Hm.</think>{said}", [{"type": "text", "text": said}]][
+            len(server.requests) % 3
+        ]
+
+    command = ["empa", "--endpoint", server.url, *SHORT, "evaluation.rollouts=1"]
+    for name, reply in (("thinks", thinking), ("speaks", lambda request: say(request["messages"]))):
+        server.reply = reply
+        assert main([*command, "--output", str(tmp_path / name)]) == 0
+    assert rows(tmp_path / "thinks") == rows(tmp_path / "speaks")
+    assert not any("think>" in json.dumps(request) for request in server.requests)
+
+
+@pytest.mark.parametrize("silence", [None, "", " \n", "<think>I wonder", "<think>Hm.</think>", 7])
+def test_a_reply_that_says_nothing_breaks_a_dialogue_off_and_is_not_judged(server, tmp_path, capsys, silence):
+    if isinstance(silence, int):  # no status, but a content
+        silence = [{"type": "image_url"}]
+    first = {}
+
+    def reply(request):
+        messages = request["messages"]
+        opening = first.setdefault("opening", messages[0]["content"])
+        return silence if messages[0]["content"] == opening and len(messages) > 1 else say(messages)
+
+    server.reply = reply
+    command = ["empa", "--endpoint", server.url, *SHORT, "evaluation.rollouts=1"]
+    command += ["--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert f"1 of {len(CARDS)} dialogues broke off, as in 1 the model gave no answer" in shown
+    assert len(rows(tmp_path / "out")) == len(CARDS) - 1
+    server.reply = lambda request: say(request["messages"])
+    assert main(command) == 0
+    assert len(rows(tmp_path / "out")) == len(CARDS)
+
+
+class Listening:
+    """The scripted roles, with what they were told."""
+
+    def __init__(self):
+        self.roles, self.told = scripted_roles(EnvironmentConfig()), []
+
+    async def open(self, scenario, seed):
+        return await self.roles.user.open(scenario, seed)
+
+    async def reply(self, state):
+        self.told += [turn.reply for turn in state.turns]
+        return await self.roles.user.reply(state)
+
+    async def score(self, state, reply):
+        self.told += [*(turn.reply for turn in state.turns), reply]
+        return await self.roles.judge.score(state, reply)
+
+    async def act(self, state):
+        self.told += [turn.reply for turn in state.turns]
+        return await self.roles.director.act(state)
+
+
+def test_a_local_models_reasoning_is_neither_judged_nor_kept():
+    limits = Limits(2, 3)
+
+    def held(replies, roles):
+        state = DialogueState(CARDS[0], 1, (), asyncio.run(open_dialogue(CARDS[0], 1, roles)))
+        for reply in replies:
+            if state.outcome is None:
+                state = asyncio.run(take_turn(state, reply, roles, limits))
+        return state
+
+    thought = ["<think>Hm.</think>That must be hard.", "Hm.</think> What do you feel?", " Oh. "]
+    said = ["That must be hard.", "What do you feel?", " Oh. "]
+    listening = Listening()
+    hearing = Hearing(Roles(listening, listening, listening)).roles
+    assert heard(held(thought, hearing)) == held(said, scripted_roles(EnvironmentConfig()))
+    assert set(listening.told) == set(said)
+
+    for replies in (["<think>Hm."], [said[0], "<think>Hm.</think>"], [said[0], said[1], "<think>"]):
+        listening = Listening()
+        state = held(replies, Hearing(Roles(listening, listening, listening)).roles)
+        assert heard(state) is None and state.turns[-1].judgement is None
+        assert not any("think" in told for told in listening.told)
 
 
 @pytest.fixture(scope="module")

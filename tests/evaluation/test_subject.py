@@ -41,6 +41,44 @@ def test_eqbench_asks_and_goes_on_where_it_was_stopped(server, tmp_path, capsys)
     assert "holds an evaluation with revision False, not True" in capsys.readouterr().err
 
 
+def test_reasoning_supplies_no_scores_and_what_holds_nothing_else_is_said(server, tmp_path, capsys):
+    reference = {f"emotion{i}": name for i, name in enumerate(EMOTIONS, 1)}
+    reference |= {f"emotion{i}_score": i for i in range(1, 5)}
+    prompt = (
+        "Rate {}.\n\nFirst pass scores:\nCalm: <score>\n\nCritique: x\n\nRevised scores:\nCalm: <score>\n"
+    )
+    prompt += "\n[End of answer] Then critique your answer. Finally, give your revised scores."
+    file, out = tmp_path / "questions.json", tmp_path / "out"
+    entries = {
+        str(i): {"prompt": prompt.format(i), "reference_answer_fullscale": reference} for i in range(6)
+    }
+    file.write_text(json.dumps(entries))
+    wrong = RIGHT.replace("4", "9")
+    contents = [
+        f"<think>{wrong}</think>\n{RIGHT}",
+        f"<think>{RIGHT}",
+        None,
+        [{"type": "text", "text": RIGHT[:9]}, {"type": "text", "text": RIGHT[9:]}],
+        f"{RIGHT}\n\ud83d",
+        "**" + RIGHT.replace(":", "**:").lower(),
+    ]
+
+    def reply(request):
+        number = int(request["messages"][0]["content"].split(".")[0].removeprefix("Rate "))
+        return contents[number]
+
+    server.reply = reply
+    command = ["eqbench", "--questions", str(file), "--endpoint", server.url, "--output", str(out)]
+    assert main(command) == 0
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["score"] == 100 and scores["parseable"] == 4 and scores["no_answer"] == 2
+    shown = capsys.readouterr().out
+    assert "2 of 6 answers hold nothing" in shown and "parsing: benchmark" in shown
+    assert main([*command, "--parsing", "strict"]) == 0
+    assert json.loads((out / "scores.json").read_text())["parseable"] == 3
+    assert "parsing: strict" in capsys.readouterr().out
+
+
 def test_emobench_asks_in_every_order(server, tmp_path):
     item = {
         "qid": "1",

@@ -101,6 +101,19 @@ def test_failures_leave_turns_unscored_and_positions_where_they_were(tmp_path, c
     assert [reply for _, _, _, reply in again.seen] == [" "]
 
 
+def test_reasoning_is_not_judged_and_reasoning_alone_is_no_reply(tmp_path, console):
+    row = chat("a", "<think>Hm.</think>Two words", "b", "<think>Hm.", "c", None, "d", "Hm.</think>Short")
+    row["messages"][0]["content"] = [{"type": "text", "text": "a "}, {"type": "text", "text": "\ud83d"}]
+    chats = transcripts.read_transcripts(write(tmp_path, row), [], need_card=False)
+    assert chats[0].turns == (("a \ufffd", "Two words"), ("b", None), ("c", None), ("d", "Short"))
+    listening = LengthJudge()
+    (row,) = judge(tmp_path / "out", chats, listening, console)
+    assert [reply for _, _, _, reply in listening.seen] == ["Two words", "Short"]
+    assert row["levels"] == [[0, 0, 1, 0, 0, 0], None, None, [0, -1, 0, 0, 0, 0]]
+    assert row["failures"] == [None, "no answer", "no answer", None]
+    assert [message["content"] for message in row["messages"]][1::2] == ["Two words", "", "", "Short"]
+
+
 def test_the_worst_turns_come_first(tmp_path, console):
     chats = transcripts.read_transcripts(
         write(tmp_path, chat("a", "Two words", "b", "Short", id="x"), chat("c", "No", id="y")),
@@ -123,6 +136,11 @@ def test_the_worst_turns_come_first(tmp_path, console):
         ({"text": "x"}, "line 2: `messages` must be a list"),
         ({"messages": ["x"]}, "line 2, message 1: needs a `role`"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "line 2, message 1"),
+        ({"messages": [{"role": "user", "content": None}]}, "line 2, message 1"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]}, "line 2, message 2"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "line 2, message 1"),
+        (chat("a", "b", start=[0] * 9), "line 2: `start`: at least one level"),
+        (chat("a", "b", scenario=["x"]), "line 2: there is no card"),
         (chat("only me"), "line 2: there is no reply to a user"),
         (chat("a", "b", start=[1, 2]), "line 2: `start`: .*nine|line 2: `start`: a start state has 9"),
         (chat("a", "b", start={"C1": 9}), "line 2: `start`: "),
@@ -146,6 +164,11 @@ def test_the_command_writes_scores_and_a_page(tmp_path, capsys):
     page = (out / "report.html").read_text()
     assert "&lt;b&gt;Oh&lt;/b&gt; &amp; well." in page and "<b>Oh" not in page
     assert "[bold]I hear you." in capsys.readouterr().out
+
+    rows = [chat("Hm.", "<think>Oh", "a", "Oh \ud83d", scenario=CARDS[0].id, id="[/x]\x1b[2J")]
+    assert main(["dialogues", "--transcripts", str(write(tmp_path, *rows)), "--output", f"{out}2"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 replies are no answers" in shown and "[/x]\\x1b[2J, 2" in shown and "\x1b" not in shown
 
     assert main(["dialogues", "--transcripts", str(write(tmp_path, chat("a", "b")))]) == 2
     assert "names no `scenario`" in capsys.readouterr().err

@@ -98,6 +98,14 @@ def test_unparseable_answers_are_wrong_and_counted_apart(items):
     assert (some["accuracy"], some["answered"], some["items"]) == (1, 1, 4)
 
 
+def test_who_said_nothing_is_counted(items):
+    said = ["<think>C", "", None, "<think>B</think>"]
+    scores = emobench.score_answers(items[:4], dict(zip(map(Asking, items), said, strict=False)))
+    assert scores["no_answer"] == scores["unparseable"] == 4 and scores["accuracy"] == 0
+    scores = emobench.score_answers(items[:1], {Asking(items[0]): "<think>A</think>C"})
+    assert scores["no_answer"] == 0 and scores["accuracy"] == 1
+
+
 def test_the_majority_of_the_samples_counts_in_each_order(items):
     item = items[0]  # right: C, the third choice; order 1 shows it at B
     samples = {0: ["D", "C", "A", "C", "?"], 1: ["C", "B", "B", "C", "A"]}
@@ -151,6 +159,13 @@ def test_the_majority_of_the_samples_counts_in_each_order(items):
         ("Either A or B", None),
         ("{{{", None),
         (None, None),
+        ('<think>{"answer": "A"}</think>{"answer": "C"}', 2),
+        ("A, I thought.</think>\n\nC", 2),
+        ("<think>A</think>\nC", 2),
+        ("<think>It is C", None),
+        ("<think>C</think>", None),
+        ('{"answer": ' + "9" * 5000 + "}", None),
+        (" " * 100_000 + "?", None),  # read once, not once from every space
     ],
 )
 def test_what_is_read_from_an_answer(items, answer, picked):
@@ -199,6 +214,10 @@ def test_saved_answers_find_their_items(items, tmp_path):
     ]
     answers = emobench.read_answers(write(tmp_path, *rows, name="a.jsonl"), items)
     assert answers == {Asking(items[0]): "C", Asking(items[4], 3, 4): "A B"}
+    parts = [{"type": "text", "text": "B"}, {"type": "text", "text": "."}]
+    for content, answer in ((parts, "B."), ([{"type": "image_url"}], None), (["C", "D"], ["C", "D"])):
+        alone = write(tmp_path, {"qid": "2", "language": "zh", "answer": content}, name="b.jsonl")
+        assert emobench.read_answers(alone, items[:4]) == {Asking(items[3]): answer}
     alone = write(tmp_path, {"qid": "2", "language": "zh", "answer": "B"}, name="b.jsonl")
     assert emobench.read_answers(alone, items[:4]) == {Asking(items[3]): "B"}
     for row, message in (
@@ -207,6 +226,10 @@ def test_saved_answers_find_their_items(items, tmp_path):
         ({"qid": "1", "language": "en", "task": "EA"}, "has no `answer`"),
         ({"qid": "1", "language": "en", "task": "EA", "answer": "C", "order": 4}, "order 4"),
         (rows[0], "second answer to item 1"),
+        (rows[0] | {"order": True}, "order True"),
+        (rows[0] | {"order": 1.0}, "order 1.0"),
+        (rows[0] | {"language": ["en"]}, "no item 1"),
+        (rows[0] | {"task": {}}, "no item 1"),
     ):
         with pytest.raises(UserError, match=f"line 3: .*{message}"):
             emobench.read_answers(write(tmp_path, *rows, row, name="c.jsonl"), items)

@@ -75,9 +75,57 @@ def test_worked_values_of_the_first_question(questions, ratings, expected):
         ("", False),
     ],
 )
-def test_what_is_parseable(text, parsed):
+def test_what_is_parseable_strictly(text, parsed):
+    found = eqbench.parse(text, NAMES, "strict")
+    assert found == (dict(zip(NAMES, (1, 2, 3, 4), strict=True)) if parsed else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        (answer(1, 2, 3, 4), True),
+        ("\n".join(f"**{line.replace(':', '**:')}" for line in answer(1, 2, 3, 4).split("\n")), True),
+        ("\n".join(f"- **{line.replace(':', ':**')}" for line in answer(1, 2, 3, 4).split("\n")), True),
+        ("\n".join(f"### {line.replace(': ', ': **')}**" for line in answer(1, 2, 3, 4).split("\n")), True),
+        (answer(1, 2, 3, 4).lower(), True),
+        (answer(1, 2, 3, 4).upper(), True),
+        (answer(1, 2, 3, "4/10"), True),
+        (answer(1, 2, 3, 4).replace(": ", ":"), False),
+        (answer(1, 2, 3, 4) + "\nannoyed: 4", False),  # two spellings are two names
+        (answer(1, 2, 3, 4) + "\nCalm: 2", False),
+        (answer(1, 2, 3, "9" * 5000), False),
+        ("x" * 300_000, False),  # read once, not once from every letter
+    ],
+)
+def test_what_the_benchmark_parses(text, parsed):
     found = eqbench.parse(text, NAMES)
     assert found == (dict(zip(NAMES, (1, 2, 3, 4), strict=True)) if parsed else None)
+
+
+def test_the_rule_is_named_and_strict_is_another(questions):
+    marked = {name: "\n".join(f"**{line}**" for line in BEST.split("\n")).lower() for name in "123"}
+    scores = eqbench.score_answers(questions, marked)
+    assert scores["score"] == pytest.approx(100) and scores["parsing"] == "benchmark"
+    strict = eqbench.score_answers(questions, marked, parsing="strict")
+    assert strict["parseable"] == 0 and strict["parsing"] == "strict"
+
+
+def test_the_benchmark_wants_both_headings_for_a_first_pass(questions):
+    cut = {name: f"{eqbench.FIRST}\n{BEST}\n\nCritique: hm." for name in "123"}
+    assert eqbench.score_answers(questions, cut, revision=True)["parseable"] == 0
+    assert eqbench.score_answers(questions, cut, revision=True, parsing="strict")["score"] == 100
+    marked = {name: text.replace("scores:", "scores**:") for name, text in cut.items()}
+    marked = {name: f"{text}\n**Revised scores**:\n{FAIR}" for name, text in marked.items()}
+    scores = eqbench.score_answers(questions, marked)
+    assert scores["revision"] and scores["first_pass"]["score"] == pytest.approx(100)
+    assert scores["revised"]["score"] == pytest.approx(90.62290, abs=1e-4)
+
+
+def test_reasoning_is_no_answer(questions):
+    answers = {"1": f"<think>\n{WORST}\n</think>\n\n{BEST}", "2": f"<think>\n{BEST}", "3": None}
+    scores = eqbench.score_answers(questions, answers)
+    assert scores["by_question"] == {"1": pytest.approx(10), "2": None, "3": None}
+    assert scores["no_answer"] == 2 and scores["answered"] == 1
 
 
 def test_both_conventions_for_what_cannot_be_parsed(questions):
@@ -173,6 +221,15 @@ def test_answers_are_read_from_both_formats(tmp_path, questions):
         eqbench.read_answers(tmp_path / "b.json")
     (tmp_path / "c.json").write_text('{"1": null, "2": "two"}')
     assert eqbench.read_answers(tmp_path / "c.json") == {"2": "two"}
+    (tmp_path / "d.jsonl").write_text(
+        '{"id": "1", "answer": [{"type": "text", "text": "o"}, {"type": "text", "text": "ne"}]}\n'
+        '{"id": "2", "answer": null}\n{"id": "3", "answer": "half \\ud83d"}\n'
+    )
+    assert eqbench.read_answers(tmp_path / "d.jsonl") == {"1": "one", "2": None, "3": "half \ufffd"}
+    for content in ('{"a": 1}', "[1]", "7", '[{"type": "image_url", "text": "x"}]'):
+        (tmp_path / "e.jsonl").write_text(f'{{"id": "1", "answer": {content}}}')
+        with pytest.raises(UserError, match="line 1: it needs"):
+            eqbench.read_answers(tmp_path / "e.jsonl")
     with pytest.raises(UserError, match="answer to question 9"):
         eqbench.score_answers(questions, {"9": "x"})
 
@@ -192,3 +249,8 @@ def test_the_published_questions(shared_data):
         for question in questions
     }
     assert eqbench.score_answers(questions, perfect)["score"] == 100
+    marked = {
+        name: text.replace(":", "**:").replace("\n", "\n- **").lower() for name, text in perfect.items()
+    }
+    assert eqbench.score_answers(questions, marked)["parseable"] == 171
+    assert eqbench.score_answers(questions, marked, parsing="strict")["parseable"] == 0
