@@ -19,7 +19,6 @@ from mapo_jax.training.checkpoint import (
     checkpoint_folder,
     claim,
     cut_back,
-    read_events,
     read_progress,
     restore_params,
 )
@@ -167,7 +166,10 @@ def test_a_damaged_checkpoint_says_so(tmp_path):
     for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:3])
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=r"1 cannot be read .*remove"):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(UserError, match=r"1 \(step 1\) is damaged: state/"),
+    ):
         checkpoints.restore_latest(make_state())
 
 
@@ -266,7 +268,7 @@ def test_a_run_folder_belongs_to_one_process_and_a_killed_one_frees_it(tmp_path)
 
 def write_run(folder):
     """Steps 0 to 3, then what a kill leaves half written."""
-    with MetricWriter(folder) as writer:
+    with MetricWriter(folder, tensorboard=False) as writer:
         for step in range(4):
             writer.write(step, {"reward/mean": step / 2})
     for name in (
@@ -278,25 +280,16 @@ def write_run(folder):
         (folder / name).write_text(name)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "reward/me')
-    (events,) = (folder / "tensorboard").iterdir()
-    with open(events, "ab") as file:
-        file.write(events.read_bytes()[-20:-7])
     (folder / "dialogues" / ".step_000004.jsonl.x8k2").write_text("half")
-    return events
-
-
-def steps_of(events):
-    return [event.step for _, event in read_events(events.read_bytes()) if event.summary.value]
 
 
 def test_cut_back_leaves_what_the_checkpoint_knows(tmp_path):
-    events = write_run(tmp_path)
+    write_run(tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    cut_back(tmp_path, 2)
+    assert cut_back(tmp_path, 2) == []
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(lines[:3])
     assert [entry.name for entry in (tmp_path / "dialogues").iterdir()] == ["step_000001.jsonl"]
     assert [entry.name for entry in (tmp_path / "evaluations").iterdir()] == ["step_000002.json"]
-    assert steps_of(events) == [0, 1, 2]
 
     once = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     cut_back(tmp_path, 2)
@@ -308,12 +301,11 @@ def test_cut_back_leaves_what_the_checkpoint_knows(tmp_path):
 
 
 def test_cut_back_keeps_whole_steps_and_drops_only_torn_tails(tmp_path):
-    events = write_run(tmp_path)
+    write_run(tmp_path)
     cut_back(tmp_path, 3)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert (tmp_path / "dialogues" / "step_000003.jsonl").exists()
-    assert steps_of(events) == [0, 1, 2, 3]
 
 
 def test_cut_back_on_a_full_disk_harms_nothing(tmp_path, monkeypatch):
