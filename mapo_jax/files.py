@@ -147,22 +147,27 @@ def read_object(file: Path) -> dict[str, Any] | None:
 # --- Checksums. ---
 
 
-def checksums(folder: Path, known: Mapping[str, list[int]] | None = None) -> dict[str, list[int]]:
+def checksums(
+    folder: Path, known: Mapping[str, list[int]] | None = None, without: str | None = None
+) -> dict[str, list[int]]:
     """Size and CRC-32 of every file below `folder`, by its path from there, but of CHECKSUMS_FILE.
 
     Args:
       known: those that need not be computed again.
+      without: a file to leave out.
     """
     known = known or {}
-    names = sorted({*_files(folder)} - {CHECKSUMS_FILE, *known})
+    names = sorted({*_files(folder)} - {CHECKSUMS_FILE, without, *known})
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda name: _checksum(folder / name), names)
         return {**known, **dict(zip(names, found, strict=True))}
 
 
-def write_checksums(folder: Path, known: Mapping[str, list[int]] | None = None) -> None:
-    """Writes CHECKSUMS_FILE into `folder`; see `checksums`."""
-    found = checksums(folder, known)
+def write_checksums(
+    folder: Path, known: Mapping[str, list[int]] | None = None, without: str | None = None
+) -> None:
+    """Writes CHECKSUMS_FILE into `folder`; arguments as of `checksums`."""
+    found = checksums(folder, known, without)
     write_whole(folder / CHECKSUMS_FILE, json.dumps({"files": found, "crc32": _crc_of(found)}, indent=1))
 
 
