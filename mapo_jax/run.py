@@ -34,6 +34,7 @@ from mapo_jax.running.checkpoint import (
     Checkpoints,
     claim,
     cut_back,
+    refuse_lost_checkpoints,
     restore_base,
     save_base,
     whole_steps,
@@ -44,7 +45,6 @@ from mapo_jax.running.heartbeat import Heartbeat
 from mapo_jax.running.metrics import CompileCounter, MetricWriter
 from mapo_jax.running.phases import Phases
 from mapo_jax.running.policy import (
-    MODEL_FOLDER,
     Policy,
     adapters,
     load_policy,
@@ -141,8 +141,10 @@ def prepare(
         Checkpoints(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
     )
     # Before anything is appended: what was written after the newest whole checkpoint is written again.
+    done = max(checkpoints.steps, default=-1)
     if hosts.first:
-        cut_back(folder, max(checkpoints.steps, default=-1))
+        for lost in cut_back(folder, done):
+            display.note(lost)
     hosts.exchange("cut back", None)
     run = Run(
         config=config,
@@ -165,7 +167,9 @@ def prepare(
         row_lengths=rows.row_lengths(config.rollout.max_tokens),
         checkpoints=checkpoints,
         writer=stack.enter_context(
-            MetricWriter(folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb)
+            MetricWriter(
+                folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb, after=done
+            )
         )
         if hosts.first
         else None,
@@ -193,12 +197,12 @@ def starting_policy(
     config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console, hosts: Hosts
 ) -> tuple[Policy, Params | None]:
     """The policy that the run starts from; its model files go into the run folder."""
-    begun = (folder / MODEL_FOLDER / "config.json").exists() and bool(whole_steps(folder))
-    if hosts.exchange("begun", begun)[0]:
+    if hosts.exchange("begun", bool(whole_steps(folder)))[0]:
         # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
         policy = read_policy(folder, config.rollout)
         check_memory(config, policy.config, mesh)  # it may go on with fewer devices
         return policy, None
+    refuse_lost_checkpoints(folder, config)
     path = config.model.path or warm_start(config, mesh, stop, console, hosts)
     check_memory(config, model_shape(config), mesh)
     lora = adapters(config.lora)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 from rich.console import Console
 
-from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
+from mapo_jax.commands import Stopped, machine_errors, prepare_jax, printable, run_command
 from mapo_jax.config import Config, load_config
 from mapo_jax.environment.dialogue import facts, from_facts
 from mapo_jax.environment.live import health
@@ -30,7 +30,7 @@ from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.readings import reading_metrics
 from mapo_jax.errors import UserError
-from mapo_jax.files import in_bucket, part_name, part_of, write_whole
+from mapo_jax.files import in_bucket, part_name, part_of, read_object, write_whole
 from mapo_jax.learning import batch as rows
 from mapo_jax.learning.programs import rows_per_dialogue
 from mapo_jax.learning.train_state import TrainState
@@ -55,11 +55,12 @@ def train(config: Config, console: Console | None = None) -> None:
     """Makes, or continues, the run that `config` describes; all it writes is below `run.directory`.
 
     Raises:
-      UserError: bad input, a full disk, an update that is not finite; what was saved stays whole.
+      UserError: bad input, a disk or device that fails, an update that is not finite; what was saved stays
+        whole.
       Stopped: a signal came; the last finished step is saved.
     """
     prepare_jax(config.run.compilation_cache)
-    with join(config) as hosts, ExitStack() as stack, hosts.speaking():
+    with join(config) as hosts, ExitStack() as stack, hosts.speaking(), machine_errors():
         console = console or Console(highlight=False, quiet=not hosts.first)
         stop = stack.enter_context(StopRequest(config.run.deadline_minutes, hosts.peers))
         try:
@@ -200,11 +201,7 @@ def learn(
             updates.append(metrics)
     metrics = fetch(updates)
     if metrics["actor/skipped"]:
-        raise UserError(
-            f"the loss or gradient of step {step + 1} is not finite, so its update was not applied; start a "
-            "new run from the last good weights with a lower optimizer.learning_rate: "
-            f"model.path={run.folder} run.directory=NEW"
-        )
+        raise UserError(not_finite(run, step, float(updates[0]["actor/skipped"]) > 0))
     scored = advantages[cells.scored] if cells.scored.any() else np.zeros(1)
     return state, metrics | {
         "advantages/mean": float(scored.mean()),
@@ -212,6 +209,23 @@ def learn(
         "advantages/min": float(scored.min()),
         "advantages/max": float(scored.max()),
     }
+
+
+def not_finite(run: Run, step: int, at_once: bool) -> str:
+    """What to do about an update that is not finite; `at_once`: it is the first of its step."""
+    what = f"the loss or gradient of step {step + 1} is not finite, so its update was not applied; "
+    if step == 0 and at_once:
+        start = run.config.model.path or "the warm start"
+        return (
+            f"{what}no update came before it, so the start weights are the reason: {start} overflows in "
+            f"model.dtype={run.config.model.dtype}; start a new run from others, or in another model.dtype"
+        )
+    if not run.checkpoints.steps:
+        return f"{what}start a new run with a lower optimizer.learning_rate: run.directory=NEW"
+    return (
+        f"{what}start a new run from the last good weights with a lower optimizer.learning_rate: "
+        f"model.path={run.folder} run.directory=NEW"
+    )
 
 
 def record(
@@ -243,7 +257,7 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     Once training has begun, a live world that fails here costs this evaluation and no more.
     """
     file = run.folder / "evaluations" / f"step_{done:06d}.json"
-    if run.hosts.exchange("before an evaluation", file.exists())[0]:
+    if run.hosts.exchange("before an evaluation", read_object(file) is not None)[0]:
         return
     config = run.config
     run.evaluator.load(run.sampling_weights(state.weights), done)
@@ -274,7 +288,9 @@ def inspect_judge(run: Run, done: int) -> None:
     """
     folder = run.folder / "evaluations"
     file = folder / f"step_{done:06d}_judge.json"
-    if not run.world.live or run.hosts.exchange("before the judge's inspection", file.exists())[0]:
+    if not run.world.live:
+        return
+    if run.hosts.exchange("before the judge's inspection", read_object(file) is not None)[0]:
         return
     run.hosts.together("the judge's inspection", lambda: run.hosts.first and score_judge(run, folder, done))
 
@@ -284,8 +300,7 @@ def score_judge(run: Run, folder: Path, done: int) -> None:
     file = folder / f"step_{done:06d}_judge.json"
     run.display.phase("judge")
     levels = run.world.score_calibration(run.config.training.seed + EVALUATION_STREAM + done, run.stop.check)
-    beginning = folder / "step_000000_judge.json"
-    first = json.loads(beginning.read_text()) if beginning.exists() else None
+    first = read_object(folder / "step_000000_judge.json")
     metrics = health.summary(levels, first) | run.world.metrics()
     run.writer.write(done, metrics)
     write_whole(file, json.dumps(levels, indent=1))
@@ -418,11 +433,13 @@ def conclude(run: Run, console: Console) -> None:
     ]
     helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
     write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
-    if all(file.exists() for file in files):
-        first, last = (json.loads(file.read_text()) for file in files)
-        console.print(results_table(first, last, helper))
-    else:
+    first, last = map(read_object, files)
+    if first is None:
+        console.print("the validation before the first step is missing, so there is nothing to compare with")
+    elif last is None:
         console.print("the last validation could not be held; the same command tries it again")
+    else:
+        console.print(results_table(first, last, helper))
     try:
         if in_bucket(run.folder):
             raise UserError("it lies in a bucket; copy the folder to a disk")
