@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import io
 import os
 import platform
 import signal
+import sqlite3
 import sys
+import traceback
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mapo_jax.errors import UserError
+from mapo_jax.files import storage_problem
 
 # As numbered in malloc.h and mman.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14
@@ -36,21 +41,74 @@ class Stopped(Exception):
 def run_command(command: Callable[[], None]) -> int:
     """Runs a command's body and returns its exit status.
 
-    0: done. 2: bad input; the sentence goes to standard error. 3: another process of the run is gone
-    (`peers`). 124: stopped by its deadline. 128 + n: stopped by signal n. Anything else is a defect of ours
-    and keeps its traceback.
+    0: done. 2: bad input, or a machine that cannot do it (`machine_errors`); the sentence goes to standard
+    error. 3: another process of the run is gone (`peers`). 124: stopped by its deadline. 128 + n: stopped by
+    signal n. Anything else is a defect of ours and keeps its traceback.
+
+    Standard output gets a `?` for every character that its encoding does not have.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
-        command()
+        with machine_errors():
+            command()
+            sys.stdout.flush()
     except UserError as error:
+        _drop_output()
         print(f"error: {printable(str(error))}", file=sys.stderr)  # it may quote what a server sent
         return 2
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return stop.status
     except BrokenPipeError:
+        _drop_output()
         return 0
     return 0
+
+
+def _drop_output() -> None:
+    """What cannot be printed any more is not tried again at the interpreter's end, which would say so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def machine_errors() -> Iterator[None]:
+    """Turns what this machine lacks into UserErrors: room and rights on its disks, and devices.
+
+    Raises:
+      UserError: a disk is full, read-only or failing, a path cannot be used, or jax finds no device of the
+        platform that it was told to use.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (words := storage_problem(error)) is None:
+            raise
+        raise UserError(words) from error
+    except sqlite3.OperationalError as error:
+        if not any(words in str(error) for words in ("disk", "readonly", "unable to open")):
+            raise
+        raise UserError(f"a database could not be written ({error}); free or repair the disk") from error
+    except (RuntimeError, AssertionError) as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if not any(frame.f_globals.get("__name__") == "jax._src.xla_bridge" for frame, _ in frames):
+            raise
+        raise UserError(_without_device(str(error))) from error
+
+
+def _without_device(reason: str) -> str:
+    reason = " ".join(reason.split(" (set JAX_PLATFORMS")[0].split())[:200].rstrip(".")
+    reason = reason or "no such device was found"
+    if name := os.environ.get("JAX_PLATFORMS"):
+        return (
+            f"JAX_PLATFORMS={name} names a platform that jax cannot use here ({reason}); name one that is "
+            "there, such as cpu, or unset it"
+        )
+    return f"jax cannot use this machine's devices ({reason}); free them, or set JAX_PLATFORMS=cpu"
 
 
 def printable(text: str) -> str:

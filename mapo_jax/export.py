@@ -46,7 +46,7 @@ from mapo_jax.model.huggingface import (
 from mapo_jax.model.lora import split
 from mapo_jax.model.qwen import hidden_states, parameter_count, parameter_shapes
 from mapo_jax.running.checkpoint import CONFIG_FILE, checkpoint_folder, open_base, open_params
-from mapo_jax.running.metrics import METRICS_FILE
+from mapo_jax.running.metrics import METRICS_FILE, read_rows
 from mapo_jax.running.model_folder import whole_folder, write_model_folder
 from mapo_jax.running.policy import Policy, load_policy, open_weights, read_policy
 from mapo_jax.tokenizer import write_tokenizer
@@ -338,7 +338,7 @@ def _public_yaml(file: Path) -> str:
     """The run's configuration; of paths only the last part, since the card travels."""
     import yaml
 
-    content = yaml.safe_load(file.read_text())
+    content = yaml.safe_load(file.read_text("utf-8"))
     for section, key in (
         ("run", "directory"),
         ("run", "compilation_cache"),
@@ -355,12 +355,10 @@ def _public_yaml(file: Path) -> str:
 def _scores(file: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first evaluation of a run, and its last one up to `step`; `step` among their entries."""
     rows = []
-    if file.is_file():
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            figures = {name[11:]: value for name, value in row.items() if name.startswith("evaluation/")}
-            if figures and row["step"] <= step:
-                rows.append({"step": row["step"], **figures})
+    for row in read_rows(file):
+        figures = {name[11:]: value for name, value in row.items() if name.startswith("evaluation/")}
+        if figures and row["step"] <= step:
+            rows.append({"step": row["step"], **figures})
     return (rows[0], rows[-1]) if rows else ({}, {})
 
 
@@ -441,7 +439,7 @@ def draw_curve(file: Path, step: int) -> bytes | None:
     Args:
       file: the run's metrics.
     """
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    rows = read_rows(file)
     training, validation = (
         [(row["step"], row[name]) for row in rows if row["step"] <= step and row.get(name) is not None]
         for name in ("return/mean", "evaluation/return/mean")

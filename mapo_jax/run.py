@@ -14,7 +14,7 @@ import grain
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mapo_jax.commands import Stopped, cache_folder
+from mapo_jax.commands import Stopped, cache_folder, machine_errors
 from mapo_jax.config import Config, to_yaml
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
@@ -34,6 +34,7 @@ from mapo_jax.running.checkpoint import (
     Checkpoints,
     claim,
     cut_back,
+    refuse_lost_checkpoints,
     restore_base,
     save_base,
     whole_steps,
@@ -44,7 +45,6 @@ from mapo_jax.running.heartbeat import Heartbeat
 from mapo_jax.running.metrics import CompileCounter, MetricWriter
 from mapo_jax.running.phases import Phases
 from mapo_jax.running.policy import (
-    MODEL_FOLDER,
     Policy,
     adapters,
     load_policy,
@@ -119,7 +119,7 @@ def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
       UserError: bad input; nothing is written then.
       Stopped: a signal came before the first step.
     """
-    with join_processes(config) as hosts, ExitStack() as stack, hosts.speaking():
+    with join_processes(config) as hosts, ExitStack() as stack, hosts.speaking(), machine_errors():
         console = console or Console(highlight=False, markup=False, quiet=not hosts.first)
         stop = stack.enter_context(StopRequest(config.run.deadline_minutes, hosts.peers))
         try:
@@ -182,8 +182,10 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
         Checkpoints(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
     )
     # Before anything is appended: what was written after the newest whole checkpoint is written again.
+    done = max(checkpoints.steps, default=-1)
     if hosts.first:
-        cut_back(folder, max(checkpoints.steps, default=-1))
+        for lost in cut_back(folder, done):
+            display.note(lost)
     hosts.exchange("cut back", None)
     run = Run(
         config=config,
@@ -206,7 +208,9 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
         row_lengths=row_lengths(config.rollout.max_tokens),
         checkpoints=checkpoints,
         writer=stack.enter_context(
-            MetricWriter(folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb)
+            MetricWriter(
+                folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb, after=done
+            )
         )
         if hosts.first
         else None,
@@ -234,12 +238,12 @@ def starting_policy(
     config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console, hosts: Hosts
 ) -> tuple[Policy, Params | None]:
     """The policy that the run starts from; its model files go into the run folder."""
-    begun = (folder / MODEL_FOLDER / "config.json").exists() and bool(whole_steps(folder))
-    if hosts.exchange("begun", begun)[0]:
+    if hosts.exchange("begun", bool(whole_steps(folder)))[0]:
         # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
         policy = read_policy(folder, config.rollout)
         check_memory(config, policy.config, mesh)  # it may go on with fewer devices
         return policy, None
+    refuse_lost_checkpoints(folder, config)
     path = config.model.path or warm_start(config, mesh, stop, console, hosts)
     check_memory(config, model_shape(config), mesh)
     lora = adapters(config.lora)

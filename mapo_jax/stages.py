@@ -253,11 +253,7 @@ def finish_update(
     """
     figures = fetch(updates)
     if figures["actor/skipped"]:
-        raise UserError(
-            f"the loss or gradient of step {at.step + 1} is not finite, so its update was not applied; start "
-            "a new run from the last good weights with a lower optimizer.learning_rate: "
-            f"model.path={run.folder} run.directory=NEW"
-        )
+        raise UserError(_not_finite(run, at.step, float(updates[0]["actor/skipped"]) > 0))
     values = np.asarray(advantages)[scored] if scored.any() else np.zeros(1)
     return figures | {
         "advantages/mean": float(values.mean()),
@@ -265,6 +261,23 @@ def finish_update(
         "advantages/min": float(values.min()),
         "advantages/max": float(values.max()),
     }
+
+
+def _not_finite(run: Run, step: int, at_once: bool) -> str:
+    """What to do about an update that is not finite; `at_once`: it is the first of its step."""
+    what = f"the loss or gradient of step {step + 1} is not finite, so its update was not applied; "
+    if step == 0 and at_once:
+        start = run.config.model.path or "the warm start"
+        return (
+            f"{what}no update came before it, so the start weights are the reason: {start} overflows in "
+            f"model.dtype={run.config.model.dtype}; start a new run from others, or in another model.dtype"
+        )
+    if not run.checkpoints.steps:
+        return f"{what}start a new run with a lower optimizer.learning_rate: run.directory=NEW"
+    return (
+        f"{what}start a new run from the last good weights with a lower optimizer.learning_rate: "
+        f"model.path={run.folder} run.directory=NEW"
+    )
 
 
 def record(run: Run, at: Position, dialogues: Dialogues, figures: dict[str, float], started: float) -> None:

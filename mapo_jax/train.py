@@ -48,7 +48,8 @@ def train(config: Config, console: Console | None = None) -> None:
     """Makes, or continues, the run that `config` describes; all it writes is below `run.directory`.
 
     Raises:
-      UserError: bad input, a full disk, an update that is not finite; what was saved stays whole.
+      UserError: bad input, a disk or device that fails, an update that is not finite; what was saved stays
+        whole.
       Stopped: a signal came; the last finished step is saved.
     """
     prepare_jax(config.run.compilation_cache)

@@ -11,7 +11,7 @@ from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.readings import reading_metrics
 from mapo_jax.errors import UserError
-from mapo_jax.files import in_bucket, write_whole
+from mapo_jax.files import in_bucket, read_object, write_whole
 from mapo_jax.reporting.write import write_report
 from mapo_jax.run import Position, Run
 from mapo_jax.running.display import results_table, transcript
@@ -36,7 +36,7 @@ def evaluate(run: Run, at: Position) -> None:
     Once training has begun, a live world that fails here costs this evaluation and no more.
     """
     file = run.folder / "evaluations" / f"step_{at.step:06d}.json"
-    if run.hosts.exchange("before an evaluation", file.exists())[0]:
+    if run.hosts.exchange("before an evaluation", read_object(file) is not None)[0]:
         return
     config = run.config
     run.evaluator.load(run.sampling_weights(at.state.weights), at.step)
@@ -65,7 +65,9 @@ def inspect_judge(run: Run, step: int) -> None:
     """
     folder = run.folder / "evaluations"
     file = folder / f"step_{step:06d}_judge.json"
-    if not run.world.live or run.hosts.exchange("before the judge's inspection", file.exists())[0]:
+    if not run.world.live:
+        return
+    if run.hosts.exchange("before the judge's inspection", read_object(file) is not None)[0]:
         return
     run.hosts.together("the judge's inspection", lambda: run.hosts.first and _score_judge(run, folder, step))
 
@@ -75,8 +77,7 @@ def _score_judge(run: Run, folder: Path, step: int) -> None:
     file = folder / f"step_{step:06d}_judge.json"
     run.display.phase("judge")
     levels = run.world.score_calibration(run.config.training.seed + EVALUATION_STREAM + step, run.stop.check)
-    beginning = folder / "step_000000_judge.json"
-    first = json.loads(beginning.read_text()) if beginning.exists() else None
+    first = read_object(folder / "step_000000_judge.json")
     metrics = health.summary(levels, first) | run.world.metrics()
     run.writer.write(step, metrics)
     write_whole(file, json.dumps(levels, indent=1))
@@ -100,11 +101,13 @@ def conclude(run: Run) -> None:
     ]
     helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
     write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
-    if all(file.exists() for file in files):
-        first, last = (json.loads(file.read_text()) for file in files)
-        console.print(results_table(first, last, helper))
-    else:
+    first, last = map(read_object, files)
+    if first is None:
+        console.print("the validation before the first step is missing, so there is nothing to compare with")
+    elif last is None:
         console.print("the last validation could not be held; the same command tries it again")
+    else:
+        console.print(results_table(first, last, helper))
     try:
         if in_bucket(run.folder):
             raise UserError("it lies in a bucket; copy the folder to a disk")

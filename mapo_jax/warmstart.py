@@ -38,7 +38,7 @@ from mapo_jax.environment.scripted.grammar import KINDS
 from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.files import damaged_file, read_object, write_checksums, write_whole
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import create_state
 from mapo_jax.learning.update import Scoring, make_supervised_update, place
@@ -102,7 +102,12 @@ def run_warmstart(
     console = console or Console(highlight=False, markup=False)
     folder = Path(config.warmstart.cache or cache_folder("warmstart")) / _key(config)
     if (folder / RECORD).is_file():
-        record = json.loads((folder / RECORD).read_text())
+        record = read_object(folder / RECORD)
+        if (damaged := RECORD if record is None else damaged_file(folder)) is not None:
+            raise UserError(
+                f"the warm start in {folder} is damaged: {damaged} is missing or not as it was written; "
+                "remove that folder, and the same command makes it again"
+            )
         console.print(f"warm start: found finished in {folder}", soft_wrap=True)
     else:
         record = _make(config, folder, console, check, mesh or make_mesh(config.mesh))
@@ -145,6 +150,7 @@ def _make(
     with suppress(FileExistsError), whole_folder(folder) as temporary:
         write_model_folder(temporary, policy, params, config.rollout)
         write_whole(temporary / RECORD, json.dumps(record, indent=1) + "\n")
+        write_checksums(temporary)
     console.print(
         f"warm start: {ended - started:.0f} s, {speed:,.0f} tokens/s; kept in {folder}", soft_wrap=True
     )

@@ -1,5 +1,6 @@
 """Exit statuses and the one sentence on standard error."""
 
+import errno
 import os
 import platform
 import subprocess
@@ -35,6 +36,106 @@ def test_our_own_defects_keep_their_traceback():
 
     with pytest.raises(ZeroDivisionError):
         run_command(command)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "the disk that holds /d/file is full; free some space"),
+        (errno.EDQUOT, "the quota of the disk that holds /d/file is used up"),
+        (errno.EROFS, "/d/file lies on a disk that is read-only"),
+        (errno.EACCES, "/d/file may not be used by this user"),
+        (errno.EIO, "/d/file could not be read or written"),
+    ],
+)
+def test_what_a_disk_refuses_is_one_sentence_that_names_the_file(capsys, code, words):
+    def command():
+        raise OSError(code, os.strerror(code), "/d/file")
+
+    assert run_command(command) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_other_errors_of_the_system_are_defects():
+    def command():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+    with pytest.raises(ConnectionRefusedError):
+        run_command(command)
+
+
+def test_output_that_cannot_be_printed_is_one_sentence():
+    script = """
+        import sys
+        from mapo_jax.commands import run_command
+        sys.exit(run_command(lambda: print("x" * 100)))
+    """
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "standard output is full" in result.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_what_standard_output_cannot_show_is_replaced(encoding):
+    script = r"""
+        import sys
+        from rich.console import Console
+        from rich.table import Table
+        from mapo_jax.commands import run_command
+        from mapo_jax.running.display import Display, plot
+
+        def command():
+            console = Console(highlight=False)
+            table = Table("a", "b")
+            table.add_row("\u4f60", "\u2192 \ud83d")
+            console.print(table)
+            print("plain \u2192 \ud83d", plot([0.0, 1.0]))
+            with Display("mapo \u00b7 run", 3, live=True, console=Console(force_terminal=True)) as display:
+                display.note("\u2713 done")
+
+        sys.exit(run_command(command))
+    """
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, env=environment
+    )
+    assert result.returncode == 0 and not result.stderr, result.stderr.decode()
+    assert b"plain ?" in result.stdout or encoding == "utf-8"
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("cuda", "train.train(load_config(None, ['run.directory=' + sys.argv[1]]))"),
+        ("nonsense", "train.main(['--dry-run']) and sys.exit(2)"),
+        ("tpu", "jax.devices()"),
+        ("gpu", "jax.devices()"),
+        ("cpu,nonsense", "jax.devices()"),
+    ],
+)
+def test_a_platform_that_is_not_there_is_one_sentence(name, call, tmp_path):
+    script = f"""
+        import sys, jax
+        from mapo_jax import train
+        from mapo_jax.commands import run_command
+        from mapo_jax.config import load_config
+        sys.exit(run_command(lambda: {call}))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": name},
+        timeout=300,
+    )
+    if result.returncode == 0:
+        pytest.skip(f"jax has the platform {name} here")
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert f"JAX_PLATFORMS={name} names a platform that jax cannot use here" in line
 
 
 def test_success_is_0_and_the_cache_follows_the_environment(monkeypatch, tmp_path):

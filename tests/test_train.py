@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 from mapo_jax import train
 from mapo_jax.config import load_config
@@ -407,6 +408,64 @@ def test_a_finished_run_is_left_alone(undisturbed, model_folder, cache):
     result = run(overrides(model_folder, folder, cache))
     assert result.returncode == 0 and "finished" in result.stdout
     assert_same(before, content(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("model", "model/config.json, which the run needs to go on, is missing"),
+        ("model/config.json", "model/config.json, which the run needs to go on, is missing"),
+        ("model/tokenizer.json", "model/tokenizer.json, which the run needs to go on, is missing"),
+        ("config.yaml", "holds files but no run"),
+        ("checkpoints", "up to step 4, but no whole checkpoint is left in checkpoints/"),
+    ],
+)
+def test_a_run_that_lacks_a_part_is_refused_and_not_begun_again(
+    undisturbed, model_folder, cache, tmp_path, capsys, part, words
+):
+    def content_of(folder):
+        files = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
+        return {file: file.read_bytes() for file in files}
+
+    folder = tmp_path / "copy"
+    shutil.copytree(undisturbed[0], folder)
+    lost = folder / part
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    before = content_of(folder)
+    assert train.main(overrides(model_folder, folder, cache)) == 2
+    error = capsys.readouterr().err
+    assert words in error and str(folder) in error and error.count("\n") == 1
+    assert content_of(folder) == before
+
+
+def test_weights_that_are_not_finite_are_named(model_folder, cache, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    (weights,) = broken.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert train.main(overrides(broken, tmp_path / "run", cache)) == 2
+    error = capsys.readouterr().err
+    assert f"the weights in {broken} are not finite: norm/scale;" in error
+    assert "learning_rate" not in error and not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "step", "at_once", "words"),
+    [
+        ([], 0, True, "the start weights are the reason: MODEL overflows in model.dtype=bfloat16"),
+        ([], 0, False, "with a lower optimizer.learning_rate: run.directory=NEW"),
+        ([], 3, True, "with a lower optimizer.learning_rate: run.directory=NEW"),
+        ([2], 3, True, "model.path=RUN run.directory=NEW"),
+    ],
+)
+def test_what_is_advised_after_an_update_that_is_not_finite_can_be_done(steps, step, at_once, words):
+    config = load_config(None, ["model.path=MODEL", "model.dtype=bfloat16"])
+    run = SimpleNamespace(config=config, folder="RUN", checkpoints=SimpleNamespace(steps=steps))
+    told = train.not_finite(run, step, at_once)
+    assert words in told and f"step {step + 1} is not finite" in told
+    assert ("model.path=RUN" in told) == bool(steps)
 
 
 def test_a_report_that_fails_does_not_fail_the_run(undisturbed, model_folder, cache, monkeypatch, capsys):

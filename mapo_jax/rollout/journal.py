@@ -9,6 +9,7 @@ taken up again: it is held anew, so that an outage that has passed leaves no hol
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 import time
@@ -16,11 +17,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, TypeAdapter
 
 from mapo_jax.environment.dialogue import DialogueState, Turn
-from mapo_jax.files import as_path, in_bucket, part_of, write_whole
+from mapo_jax.files import append_line, as_path, in_bucket, part_of, write_whole
 
+LOG = logging.getLogger("mapo_jax.journal")  # without a handler of its own: standard error
 JOURNAL_FOLDER = "journal"
 COPIED_EVERY = 30.0  # seconds; to a bucket only: what a machine that is lost takes with it
 
@@ -31,7 +33,7 @@ class Entry:
 
     scenario: str  # id of its card
     seed: int  # of its dialogue
-    index: int  # of the turn
+    index: NonNegativeInt  # of the turn
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     turn: Turn
@@ -61,7 +63,16 @@ class Entry:
         return self.turn.scored and self.outcome != "error"
 
 
-_ENTRY = TypeAdapter(Entry)
+@dataclass(frozen=True)
+class Opening:
+    """A dialogue's first message."""
+
+    scenario: str
+    seed: int
+    opening: str
+
+
+_ENTRY, _OPENING = TypeAdapter(Entry), TypeAdapter(Opening)
 
 
 class Journal:
@@ -83,19 +94,13 @@ class Journal:
         self._copied = time.monotonic()
         self._openings: dict[tuple[str, int], str] = {}
         self._turns: dict[tuple[str, int], list[Entry]] = {}
-        for other in others:
-            for line in as_path(other).read_bytes().splitlines():
-                self._read(line)
-        torn = False
-        if self._path.exists():
-            data = self._path.read_bytes()
-            torn = bool(data) and not data.endswith(b"\n")
-            for line in data.splitlines():
-                self._read(line)
+        for other in map(as_path, others):
+            self._read(other, other.read_bytes())
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("ab", buffering=0)
-        if torn:  # by a kill: what follows must not continue that line
-            self._file.write(b"\n")
+        data = self._path.read_bytes() if self._path.exists() else b""
+        self._read(self._path, data)
+        # What follows must not continue a line that was torn by a kill.
+        append_line(self._path, b"\n" if data and not data.endswith(b"\n") else b"")
 
     def opening(self, scenario: str, seed: int) -> str | None:
         """The first message that was written for it."""
@@ -103,7 +108,7 @@ class Journal:
 
     def note_opening(self, scenario: str, seed: int, message: str) -> None:
         """Writes a first message."""
-        self._write({"scenario": scenario, "seed": seed, "opening": message})
+        self._write(asdict(Opening(scenario, seed, message)))
 
     def turns(self, state: DialogueState) -> Iterator[tuple[Entry, DialogueState]]:
         """The finished turns that go on from a dialogue's opening, each with the dialogue after it."""
@@ -133,8 +138,7 @@ class Journal:
         self._write(asdict(entry))
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Copies the file to its bucket, if it belongs into one."""
         self._copy()
 
     def _copy(self) -> None:
@@ -148,21 +152,31 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, line: bytes) -> None:
+    def _read(self, file: Path, data: bytes) -> None:
+        """Takes up a journal's lines. The last one may be torn by a kill: that turn was not finished."""
+        lines = data.splitlines(keepends=True)
+        broken = [line for line in lines if line.strip() and not self._read_line(line)]
+        if damaged := [line for line in broken if line is not lines[-1] or line.endswith(b"\n")]:
+            LOG.warning("%s: lines left out because they are no finished turns: %d", file, len(damaged))
+
+    def _read_line(self, line: bytes) -> bool:
+        """Whether it is a message or a turn."""
         try:
             row = json.loads(line)
-            if "opening" in row:
-                self._openings[row["scenario"], row["seed"]] = row["opening"]
-                return
+            if isinstance(row, dict) and "opening" in row:
+                opening = _OPENING.validate_python(row)
+                self._openings[opening.scenario, opening.seed] = opening.opening
+                return True
             entry = _ENTRY.validate_python(row)
-        except (ValueError, ValidationError):
-            return  # torn by a kill: that turn was not finished
+        except (ValueError, RecursionError):  # ValidationError is a ValueError
+            return False
         held = self._turns.setdefault((entry.scenario, entry.seed), [])
         held[entry.index :] = [entry]  # a turn that was held anew replaces what followed the old one
+        return True
 
     def _write(self, row: dict) -> None:
         # One write, and so whole after a kill of the process; the disk itself is not waited for.
-        self._file.write(json.dumps(row).encode() + b"\n")
+        append_line(self._path, json.dumps(row).encode() + b"\n")
         if time.monotonic() - self._copied > COPIED_EVERY:
             self._copy()
 

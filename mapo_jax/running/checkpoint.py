@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import socket
-import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,17 +24,32 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from mapo_jax.commands import machine_errors
 from mapo_jax.config import HELD_OUT, ROLES, Config, differing_keys, load_config, to_yaml
 from mapo_jax.errors import UserError
-from mapo_jax.files import as_path, in_bucket, write_whole
+from mapo_jax.files import (
+    CHECKSUMS_FILE,
+    as_path,
+    checksums,
+    differing,
+    in_bucket,
+    read_checksums,
+    read_object,
+    write_checksums,
+    write_whole,
+)
 from mapo_jax.learning.train_state import TrainState
-from mapo_jax.running.metrics import EVENTS_FOLDER, METRICS_FILE, full_disk_is_a_user_error
+from mapo_jax.running.metrics import METRICS_FILE, full_disk_is_a_user_error, read_row, read_rows
+
+LOG = logging.getLogger("mapo_jax.checkpoint")  # without a handler of its own: standard error
 
 CHECKPOINTS_FOLDER = "checkpoints"
 BASE_FOLDER = "base"  # of a run with adapters: the frozen weights, once for all its checkpoints
 CONFIG_FILE = "config.yaml"
+_CHECKSUM = "crc32"  # of the other values of the JSON mapping, beside them
 _PIECE_BYTES = 16 * 2**20  # most bytes of an array that lie together on the disk
 STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
 # Keys that change no number of a run but by rounding: a run continues under other values of them, such as
@@ -59,10 +74,11 @@ HARMLESS_KEYS = (
 class Checkpoints:
     """The checkpoints of one run: asynchronous, complete, restored into any sharding.
 
-    A checkpoint holds the parameters, the optimizer's state, the frozen reference if there is one, and a JSON
+    A checkpoint holds the parameters, the optimizer's state, the frozen reference if there is one, a JSON
     mapping with everything else that the run continues from (step, seeds, position in the data,
-    configuration). An interrupted save leaves a folder under a temporary name, which is never read and is
-    removed before the next save.
+    configuration), and the checksums of all that, without which it does not count as whole. They are checked
+    before anything is read. An interrupted save leaves a folder under a temporary name, which is never read
+    and is removed before the next save.
     """
 
     def __init__(self, run_folder: Path | str, *, keep: int = 2, keep_best: int = 1) -> None:
@@ -117,7 +133,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=_in_pieces(_to_saved(state)),
-                    progress=ocp.args.JsonSave({**progress, "step": step}),
+                    progress=ocp.args.JsonSave(_with_checksum({**progress, "step": step})),
                 ),
                 force=True,
             )
@@ -181,8 +197,8 @@ def best_steps(run_folder: Path | str, steps: Sequence[int]) -> list[int]:
     folder = as_path(run_folder) / "evaluations"
     returns = {}
     for step in steps:
-        file = folder / f"step_{step:06d}.json"
-        if file.exists() and (value := json.loads(file.read_text()).get("return/mean")) is not None:
+        evaluation = read_object(folder / f"step_{step:06d}.json") or {}
+        if isinstance(value := evaluation.get("return/mean"), (int, float)):
             returns[step] = value
     return sorted(returns, key=lambda step: (returns[step], step), reverse=True)
 
@@ -225,14 +241,24 @@ def read_progress(checkpoint: Path | str) -> dict[str, Any]:
     """The JSON mapping saved with a checkpoint.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it is damaged, or cannot be read.
     """
-    try:
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(
-            _absolute(as_path(checkpoint)) / "progress"
-        )
-    except Exception as error:
-        raise _unreadable(checkpoint, error) from error
+    folder = _absolute(as_path(checkpoint))
+    saved = read_object(folder / "progress" / "metadata") or {}
+    checksum = saved.pop(_CHECKSUM, None)
+    summed = (folder / "state" / CHECKSUMS_FILE).exists()
+    if "step" not in saved or summed != (checksum is not None) or (summed and checksum != _checksum(saved)):
+        raise _damaged(folder, "progress/metadata")
+    return saved
+
+
+def _with_checksum(progress: Mapping[str, Any]) -> dict[str, Any]:
+    progress = json.loads(json.dumps(progress))
+    return {**progress, _CHECKSUM: _checksum(progress)}
+
+
+def _checksum(progress: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(progress, sort_keys=True).encode())
 
 
 def restore_params(run_folder: Path | str, template: Any, *, step: int | None = None) -> Any:
@@ -256,8 +282,9 @@ def save_base(run_folder: Path | str, params: Any) -> None:
       UserError: the disk is full.
     """
     folder = _absolute(as_path(run_folder)) / BASE_FOLDER
-    with full_disk_is_a_user_error(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with full_disk_is_a_user_error(folder), ocp.AsyncCheckpointer(_Summing()) as checkpointer:
         checkpointer.save(folder / "state", args=_in_pieces({"params": params}), force=True)
+        checkpointer.wait_until_finished()
 
 
 def restore_base(run_folder: Path | str, template: Any) -> Any:
@@ -265,7 +292,44 @@ def restore_base(run_folder: Path | str, template: Any) -> Any:
     return _restore(as_path(run_folder) / BASE_FOLDER, {"params": template})["params"]
 
 
-def _in_pieces(saved: Any) -> ocp.args.PyTreeSave:
+class _Summing(ocp.PyTreeCheckpointHandler):
+    """Writes the checksums of what is saved beside it, before it takes its name.
+
+    Every process computes those of the files that it wrote, in the background as the save itself, and the
+    first puts them together.
+    """
+
+    async def async_save(self, directory: Path, *args: Any, **options: Any) -> list[ocp.future.Future]:
+        written = await super().async_save(directory, *args, **options)
+        if jax.process_count() == 1:
+            return written
+        return [ocp.future.ChainedFuture(written, lambda: self._sum_own(directory))]
+
+    def _sum_own(self, directory: Path) -> None:
+        own = f"ocdbt.process_{jax.process_index()}"
+        found = checksums(directory / own) if (directory / own).is_dir() else {}
+        content = {f"{own}/{name}": value for name, value in found.items()}
+        write_whole(directory / f"{_PART}{jax.process_index()}", json.dumps(content))
+
+    def finalize(self, directory: Path) -> None:
+        super().finalize(directory)
+        parts = [file for file in directory.iterdir() if file.name.startswith(_PART)]
+        known = {name: value for file in parts for name, value in (read_object(file) or {}).items()}
+        for file in parts:
+            file.unlink()
+        # orbax writes the time of the commit into that file afterwards; no restore reads it
+        write_checksums(directory, known, without="_CHECKPOINT_METADATA")
+
+
+_PART = "checksums.process_"
+
+
+@ocp.args.register_with_handler(_Summing, for_save=True, for_restore=True)
+class _Save(ocp.args.PyTreeSave):
+    """What `_Summing` saves."""
+
+
+def _in_pieces(saved: Any) -> _Save:
     """How arrays are stored: in pieces, stacked matrices layer by layer, so that one can be read alone."""
 
     def options(leaf: Any) -> ocp.SaveArgs:
@@ -273,7 +337,7 @@ def _in_pieces(saved: Any) -> ocp.args.PyTreeSave:
             return ocp.SaveArgs()
         return ocp.SaveArgs(chunk_byte_size=_PIECE_BYTES, shard_axes=(0,) if leaf.ndim > 2 else ())
 
-    return ocp.args.PyTreeSave(saved, save_args=jax.tree.map(options, saved))
+    return _Save(saved, save_args=jax.tree.map(options, saved))
 
 
 def open_params(
@@ -302,9 +366,10 @@ def open_base(run_folder: Path | str, template: Any) -> Callable[[str, int | Non
 
 
 def _open(folder: Path, template: Any) -> Callable[[str, int | None], np.ndarray]:
+    _refuse_damage(folder)
     state = _absolute(folder) / "state"
     stores = {}
-    try:
+    with _readable(folder):
         saved = ocp.PyTreeCheckpointHandler().metadata(state).tree
         _check(folder, {"params": saved.get("params", {})}, {"params": template})
         for path, _ in _leaves(template):
@@ -312,17 +377,11 @@ def _open(folder: Path, template: Any) -> Callable[[str, int | None], np.ndarray
             spec = {"driver": "zarr", "kvstore": base}
             stores[_dotted(path).replace(".", "/")] = tensorstore.open(spec, read=True, open=True)
         stores = {path: store.result() for path, store in stores.items()}
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unreadable(folder, error) from error
 
     def read(path: str, layer: int | None) -> np.ndarray:
-        try:
-            store = stores[path] if layer is None else stores[path][layer]
+        store = stores[path] if layer is None else stores[path][layer]
+        with _readable(folder):
             return store.read().result()
-        except ValueError as error:
-            raise _unreadable(folder, error) from error
 
     return read
 
@@ -360,10 +419,11 @@ def _dotted(path: Any) -> str:
 
 def _restore(folder: Path, target: Mapping[str, Any]) -> Any:
     """Restores the parts of a checkpoint that `target` names, shapes checked (orbax would cut or pad)."""
+    _refuse_damage(folder)
     abstract = jax.tree.map(_abstract, target)
     handler = ocp.PyTreeCheckpointHandler()
     state = _absolute(folder) / "state"
-    try:
+    with _readable(folder):
         saved = handler.metadata(state).tree
         _check(folder, {part: saved.get(part, {}) for part in target}, abstract)
         return handler.restore(
@@ -374,10 +434,6 @@ def _restore(folder: Path, target: Mapping[str, Any]) -> Any:
                 partial_restore=True,
             ),
         )
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unreadable(folder, error) from error
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -401,12 +457,66 @@ def _check(folder: Path, saved: Any, wanted: Any) -> None:
             raise UserError(f"the checkpoint {folder} has {name}, which this model does not; {remedy}")
 
 
-def _unreadable(folder: Path | str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
+def _refuse_damage(folder: Path) -> None:
+    """Compares a checkpoint's files with their checksums; of several processes each does its share.
+
+    Raises:
+      UserError: one is not as it was saved.
+    """
+    state = _absolute(folder) / "state"
+    if not state.is_dir():
+        raise _damaged(folder, "state")
+    try:
+        known = read_checksums(state)
+    except ValueError:
+        raise _damaged(folder, f"state/{CHECKSUMS_FILE}") from None
+    if known is None:
+        if folder.name != BASE_FOLDER and _CHECKSUM in (read_object(folder / "progress" / "metadata") or {}):
+            raise _damaged(folder, f"state/{CHECKSUMS_FILE}")
+        LOG.warning("%s was saved without checksums, by an earlier version: damage goes unnoticed", folder)
+        return
+    names = sorted(known)
+    own = {name: known[name] for name in names[jax.process_index() :: jax.process_count()]}
+    first = names.index(found) if (found := next(differing(state, own), None)) is not None else len(names)
+    if jax.process_count() > 1:
+        first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
+    if first < len(names):
+        raise _damaged(folder, f"state/{names[first]}")
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """What orbax and tensorstore say of a checkpoint that they cannot read, as a UserError."""
+    try:
+        with machine_errors(), full_disk_is_a_user_error(folder):
+            yield
+    except UserError:
+        raise
+    except jax.errors.JaxRuntimeError:  # such as too little memory: nothing is wrong with the files
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the checkpoint {folder} cannot be read ({type(error).__name__}: {reason}); {_remedy(folder)}"
+        ) from error
+
+
+def _damaged(folder: Path, file: str) -> UserError:
+    what = f"step {folder.name}" if folder.name.isdecimal() else "the frozen weights"
     return UserError(
-        f"the checkpoint {folder} cannot be read ({type(error).__name__}: {reason}); "
-        "remove that folder to go on from the one before it"
+        f"the checkpoint {folder} ({what}) is damaged: {file} is missing or not as it was saved; "
+        f"{_remedy(folder)}"
     )
+
+
+def _remedy(folder: Path) -> str:
+    """What a user can do about a checkpoint that cannot be read."""
+    if not folder.name.isdecimal():
+        return "put it back from a copy of the run, or start a new run in another run.directory"
+    earlier = [step for step in whole_steps(folder.parent.parent) if step < int(folder.name)]
+    if not earlier:
+        return "there is no checkpoint before it: start a new run in another run.directory"
+    return f"remove that folder to go on from the one before it, {folder.with_name(str(earlier[-1]))}"
 
 
 @contextmanager
@@ -521,86 +631,77 @@ def _at(tree: Any, dotted: str) -> Any:
     return tree
 
 
-def cut_back(run_folder: Path | str, step: int) -> None:
+def refuse_lost_checkpoints(run_folder: Path | str, config: Config) -> None:
+    """Looks at a run folder without a whole checkpoint, which is about to begin again from step 0.
+
+    Raises:
+      UserError: the run came so far that it must have had one.
+    """
+    folder = as_path(run_folder)
+    reached = [row["step"] for row in read_rows(folder / METRICS_FILE)]
+    reached += [number for name in STEP_FOLDERS for _, number in _step_files(folder / name)]
+    saved = _at(yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8")), "checkpoint.every")
+    every = min(config.evaluation.every, max(config.checkpoint.every, saved or 0))
+    if max(reached, default=0) > 2 * every:  # a save that begins waits for the one before it
+        raise UserError(
+            f"{folder} holds what a run wrote up to step {max(reached)}, but no whole checkpoint is left in "
+            f"{CHECKPOINTS_FOLDER}/; put one back from a copy, or choose another run.directory"
+        )
+
+
+def cut_back(run_folder: Path | str, step: int) -> list[str]:
     """Removes from a run folder everything that was written after `step`, and what a kill left half written.
 
     `metrics.jsonl` keeps its whole lines up to the step; `dialogues/` and `evaluations/` their files
-    `step_N.*` with N up to it; event files their records up to it. Each file is replaced as a whole, so a
-    kill in here harms nothing; once more gives the same.
+    `step_N.*` with N up to it. (Event files only grow: see `metrics.MetricWriter`.) Each file is replaced as
+    a whole, so a kill in here harms nothing; once more gives the same.
 
     Args:
       step: finished steps of the checkpoint that the run goes on from; -1 to begin again.
+
+    Returns:
+      What was found to be lost, in sentences.
 
     Raises:
       UserError: the disk is full.
     """
     folder = as_path(run_folder)
     with full_disk_is_a_user_error(folder):
-        for place in (folder, *(folder / name for name in (*STEP_FOLDERS, EVENTS_FOLDER))):
+        for place in (folder, *(folder / name for name in STEP_FOLDERS)):
             for leftover in (
                 () if in_bucket(place) else place.glob(".*.*.*")
             ):  # temporary names of files.write_whole: .NAME.SUFFIX.RANDOM
                 leftover.unlink()
-        _replace(folder / METRICS_FILE, lambda data: _cut_lines(data, step))
         for name in STEP_FOLDERS:
-            for file in (folder / name).glob("step_*"):
-                number = re.match(r"step_(\d+)", file.name)
-                if number and int(number.group(1)) > step:
+            for file, number in _step_files(folder / name):
+                if number > step:
                     file.unlink()
-        for file in (folder / EVENTS_FOLDER).glob("events.out.tfevents.*"):
-            _replace(file, lambda data: _cut_events(data, step))
+        return _cut_metrics(folder / METRICS_FILE, step)
 
 
-def _replace(file: Path, cut: Any) -> None:
-    if not file.exists():
-        return
-    data = file.read_bytes()
-    kept = cut(data)
+def _step_files(folder: Path) -> list[tuple[Path, int]]:
+    found = ((file, re.match(r"step_(\d+)", file.name)) for file in folder.glob("step_*"))
+    return [(file, int(number.group(1))) for file, number in found if number]
+
+
+def _cut_metrics(file: Path, step: int) -> list[str]:
+    data = file.read_bytes() if file.exists() else b""
+    lines = data.splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()  # torn by a kill
+    rows = [(line, row) for line in lines if (row := read_row(line)) is not None]
+    kept = b"".join(line for line, row in rows if row["step"] <= step)
     if not kept:
-        file.unlink()
+        file.unlink(missing_ok=True)
     elif kept != data:
         write_whole(file, kept)
-
-
-def _cut_lines(data: bytes, step: int) -> bytes:
-    kept = []
-    for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            continue  # torn by a kill
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] <= step:
-            kept.append(line)
-    return b"".join(kept)
-
-
-def _cut_events(data: bytes, step: int) -> bytes:
-    kept = [
-        (record, event)
-        for record, event in read_events(data)
-        if event.step <= step or not event.summary.value  # the file's header has no step
-    ]
-    if not any(event.summary.value for _, event in kept):
-        return b""
-    return b"".join(record for record, _ in kept)
-
-
-def read_events(data: bytes) -> Iterator[tuple[bytes, Any]]:
-    """The whole records of an event file, each with its parsed event; a torn tail is left out.
-
-    A record is: length (8 bytes), checksum of the length (4), the event, checksum of the event (4).
-    """
-    from tensorboardX.proto.event_pb2 import Event
-
-    start = 0
-    while start + 12 <= len(data):
-        (length,) = struct.unpack_from("<Q", data, start)
-        end = start + 12 + length + 4
-        if end > len(data):
-            return
-        event = Event()
-        event.ParseFromString(data[start + 12 : end - 4])
-        yield data[start:end], event
-        start = end
+    lost = []
+    if broken := len(lines) - len(rows):
+        lost.append(f"{broken} damaged {'line' if broken == 1 else 'lines'} of {file} removed")
+    have = {row["step"] for _, row in rows if "reward/mean" in row}
+    if missing := [number for number in range(1, step + 1) if number not in have]:
+        lost.append(
+            f"{file} lacks the rows of {len(missing)} of the {step} finished steps (from {missing[0]} to "
+            f"{missing[-1]}); they are lost, the weights are not"
+        )
+    return lost

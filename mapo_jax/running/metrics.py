@@ -6,10 +6,8 @@ Metric names are the field's own (docs list them): `reward/*`, `actor/*`, `sampl
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +19,7 @@ from typing import Any
 import jax
 
 from mapo_jax.errors import UserError
-from mapo_jax.files import append_line, as_path, copy_files, in_bucket
+from mapo_jax.files import append_line, as_path, copy_files, in_bucket, library_storage_problem
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
@@ -31,27 +29,18 @@ _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 @contextmanager
 def full_disk_is_a_user_error(path: Path | str) -> Iterator[None]:
-    """Turns "no space left" into a UserError that names `path`; other errors pass through."""
+    """Turns a full, read-only or failing disk into a UserError that names `path`; other errors pass through.
+
+    What was saved before is whole: the same command goes on from there.
+    """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if not _says_disk_full(error):
+        if (words := library_storage_problem(error, path)) is None:
             raise
-        raise UserError(
-            f"the disk that holds {path} is full; free some space and start the same command again: "
-            "the run goes on from its last whole checkpoint"
-        ) from error
-
-
-def _says_disk_full(error: BaseException | None) -> bool:
-    # The checkpoint library wraps the system's error, or carries only its text.
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        raise UserError(words) from error
 
 
 def to_json_line(step: int, metrics: Mapping[str, Any]) -> str:
@@ -64,6 +53,21 @@ def to_json_line(step: int, metrics: Mapping[str, Any]) -> str:
                 value = None
         row[name] = value
     return json.dumps(row, allow_nan=False) + "\n"
+
+
+def read_row(line: str | bytes) -> dict[str, Any] | None:
+    """A row of `metrics.jsonl`; None for a line that is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl` in their order, without lines that are none; empty without the file."""
+    lines = file.read_bytes().splitlines() if file.exists() else ()
+    return [row for line in lines if (row := read_row(line)) is not None]
 
 
 class MetricWriter:
@@ -80,6 +84,7 @@ class MetricWriter:
         tensorboard: bool = True,
         wandb: bool = False,
         configuration: Mapping[str, Any] | None = None,
+        after: int = -1,
     ) -> None:
         """Opens the writers.
 
@@ -88,21 +93,50 @@ class MetricWriter:
           tensorboard: write event files below `tensorboard/`.
           wandb: log to Weights & Biases as well.
           configuration: what Weights & Biases shows as the run's configuration.
+          after: the finished step that the run goes on from. TensorBoard is told to forget what event files
+            hold from there on, and gets that step's rows again from `metrics.jsonl`.
 
         Raises:
-          UserError: `wandb` without the package.
+          UserError: `wandb` without the package; the disk is full.
         """
         folder = as_path(folder)
         self._path = folder / METRICS_FILE
         self._wandb = _start_wandb(folder, configuration) if wandb else None
         self._events = None
         if tensorboard:
-            from tensorboardX import SummaryWriter  # half a second that a run without it need not pay
-
             self._target = folder / EVENTS_FOLDER
             self._local = Path(tempfile.mkdtemp(prefix="mapo_jax.")) if in_bucket(folder) else self._target
-            self._events = SummaryWriter(logdir=str(self._local))
             self._copied = time.monotonic()
+            with full_disk_is_a_user_error(self._target):
+                self._open_events(after)
+
+    def _open_events(self, after: int) -> None:
+        # The package's SummaryWriter writes from a thread of its own, whose queue `flush` does not wait for
+        # and whose errors nobody hears. Half a second of import that a run without it need not pay.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._local.mkdir(parents=True, exist_ok=True)
+        resumed = self._target.is_dir() and any(self._target.iterdir())
+        self._events = EventsWriter(str(self._local / "events"), filename_suffix=f".{time.time_ns()}")
+        if resumed:
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=max(after, 0), wall_time=time.time(), session_log=start))
+            for row in read_rows(self._path):
+                if row["step"] >= after:
+                    self._write_event(row.pop("step"), row)
+        self._events.flush()
+
+    def _write_event(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """All figures of a row as one record, which is there whole or not at all."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=name, simple_value=float("nan") if value is None else float(value))
+            for name, value in metrics.items()
+        ]
+        self._events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one step's metrics everywhere.
@@ -119,8 +153,7 @@ class MetricWriter:
                 return
             append_line(self._path, line)
             if self._events is not None:
-                for name, value in metrics.items():
-                    self._events.add_scalar(name, float(value), global_step=step)
+                self._write_event(step, metrics)
                 self._events.flush()
                 if time.monotonic() - self._copied > EVENTS_COPIED_EVERY:
                     self._copy_events()
@@ -129,10 +162,8 @@ class MetricWriter:
 
     def last(self, name: str) -> float | None:
         """The last value that the file holds of a metric; None if it has none."""
-        if not self._path.exists():
-            return None
-        rows = map(json.loads, reversed(self._path.read_text().splitlines()))
-        return next((row[name] for row in rows if row.get(name) is not None), None)
+        rows = reversed(read_rows(self._path))
+        return next((row[name] for row in rows if isinstance(row.get(name), (int, float))), None)
 
     def close(self) -> None:
         """Flushes and closes what is open."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,12 +69,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
     with full_disk_is_a_user_error(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+            temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+            temporary.mkdir()
         except (PermissionError, NotADirectoryError, FileExistsError) as error:
             raise UserError(f"cannot write to {target}: {error.strerror}; choose another place") from error
         try:
             yield temporary
-            os.chmod(temporary, 0o755)
             _sync(temporary)
             try:
                 os.rename(temporary, target)

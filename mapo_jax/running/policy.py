@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mapo_jax.config import LoraConfig, RolloutConfig
 from mapo_jax.errors import UserError
-from mapo_jax.files import as_path, copy_files, in_bucket, local_folder, write_whole
+from mapo_jax.files import (
+    as_path,
+    copy_files,
+    damaged_file,
+    in_bucket,
+    local_folder,
+    write_checksums,
+)
 from mapo_jax.model.huggingface import (
     Reader,
     check_weights,
@@ -75,9 +83,18 @@ def load_policy(
       dtype: of the weights; norms are float32 in any case.
 
     Raises:
-      UserError: neither kind of folder, or one that cannot be read; names the file and what is wrong.
+      UserError: neither kind of folder, one that cannot be read, or weights that are not finite; names the
+        file or the weight and what is wrong.
     """
     policy = read_policy(path, rollout)
+    policy, params = _load(path, policy, mesh, step, dtype)
+    _refuse_not_finite(path, params, mesh)
+    return policy, params
+
+
+def _load(
+    path: Path | str, policy: Policy, mesh: Mesh | None, step: int | None, dtype: str
+) -> tuple[Policy, Params]:
     config = policy.config
     if not _is_run(path):
         return policy, load_params(path, config, mesh, dtype=dtype)
@@ -98,6 +115,22 @@ def load_policy(
         out_shardings=None if mesh is None else param_shardings(parameter_shapes(policy.config), mesh),
     )
     return policy, merged(params)
+
+
+def _refuse_not_finite(path: Path | str, params: Params, mesh: Mesh | None) -> None:
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    check = jax.jit(
+        lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), out_shardings=everywhere
+    )
+    finite = np.asarray(check([leaf for _, leaf in leaves]))
+    bad = [jax.tree_util.keystr(key, simple=True, separator="/") for key, _ in leaves]
+    bad = [name for name, fine in zip(bad, finite, strict=True) if not fine]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(
+            f"the weights in {path} are not finite: {bad[0]}{more}; give a sound copy of the model"
+        )
 
 
 def open_weights(run: Path | str, config: QwenConfig, *, step: int | None = None) -> Reader:
@@ -126,6 +159,8 @@ def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
     """A policy without its weights; arguments and errors as of `load_policy`."""
     path = as_path(path)
     folder = path / MODEL_FOLDER if _is_run(path) else base_folder(path) if is_adapter(path) else path
+    if _is_run(path):
+        _refuse_damage(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
     with local_folder(folder) as here:
@@ -146,6 +181,15 @@ def check_policy(path: Path | str, rollout: RolloutConfig) -> None:
         checkpoint_folder(path, None)
     else:
         check_weights(path, policy.config)
+
+
+def _refuse_damage(folder: Path) -> None:
+    file = damaged_file(folder) if (folder / "config.json").is_file() else "config.json"
+    if file is not None:
+        raise UserError(
+            f"{folder / file}, which the run needs to go on, is missing or not as the run wrote it; put it "
+            "back from a copy, or start a new run in another run.directory"
+        )
 
 
 def adapters(config: LoraConfig) -> LoRA | None:
@@ -223,17 +267,15 @@ def save_model_files(run_folder: Path | str, policy: Policy) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="mapo_jax.") as here:
         _write_model_files(Path(here), policy)
-        config = (Path(here) / "config.json").read_bytes()
-        (Path(here) / "config.json").unlink()
         copy_files(Path(here), folder)
-        write_whole(folder / "config.json", config)
 
 
 def _write_model_files(folder: Path, policy: Policy) -> None:
     write_tokenizer(folder, policy.tokenizer)
     if policy.config.lora is not None:
         write_adapter_config(folder, policy.config.lora)
-    write_config(folder, policy.config)  # last: its presence says that the rest is there
+    write_config(folder, policy.config)
+    write_checksums(folder)
 
 
 def _check_fit(policy: Policy, rollout: RolloutConfig, path: Path) -> None:

@@ -1,5 +1,6 @@
 """The journal: what comes back from it is what was written, and a torn or failed end is held anew."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,38 @@ def test_a_torn_line_is_a_turn_that_was_not_finished(tmp_path, cut):
     again = held(one, user="Another.")
     write(file, again)
     assert [state for _, state in taken_up(file)] == [one, again]
+
+
+NO_TURNS = (
+    b"null", b"3", b'"opening"', b"[]", b"{}", b'{"opening": "a"}', b"[" * 10**5, b"\xff\x00",
+    b'{"opening": 1, "scenario": [], "seed": 1}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NO_TURNS)
+def test_a_line_that_is_no_turn_is_left_out_and_said(tmp_path, line, caplog):
+    file = tmp_path / "j"
+    one = held(opened())
+    two = held(one)
+    write(file, one)
+    assert [state for _, state in taken_up(file)] == [one] and not caplog.text
+    file.write_bytes(line + b"\n" + file.read_bytes() + line + b"\n")
+    write(file, two)
+    assert [state for _, state in taken_up(file)] == [one, two]
+    assert f"{file}: lines left out because they are no finished turns: 2" in caplog.text
+
+
+def test_a_full_disk_tears_no_line(tmp_path, monkeypatch):
+    one = held(opened())
+    with Journal(tmp_path / "j") as journal:
+        journal.note(one, (5, 2), (-0.1, -0.2))
+        write_part = os.write
+        monkeypatch.setattr(os, "write", lambda handle, data: write_part(handle, data[:7]))
+        with pytest.raises(OSError, match="No space left") as full:
+            journal.note(held(one), (5, 2), (-0.1, -0.2))
+        assert full.value.filename == str(tmp_path / "j")
+    monkeypatch.undo()
+    assert [state for _, state in taken_up(tmp_path / "j")] == [one]
 
 
 def test_a_failed_end_is_held_anew_and_a_failure_in_the_middle_stays(tmp_path):

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mapo_jax.config import load_config, updated
+from mapo_jax.config import load_config, to_yaml, updated
 from mapo_jax.errors import UserError
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import TrainState, create_state
@@ -21,9 +22,13 @@ from mapo_jax.running.checkpoint import (
     checkpoint_folder,
     claim,
     cut_back,
-    read_events,
+    open_base,
+    open_params,
     read_progress,
+    refuse_lost_checkpoints,
+    restore_base,
     restore_params,
+    save_base,
 )
 from mapo_jax.running.metrics import MetricWriter
 
@@ -168,8 +173,128 @@ def test_a_damaged_checkpoint_says_so(tmp_path):
     for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:3])
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=r"1 cannot be read .*remove"):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(UserError, match=r"1 \(step 1\) is damaged: state/"),
+    ):
         checkpoints.restore_latest(make_state())
+
+
+def saved_twice(folder):
+    with Checkpoints(folder) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), PROGRESS)
+
+
+def flipped(file, place):
+    data = bytearray(file.read_bytes())
+    data[place] ^= 16
+    file.write_bytes(data)
+
+
+def test_one_damaged_byte_is_refused_and_the_remedy_works(tmp_path):
+    """In every file that a restore reads, at its beginning, middle and end."""
+    saved_twice(tmp_path)
+    folder = tmp_path / "checkpoints" / "2"
+    read = [file for name in ("state", "progress") for file in (folder / name).rglob("*") if file.is_file()]
+    read = [file for file in read if file.name != "commit_success.txt"]
+    assert len(read) > 8
+    with Checkpoints(tmp_path) as checkpoints:
+        for file in read:
+            for place in (0, file.stat().st_size // 2, -3):
+                flipped(file, place)
+                with pytest.raises(UserError, match=rf"2 \(step 2\) is damaged: .*{file.name} ") as told:
+                    checkpoints.restore_latest(make_state())
+                remedy = f"remove that folder to go on from the one before it, {folder.with_name('1')}"
+                assert remedy in str(told.value)
+                flipped(file, place)
+        restored, _ = checkpoints.restore_latest(make_state())
+    assert_same_bits(restored, make_state(2))
+    flipped(read[0], 5)
+    shutil.rmtree(folder)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, progress = checkpoints.restore_latest(make_state())
+    assert_same_bits(restored, make_state(1))
+    assert progress == {**PROGRESS, "step": 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["state/checksums.json", "state/manifest.ocdbt", "progress/metadata", "state"]
+)
+def test_a_missing_part_of_a_checkpoint_is_refused(tmp_path, name):
+    saved_twice(tmp_path)
+    part = tmp_path / "checkpoints" / "2" / name
+    shutil.rmtree(part) if part.is_dir() else part.unlink()
+    for read in (
+        lambda: restore_params(tmp_path, make_state().params),
+        lambda: open_params(tmp_path, make_state().params),
+        lambda: Checkpoints(tmp_path).restore_latest(make_state()),
+    ):
+        if name == "progress/metadata" and read.__code__.co_names[0] != "Checkpoints":
+            continue  # parameters alone need no progress
+        with pytest.raises(UserError, match=r"2 \(step 2\) is damaged: "):
+            read()
+
+
+def test_without_an_earlier_checkpoint_no_removal_is_advised(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), PROGRESS)
+        checkpoints.wait()
+        flipped(tmp_path / "checkpoints" / "1" / "state" / "_METADATA", 9)
+        with pytest.raises(UserError, match="no checkpoint before it: start a new run in another"):
+            checkpoints.restore_latest(make_state())
+
+
+def test_the_frozen_weights_have_checksums_too(tmp_path):
+    params = make_state().params
+    save_base(tmp_path, params)
+    save_base(tmp_path, params)  # replaces the first
+    assert_same_bits(restore_base(tmp_path, params), params)
+    files = [file for file in (tmp_path / "base" / "state").rglob("*") if file.is_file()]
+    for file in files:
+        if file.name in ("commit_success.txt", "_CHECKPOINT_METADATA"):  # orbax's, and never read
+            continue
+        flipped(file, file.stat().st_size // 2)
+        for read in (restore_base, open_base):
+            with pytest.raises(UserError, match=rf"base \(the frozen weights\) is damaged: .*{file.name}"):
+                read(tmp_path, params)
+        flipped(file, file.stat().st_size // 2)
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(UserError, match="put it back from a copy"):
+        restore_base(tmp_path, params)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_its_lack_said(tmp_path, caplog):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), PROGRESS)
+        checkpoints.wait()
+        folder = tmp_path / "checkpoints" / "1"
+        (folder / "state" / "checksums.json").unlink()
+        (folder / "progress" / "metadata").write_text(json.dumps({**PROGRESS, "step": 1}))
+        restored, progress = checkpoints.restore_latest(make_state(3))
+    assert_same_bits(restored, make_state())
+    assert progress == {**PROGRESS, "step": 1} and "without checksums" in caplog.text
+
+
+def test_a_missing_platform_is_not_blamed_on_the_checkpoint(tmp_path):
+    saved_twice(tmp_path)
+    script = f"""
+        import numpy as np
+        from mapo_jax.commands import run_command
+        from mapo_jax.running.checkpoint import restore_params
+        from jax import ShapeDtypeStruct
+        template = {{"embed": {{"embedding": ShapeDtypeStruct((5, 3), np.float32)}},
+                     "layers": {{"norm": {{"scale": ShapeDtypeStruct((2, 3), np.float32)}}}}}}
+        raise SystemExit(run_command(lambda: restore_params({str(tmp_path)!r}, template)))
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "nonsense"},
+    )
+    assert result.returncode == 2 and "JAX_PLATFORMS=nonsense" in result.stderr, result.stderr
+    assert "remove" not in result.stderr
 
 
 @pytest.fixture
@@ -280,7 +405,7 @@ def test_a_run_folder_belongs_to_one_process_and_a_killed_one_frees_it(tmp_path)
 
 def write_run(folder):
     """Steps 0 to 3, then what a kill leaves half written."""
-    with MetricWriter(folder) as writer:
+    with MetricWriter(folder, tensorboard=False) as writer:
         for step in range(4):
             writer.write(step, {"reward/mean": step / 2})
     for name in (
@@ -292,25 +417,16 @@ def write_run(folder):
         (folder / name).write_text(name)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "reward/me')
-    (events,) = (folder / "tensorboard").iterdir()
-    with open(events, "ab") as file:
-        file.write(events.read_bytes()[-20:-7])
     (folder / "dialogues" / ".step_000004.jsonl.x8k2").write_text("half")
-    return events
-
-
-def steps_of(events):
-    return [event.step for _, event in read_events(events.read_bytes()) if event.summary.value]
 
 
 def test_cut_back_leaves_what_the_checkpoint_knows(tmp_path):
-    events = write_run(tmp_path)
+    write_run(tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    cut_back(tmp_path, 2)
+    assert cut_back(tmp_path, 2) == []
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(lines[:3])
     assert [entry.name for entry in (tmp_path / "dialogues").iterdir()] == ["step_000001.jsonl"]
     assert [entry.name for entry in (tmp_path / "evaluations").iterdir()] == ["step_000002.json"]
-    assert steps_of(events) == [0, 1, 2]
 
     once = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     cut_back(tmp_path, 2)
@@ -322,12 +438,47 @@ def test_cut_back_leaves_what_the_checkpoint_knows(tmp_path):
 
 
 def test_cut_back_keeps_whole_steps_and_drops_only_torn_tails(tmp_path):
-    events = write_run(tmp_path)
+    write_run(tmp_path)
     cut_back(tmp_path, 3)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert (tmp_path / "dialogues" / "step_000003.jsonl").exists()
-    assert steps_of(events) == [0, 1, 2, 3]
+
+
+def test_what_the_metrics_lack_is_said(tmp_path):
+    write_run(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:2], "null\n", "{}\n", "[" * 10**5 + "\n", *lines[3:]]))
+    damaged, lacking = cut_back(tmp_path, 3)
+    assert "3 damaged lines of" in damaged
+    assert "lacks the rows of 1 of the 3 finished steps (from 2 to 2)" in lacking
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 3]
+    assert cut_back(tmp_path, 3) == [lacking]
+    file.unlink()
+    assert "lacks the rows of 3 of the 3" in cut_back(tmp_path, 3)[0]
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path):
+    config = load_config(overrides=["checkpoint.every=2", "evaluation.every=50"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 5):
+            writer.write(step, {"reward/mean": 0.0})
+        refuse_lost_checkpoints(tmp_path, config)  # the save of step 2 may never have ended
+        writer.write(5, {"reward/mean": 0.0})
+        with pytest.raises(UserError, match=r"up to step 5, but no whole checkpoint is left in checkpoints/"):
+            refuse_lost_checkpoints(tmp_path, config)
+    rarer = replace(config, checkpoint=replace(config.checkpoint, every=10))
+    refuse_lost_checkpoints(tmp_path, rarer)  # as it may have been when the steps were taken
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[1]", '{"return/mean": "x"}', '{"return/mean": null}'])
+def test_an_evaluation_that_cannot_be_read_ranks_no_checkpoint(tmp_path, content):
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "step_000001.json").write_text(content)
+    (tmp_path / "evaluations" / "step_000002.json").write_text('{"return/mean": -1.0}')
+    assert best_steps(tmp_path, [1, 2, 3]) == [2]
 
 
 def test_cut_back_on_a_full_disk_harms_nothing(tmp_path, monkeypatch):

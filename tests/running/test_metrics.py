@@ -1,7 +1,9 @@
 import errno
 import json
 import os
+import subprocess
 import sys
+import textwrap
 import types
 
 import jax
@@ -9,8 +11,7 @@ import numpy as np
 import pytest
 
 from mapo_jax.errors import UserError
-from mapo_jax.running import metrics
-from mapo_jax.running.metrics import CompileCounter, MetricWriter, full_disk_is_a_user_error
+from mapo_jax.running.metrics import CompileCounter, MetricWriter, full_disk_is_a_user_error, read_rows
 
 
 def test_a_step_is_one_strict_json_line(tmp_path):
@@ -24,18 +25,64 @@ def test_a_step_is_one_strict_json_line(tmp_path):
     ]
 
 
-def test_events_hold_the_scalars(tmp_path):
-    from mapo_jax.running.checkpoint import read_events
-
+def test_events_hold_the_scalars(tmp_path, shown_scalars):
     with MetricWriter(tmp_path) as writer:
         writer.write(3, {"reward/mean": 0.25})
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    scalars = [
-        (event.step, value.tag, value.simple_value)
-        for _, event in read_events(file.read_bytes())
-        for value in event.summary.value
-    ]
-    assert scalars == [(3, "reward/mean", 0.25)]
+    assert shown_scalars(tmp_path / "tensorboard") == [(3, "reward/mean", 0.25)]
+
+
+def test_a_killed_process_leaves_every_tag_of_its_last_step(tmp_path, shown_scalars):
+    """As by SIGKILL right after the row was written: nothing waits in a queue."""
+    names = [f"reward/{index}" for index in range(200)]
+    script = f"""
+        import os
+        from mapo_jax.running.metrics import MetricWriter
+        MetricWriter({str(tmp_path)!r}).write(7, dict.fromkeys({names!r}, 0.5))
+        os._exit(9)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=os.environ)
+    assert killed.returncode == 9
+    assert shown_scalars(tmp_path / "tensorboard") == [(7, name, 0.5) for name in names]
+
+
+def test_a_run_that_goes_on_shows_every_step_once(tmp_path, shown_scalars):
+    """It was killed in step 4, after a checkpoint at step 2 with an evaluation that no event file has."""
+    with MetricWriter(tmp_path) as writer:
+        for step in range(1, 4):
+            writer.write(step, {"x": float(step)})
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows[2] = '{"step": 2, "evaluation/x": 5.0, "evaluation/y": null}\n'  # step 3 was cut off
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    with MetricWriter(tmp_path, after=2) as writer:
+        writer.write(3, {"x": 30.0})
+    shown = shown_scalars(tmp_path / "tensorboard")
+    expected = [(1, "x", 1.0), (2, "x", 2.0), (2, "evaluation/x", 5.0), (3, "x", 30.0)]
+    assert [scalar for scalar in shown if scalar[1] != "evaluation/y"] == expected
+    assert [np.isnan(value) for _, tag, value in shown if tag == "evaluation/y"] == [True]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_an_event_file_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, code):
+    from tensorboardX.event_file_writer import EventsWriter
+
+    def fail(self):
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(UserError, match=r"metrics.jsonl|tensorboard"), MetricWriter(tmp_path) as writer:
+        monkeypatch.setattr(EventsWriter, "flush", fail)
+        writer.write(1, {"x": 1.0})
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "{}", "[]", "3", '{"step": "x"}', '{"step": true}', "[" * 10**5, "\x00"]
+)
+def test_a_line_that_is_no_row_is_left_out(tmp_path, line):
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"x": 1.0})
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(line + "\n")
+        assert writer.last("x") == 1.0 and writer.last("y") is None
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}]
 
 
 def test_wandb_is_used_when_asked_for_and_missed_with_a_remedy(tmp_path, monkeypatch):
@@ -59,7 +106,7 @@ def test_a_full_disk_leaves_the_rows_before_whole(tmp_path, monkeypatch):
     writer.write(1, {"x": 1.0})
     before = (tmp_path / "metrics.jsonl").read_bytes()
     write = os.write
-    monkeypatch.setattr(metrics.os, "write", lambda handle, data: write(handle, data[:5]))
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))
     with pytest.raises(UserError, match=r"disk that holds .*metrics.jsonl is full; free some space"):
         writer.write(2, {"x": 2.0})
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -73,8 +120,13 @@ def test_a_full_disk_is_recognised_through_wrappers():
             raise RuntimeError("save failed") from inner
     with pytest.raises(UserError), full_disk_is_a_user_error("here"):
         raise ValueError("RESOURCE_EXHAUSTED: write: No space left on device [OS error 28]")
-    with pytest.raises(OSError, match="denied"), full_disk_is_a_user_error("here"):
-        raise OSError(errno.EACCES, "denied")
+    with (
+        pytest.raises(UserError, match="here lies on a disk that is read-only"),
+        full_disk_is_a_user_error("here"),
+    ):
+        raise OSError(errno.EROFS, "read-only")
+    with pytest.raises(ConnectionRefusedError), full_disk_is_a_user_error("here"):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
 
 
 def test_counter_names_what_was_compiled_and_a_steady_step_compiles_nothing():
