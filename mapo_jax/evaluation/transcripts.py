@@ -35,9 +35,9 @@ from mapo_jax.evaluation.answers import Folder, append, progress
 from mapo_jax.evaluation.conversations import to_row
 from mapo_jax.evaluation.endpoint import together
 from mapo_jax.evaluation.role_loop import RoleLoop
-from mapo_jax.evaluation.speech import spoken, text_of
 from mapo_jax.json_files import read_rows
 from mapo_jax.rollout.collect import derive_seed
+from mapo_jax.scores.speech import spoken, text_of
 
 JUDGED = "judged.jsonl"
 NO_ANSWER = "no answer"
