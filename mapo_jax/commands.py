@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
 import platform
 import signal
+import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from mapo_jax.errors import UserError
 
@@ -37,8 +40,8 @@ def run_command(command: Callable[[], None]) -> int:
     """Runs a command's body and returns its exit status.
 
     0: done. 2: bad input; the sentence goes to standard error. 3: another process of the run is gone
-    (`peers`). 124: stopped by its deadline. 128 + n: stopped by signal n. Anything else is a defect of ours
-    and keeps its traceback.
+    (`running/processes.py`). 124: stopped by its deadline. 128 + n: stopped by signal n. Anything else is a
+    defect of ours and keeps its traceback.
     """
     try:
         command()
@@ -51,6 +54,41 @@ def run_command(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 0
     return 0
+
+
+class Sentinel:
+    """A shell that prints a sentence if this process ends without one of its own.
+
+    JAX's coordination service aborts a process with a stack trace when process 0 is gone, and the system
+    kills one that takes too much memory: neither leaves room for a sentence.
+    """
+
+    _shell: subprocess.Popen | None = None
+
+    @classmethod
+    def post(cls, sentence: str) -> None:
+        """`sentence` is printed to standard error if this process ends before `dismiss`."""
+        cls.dismiss()
+        script = 'read word; [ "$word" = dismissed ] || echo "error: $0" >&2'
+        cls._shell = subprocess.Popen(
+            ["sh", "-c", script, sentence], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    @classmethod
+    def dismiss(cls) -> None:
+        """Sends it away."""
+        if cls._shell is not None:
+            with contextlib.suppress(OSError):
+                cls._shell.communicate(b"dismissed\n", timeout=5)
+            cls._shell = None
+
+
+def exit_now(status: int) -> NoReturn:
+    """Ends this process from any thread, whatever it waits for."""
+    Sentinel.dismiss()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def printable(text: str) -> str:

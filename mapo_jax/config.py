@@ -115,7 +115,7 @@ class EnvironmentConfig:
     delayed_opening: bool = True  # scripted only: an early good reflection opens a stage later
     success_tolerance: float = 0.05  # `a` of the success rule (0.1 in the published result sets)
     max_failed_share: float = 0.5  # a dialogue with a larger share of unscored turns is left out
-    concurrency: int = 64  # environment calls under way at once
+    concurrency: int = 64  # environment calls under way at once, of all processes together
     user: RoleConfig = field(default_factory=RoleConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     director: RoleConfig = field(default_factory=RoleConfig)
