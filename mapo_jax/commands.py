@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import io
@@ -9,12 +10,14 @@ import os
 import platform
 import signal
 import sqlite3
+import subprocess
 import sys
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import storage_problem
@@ -42,8 +45,8 @@ def run_command(command: Callable[[], None]) -> int:
     """Runs a command's body and returns its exit status.
 
     0: done. 2: bad input, or a machine that cannot do it (`machine_errors`); the sentence goes to standard
-    error. 3: another process of the run is gone (`peers`). 124: stopped by its deadline. 128 + n: stopped by
-    signal n. Anything else is a defect of ours and keeps its traceback.
+    error. 3: another process of the run is gone (`running/processes.py`). 124: stopped by its deadline.
+    128 + n: stopped by signal n. Anything else is a defect of ours and keeps its traceback.
 
     Standard output gets a `?` for every character that its encoding does not have.
     """
@@ -109,6 +112,41 @@ def _without_device(reason: str) -> str:
             "there, such as cpu, or unset it"
         )
     return f"jax cannot use this machine's devices ({reason}); free them, or set JAX_PLATFORMS=cpu"
+
+
+class Sentinel:
+    """A shell that prints a sentence if this process ends without one of its own.
+
+    JAX's coordination service aborts a process with a stack trace when process 0 is gone, and the system
+    kills one that takes too much memory: neither leaves room for a sentence.
+    """
+
+    _shell: subprocess.Popen | None = None
+
+    @classmethod
+    def post(cls, sentence: str) -> None:
+        """`sentence` is printed to standard error if this process ends before `dismiss`."""
+        cls.dismiss()
+        script = 'read word; [ "$word" = dismissed ] || echo "error: $0" >&2'
+        cls._shell = subprocess.Popen(
+            ["sh", "-c", script, sentence], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    @classmethod
+    def dismiss(cls) -> None:
+        """Sends it away."""
+        if cls._shell is not None:
+            with contextlib.suppress(OSError):
+                cls._shell.communicate(b"dismissed\n", timeout=5)
+            cls._shell = None
+
+
+def exit_now(status: int) -> NoReturn:
+    """Ends this process from any thread, whatever it waits for."""
+    Sentinel.dismiss()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def printable(text: str) -> str:

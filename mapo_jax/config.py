@@ -186,7 +186,7 @@ class EnvironmentConfig(Section):
     delayed_opening: bool = key(True, "scripted only: an early good reflection opens a stage later")
     success_tolerance: Share = key(0.05, "`a` of the success rule (0.1 in the published result sets)")
     max_failed_share: Share = key(0.5, "a dialogue with a larger share of unscored turns is left out")
-    concurrency: Count = key(64, "most environment calls at once")
+    concurrency: Count = key(64, "most environment calls at once, of all processes")
     call_seconds: float = key(
         60.0, "live only: time limit of an attempt; a dialogue has 2 x this x max_turns", ge=0.01
     )

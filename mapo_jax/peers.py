@@ -1,356 +1,178 @@
-"""How the processes of one run know of each other: who has come, who lives, who wants to stop.
+"""Messages between the processes of one run: who has come, short values, requests to stop, failures.
 
-A star of sockets with process 0 in its middle, beside the device runtime and older than it: it stands before
-`jax.distributed.initialize`, on the coordinator's own port, which it then leaves to the runtime. So a worker
-that never comes, or comes with another configuration, is named before anything is waited for; and a process
-that dies ends the others within seconds, where a collective would wait for half an hour.
-
-What travels here are short JSON values: flags, lengths, figures. Arrays travel by collectives
-(`running/processes.py`). Nothing here knows of devices.
+Every process has one TCP connection to process 0. JAX's coordination service cannot do this: it ends a
+process with a stack trace where another is missing or has died, and has no public way to exchange values
+(docs/design.md, "Several hosts"). Arrays travel by collectives (`running/processes.py`). Nothing here knows
+of devices.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable
 
 from mapo_jax.errors import UserError
 
-STATUS = 3  # exit status of a process that ends because another one did
 AGAIN = "nothing that was saved is lost; start the same command on every host again"
-_BEATS = 5  # in the time after which a silent process is taken for dead
-
-About = Mapping[str, str]  # what all processes must agree on: a name of it -> its text
+_HELLO = b'["mapo_jax"]\n'
+End, Address = Callable[[str], None], socket.socket | tuple[str, int]
 
 
 class Peers:
-    """This process's place in the star.
+    """The other processes of a run. A thread of its own, with an event loop, sends and receives.
 
-    Every process makes the same calls of `exchange` and `report` in the same order; a call returns when all
-    have made it. If a process dies, falls silent, or leaves with last words, all others print why and end
-    with STATUS: they are inside collectives that nobody can call off.
+    Every process makes the same calls of `exchange` in the same order. If a process dies, falls silent or
+    leaves with last words, the others must exit: they may be in a collective, which cannot be cancelled.
+
+    Attributes:
+      stop_reason: the first request to stop, of any process; None to go on.
+      over: whether this process has left.
     """
 
-    def __init__(
-        self,
-        address: str,
-        count: int,
-        index: int,
-        *,
-        about: About,
-        join_seconds: float,
-        silent_seconds: float,
-        end: Callable[[str], None] | None = None,
-    ) -> None:
-        """Waits until all processes have come and agree.
+    def __init__(self, address: Address, count: int, index: int, join: float, silent: float, end: End):
+        """Waits until all processes have come.
 
         Args:
-          address: HOST:PORT of process 0; the port is free again when this returns.
+          address: where process 0 listens; in process 0 the listening socket, which is closed in the end.
           count: processes, this one included.
           index: of this one, from 0.
-          about: what all must agree on.
-          join_seconds: how long to wait for the others.
-          silent_seconds: a process of which nothing was heard for so long is taken for dead.
-          end: called with a sentence when another process is gone; by default prints it and ends this one.
+          join: seconds to wait for the others.
+          silent: a process of which nothing was heard for so many seconds is taken for dead.
+          end: called with a sentence when another process is gone; it must end this one.
 
         Raises:
-          UserError: processes are missing, there are too many, or they disagree; every one that has come
-            gets the same sentence.
+          UserError: processes are missing, or two have one number; every one that has come says the same.
+          TimeoutError: process 0 could not be reached.
         """
-        self.index, self.count = index, count
-        self.stop_reason: str | None = None  # somebody's request to stop
-        self._silent, self._end = silent_seconds, end or _end_process
-        self._lock = threading.Condition()
-        self._round = 0
-        self._boxes: dict[int, dict[int, Any]] = {}  # of process 0: round -> index -> value
-        self._results: dict[int, Any] = {}
-        self._left: set[int] = set()  # who has said goodbye
-        self._over = False
-        self._links: dict[int, _Link] = {}
-        host, _, port = address.rpartition(":")
-        host = host.strip("[]")
-        if index == 0:
-            self._gather(int(port), about, join_seconds)
-        else:
-            self._links[0] = self._reach(host, int(port), about, join_seconds)
-        self._listeners = [
-            threading.Thread(target=self._listen, args=item, daemon=True) for item in self._links.items()
-        ]
-        for listener in self._listeners:
-            listener.start()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self.index, self.count, self._silent, self._end = index, count, silent, end
+        self.over, self.stop_reason = False, None
+        self._links: dict[int, tuple[asyncio.StreamWriter, asyncio.Task]] = {}
+        self._inbox: dict[int, asyncio.Queue] = defaultdict(asyncio.Queue)
+        self._loop = asyncio.new_event_loop()
+        self._loop.call_soon(self._beat)
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        joining = (self._reach if index else self._gather)(address, join)
+        if refusal := asyncio.run_coroutine_threadsafe(joining, self._loop).result():
+            raise UserError(refusal)
 
-    # --- What a run uses. ---
+    def exchange(self, what: str, value: object, *, everybody: bool = True) -> list | None:
+        """All processes' values (JSON) in their order; `what` names the place in the program.
 
-    def exchange(self, what: str, value: Any) -> list[Any]:
-        """Everybody's `value` (JSON), in the order of processes. `what` names the place in the program."""
-        return self._meet(what, value, everybody=True)
-
-    def report(self, what: str, value: Any) -> list[Any] | None:
-        """Everybody's `value` for process 0, which waits for them; None at once for the others."""
-        return self._meet(what, value, everybody=False)
-
-    @property
-    def over(self) -> bool:
-        """Whether this process has left."""
-        return self._over
+        Unless `everybody` gets them, only process 0 waits for them, and the others return None at once.
+        """
+        return asyncio.run_coroutine_threadsafe(self._meet(what, value, everybody), self._loop).result()
 
     def ask_to_stop(self, reason: str) -> None:
         """Sets everybody's `stop_reason`, if there is none yet. Does not wait; may be called in a handler."""
-        if self.stop_reason is None:
-            self.stop_reason = reason
-            threading.Thread(target=self._spread, args=({"stop": reason},), daemon=True).start()
+        self._loop.call_soon_threadsafe(self._stop, reason)
 
     def leave(self, last_words: str | None = None) -> None:
-        """Ends this process's part: in peace, or, with last words, everybody's."""
-        with self._lock:
-            if self._over:
-                return
-            self._over = True
-        self._spread({"bye": True} if last_words is None else {"gone": self.index, "words": last_words})
-        for link in self._links.values():
-            link.close()
-        for listener in self._listeners if last_words is not None else ():
-            listener.join(1)  # until the others have heard it
+        """Ends this process's part; with last words, the other processes end as well."""
+        asyncio.run_coroutine_threadsafe(self._depart(last_words), self._loop).result()
 
-    # --- Coming together. ---
+    # --- In the thread of the event loop. ---
 
-    def _gather(self, port: int, about: About, join_seconds: float) -> None:
-        deadline = time.monotonic() + join_seconds
-        refusal = None
-        with _listener(port) as listener:
-            while len(self._links) < self.count - 1 and refusal is None:
-                listener.settimeout(max(0.01, deadline - time.monotonic()))
-                try:
-                    link = _Link(listener.accept()[0])
-                    hello = link.receive(timeout=10)
-                except TimeoutError:
-                    if time.monotonic() < deadline:
-                        continue  # somebody else knocked and said nothing
-                    come = [0, *sorted(self._links)]
-                    missing = [i for i in range(self.count) if i not in come]
-                    refusal = (
-                        f"only {len(come)} of {self.count} processes joined within {join_seconds:g} s; "
-                        f"missing: process {', '.join(map(str, missing))}. Start the same command on every "
-                        "host, and see that they reach process 0"
-                    )
-                    break
-                except (OSError, ValueError):
-                    continue
-                other = hello.get("hello") if isinstance(hello, dict) else None
-                if not isinstance(other, int):
-                    continue
-                if not 0 < other < self.count or other in self._links:
-                    refusal = f"two processes call themselves process {other} of {self.count}"
-                else:
-                    refusal = _disagreement(about, hello["about"], other)
-                self._links[-1 if other in self._links else other] = link
-        answer = {"welcome": True} if refusal is None else {"refused": refusal}
-        for link in self._links.values():
-            with contextlib.suppress(OSError):
-                link.send(answer)
+    async def _gather(self, listener: socket.socket, seconds: float) -> str | None:
+        server = await asyncio.start_server(self._greet, sock=listener, limit=2**30)
+        refusal, deadline = None, self._loop.time() + seconds
+        while refusal is None and (missing := sorted({*range(1, self.count)} - self._links.keys())):
+            if (twice := -min(self._links, default=0)) > 0:
+                refusal = f"two processes call themselves process {twice} of {self.count}"
+            elif self._loop.time() > deadline:
+                refusal = (
+                    f"only {self.count - len(missing)} of {self.count} processes joined within {seconds:g} s;"
+                    f" missing: process {', '.join(map(str, missing))}. Start the same command on every host,"
+                    f" and see that they reach process 0 at {listener.getsockname()[0]}"
+                )
+            await asyncio.sleep(0.02)
+        server.close()
+        self._spread("value", refusal)
         if refusal is not None:
-            for link in self._links.values():
-                link.close()
-            raise UserError(refusal)
+            await self._depart(None)
+        return refusal
 
-    def _reach(self, host: str, port: int, about: About, join_seconds: float) -> _Link:
-        # Process 0 gives up first, and says how many have come.
-        deadline = time.monotonic() + join_seconds + 5
-        nobody = UserError(
-            f"process 0 at {host}:{port} could not be reached within {join_seconds:g} s by process "
-            f"{self.index} of {self.count}; start the same command there, and see that the port is open"
-        )
-        while True:
-            try:
-                link = _Link(socket.create_connection((host, port), timeout=5))
-                link.send({"hello": self.index, "about": dict(about)})
-                answer = link.receive(timeout=max(0.01, deadline - time.monotonic()))
-            except (OSError, ValueError) as error:
-                if time.monotonic() > deadline:
-                    raise nobody from error
-                time.sleep(0.1)
-                continue
-            if "refused" in answer:
-                link.close()
-                raise UserError(answer["refused"])
-            return link
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # of strangers
+            async with asyncio.timeout(10):
+                word, other = json.loads(await reader.readline())
+            if word == "mapo_jax" and 0 < other < self.count > len(self._links) + 1:
+                writer.write(_HELLO)
+                return self._add(-other if other in self._links else other, reader, writer)
+        writer.close()
 
-    # --- Meeting. ---
+    async def _reach(self, address: tuple[str, int], seconds: float) -> str | None:
+        async with asyncio.timeout(seconds):
+            while 0 not in self._links:
+                with contextlib.suppress(OSError):  # nobody is there yet, or a stranger
+                    reader, writer = await asyncio.open_connection(*address, limit=2**30)
+                    writer.write(json.dumps(["mapo_jax", self.index]).encode() + b"\n")
+                    if await reader.readline() == _HELLO:
+                        self._add(0, reader, writer)
+                await asyncio.sleep(0.1)
+        return (await self._inbox[0].get())[0]  # process 0 gives up in time, and knows who is missing
 
-    def _meet(self, what: str, value: Any, *, everybody: bool) -> list[Any] | None:
-        self._round += 1
-        number = self._round
+    def _add(self, other: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._links[other] = writer, self._loop.create_task(self._listen(other, reader))
+
+    async def _listen(self, other: int, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                async with asyncio.timeout(self._silent):
+                    kind, *rest = json.loads(await reader.readline())  # ValueError at the end of the stream
+                if kind == "value":
+                    self._inbox[other].put_nowait(rest)
+                elif kind == "stop":
+                    self._stop(*rest)
+                elif kind == "left":
+                    return None if rest[1] is None else self._all_end(*rest)
+        except TimeoutError:
+            self._all_end(other, f"nothing was heard of it for {self._silent:g} s")
+        except (OSError, ValueError):
+            self._all_end(other, "its connection closed: it was killed, or its machine taken")
+
+    async def _meet(self, what: str, value: object, everybody: bool) -> list | None:
         if self.index != 0:
-            self._tell(0, {"round": number, "what": what, "value": value, "everybody": everybody})
-            if not everybody:
-                return None
-            with self._lock:
-                self._lock.wait_for(lambda: number in self._results)
-                return self._results.pop(number)
-        self._put(number, 0, what, value, everybody)
-        with self._lock:
-            self._lock.wait_for(lambda: number in self._results)
-            return self._results.pop(number)
-
-    def _put(self, number: int, other: int, what: str, value: Any, everybody: bool) -> None:
-        with self._lock:
-            box = self._boxes.setdefault(number, {})
-            box[other] = (what, value)
-            if len(box) < self.count:
-                return
-            del self._boxes[number]
-            self._results[number] = [box[i][1] for i in range(self.count)]
-            places = {box[i][0] for i in range(self.count)}
-            self._lock.notify_all()
-        if len(places) > 1:
-            self._everybody_ends(0, f"the processes are at different places: {', '.join(sorted(places))}")
-        elif everybody:
-            self._spread({"round": number, "values": [box[i][1] for i in range(self.count)]})
-
-    # --- Watching. ---
-
-    def _listen(self, other: int, link: _Link) -> None:
-        while True:
-            try:
-                message = link.receive(timeout=self._silent)
-            except TimeoutError:
-                self._everybody_ends(other, f"nothing was heard of it for {self._silent:g} s")
-                return
-            except (OSError, ValueError):
-                if other not in self._left and not self._over:
-                    self._everybody_ends(other, "its connection closed: it was killed, or its machine taken")
-                return
-            if "round" in message and self.index == 0:
-                self._put(message["round"], other, message["what"], message["value"], message["everybody"])
-            elif "round" in message:
-                with self._lock:
-                    self._results[message["round"]] = message["values"]
-                    self._lock.notify_all()
-            elif "stop" in message:
-                if self.stop_reason is None:
-                    self.stop_reason = message["stop"]
-                    if self.index == 0:
-                        self._spread(message)
-            elif "bye" in message:
-                self._left.add(other)
-            elif "gone" in message:
-                self._everybody_ends(message["gone"], message["words"])
-                return
-
-    def _everybody_ends(self, other: int, words: str) -> None:
-        with self._lock:
-            if self._over:
-                return
-            self._over = True
-        if self.index == 0:
-            self._spread({"gone": other, "words": words})
-        self._end(f"process {other} of {self.count} is gone ({words}), so process {self.index} ends; {AGAIN}")
+            self._spread("value", what, value)
+            return (await self._inbox[0].get())[0] if everybody else None
+        met = [[what, value], *[await self._inbox[other].get() for other in range(1, self.count)]]
+        if len(places := {place for place, _ in met}) > 1:
+            self._all_end(0, f"the processes are at different places: {', '.join(sorted(places))}")
+        values = [value for _, value in met]
+        if everybody:
+            self._spread("value", values)
+        return values
 
     def _beat(self) -> None:
-        while not self._over:
-            self._spread({"beat": True})
-            time.sleep(self._silent / _BEATS)
+        if not self.over:
+            self._spread("alive")
+            self._loop.call_later(self._silent / 5, self._beat)
 
-    def _spread(self, message: Mapping[str, Any]) -> None:
-        for other in self._links:
-            self._tell(other, message)
+    def _stop(self, reason: str) -> None:
+        if self.stop_reason is None and not self.over:
+            self.stop_reason = reason
+            self._spread("stop", reason)
 
-    def _tell(self, other: int, message: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # whoever is gone is noticed by its listener
-            self._links[other].send(message)
+    def _all_end(self, other: int, why: str) -> None:
+        if not self.over:
+            self.over = True
+            self._spread("left", other, why)
+            end = f"so process {self.index} ends; {AGAIN}"
+            self._end(f"process {other} of {self.count} is gone ({why}), {end}")
 
+    async def _depart(self, last_words: str | None) -> None:
+        self.over = True
+        self._spread("left", self.index, last_words)
+        for writer, _ in self._links.values():
+            writer.write_eof()
+        if last_words is not None:  # until the others have heard it
+            await asyncio.wait([task for _, task in self._links.values()], timeout=1)
 
-class _Link:
-    """One connection: JSON values, a line each."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-        self._rest = b""
-        self._sending = threading.Lock()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # leaves the port to the runtime
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        data = json.dumps(message).encode() + b"\n"
-        with self._sending:
-            self._socket.sendall(data)
-
-    def receive(self, timeout: float) -> Any:
-        """The next value. Raises TimeoutError after so long a silence, OSError at the end."""
-        self._socket.settimeout(timeout)
-        parts = [self._rest]
-        while b"\n" not in parts[-1]:
-            data = self._socket.recv(1 << 16)
-            if not data:
-                raise ConnectionError("closed")
-            parts.append(data)
-        line, _, self._rest = b"".join(parts).partition(b"\n")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Lets what was sent arrive, then closes."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
-
-
-def _listener(port: int) -> socket.socket:
-    try:
-        return socket.create_server(("", port), backlog=1024)
-    except OSError as error:
-        raise UserError(
-            f"process 0 cannot listen on port {port} ({error.strerror}); is another run at work on this "
-            "machine? Stop it, or choose another port in JAX_COORDINATOR_ADDRESS"
-        ) from error
-
-
-def _disagreement(ours: About, theirs: About, other: int) -> str | None:
-    for name in dict.fromkeys((*ours, *theirs)):
-        mine, its = ours.get(name, "nothing"), theirs.get(name, "nothing")
-        if mine != its:
-            return (
-                f"processes 0 and {other} disagree: {name} is {mine} in process 0 and {its} in process "
-                f"{other}; start the same command with the same code on every host"
-            )
-    return None
-
-
-def _end_process(sentence: str) -> None:
-    Sentinel.dismiss()
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(STATUS)
-
-
-class Sentinel:
-    """A shell that speaks when this process ends without a word of its own.
-
-    The device runtime aborts a process, with a stack trace, the instant that process 0 is gone, and the
-    system kills one that takes too much memory: neither leaves room for a sentence.
-    """
-
-    _shell: subprocess.Popen | None = None
-
-    @classmethod
-    def post(cls, sentence: str) -> None:
-        """`sentence` is printed to standard error if this process ends before `dismiss`."""
-        script = 'read word; [ "$word" = dismissed ] || echo "error: $0" >&2'
-        cls._shell = subprocess.Popen(
-            ["sh", "-c", script, sentence], stdin=subprocess.PIPE, start_new_session=True
-        )
-
-    @classmethod
-    def dismiss(cls) -> None:
-        """Sends it away."""
-        if cls._shell is not None:
-            with contextlib.suppress(OSError):
-                cls._shell.communicate(b"dismissed\n", timeout=5)
-            cls._shell = None
+    def _spread(self, *message: object) -> None:
+        for writer, _ in self._links.values():
+            if not writer.is_closing():
+                writer.write(json.dumps(message).encode() + b"\n")

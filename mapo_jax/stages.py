@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from mapo_jax.environment.dialogue import facts, from_facts
-from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.readings import reading_metrics
 from mapo_jax.errors import UserError
@@ -132,31 +131,24 @@ def converse(
             run.limits,
             seed=seed,
             step=step,
-            concurrency=run.config.environment.concurrency,
+            concurrency=run.world.concurrency,
             own=own,
             on_turn=progress,
             journal=journal,
         )
 
-    def hold() -> tuple[Dialogues | None, str | None]:
-        try:
-            dialogues = run.world.hold(
-                collection,
-                stream="train" if training else "evaluation",
-                step=engine.version,
-                check=run.stop.check,
-                note=run.display.note,
-                patient=patient,
-            )
-        except WorldFailing as failing:
-            return None, str(failing)
-        return dialogues, None
-
-    dialogues, failing = run.hosts.together(name, hold)
-    engine.unload()  # the update needs the memory
-    if words := next(filter(None, run.hosts.exchange("the world", failing)), None):
-        raise WorldFailing(words)
-    return dialogues
+    try:
+        return run.world.hold(
+            collection,
+            stream="train" if training else "evaluation",
+            step=engine.version,
+            check=run.stop.check,
+            note=run.display.note,
+            patient=patient,
+            hosts=run.hosts,
+        )
+    finally:
+        engine.unload()  # the update needs the memory
 
 
 def measure(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,6 +56,7 @@ from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.checkpoint import whole_steps
 from mapo_jax.running.metrics import full_disk_is_a_user_error
 from mapo_jax.running.policy import load_policy
+from mapo_jax.running.processes import Hosts
 
 if TYPE_CHECKING:
     from mapo_jax.environment.live.client import Connections, Server
@@ -74,6 +76,7 @@ class World:
       roles: user, judge, director.
       evaluation_roles: the same, with the held-out judge in the judge's place if there is one.
       live: whether they are played by language models.
+      concurrency: most calls that this process has under way at once.
       on_pause: called before every pause, so that what is done can be saved.
     """
 
@@ -91,7 +94,7 @@ class World:
         part: str = "",
     ) -> None:
         """Use `open_world`, which also closes it."""
-        self.live = live
+        self.live, self.concurrency = live, config.environment.concurrency
         self.on_pause: Callable[[], None] = lambda: None
         self._config, self._folder, self._runner = config.environment, folder, runner
         self._run_folder, self._part = run_folder or folder, part
@@ -122,8 +125,12 @@ class World:
         check: Callable[[], None],
         note: Callable[[str], None],
         patient: bool = True,
+        hosts: Hosts | None = None,
     ) -> list[list[T]]:
         """Holds a step's dialogues, in the live world through pauses and with a journal.
+
+        What one process cannot reach it waits for alone. Whether a step has anything to learn from is decided
+        on the dialogues of all processes: one may have an empty share, or lose all of its own.
 
         Args:
           collection: given the journal, holds the dialogues; called again after a pause.
@@ -132,43 +139,81 @@ class World:
           check: raises to end it all.
           note: told of pauses.
           patient: whether a failing world is waited for.
+          hosts: the processes of the run, each of which holds its own dialogues; None for this one alone.
 
         Raises:
-          WorldFailing: the world failed, and was not to be waited for.
+          WorldFailing: the world failed, and was not to be waited for; in all processes.
           UserError: the world kept failing through all pauses. `on_pause` was called; nothing is lost.
+          Interrupted: it was ended in another process.
         """
+        hosts = hosts or Hosts()
         if not self.live:
-            return self.run(collection(None), check)
+            return hosts.together("dialogues", lambda: self.run(collection(None), check))
+        pause = self._pausing(stream, check, note) if patient else None
+        while True:
+            attempts = partial(self._attempts, collection, stream, step, check, pause)
+            dialogues, failing = hosts.together("dialogues", attempts)
+            flat = [dialogue for group in dialogues for dialogue in group]
+            usable = any(dialogue.usable(self._config.max_failed_share) for dialogue in flat)
+            said = hosts.exchange("the world", [failing, usable, len(flat)])
+            failing = next((words for words, _, _ in said if words), None)
+            if failing is None and any(usable for _, usable, _ in said):
+                return dialogues
+            total = sum(count for _, _, count in said)
+            failing = failing or f"none of the {total} dialogues has enough scored turns and a proper end"
+            if pause is None:
+                raise WorldFailing(failing)
+            hosts.together("a pause", partial(pause, failing))
+
+    def _attempts(
+        self,
+        collection: Callable[[Journal | None], Awaitable[list[list[T]]]],
+        stream: str,
+        step: int,
+        check: Callable[[], None],
+        pause: Callable[[str], None] | None,
+    ) -> tuple[list[list[T]], str | None]:
+        """This process's dialogues; none, and why, if the world failed and there are no pauses."""
         assert self._folder is not None
         if not self._part or self._part.startswith("-00000-"):
             prune(self._run_folder, max(whole_steps(self._run_folder), default=0))
-        for number in range(len(self._waits) + 1):
+        while True:
             self._guards[stream].begin()
             try:
                 with (
                     full_disk_is_a_user_error(self._folder),
                     Journal(*journal_files(self._run_folder, stream, step, self._part)) as journal,
                 ):
-                    dialogues = self.run(collection(journal), check)
-                _need_one_usable(dialogues, self._config.max_failed_share)
-                return dialogues
+                    return self.run(collection(journal), check), None
             except WorldFailing as failing:
                 self._watches[stream].clear()
-                if not patient:
-                    raise
-                self.on_pause()
-                if number == len(self._waits):
-                    cleared = f"{self._config.pause_minutes:g} minutes of pauses did not clear it"
-                    raise UserError(
-                        f"{printable(str(failing))}; {cleared if number else 'no pause is configured'}. The "
-                        f"run stopped with everything saved: see {FAILURES_FILE} in {self._folder}, mend the "
-                        "world, and the same command goes on"
-                    ) from None
-                wait = self._waits[number]
-                what = printable(str(failing))
-                note(f"{what}; pause {number + 1} of {len(self._waits)}: {wait:.0f} s, then on from there")
-                _sleep(wait, check)
-        raise AssertionError("unreachable")
+                if pause is None:
+                    return [], str(failing)
+                pause(str(failing))
+
+    def _pausing(
+        self, stream: str, check: Callable[[], None], note: Callable[[str], None]
+    ) -> Callable[[str], None]:
+        """Waits when it is called with a failure: each time twice as long, and then it raises UserError."""
+        waits = list(self._waits)
+
+        def pause(failing: str) -> None:
+            failing = printable(failing)
+            self._watches[stream].clear()
+            self.on_pause()
+            if not waits:
+                cleared = f"{self._config.pause_minutes:g} minutes of pauses did not clear it"
+                raise UserError(
+                    f"{failing}; {cleared if self._waits else 'no pause is configured'}. The run stopped "
+                    f"with everything saved: see {FAILURES_FILE} in {self._folder}, mend the world, and the "
+                    "same command goes on"
+                )
+            wait = waits.pop(0)
+            number = len(self._waits) - len(waits)
+            note(f"{failing}; pause {number} of {len(self._waits)}: {wait:.0f} s, then on from there")
+            _sleep(wait, check)
+
+        return pause
 
     def score_calibration(self, seed: int, check: Callable[[], None]) -> dict[str, tuple[int, ...] | None]:
         """The judge's levels for the fixed replies of `health`; a failure is None and pauses nothing."""
@@ -218,21 +263,20 @@ def open_world(
       mesh: where models on our own engine go, if there are any.
       run_folder: of the run, where it keeps its journals, if that is another folder.
       part: what to name those files by, if other processes keep theirs in the same folder.
-      count: processes that share a server's limits.
+      count: processes that share what is limited: calls at once, and per minute.
 
     Raises:
       UserError: a server does not answer or refuses the key, a model folder or a class cannot be used.
     """
-    environment = config.environment
+    environment = _share(config.environment, count)
+    config = updated(config, {"environment": environment})
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         if environment.family == "scripted":
             yield World(scripted_roles(environment), config, folder, runner)
             return
         names = (*ROLES, HELD_OUT) if held_out(environment) else ROLES
-        callers, log = stack.enter_context(
-            open_models(config, folder, mesh, runner, names, part=part, count=count)
-        )
+        callers, log = stack.enter_context(open_models(config, folder, mesh, runner, names, part=part))
         made = {name: _role(name, config, callers, log) for name in names}
         roles = Roles(*(made[name] for name in ROLES))
         evaluation_roles = replace(roles, judge=made.get(HELD_OUT, roles.judge))
@@ -277,7 +321,6 @@ def open_models(
     names: Sequence[str],
     *,
     part: str = "",
-    count: int = 1,
 ) -> Iterator[tuple[dict[str, Complete | None], CallLog]]:
     """What each of the named roles asks (None where no model is named), and the log of its calls.
 
@@ -292,7 +335,7 @@ def open_models(
         for name in names:  # every key is looked at before anything is sent
             role = getattr(environment, name)
             if role.model is not None and not role.model.startswith(ENGINE):
-                calls[name] = _server(name, _shared(role, count), environment, connections[role.url], log)
+                calls[name] = _server(name, role, environment, connections[role.url], log)
         for name in names:
             role = getattr(environment, name)
             if role.model is None:
@@ -353,10 +396,19 @@ def load_role(name: str, path: str) -> Callable[[Complete | None], Any]:
     return found
 
 
-def _shared(role: RoleConfig, count: int) -> RoleConfig:
-    """The role with this process's share of its server's limits."""
+def _share(environment: EnvironmentConfig, count: int) -> EnvironmentConfig:
+    """One of several processes' share of what is limited for all together; at least 1 of each."""
+
+    def part(limit: int) -> int:
+        return limit and max(1, limit // count)  # no limit stays none
+
     limits = ("requests_per_minute", "tokens_per_minute")
-    return updated(role, {name: -(-getattr(role, name) // count) for name in limits})
+    changes = {
+        f"{name}.{limit}": part(getattr(getattr(environment, name), limit))
+        for name in (*ROLES, HELD_OUT)
+        for limit in limits
+    }
+    return updated(environment, {"concurrency": part(environment.concurrency), **changes})
 
 
 def _connect(
@@ -483,13 +535,6 @@ def _in_terms_of_role(message: str, name: str) -> str:
     ):
         message = message.replace(key, f"environment.{name}.{own}")
     return message
-
-
-def _need_one_usable(dialogues: Sequence[Sequence[Any]], max_failed_share: float) -> None:
-    """Raises WorldFailing where a step has nothing to learn from."""
-    flat = [dialogue for group in dialogues for dialogue in group]
-    if not any(dialogue.usable(max_failed_share) for dialogue in flat):
-        raise WorldFailing(f"none of the {len(flat)} dialogues has enough scored turns and a proper end")
 
 
 async def _watched(work: Awaitable[T], check: Callable[[], None]) -> T:

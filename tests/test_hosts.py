@@ -10,15 +10,20 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from mapo_jax.config import load_config
 from mapo_jax.environment.scenario import load_scenarios
+from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params
-from mapo_jax.peers import STATUS
+from mapo_jax.run import cards, scenario_deck
+from mapo_jax.running import processes as hosts
 from mapo_jax.running.checkpoint import best_steps, checkpoint_folder, whole_steps
 from mapo_jax.running.metrics import METRICS_FILE
+from mapo_jax.running.processes import STATUS, join
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -313,3 +318,219 @@ def test_what_processes_cannot_share_is_one_sentence_each(settings, tmp_path):
     for status, _, errors in ended:
         assert status in (2, STATUS)
         assert "`rollout.scenarios` is 3; it must be a multiple of the 2 processes" in errors
+
+
+def live(url):
+    """A live world that pauses for nothing: whoever takes a loss for an outage stops at once."""
+    roles = {f"environment__{role}__url": url for role in ("user", "judge", "director")}
+    roles |= {f"environment__{role}__model": "m" for role in ("user", "judge", "director")}
+    return roles | {
+        "environment__family": "live",
+        "environment__fault_rate": 0,
+        "environment__failure_share": 1.0,
+        "environment__pause_minutes": 0,
+        "environment__concurrency": 2,
+        "rollout__scenarios": 2,
+        "rollout__rollouts": 2,
+        "rollout__max_turns": 2,
+        "rollout__max_tokens": 512,
+        "training__minibatch_scenarios": 1,
+        "training__steps": 1,
+        "evaluation__every": 1,
+        "evaluation__rollouts": 1,
+    }
+
+
+def without_judgement(well_formed, *names):
+    """A server whose judge can make nothing of these persons."""
+
+    def answer(request, number):
+        lost = "C_progress" in str(request.get("response_format")) and any(
+            name in str(request["messages"]) for name in names
+        )
+        return "I cannot say." if lost else well_formed(request, number)
+
+    return answer
+
+
+def names_of(settings, **changes):
+    """Of the first step's persons, and of those of evaluations."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    config = load_config(None, [f"{key}={value}" for key, value in (settings | changes).items()])
+    persons = next(scenario_deck(config)), cards(config, "validation")
+    return [[card.person.name for card in each] for each in persons]
+
+
+@pytest.mark.parametrize("lost", [(), (1,)], ids=["empty share", "all lost"])
+def test_a_process_without_a_usable_dialogue_is_no_outage(serve, well_formed, settings, tmp_path, lost):
+    """Process 0 has no validation card; or process 1 loses its only one, and its only training card."""
+    folder, world = tmp_path / "run", live("http://127.0.0.1:9/v1")
+    trained, validated = names_of(settings, **world)
+    lost_names = [each[index] for each in (trained, validated) for index in lost]
+    server = serve(without_judgement(well_formed, *lost_names), latency=0.02)
+    count = 2 if lost else 1
+    ended = finish(launch(settings, folder, devices=1, **live(server.url), evaluation__scenarios=count))
+    assert [status for status, *_ in ended] == [0, 0], ended
+    assert "pause" not in ended[0][1]
+    for kind, step, own in (("evaluations", 0, 1), ("evaluations", 1, 1), ("dialogues", 1, 2)):
+        held = dialogues(folder, kind, step)
+        assert len(held) == (count if kind == "evaluations" else 4)
+        scored = [any(turn["judgement"] for turn in dialogue["state"]["turns"]) for dialogue in held]
+        assert scored == [index not in lost for index in range(len(held) // own) for _ in range(own)]
+    assert sum("actor/loss" in row for row in rows(folder)) == 1
+    # Two calls at once in all: one in each of two processes.
+    assert server.most <= 2
+
+
+def test_a_step_that_all_processes_lose_is_an_outage_in_all(serve, well_formed, settings, tmp_path):
+    """They pause together and give up together, with the sentence of a single process."""
+    folder, world = tmp_path / "run", live("http://127.0.0.1:9/v1")
+    server = serve(without_judgement(well_formed, *names_of(settings, **world)[0]))
+    world = live(server.url) | {"environment__pause_minutes": 0.02}
+    ended = finish(launch(settings, folder, devices=1, **world, evaluation__scenarios=1))
+    assert "pause 5 of 5" in ended[0][1]
+    for status, _, errors in ended:
+        assert status == 2
+        assert "none of the 4 dialogues has enough scored turns and a proper end; 0.02 minutes" in errors
+
+
+JOINING = """
+import os, signal, sys, time
+from mapo_jax.commands import run_command
+from mapo_jax.config import load_config
+from mapo_jax.running.processes import join
+config = load_config(None, sys.argv[1:])
+def command():
+    with join(config) as hosts:
+        print(hosts.count, hosts.exchange("joined", hosts.index), flush=True)
+        if config.run.deadline_minutes:  # stands for being killed: in process 0
+            hosts.first and os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        hosts.part()
+sys.exit(run_command(command))
+"""
+
+
+def named(index, port):
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(index),
+    }
+
+
+def by_open_mpi(index, port):
+    """As `mpirun` sets them; the port would follow from the job's number."""
+    return {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "JAX_COORDINATOR_PORT": str(port),
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(index),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
+    }
+
+
+def joined(variables, *overrides, present=(0, 1)):
+    """Status, output and errors of processes that only join; overrides may be functions of the index."""
+    port = free_port()
+    processes = []
+    for index in present:
+        own = [
+            o(index) if callable(o) else o
+            for o in ("run.join_seconds=60", "run.silent_seconds=60", *overrides)
+        ]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", JOINING, *own],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables(index, port),
+                cwd=ROOT,
+            )
+        )
+    return finish(processes, timeout=120)
+
+
+def test_processes_that_a_cluster_has_started_need_no_variables():
+    for status, output, errors in joined(by_open_mpi):
+        assert status == 0 and "2 [0, 1]" in output, errors
+
+
+def test_a_task_that_a_cluster_has_started_alone_is_a_single_process():
+    variables = {"OMPI_COMM_WORLD_SIZE": "1"}
+    ((status, output, errors),) = joined(lambda *where: by_open_mpi(*where) | variables, present=[0])
+    assert status == 0 and output == "1 [0]\n" and errors == ""
+
+
+def test_processes_of_a_cluster_that_disagree_refuse_with_one_sentence():
+    for status, _, errors in joined(by_open_mpi, lambda index: f"training.seed={index}"):
+        assert status == 2
+        assert "error: processes 0 and 1 disagree: `training.seed` is 0 in process 0 and 1 in" in errors
+
+
+def test_a_cluster_whose_processes_do_not_come_is_said_in_a_sentence():
+    ((status, _, errors),) = joined(by_open_mpi, "run.join_seconds=3", present=[0])
+    assert status not in (0, 2)
+    assert "error: not all processes of this cluster came within 3 s; start the same command" in errors
+
+
+def test_a_killed_process_0_ends_the_others_with_a_sentence():
+    (first, _, last), (status, _, errors) = joined(named, "run.deadline_minutes=1")
+    assert first == -signal.SIGKILL and "process 0 of 2 ended without a word of its own: it was" in last
+    # Which is first, our connection or the one of jax, which aborts; in both cases there is a sentence.
+    assert status in (STATUS, -signal.SIGABRT)
+    assert (
+        "process 0 of 2 is gone (its connection closed" in errors or "1 of 2 ended without a word" in errors
+    )
+
+
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        (
+            {"JAX_COORDINATOR_ADDRESS": "127.0.0.1"},
+            "JAX_COORDINATOR_ADDRESS is '127.0.0.1'; it must be HOST:PORT",
+        ),
+        (
+            {"JAX_COORDINATOR_BIND_ADDRESS": ":1"},
+            "JAX_COORDINATOR_BIND_ADDRESS is ':1'; it must be HOST:PORT",
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "192.0.2.1:7000"}, "process 0 cannot listen at 192.0.2.1:7000"),
+        ({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:70000"}, "process 0 cannot listen at 127.0.0.1:70000"),
+        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID is not set"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2; it must be between 0 and"),
+        ({"JAX_PROCESS_ID": "one"}, "must be whole numbers"),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(changes, said, monkeypatch):
+    for name, value in (named(0, free_port()) | changes).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(said)):
+        join(load_config(None, []))
+
+
+def test_process_0_listens_at_its_own_address_alone(monkeypatch):
+    """Without this a stranger on any network of the machine could speak to it."""
+    heard = []
+    monkeypatch.setattr(hosts, "Peers", lambda where, *rest: heard.append(where.getsockname()) or FakePeers())
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *where, **options: heard.append(options))
+    monkeypatch.setattr(hosts.Sentinel, "post", lambda sentence: None)
+    port = free_port()
+    for name, value in named(0, port).items():
+        monkeypatch.setenv(name, value)
+    join(load_config(None, ["run.join_seconds=7.5", "run.silent_seconds=9"]))
+    assert heard[0] == ("127.0.0.1", port)
+    assert heard[1] == {
+        "initialization_timeout": 8,
+        "heartbeat_timeout_seconds": 18,
+        "shutdown_timeout_seconds": 9,
+        "coordinator_bind_address": f"127.0.0.1:{port}",
+    }
+
+
+class FakePeers:
+    index, count, over = 0, 2, False
+
+    def exchange(self, what, value, everybody=True):
+        return [value, value]

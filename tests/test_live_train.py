@@ -381,6 +381,8 @@ def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path
         name = "/".join(key.key for key in path)
         (line,) = (line for line in lines if line.split()[:1] == [name])
         assert line.split("=")[1].split() == " x ".join(map(str, shape.shape)).split(), line
+    (line,) = (line for line in lines if "calls under way, at most" in line)
+    assert line.split()[5:] == ["64", "(of", "all", "processes", "together)"]
     # 132 calls at two a minute.
     assert any("the director's limits per minute let this through in 1.1 hours" in line for line in lines)
     # By hand: 10 steps x 6 dialogues and 3 evaluations x 2: 66 dialogues of 3 turns; 2 x 10 + 3 x 2 openings;

@@ -1,5 +1,6 @@
-"""The star of processes: joining, meeting, dying. Threads stand for processes, but where one is killed."""
+"""Peers: joining, meeting, dying. Threads stand for processes, but where one is killed."""
 
+import contextlib
 import socket
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from functools import partial
 import pytest
 
 from mapo_jax.errors import UserError
-from mapo_jax.peers import STATUS, Peers
+from mapo_jax.peers import Peers
+from mapo_jax.running.processes import STATUS, agree
 
 
 def free_port():
@@ -18,23 +20,20 @@ def free_port():
         return server.getsockname()[1]
 
 
-def star(count, about=None, ends=None, join_seconds=10, silent_seconds=10, present=None):
+def at(port, index):
+    return socket.create_server(("127.0.0.1", port)) if index == 0 else ("127.0.0.1", port)
+
+
+def star(count, ends=None, join=10, silent=10, present=None):
     """Peers (or what they raised) of each process, made at the same time."""
-    address = f"127.0.0.1:{free_port()}"
+    port = free_port()
     made = [None] * count
 
     def make(index):
+        end = [].append if ends is None else ends[index].append
         try:
-            made[index] = Peers(
-                address,
-                count,
-                index,
-                about=(about or [{}] * count)[index],
-                join_seconds=join_seconds,
-                silent_seconds=silent_seconds,
-                end=None if ends is None else ends[index].append,
-            )
-        except UserError as error:
+            made[index] = Peers(at(port, index), count, index, join, silent, end)
+        except (UserError, TimeoutError) as error:
             made[index] = error
 
     threads = [
@@ -74,7 +73,7 @@ def test_values_meet_in_the_order_of_processes():
         text = "x" * 10_000 * turn
         met = at_once([partial(p.exchange, "place", [p.index, turn, text]) for p in peers])
         assert met == [[[i, turn, text] for i in range(3)]] * 3
-        told = at_once([partial(p.report, "figures", p.index) for p in peers])
+        told = at_once([partial(p.exchange, "figures", p.index, everybody=False) for p in peers])
         assert told == [[0, 1, 2], None, None]
     for peer in peers:
         peer.leave()
@@ -89,31 +88,53 @@ def test_a_request_to_stop_reaches_all():
 
 
 def test_a_missing_worker_is_named_to_those_who_came():
-    made = star(4, join_seconds=1, present=[0, 1, 3])
+    made = star(4, join=1, present=[0, 1, 3])
     assert made[2] is None
     for index in (0, 1, 3):
         assert "only 3 of 4 processes joined within 1 s; missing: process 2." in str(made[index])
 
 
-def test_without_process_0_the_others_say_where_they_looked():
-    made = star(2, join_seconds=-4, present=[1])
-    assert "process 0 at 127.0.0.1:" in str(made[1]) and "could not be reached" in str(made[1])
+def test_without_process_0_the_others_give_up():
+    assert isinstance(star(2, join=1, present=[1])[1], TimeoutError)
 
 
 def test_processes_that_disagree_refuse_with_one_sentence():
     about = [{"`training.seed`": "5", "the code": "a"}, {"`training.seed`": "6", "the code": "a"}]
-    made = star(2, about)
-    assert str(made[0]) == str(made[1])
-    assert "`training.seed` is 5 in process 0 and 6 in process 1; start the same command" in str(made[0])
+    ends = [[], []]
+
+    def refused(peer):
+        with pytest.raises(UserError) as caught:
+            agree(peer, about[peer.index])
+        return str(caught.value)
+
+    said = at_once([partial(refused, peer) for peer in star(2, ends=ends)])
+    assert said[0] == said[1]
+    assert "`training.seed` is 5 in process 0 and 6 in process 1; start the same command" in said[0]
+    assert ends == [[], []]
+
+
+@pytest.mark.parametrize(
+    "left,right,said",
+    [
+        ({"a": "1"}, {}, "a is 1 in process 0 and nothing in process 1"),
+        ({}, {"a": "1"}, "nothing in process 0"),
+    ],
+)
+def test_what_only_one_process_has_is_a_disagreement(left, right, said):
+    def refused(peer):
+        with pytest.raises(UserError, match=said):
+            agree(peer, (left, right)[peer.index])
+        return True
+
+    assert at_once([partial(refused, peer) for peer in star(2)]) == [True, True]
 
 
 def test_two_processes_of_one_number_are_refused():
-    address = f"127.0.0.1:{free_port()}"
-    said = []
+    port, said = free_port(), []
 
     def make(index):
         with pytest.raises(UserError) as caught:
-            Peers(address, 3, index, about={}, join_seconds=5, silent_seconds=5)
+            Peers(at(port, index), 3, index, 5, 5, said.append)
         said.append(str(caught.value))
 
     threads = [threading.Thread(target=make, args=(i,)) for i in (0, 1, 1)]
@@ -122,6 +143,41 @@ def test_two_processes_of_one_number_are_refused():
     for thread in threads:
         thread.join(20)
     assert said == ["two processes call themselves process 1 of 3"] * 3
+
+
+STRANGERS = {
+    "another number": b'{"hello": 1}\n',
+    "a number": b"5\n",
+    "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a list of ours": b'["mapo_jax", null]\n',
+    "too many": b'["mapo_jax", 2]\n',
+    "no text": b"\xff\xfe\x00\n",
+    "deep": b"[" * 100_000 + b"\n",
+    "silence": b"",
+}
+
+
+@pytest.mark.parametrize("words", STRANGERS.values(), ids=STRANGERS)
+def test_a_stranger_at_the_port_disturbs_nobody(words):
+    listener, made, ends = socket.create_server(("127.0.0.1", 0)), {}, []
+    address = listener.getsockname()
+
+    def make(index):
+        made[index] = Peers(address if index else listener, 2, index, 10, 10, ends.append)
+
+    first = threading.Thread(target=make, args=(0,))
+    first.start()
+    with socket.create_connection(address, timeout=5) as stranger:
+        stranger.sendall(words)
+        if words:
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(100) == b""  # sent away
+        make(1)
+        first.join(10)
+        assert at_once([partial(made[i].exchange, "place", i) for i in (0, 1)]) == [[0, 1], [0, 1]]
+    for index in (0, 1):
+        made[index].leave()
+    assert not ends
 
 
 def test_last_words_end_the_others():
@@ -148,8 +204,8 @@ def test_who_leaves_in_peace_ends_nobody():
 
 def test_a_silent_process_is_taken_for_dead():
     ends = [[], []]
-    peers = star(2, ends=ends, silent_seconds=1)
-    peers[1]._over = True  # its heart stops, its connection stays
+    peers = star(2, ends=ends, silent=1)
+    peers[1].over = True  # its heart stops, its connection stays
     until(lambda: ends[0])
     assert "process 1 of 2 is gone (nothing was heard of it for 1 s)" in ends[0][0]
 
@@ -165,9 +221,15 @@ def test_processes_at_different_places_do_not_go_on():
 
 PROCESS = """
 import sys, time
-from mapo_jax.peers import Peers, Sentinel
-address, index = sys.argv[1], int(sys.argv[2])
-peers = Peers(address, 2, index, about={}, join_seconds=60, silent_seconds=60)
+import socket
+from mapo_jax.commands import Sentinel, exit_now
+from mapo_jax.peers import Peers
+def end(sentence):
+    print(sentence, file=sys.stderr)
+    exit_now(3)
+port, index = int(sys.argv[1]), int(sys.argv[2])
+where = ("127.0.0.1", port) if index else socket.create_server(("127.0.0.1", port))
+peers = Peers(where, 2, index, 60, 60, end)
 Sentinel.post("ended without a word")
 peers.exchange("ready", index)
 print("ready", flush=True)
@@ -177,10 +239,10 @@ time.sleep(60)
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_with_a_sentence(killed):
-    address = f"127.0.0.1:{free_port()}"
+    port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(index)],
+            [sys.executable, "-c", PROCESS, str(port), str(index)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

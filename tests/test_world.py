@@ -6,11 +6,13 @@ import sys
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 from mapo_jax.config import ROLES, load_config, to_yaml
 from mapo_jax.environment.dialogue import DialogueState
+from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
@@ -18,8 +20,9 @@ from mapo_jax.files import part_name
 from mapo_jax.rollout.collect import collect, derive_seed
 from mapo_jax.rollout.engine import Reply
 from mapo_jax.rollout.rows import ChatFormat
+from mapo_jax.running.processes import Hosts
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mapo_jax.world import open_models, open_world
+from mapo_jax.world import _server, open_models, open_world
 
 KEY = "sk-live-0123456789abcdef"
 CARDS = load_scenarios(split="train")[:2]
@@ -76,7 +79,7 @@ def configure(url, **changes):
     return load_config(None, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
-def hold(world, chat, config, *, step=0, engine=None, cards=CARDS, rollouts=ROLLOUTS, notes=None):
+def hold(world, chat, config, *, step=0, engine=None, cards=CARDS, rollouts=ROLLOUTS, notes=None, **options):
     engine = engine or TalkingEngine()
     engine.end = chat.end_of_turn[0]
     return world.hold(
@@ -96,6 +99,7 @@ def hold(world, chat, config, *, step=0, engine=None, cards=CARDS, rollouts=ROLL
         step=step,
         check=lambda: None,
         note=(notes if notes is not None else []).append,
+        **options,
     )
 
 
@@ -240,6 +244,80 @@ def test_a_step_without_a_usable_dialogue_is_no_step(serve, well_formed, chat, t
         server.answer = lambda request, number: "no judgement"
         with pytest.raises(UserError, match="none of the 6 dialogues"):
             hold(world, chat, config)
+
+
+@dataclass(frozen=True)
+class Two(Hosts):
+    """This process, and what another one says: why the world failed, whether it has any usable, how many."""
+
+    count: int = 2
+    other: tuple = (None, True, 6)
+    places: list = field(default_factory=list)
+
+    def exchange(self, what, value):
+        self.places.append(what)
+        return [value, list(self.other)]
+
+    def together(self, what, work):
+        self.places.append(what)
+        return work()
+
+
+@pytest.mark.parametrize("cards", [CARDS, ()], ids=["all lost", "no share"])
+def test_a_step_is_judged_on_the_dialogues_of_all_processes(serve, well_formed, chat, tmp_path, cards):
+    server = serve(well_formed)
+    config = configure(server.url, environment__failure_share=1.0, environment__pause_minutes=0)
+    with open_world(config, tmp_path, None) as world:
+        server.answer = lambda request, number: "no judgement"
+        hosts = Two()
+        dialogues = flat(hold(world, chat, config, cards=cards, hosts=hosts))
+        assert len(dialogues) == 3 * len(cards) and not any(d.usable(0.5) for d in dialogues)
+        assert hosts.places == ["dialogues", "the world"]
+        with pytest.raises(UserError, match=f"none of the {3 * len(cards) + 4} dialogues"):
+            hold(world, chat, config, cards=cards, hosts=Two(other=(None, False, 4)))
+
+
+def test_processes_pause_together_where_none_has_a_usable_dialogue(serve, well_formed, chat, tmp_path):
+    server, notes, said = serve(well_formed), [], iter([(None, False, 4), (None, False, 4), (None, True, 4)])
+    config = configure(server.url, environment__failure_share=1.0, environment__pause_minutes=0.02)
+
+    class Recovering(Two):
+        def exchange(self, what, value):
+            super().exchange(what, value)
+            return [value, list(next(said))]
+
+    hosts = Recovering()
+    with open_world(config, tmp_path, None) as world:
+        server.answer = lambda request, number: "no judgement"
+        hold(world, chat, config, hosts=hosts, notes=notes)
+    assert ["pause 1 of 5" in notes[0], "pause 2 of 5" in notes[1], len(notes)] == [True, True, 2]
+    assert hosts.places == ["dialogues", "the world", "a pause"] * 2 + ["dialogues", "the world"]
+
+
+def test_an_evaluation_that_fails_in_another_process_fails_here(serve, well_formed, chat, tmp_path):
+    config = configure(serve(well_formed).url)
+    hosts = Two(other=("HTTP 500", False, 0))
+    with open_world(config, tmp_path, None) as world, pytest.raises(WorldFailing, match=r"^HTTP 500$"):
+        hold(world, chat, config, hosts=hosts, patient=False)
+
+
+@pytest.mark.parametrize(("count", "share"), [(1, (9, 100, 0)), (2, (4, 50, 0)), (64, (1, 1, 0))])
+def test_processes_share_what_is_limited(serve, well_formed, tmp_path, count, share):
+    """Together they never go beyond it, but for one each; what has no limit keeps none."""
+    limits = {f"environment__{role}__requests_per_minute": 100 for role in ROLES}
+    config = configure(serve(well_formed).url, environment__concurrency=9, **limits)
+    made = []
+
+    def server(name, role, environment, log):
+        made.append((environment.concurrency, role.requests_per_minute, role.tokens_per_minute))
+        return _server(name, role, environment, log)
+
+    with (
+        mock.patch("mapo_jax.world._server", server),
+        open_world(config, tmp_path, None, count=count) as world,
+    ):
+        assert world.concurrency == share[0]
+    assert made == [share] * 3
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def forecast(config: Config) -> str:
         f"  tokens trained on, at most     {dialogues * rollout.max_tokens * training.epochs:9,}"
         f" in {updates} updates",
         f"  judge calls, at most           {turns:9,} ({world})",
+        f"  calls under way, at most       {config.environment.concurrency:9,} (of all processes together)",
         f"the run   {training.steps} steps, {training.steps * turns:,} judge calls at most",
     ]
     return "\n".join(lines)

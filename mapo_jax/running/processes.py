@@ -7,7 +7,11 @@ and from there on every process runs the same programs in the same order on the 
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,24 +20,29 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mapo_jax.commands import printable
+from mapo_jax.commands import Sentinel, exit_now, printable
 from mapo_jax.config import Config, RolloutConfig, known_keys, updated, value_of
 from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, param_shardings
-from mapo_jax.peers import AGAIN, Peers, Sentinel
+from mapo_jax.peers import AGAIN, Peers
 from mapo_jax.running.stop import Interrupted
 
 T = TypeVar("T")
 
+STATUS = 3  # exit status of a process that ends because another one did
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"
+_TASKS = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")  # how many Open MPI and Slurm have started
+# What `jax.distributed.initialize` says where there is no cluster, or where jax is at work already.
+_NO_CLUSTER = ("coordinator_address should be defined", "must be called before any JAX calls")
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Hosts:
 
     def report(self, what: str, value: Any) -> list[Any] | None:
         """Every process's value for the first one; None for the others."""
-        return [value] if self.peers is None else self.peers.report(what, value)
+        return [value] if self.peers is None else self.peers.exchange(what, value, everybody=False)
 
     def together(self, what: str, work: Callable[[], T]) -> T:
         """This process's own work, such as holding dialogues; returns when all have done theirs.
@@ -106,15 +115,12 @@ class Hosts:
                 raise
             bad_input = isinstance(error, UserError)
             words = printable(str(error) if bad_input else f"{type(error).__name__}: {error}")
-            Sentinel.dismiss()
             if bad_input:
                 print(f"error: {words}", file=sys.stderr)
             else:
                 traceback.print_exc()
             self.peers.leave(words)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(2 if bad_input else 1)
+            exit_now(2 if bad_input else 1)
 
     def part(self) -> None:
         """Says goodbye; all processes stand at the same place, and each may end in its own time."""
@@ -137,32 +143,130 @@ def join(config: Config) -> Hosts:
     """Makes this process one of a run's, before anything touches a device.
 
     It is one of several if `JAX_COORDINATOR_ADDRESS` (HOST:PORT of process 0), `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` are set, or where jax finds its processes by itself: on Cloud TPU, under Slurm and Open
-    MPI. Otherwise nothing happens.
+    `JAX_PROCESS_ID` are set, or where `jax.distributed.initialize` finds its processes by itself: on Cloud
+    TPU, under Slurm and Open MPI. Otherwise nothing happens.
 
     Raises:
       UserError: the variables make no sense, processes are missing, or they disagree on the configuration or
         on the code; every process that has come says the same.
     """
-    place = _from_variables() if any(map(os.environ.get, (ADDRESS, COUNT, INDEX))) else _detected()
-    if place is None or place[1] == 1:
-        return Hosts()
-    address, count, index = place
-    peers = Peers(
-        address,
-        count,
-        index,
-        about=_about(config),
-        join_seconds=config.run.join_seconds,
-        silent_seconds=config.run.silent_seconds,
-    )
-    Sentinel.post(
-        f"process {index} of {count} ended without a word of its own: it was killed, or process 0 at "
-        f"{address}, on which all others depend, is gone; {AGAIN}"
-    )
     jax.config.update("jax_enable_preemption_service", False)  # signals are heard by interruption.StopRequest
-    jax.distributed.initialize(address, count, index, initialization_timeout=int(config.run.join_seconds) + 1)
-    return Hosts(index, count, peers)
+    named = any(map(os.environ.get, (ADDRESS, COUNT, INDEX)))
+    peers = _join_named(config) if named else _join_cluster(config)
+    return Hosts() if peers is None else Hosts(peers.index, peers.count, peers)
+
+
+def _join_named(config: Config) -> Peers | None:
+    """The processes that the environment variables name; None for a single one."""
+    address, count, index = _from_variables()
+    if count == 1:
+        return None
+    bind = os.environ.get(BIND) or address
+    # Before jax's own service, which would end this process where another is missing, and not say which.
+    peers = _meet(config, _listener(bind) if index == 0 else _host_and_port(address), count, index)
+    try:
+        _initialize(config, address, count, index, coordinator_bind_address=bind)
+    except RuntimeError as error:
+        words = f"jax.distributed.initialize failed: {printable(str(error))}"
+        peers.leave(words)
+        raise UserError(words) from error
+    return peers
+
+
+def _join_cluster(config: Config) -> Peers | None:
+    """The processes that jax finds by itself; None if there are none, or just one."""
+    if next(filter(None, map(os.environ.get, _TASKS)), None) == "1":
+        return None  # jax would leave a single process one of its GPUs
+    Sentinel.post(
+        f"not all processes of this cluster came within {config.run.join_seconds:g} s; start the same "
+        f"command on every host, or set {COUNT}=1 for a run of one process"
+    )
+    try:
+        _initialize(config)
+    except Exception as error:  # whatever a cluster's own library raises
+        Sentinel.dismiss()
+        if any(words in str(error) for words in _NO_CLUSTER):
+            return None
+        raise UserError(
+            f"this looks like a cluster, but its processes cannot be found ({error}); set {ADDRESS}, {COUNT} "
+            f"and {INDEX}, or {COUNT}=1 for a run of one process"
+        ) from error
+    count, index = jax.process_count(), jax.process_index()
+    if count > 1:
+        # jax does not say publicly where process 0 is, so that tells the others itself.
+        listener = _listener(f"{_own_address()}:0") if index == 0 else None
+        where = json.dumps(listener.getsockname()[:2] if listener else None).encode().ljust(80)
+        told = multihost_utils.broadcast_one_to_all(np.frombuffer(where, np.uint8))
+        try:
+            return _meet(config, listener or tuple(json.loads(told.tobytes())), count, index)
+        except UserError:
+            Sentinel.dismiss()
+            jax.distributed.shutdown()
+            raise
+    Sentinel.dismiss()
+    jax.distributed.shutdown()
+    return None
+
+
+def _initialize(config: Config, *where: Any, **bind: str) -> None:
+    """jax's own service; it notices what `Peers` notices, later and without a sentence."""
+    silent = math.ceil(config.run.silent_seconds)
+    jax.distributed.initialize(
+        *where,
+        initialization_timeout=math.ceil(config.run.join_seconds),
+        heartbeat_timeout_seconds=2 * silent,
+        shutdown_timeout_seconds=silent,
+        **bind,
+    )
+
+
+def _meet(config: Config, where: socket.socket | tuple[str, int], count: int, index: int) -> Peers:
+    """All processes, which agree on the configuration and the code."""
+    join, silent = config.run.join_seconds, config.run.silent_seconds
+    try:
+        peers = Peers(where, count, index, join, silent, _end_with)
+    except TimeoutError as error:
+        raise UserError(
+            f"process 0 at {where[0]}:{where[1]} could not be reached within {join:g} s by process {index} "
+            f"of {count}; start the same command there, and see that the port is open"
+        ) from error
+    agree(peers, _about(config))
+    Sentinel.post(
+        f"process {index} of {count} ended without a word of its own: it was killed, or process 0, on which "
+        f"all others depend, is gone; {AGAIN}"
+    )
+    return peers
+
+
+def agree(peers: Peers, about: dict[str, str]) -> None:
+    """Compares what all processes must agree on: a name of it -> its text.
+
+    Raises:
+      UserError: the first name for which a process differs from process 0; the same in every process.
+    """
+    all_about = peers.exchange("configuration", about, everybody=False)
+    refusal = peers.exchange("agreement", all_about and _disagreement(all_about))[0]
+    if refusal is not None:
+        peers.leave()
+        raise UserError(refusal)
+
+
+def _disagreement(all_about: list[dict[str, str]]) -> str | None:
+    first = all_about[0]
+    for other, its in enumerate(all_about):
+        for name in dict.fromkeys((*first, *its)):
+            if first.get(name) != its.get(name):
+                texts = first.get(name, "nothing"), its.get(name, "nothing")
+                return (
+                    f"processes 0 and {other} disagree: {name} is {texts[0]} in process 0 and {texts[1]} in "
+                    f"process {other}; start the same command with the same code on every host"
+                )
+    return None
+
+
+def _end_with(sentence: str) -> NoReturn:
+    print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
+    exit_now(STATUS)
 
 
 def _from_variables() -> tuple[str, int, int]:
@@ -172,8 +276,10 @@ def _from_variables() -> tuple[str, int, int]:
         if not os.environ.get(name):
             raise UserError(f"{name} is not set; several processes need {ADDRESS}, {COUNT} and {INDEX}")
     address = os.environ[ADDRESS]
-    if not address.rpartition(":")[2].isdecimal() or not address.rpartition(":")[0]:
-        raise UserError(f"{ADDRESS} is {address!r}; it must be HOST:PORT of process 0")
+    for name in (ADDRESS, BIND):
+        host, _, port = os.environ.get(name, address).rpartition(":")
+        if not host or not port.isdecimal():
+            raise UserError(f"{name} is {os.environ[name]!r}; it must be HOST:PORT of process 0")
     try:
         count, index = int(os.environ[COUNT]), int(os.environ[INDEX])
     except ValueError as error:
@@ -183,18 +289,33 @@ def _from_variables() -> tuple[str, int, int]:
     return address, count, index
 
 
-def _detected() -> tuple[str, int, int] | None:
-    """Address, count and index as `jax.distributed.initialize` would find them; None if there are none."""
-    from jax._src.clusters import ClusterEnv
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
+
+def _listener(address: str) -> socket.socket:
+    """Listens at this address alone."""
+    host, port = _host_and_port(address)
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, [], None, 300)
-    except Exception as error:  # whatever a cluster's own library raises
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
         raise UserError(
-            f"this looks like a cluster, but its processes cannot be found ({error}); set {ADDRESS}, {COUNT} "
-            f"and {INDEX}, or {COUNT}=1 for a run of one process"
+            f"process 0 cannot listen at {address} ({error}); stop what is at work there, choose another "
+            f"port in {ADDRESS}, or name an address of this machine in {BIND}"
         ) from error
-    return None if None in found[:3] else found[:3]
+
+
+def _own_address() -> str:
+    """This machine's address in its network."""
+    with contextlib.suppress(OSError):
+        if not (named := socket.gethostbyname(socket.gethostname())).startswith("127."):
+            return named
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # an address for documentation; nothing is sent
+        return probe.getsockname()[0]
+    return "127.0.0.1"
 
 
 def _about(config: Config) -> dict[str, str]:
