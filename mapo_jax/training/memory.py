@@ -41,7 +41,7 @@ from mapo_jax.training.hosts import (
     rollout_mesh,
     share_of,
 )
-from mapo_jax.training.programs import minibatch_rows
+from mapo_jax.training.programs import loss_tokens, minibatch_rows
 from mapo_jax.training.step import abstract_state, make_optimizer
 
 GIB = 2**30
@@ -234,8 +234,8 @@ def _head_work(config: Config, batch: _Microbatch, model: QwenConfig, mesh: Mesh
     own = batch.model
     matrix = own.vocab_size * own.hidden_size
     gathered = mesh.shape["fsdp"] > 1 or batch.dtype != "float32"
-    loss_tokens = batch.rows * min(config.rollout.max_turns * config.rollout.max_reply_tokens, batch.length)
-    logits = min(head.head_chunk(model.vocab_size), loss_tokens) * own.vocab_size * 4
+    scored = batch.rows * min(loss_tokens(config), batch.length)
+    logits = min(head.head_chunk(model.vocab_size), scored) * own.vocab_size * 4
     frozen = model.lora is not None
     return (
         gathered * matrix * jnp.dtype(batch.dtype).itemsize
