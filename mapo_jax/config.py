@@ -120,8 +120,8 @@ class EnvironmentConfig:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     director: RoleConfig = field(default_factory=RoleConfig)
     held_out_judge: JudgeConfig = field(default_factory=JudgeConfig)
-    call_seconds: float = 60.0  # live only: longest attempt of a call; a dialogue has twice that a turn
-    step_seconds: float = 7200.0  # live only: longest collection; what is unfinished then is left out
+    call_seconds: float = 60.0  # live only: longest attempt of a call; a dialogue's have twice that a turn
+    step_seconds: float = 7200.0  # live only: longest collection, waits included; the rest is left out
     failure_share: float = 0.2  # live only: a larger share of failures in the last 100 calls pauses the run
     pause_minutes: float = 60.0  # live only: pauses, each twice the last, until the run stops
 

@@ -253,6 +253,7 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
             run, run.evaluator, run.validation, config.evaluation.rollouts, seed, 0, patient=done == 0
         )
     except WorldFailing as failing:  # training can do without, and waits for its own world if it must
+        write_lost_calls(run, done)
         run.display.note(f"validation after {done} steps is left out: {printable(str(failing))}")
         return
     metrics, _ = measure(run, run.validation, dialogues)
@@ -264,6 +265,13 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     run.display.evaluation(done, metrics)
     if dialogues and done in (0, config.training.steps):
         run.display.note(transcript(dialogues[0][0].state, "before" if done == 0 else "after"))
+
+
+def write_lost_calls(run: Run, done: int) -> None:
+    """Writes what the calls of an evaluation cost that is left out, or the next step would count them."""
+    calls = run.hosts.report("calls", run.world.drain())
+    if calls is not None:
+        run.writer.write(done, {f"evaluation/{name}": x for name, x in run.world.metrics(calls).items()})
 
 
 @phase("calibration")

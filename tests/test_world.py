@@ -9,13 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from mapo_jax import train
 from mapo_jax.config import ROLES, load_config, to_yaml
+from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.rollout.collect import collect, derive_seed
 from mapo_jax.rollout.engine import Reply
 from mapo_jax.rollout.rows import ChatFormat
+from mapo_jax.running.phases import Phases
+from mapo_jax.running.processes import Hosts
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mapo_jax.world import open_models, open_world
 
@@ -524,3 +528,34 @@ def test_a_stop_request_is_heard_while_the_world_is_awaited(serve, well_formed, 
         with pytest.raises(Stop):
             world.run(forever(None), check)
         assert time.monotonic() - started < 10
+
+
+def test_an_evaluation_that_is_left_out_keeps_its_calls_from_the_next_step(
+    serve, well_formed, tmp_path, monkeypatch
+):
+    config = configure(serve(well_formed).url)
+    written = []
+    with open_world(config, tmp_path, None) as world:
+
+        def converse(run, engine, scenarios, *_, **__):
+            world.run(world.evaluation_roles.user.open(scenarios[0], 1))
+            raise WorldFailing("no luck")
+
+        monkeypatch.setattr(train, "converse", converse)
+        run = SimpleNamespace(
+            hosts=Hosts(),
+            folder=tmp_path,
+            config=config,
+            phases=Phases(),
+            validation=[CARDS[0]],
+            evaluator=SimpleNamespace(load=lambda *_: None),
+            sampling_weights=lambda weights: weights,
+            world=world,
+            writer=SimpleNamespace(write=lambda step, metrics: written.append((step, metrics))),
+            display=SimpleNamespace(note=lambda text: None),
+        )
+        train.evaluate(run, SimpleNamespace(weights=None), 4)
+        assert not world.metrics().get("user/calls")
+    ((step, metrics),) = written
+    assert step == 4 and metrics["evaluation/user/calls"] == 1
+    assert all(name.startswith("evaluation/") for name in metrics)

@@ -14,6 +14,7 @@ from typing import Any
 import openai
 
 from mapo_jax.config import RoleConfig
+from mapo_jax.environment.allowance import waiting
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
 from mapo_jax.environment.roles import Completion
@@ -90,7 +91,8 @@ class Server:
           RoleFailure: timeout, transport or malformed; after the last attempt, or at once.
         """
         estimate = prompt_tokens(messages) + min(self._config.max_tokens, 512)  # corrected when it is known
-        place = await self._places.get()
+        with waiting():
+            place = await self._places.get()
         try:
             client = self._clients[place // _POOL]
             for attempt in range(ATTEMPTS):
@@ -111,7 +113,8 @@ class Server:
                     self._tokens.correct(taken, answer.input_tokens + answer.output_tokens)
                     return answer
                 backoff = self._first_wait * 2**attempt * random.uniform(0.5, 1.5)
-                await asyncio.sleep(min(LONGEST_WAIT, max(backoff, wait)))
+                with waiting():
+                    await asyncio.sleep(min(LONGEST_WAIT, max(backoff, wait)))
         finally:
             self._places.put_nowait(place)
         raise AssertionError("unreachable")

@@ -7,9 +7,10 @@ import time
 import pytest
 
 from mapo_jax.config import RoleConfig
+from mapo_jax.environment.allowance import allow
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.client import ATTEMPTS, Server
-from mapo_jax.environment.live.limits import estimate_tokens
+from mapo_jax.environment.live.limits import PerMinute, estimate_tokens
 
 KEY = "sk-test-1234567890abcdef"
 CHAT = [{"role": "user", "content": "Hello."}]
@@ -231,3 +232,39 @@ def test_tokens_per_minute_count_what_was_really_used(serve):
 
 def test_tokens_are_estimated_by_script():
     assert estimate_tokens("abcdefgh") == 2 and estimate_tokens("\u4f60\u597d") == pytest.approx(1.6)
+
+
+@pytest.mark.parametrize("wait", ["place", "attempt", "minute"])
+def test_a_calls_time_is_that_of_its_attempts(serve, monkeypatch, wait):
+    """On a clock that only the server's answers and our own sleeps move."""
+    clock = [0.0]
+    sleep = asyncio.sleep
+
+    async def slept(seconds):
+        clock[0] += 1e6 if seconds > 0 else 0.0
+        await sleep(0)
+
+    def answer(request, number):
+        clock[0] += 100
+        return ("status", 429, {"retry-after": "7"}) if wait == "attempt" and number == 1 else "Fine."
+
+    server = serve(answer)
+
+    async def run():
+        config = RoleConfig(url=server.url, model="m")
+        async with Server(config, concurrency=1) as client:
+            if wait == "attempt":
+                monkeypatch.setattr(asyncio, "sleep", slept)
+            if wait == "minute":
+                client._requests = PerMinute(1, clock=lambda: clock[0] / 1e4, sleep=slept)
+
+            async def one(seed):
+                async with allow(1e9, 1e9, lambda: clock[0]) as allowance:
+                    await client(CHAT, seed=seed, schema=None)
+                return allowance.used
+
+            return await asyncio.gather(one(1), one(2))
+
+    used = asyncio.run(run())
+    monkeypatch.undo()
+    assert sorted(used) == ([100, 200] if wait == "attempt" else [100, 100])
