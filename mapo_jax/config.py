@@ -188,10 +188,10 @@ class EnvironmentConfig(Section):
     max_failed_share: Share = key(0.5, "a dialogue with a larger share of unscored turns is left out")
     concurrency: Count = key(64, "most environment calls at once, of all processes")
     call_seconds: float = key(
-        60.0, "live only: time limit of an attempt; a dialogue has 2 x this x max_turns", ge=0.01
+        60.0, "live only: time limit of an attempt; a dialogue's calls have 2 x this x max_turns", ge=0.01
     )
     step_seconds: float = key(
-        7200.0, "live only: time limit of a rollout; unfinished dialogues are left out", ge=0.01
+        7200.0, "live only: time limit of a rollout, waits included; the unfinished is left out", ge=0.01
     )
     failure_share: Share = key(0.2, "live only: largest share of failed calls of the last 100, else a pause")
     pause_minutes: Amount = key(60.0, "live only: sum of all pauses, each twice the last; then the run stops")

@@ -273,7 +273,7 @@ def warm_start(config: Config, mesh: Mesh, stop: StopRequest, console: Console, 
     if len(set(hosts.exchange("warm starts", digest.hexdigest()))) > 1:
         raise UserError(
             "the warm starts of the processes differ, as on machines of different kinds; make one with "
-            "python -m mapo_jax.warmstart, and name its folder as `model.path` on every host"
+            "python -m mapo_jax.warmstart, and begin a new run with its folder as `model.path` on every host"
         )
     return folder
 

@@ -46,6 +46,7 @@ def evaluate(run: Run, at: Position) -> None:
         dialogues = converse(run, at, run.evaluator, run.validation, rollouts, seed, 0, patient=patient)
     except WorldFailing as failing:  # training can do without, and waits for its own world if it must
         run.display.note(f"validation after {at.step} steps is left out: {printable(str(failing))}")
+        write_lost_calls(run, at.step)
         return
     metrics, _ = measure(run, run.validation, dialogues)
     write_dialogues(run, file.with_suffix(".jsonl"), dialogues)
@@ -56,6 +57,13 @@ def evaluate(run: Run, at: Position) -> None:
     run.display.evaluation(at.step, metrics)
     if dialogues and at.step in (0, config.training.steps):
         run.display.note(transcript(dialogues[0][0].state, "before" if at.step == 0 else "after"))
+
+
+def write_lost_calls(run: Run, step: int) -> None:
+    """Writes what the calls of an abandoned evaluation cost, or the next step would count them."""
+    calls = run.hosts.report("calls", run.world.drain())
+    if calls is not None:
+        run.writer.write(step, {f"evaluation/{name}": x for name, x in run.world.metrics(calls).items()})
 
 
 def inspect_judge(run: Run, step: int) -> None:

@@ -355,6 +355,9 @@ def test_a_held_out_judge_that_fails_costs_its_evaluation_and_not_the_run(
     held = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sorted(row["step"] for row in held if "reward/mean" in row) == [1, 2, 3]
     assert [row["step"] for row in held if "evaluation/reward/mean" in row] == [0]
+    # What an evaluation cost that was left out is its own, and no step's.
+    assert not any("held_out_judge/calls" in row for row in held)
+    assert [row["step"] for row in held if "evaluation/held_out_judge/calls" in row] == [0, 2, 3]
     assert sorted(file.name for file in (folder / "evaluations").glob("step_*.jsonl")) == [
         "step_000000.jsonl"
     ]
@@ -385,6 +388,9 @@ def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path
     assert line.split()[5:] == ["64", "(of", "all", "processes", "together)"]
     # 132 calls at two a minute.
     assert any("the director's limits per minute let this through in 1.1 hours" in line for line in lines)
+    # 12 calls a step at two a minute, and 60 s for a step; the others have no limit.
+    (line,) = (line for line in lines if "environment.step_seconds=60" in line)
+    assert line.startswith("  the director's limits per minute let a step through in 360 seconds")
     # By hand: 10 steps x 6 dialogues and 3 evaluations x 2: 66 dialogues of 3 turns; 2 x 10 + 3 x 2 openings;
     # 3 inspections of 32 replies.
     assert int(figures["judge"][0]) == 66 * 3 + 3 * 32

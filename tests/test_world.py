@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 
+from mapo_jax import validation
 from mapo_jax.config import ROLES, load_config, to_yaml
 from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.environment.live.guard import WorldFailing
@@ -20,6 +21,8 @@ from mapo_jax.files import part_name
 from mapo_jax.rollout.collect import collect, derive_seed
 from mapo_jax.rollout.engine import Reply
 from mapo_jax.rollout.rows import ChatFormat
+from mapo_jax.run import Position
+from mapo_jax.running.phases import Phases
 from mapo_jax.running.processes import Hosts
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mapo_jax.world import _server, open_models, open_world
@@ -662,3 +665,34 @@ def test_a_stop_request_is_heard_while_the_world_is_awaited(serve, well_formed, 
         with pytest.raises(Stop):
             world.run(forever(None), check)
         assert time.monotonic() - started < 10
+
+
+def test_an_evaluation_that_is_left_out_keeps_its_calls_from_the_next_step(
+    serve, well_formed, tmp_path, monkeypatch
+):
+    config = configure(serve(well_formed).url)
+    written = []
+    with open_world(config, tmp_path, None) as world:
+
+        def converse(run, at, engine, scenarios, *_, **__):
+            world.run(world.evaluation_roles.user.open(scenarios[0], 1))
+            raise WorldFailing("no luck")
+
+        monkeypatch.setattr(validation, "converse", converse)
+        run = SimpleNamespace(
+            hosts=Hosts(),
+            folder=tmp_path,
+            config=config,
+            phases=Phases(),
+            validation=[CARDS[0]],
+            evaluator=SimpleNamespace(load=lambda *_: None),
+            sampling_weights=lambda weights: weights,
+            world=world,
+            writer=SimpleNamespace(write=lambda step, metrics: written.append((step, metrics))),
+            display=SimpleNamespace(note=lambda text: None),
+        )
+        validation.evaluate(run, Position(4, SimpleNamespace(weights=None), {}))
+        assert not world.metrics().get("user/calls")
+    ((step, metrics),) = written
+    assert step == 4 and metrics["evaluation/user/calls"] == 1
+    assert all(name.startswith("evaluation/") for name in metrics)

@@ -41,7 +41,7 @@ from mapo_jax.config import Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.learning.batch import microbatch_rows, row_lengths
-from mapo_jax.learning.programs import abstract_batch, make_programs, minibatch_rows
+from mapo_jax.learning.programs import abstract_batch, loss_tokens, make_programs, minibatch_rows
 from mapo_jax.learning.train_state import abstract_state
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import (
@@ -246,9 +246,9 @@ def unwanted_gathers(job: Job, program: str, found: Sequence[Collective]) -> lis
     if program == "train":
         shards, budget = row_shards(job.mesh), config.training.microbatch_tokens
         rows = microbatch_rows(minibatch_rows(config), length, budget, shards)
-        loss_tokens = min(config.rollout.max_turns * config.rollout.max_reply_tokens, length)
+        scored = min(loss_tokens(config), length)
         own = max(1, rows // shards)
-        limit = min(rows * length * model.hidden_size, own * loss_tokens * model.vocab_size)
+        limit = min(rows * length * model.hidden_size, own * scored * model.vocab_size)
     elif program == "prefill":
         limit = job.engine.prefill_rows * job.engine.chunk * model.hidden_size
     else:
@@ -299,13 +299,13 @@ def bounds(job: Job, program: str) -> dict[str, float]:
     item = jnp.dtype(config.model.dtype).itemsize
     if program == "train":
         rows, length = minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1]
-        loss_tokens = min(config.rollout.max_turns * config.rollout.max_reply_tokens, length)
+        scored = min(loss_tokens(config), length)
         backward = 1 if model.lora else 2
         remat = config.model.remat
         operations = rows * (
             (1 + backward + (remat == "block")) * 2 * body * length
             + (3 + (remat != "none")) * model.num_layers * 2 * length * length * heads
-            + (2 + backward) * 2 * head * loss_tokens
+            + (2 + backward) * 2 * head * scored
         )
         budget, shards = config.training.microbatch_tokens, row_shards(job.mesh)
         microbatches = rows // microbatch_rows(rows, length, budget, shards)

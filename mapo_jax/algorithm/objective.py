@@ -119,7 +119,7 @@ def loss_denominator(
         "sequence-mean": the rows that have loss tokens; every row weighs the same, through its own mean.
         "constant-length": those rows times `constant_length`: sums over the tokens that are not normalised
           by any actual length (Dr. GRPO, arXiv 2503.20783).
-      constant_length: "constant-length" only: a fixed length, usually the most tokens a row can have.
+      constant_length: "constant-length" only: a fixed length, the most loss tokens that a row can have.
 
     Raises:
       ValueError: an unknown aggregation, or "constant-length" without a length.

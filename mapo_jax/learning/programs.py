@@ -51,7 +51,7 @@ def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh:
         vocabulary_size=vocabulary_size,
         dtype=config.model.dtype,
         remat=config.model.remat,
-        loss_tokens=rollout.max_turns * rollout.max_reply_tokens,
+        loss_tokens=loss_tokens(config),
         attention=row_attention(config.model.attention, mesh, model, config.model.dtype),
         mesh=mesh,
     )
@@ -60,7 +60,7 @@ def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh:
         optimizer,
         config.algorithm,
         microbatch_tokens=training.microbatch_tokens,
-        constant_length=rollout.max_turns * rollout.max_reply_tokens,
+        constant_length=loss_tokens(config),
         shardings=param_shardings(parameter_shapes(model), mesh),
     )
     scorer = make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
@@ -75,7 +75,8 @@ def check_rows(config: Config, mesh: Mesh) -> None:
             f"the {size} rows of a mini-batch (training.minibatch_scenarios="
             f"{config.training.minibatch_scenarios} x rollout.rollouts={config.rollout.rollouts}) cannot be "
             f"spread evenly over the {shards} devices of mesh.data={mesh.shape['data']} x "
-            f"mesh.fsdp={mesh.shape['fsdp']}; make it a multiple of {shards}, or use more of mesh.tensor"
+            f"mesh.fsdp={mesh.shape['fsdp']}; use more of mesh.tensor, or begin a new run with a multiple of "
+            f"{shards}"
         )
 
 
@@ -93,6 +94,17 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
 def minibatch_rows(config: Config) -> int:
     """Rows of an update."""
     return config.training.minibatch_scenarios * config.rollout.rollouts * rows_per_dialogue(config)
+
+
+def loss_tokens(config: Config) -> int:
+    """Most loss tokens that a row can have: the longest replies of all its turns, if they fit.
+
+    Also the length that the aggregation constant-length divides by, as Dr. GRPO (arXiv 2503.20783) divides by
+    the most tokens that a response can have: a row is what the policy says of one context.
+    """
+    rollout = config.rollout
+    turns = rollout.max_turns // rows_per_dialogue(config)
+    return min(turns * rollout.max_reply_tokens, rollout.max_tokens)
 
 
 def rows_per_dialogue(config: Config) -> int:

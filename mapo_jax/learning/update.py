@@ -274,7 +274,7 @@ def make_update(
 
     Args:
       microbatch_tokens: most tokens of a device per forward and backward pass (`batch.microbatch_rows`).
-      constant_length: of the aggregation constant-length: the most tokens a row can have.
+      constant_length: of the aggregation constant-length: the most loss tokens that a row can have.
       shardings: `param_shardings`, if there is a mesh.
 
     Returns:

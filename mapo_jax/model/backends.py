@@ -104,7 +104,8 @@ def _splash(
     if batch % row_shards(mesh):
         raise UserError(
             f"{batch} rows at a time cannot be cut over the {row_shards(mesh)} devices of mesh.data x "
-            "mesh.fsdp; choose `training.minibatch_scenarios` so that they can"
+            "mesh.fsdp; use more of mesh.tensor, or begin a new run with another "
+            "`training.minibatch_scenarios`"
         )
     # Padding comes last, so that no token sees it; its own output is cut off again.
     block = min(SPLASH_BLOCK, -(-length // LANES) * LANES)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -150,16 +151,20 @@ class _Chunks:
         array = jnp.moveaxis(array, 0, 1)
         return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
 
-    def on_mesh(self, function, *, gradient: bool):
-        """Lets every device run `function` on its own rows and its own part of the vocabulary."""
+    def on_mesh(self, function, *, cotangents: int = 0):
+        """Lets every device run `function` on its own rows and its own part of the vocabulary.
+
+        Args:
+          cotangents: how many the backward pass is given; 0: the forward pass.
+        """
         if self.mesh is None:
             return function
         rows, width, vocabulary = (PartitionSpec(RULES[axis]) for axis in ("rows", "width", "vocabulary"))
         order = slice(None, None, 1 if self.axis == 0 else -1)
         own = PartitionSpec(*(*width, *vocabulary)[order])  # the kernel as it lies
         gathered = PartitionSpec(*(None, *vocabulary)[order])
-        if gradient:
-            places = (gathered, rows, rows, rows, rows, rows), (own, rows)
+        if cotangents:
+            places = (gathered, *(rows,) * (3 + cotangents)), (own, rows)
         else:
             places = (own, rows, rows, rows), (rows, rows, gathered)
         return jax.shard_map(
@@ -186,21 +191,34 @@ def _forward(chunks, kernel, hidden, targets, wanted):
         found = jax.lax.map(one, tuple(map(chunks.cut, (hidden, targets, wanted))))
         return *(chunks.whole(part, targets.shape[1]) for part in found), kernel
 
-    *found, gathered = chunks.on_mesh(local, gradient=False)(kernel, hidden, targets, wanted)
+    *found, gathered = chunks.on_mesh(local)(kernel, hidden, targets, wanted)
     # An empty array remembers the kernel's own type.
     return tuple(found), (gathered, jnp.zeros(0, kernel.dtype), hidden, targets, wanted)
 
 
+def _forward_rule(chunks, *primals):
+    return _forward(chunks, *(primal.value for primal in primals))
+
+
 def _backward(chunks, residuals, cotangents):
     gathered, own, hidden, targets, wanted = residuals
+    # Nothing is spent on what has no part in the loss, as an entropy that is only reported.
+    used = [index for index, given in enumerate(cotangents) if not isinstance(given, SymbolicZero)]
+    if not used:
+        return None, None, None, None
+    cotangents = [cotangents[index] for index in used]
 
     def local(kernel, hidden, targets, wanted, *cotangents):
         def one(total, part):
             states, ids, asked, *given = part
 
+            def score(kernel, states):
+                found = chunks.score(kernel, states, ids)
+                return [found[index] for index in used]
+
             def add():
-                _, pull = jax.vjp(lambda k, s: chunks.score(k, s, ids), kernel, states)
-                for_kernel, for_states = pull(tuple(given))
+                _, pull = jax.vjp(score, kernel, states)
+                for_kernel, for_states = pull(given)
                 return total + for_kernel.astype(jnp.float32), for_states
 
             return jax.lax.cond(jnp.any(asked), add, lambda: (total, jnp.zeros_like(states)))
@@ -214,8 +232,10 @@ def _backward(chunks, residuals, cotangents):
             states = jax.lax.psum(states, RULES["vocabulary"])
         return total, states
 
-    total, states = chunks.on_mesh(local, gradient=True)(gathered, hidden, targets, wanted, *cotangents)
+    total, states = chunks.on_mesh(local, cotangents=len(used))(
+        gathered, hidden, targets, wanted, *cotangents
+    )
     return total.astype(own.dtype), states, None, None
 
 
-_in_chunks.defvjp(_forward, _backward)
+_in_chunks.defvjp(_forward_rule, _backward, symbolic_zeros=True)

@@ -98,7 +98,7 @@ def check_sizes(
         if sizes[name] % shards:
             raise UserError(
                 f"{sizes[name]} {name} cannot be cut over the {shards} devices of the mesh's axes "
-                f"{' and '.join(RULES['rows'])}; choose a multiple of {shards}"
+                f"{' and '.join(RULES['rows'])}; choose a multiple of {shards}, or use more of mesh.tensor"
             )
 
 
@@ -124,5 +124,6 @@ def check_memory(config, resident, lanes, length, dtype, mesh: Mesh | None) -> N
     if needed > free:
         raise UserError(
             f"the caches of {resident} dialogues of {length} tokens need {needed / 2**30:.1f} GiB on each "
-            f"device, which has {free / 2**30:.1f} GiB; lower `rollout.slots` or `rollout.max_tokens`"
+            f"device, which has {free / 2**30:.1f} GiB; lower `rollout.slots`, or begin a new run with a "
+            "lower `rollout.max_tokens`"
         )

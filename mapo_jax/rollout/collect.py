@@ -298,7 +298,8 @@ def _next_prompt(
         if len(ids) > _room(engine):
             raise UserError(
                 f"the first message of scenario {state.scenario.id} takes {len(ids)} tokens, which "
-                f"leaves no room for a reply in `rollout.max_tokens`={engine.length}; raise it"
+                f"leaves no room for a reply in `rollout.max_tokens`={engine.length}; begin a new run with a "
+                "larger one"
             )
         return tuple(ids)
     if chat.history == "per_turn":

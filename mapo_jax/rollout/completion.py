@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mapo_jax.environment.allowance import waiting
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.roles import Completion
 from mapo_jax.rollout.dispatch import Dispatcher
@@ -55,7 +56,8 @@ class EngineModel:
                 "malformed",
                 f"the prompt has {len(ids)} tokens; raise extra_body.tokens above {self._engine.length}",
             )
-        slot = await self._free.get()
+        with waiting():
+            slot = await self._free.get()
         request = Request(slot, ids, key=_key(seed, ids), turn=0, limit=max_tokens, start=True)
         # Shielded: a caller who gives up must not free a slot whose reply is still under way.
         reply = await asyncio.shield(asyncio.ensure_future(self._reply(request)))

@@ -53,12 +53,23 @@ _CHECKSUM = "crc32"  # of the other values of the JSON mapping, beside them
 _PIECE_BYTES = 16 * 2**20  # most bytes of an array that lie together on the disk
 STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
 # Keys that change no number of a run but by rounding: a run continues under other values of them, such as
-# on other machines.
-_ROLE_KEYS = ("url", "key_variable", "requests_per_minute", "tokens_per_minute", "prices")
+# on other machines. What an error tells to change is among them, or the error says that it takes a new run.
+_ROLE_KEYS = (
+    "url",
+    "key_variable",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "prices",
+    "extra_body.slots",  # of an engine, whose room changes no answer
+    "extra_body.tokens",
+)
 
 HARMLESS_KEYS = (
     "run.",
-    "mesh.",  # it changes the order of sums, and so the last bits
+    "mesh.",  # it changes the order of sums, and so the last bits; as do the next three
+    "model.remat",
+    "model.attention",
+    "rollout.copy_weights",
     "rollout.slots",
     "training.microbatch_tokens",
     "logging.",

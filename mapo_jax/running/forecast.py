@@ -120,15 +120,17 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
         raise UserError(
             f"weights, moments and gradient need {certain / GIB:.1f} GiB of each device, which has "
             f"{limit / GIB:.1f} GiB; use more devices (mesh.fsdp x mesh.tensor is "
-            f"{mesh.shape['fsdp'] * mesh.shape['tensor']}), a smaller model, or adapters (lora.rank=16)"
+            f"{mesh.shape['fsdp'] * mesh.shape['tensor']}), or begin a new run with a smaller model or "
+            "adapters (lora.rank=16)"
         )
     talking = sum(memory.held.values()) + sum(memory.rollout.values())
     if talking > limit:
         parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.rollout.items())
         raise UserError(
             f"while dialogues are held each device needs {talking / GIB:.1f} GiB ({parts} beside weights and "
-            f"moments) and has {limit / GIB:.1f} GiB; lower rollout.slots or rollout.max_tokens, set "
-            f"rollout.copy_weights=false, or raise mesh.tensor, which is {mesh.shape['tensor']}"
+            f"moments) and has {limit / GIB:.1f} GiB; lower rollout.slots, set rollout.copy_weights=false, "
+            f"raise mesh.tensor, which is {mesh.shape['tensor']}, or begin a new run with a lower "
+            "rollout.max_tokens"
         )
 
 
@@ -156,7 +158,8 @@ def check_update(update: jax.stages.Wrapped, state: TrainState, config: Config, 
         found = f"it needs {needed / GIB:.1f} GiB of {limit / GIB:.1f}"
     raise UserError(
         f"an update of rows of {batch.tokens.shape[1]} tokens does not fit a device: {found}; lower "
-        "training.microbatch_tokens or rollout.max_tokens, set model.remat=block, or use more devices"
+        "training.microbatch_tokens, set model.remat=block, use more devices, or begin a new run with a "
+        "lower rollout.max_tokens"
     )
 
 

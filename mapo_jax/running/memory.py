@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from mapo_jax.config import Config
 from mapo_jax.learning.batch import microbatch_rows, row_lengths
 from mapo_jax.learning.optimizer import make_optimizer
-from mapo_jax.learning.programs import minibatch_rows
+from mapo_jax.learning.programs import loss_tokens, minibatch_rows
 from mapo_jax.learning.train_state import abstract_state
 from mapo_jax.model import head, qwen
 from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
@@ -234,8 +234,8 @@ def _head_work(config: Config, batch: _Microbatch, model: QwenConfig, mesh: Mesh
     own = batch.model
     matrix = own.vocab_size * own.hidden_size
     gathered = mesh.shape["fsdp"] > 1 or batch.dtype != "float32"
-    loss_tokens = batch.rows * min(config.rollout.max_turns * config.rollout.max_reply_tokens, batch.length)
-    logits = min(head.head_chunk(model.vocab_size), loss_tokens) * own.vocab_size * 4
+    scored = batch.rows * min(loss_tokens(config), batch.length)
+    logits = min(head.head_chunk(model.vocab_size), scored) * own.vocab_size * 4
     frozen = model.lora is not None
     return (
         gathered * matrix * jnp.dtype(batch.dtype).itemsize

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from mapo_jax.config import AlgorithmConfig
+from mapo_jax.config import AlgorithmConfig, load_config
 from mapo_jax.environment.dialogue import DialogueState, Judgement, Turn
 from mapo_jax.environment.scenario import load_scenarios
+from mapo_jax.learning import programs
 from mapo_jax.learning.batch import (
     make_batch,
     make_cells,
@@ -20,8 +21,10 @@ from mapo_jax.learning.batch import (
     take_scenarios,
 )
 from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
+from mapo_jax.model.sharding import make_mesh
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.rollout.rows import Row
+from mapo_jax.running.forecast import fresh_model
 
 SCENARIO = load_scenarios(split="train")[0]
 LOGPROB = float(np.float32(-0.7))
@@ -201,3 +204,25 @@ def test_minibatches_are_whole_scenarios_in_a_fixed_shuffle(dialogues):
     taken = take_scenarios(batch, np.array([1, 0]), 2)
     np.testing.assert_array_equal(taken.tokens, batch.tokens[[2, 3, 0, 1]])
     np.testing.assert_array_equal(taken.mask, batch.mask[[2, 3, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [
+        ([], 8 * 32),
+        (["rollout.history=per_turn"], 32),
+        (["rollout.max_turns=3", "rollout.min_turns=1"], 96),
+        (["rollout.max_turns=3", "rollout.min_turns=1", "rollout.history=per_turn"], 32),
+        (["rollout.max_turns=20"], 448),  # as many as fit
+    ],
+)
+def test_the_constant_length_is_the_most_loss_tokens_of_a_row(overrides, most, monkeypatch):
+    """For the history: a row is a dialogue, or one turn of it."""
+    config = load_config(overrides=[*overrides, "algorithm.aggregation=constant-length"])
+    given = {}
+    monkeypatch.setattr(programs, "make_update", lambda scoring, *_, **options: given.update(options))
+    monkeypatch.setattr(programs, "make_scorer", lambda scoring, **_: given.update(row=scoring.loss_tokens))
+    mesh = make_mesh(replace(config.mesh, fsdp=1))
+    fresh = replace(config.model.fresh, hidden=8, intermediate=8, layers=1)
+    programs.make_programs(config, fresh_model(fresh, 300, 448), 300, mesh)
+    assert given["constant_length"] == given["row"] == programs.loss_tokens(config) == most

@@ -346,6 +346,17 @@ def test_only_loss_tokens_go_through_the_head_and_none_is_lost(params):
     assert metrics["actor/skipped"] == 1, "a row with too many loss tokens must not be cut in silence"
 
 
+def test_an_entropy_that_is_only_reported_is_not_differentiated(params):
+    """Beside what the bonus adds to the loss itself, a handful, the update has a backward pass less."""
+
+    def program(coefficient):
+        algorithm = dataclasses.replace(DEFAULT, entropy_coefficient=coefficient)
+        update = make_update(SCORING, DESCENT, algorithm)
+        return str(jax.make_jaxpr(update)(state_of(params, DESCENT), make_rows())).count(" = ")
+
+    assert program(0.01) - program(0.0) > 15
+
+
 def test_scorer_gives_the_trainers_logprobs(params):
     batch = make_rows()
     trainer = np.asarray(scorer()(params, batch))

@@ -66,3 +66,39 @@ def test_ids_beyond_the_vocabulary_have_probability_zero(setting):
     assert (np.asarray(probabilities[..., 121:]) == 0).all()
     np.testing.assert_allclose(probabilities[..., :121].sum(-1), 1, rtol=1e-5)
     np.testing.assert_array_equal(scores[..., :121], head.logits(params, config, hidden)[..., :121])
+
+
+def operations(function, *arguments):
+    """How many there are in a function's program, loops and branches counted once."""
+    return str(jax.make_jaxpr(function)(*arguments)).count(" = ")
+
+
+def test_an_entropy_that_is_only_reported_has_no_backward_pass(setting):
+    config, params, hidden, targets = setting
+
+    def gradient(weight, scores=head.token_logprobs):
+        def loss(params, hidden):
+            logprobs, entropy = scores(params, config, hidden, targets)
+            entropy = entropy if weight else jax.lax.stop_gradient(entropy)
+            return jnp.sum(logprobs) + (weight * jnp.sum(entropy) if weight else 0.0), entropy
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)
+
+    def without(*arguments):
+        logprobs, entropy = head.token_logprobs(*arguments)
+        return logprobs, jnp.zeros_like(entropy)
+
+    trained, reported, unused = (
+        operations(one, params, hidden) for one in (gradient(0.1), gradient(0.0), gradient(0.0, without))
+    )
+    assert trained - reported > 10
+    # What is reported costs at most to be reported.
+    assert abs(reported - unused) <= 2
+
+    def entropy_alone(hidden):
+        return jnp.sum(head.token_logprobs(params, config, hidden, targets)[1])
+
+    plain = jax.grad(
+        lambda hidden: jnp.sum(naive(params, config, hidden, targets, 1.0, config.vocab_size)[1])
+    )
+    np.testing.assert_allclose(jax.grad(entropy_alone)(hidden), plain(hidden), atol=1e-5)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from mapo_jax.environment.allowance import allow
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.rollout.completion import EngineModel
 from mapo_jax.rollout.engine import Reply
@@ -131,3 +132,21 @@ def test_a_broken_engine_reaches_whoever_asked(engine):
     engine.advance = broken
     failures = ask(engine, [say("One."), say("Two.")])
     assert all(isinstance(failure, ValueError) for failure in failures)
+
+
+def test_waiting_for_a_slot_is_no_time_of_the_call(engine):
+    """One slot, four chats, and a clock that ticks with each block: every chat uses its own blocks alone."""
+    engine.slots = 1
+
+    async def run():
+        model = EngineModel(engine, engine.chat)
+
+        async def one(text):
+            async with allow(1e9, 1e9, lambda: float(len(engine.blocks))) as allowance:
+                await model(say(text), seed=1, schema=None, max_tokens=20)
+            return allowance.used
+
+        return await asyncio.gather(*[one(f"Hello {i}.") for i in range(4)])
+
+    used = asyncio.run(run())
+    assert sum(used) == len(engine.blocks) and max(used) < len(engine.blocks) / 2

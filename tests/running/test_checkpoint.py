@@ -1,22 +1,27 @@
+import ast
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mapo_jax.config import load_config, to_yaml, updated
+from mapo_jax.config import known_keys, load_config, to_yaml, updated
 from mapo_jax.errors import UserError
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import TrainState, create_state
+from mapo_jax.running import checkpoint
 from mapo_jax.running.checkpoint import (
+    HARMLESS_KEYS,
     Checkpoints,
     best_steps,
     checkpoint_folder,
@@ -360,6 +365,75 @@ def test_claim_continues_a_run_of_version_0_1_where_nothing_changes(tmp_path):
     file.write_text(stored.replace("rollout:\n", "rollout:\n  lanes: 4\n"))
     with pytest.raises(UserError, match=r"`rollout.lanes` \(4\) is gone"), claim(file.parent, config):
         pass
+
+
+@pytest.mark.parametrize(
+    "advised",
+    [
+        "rollout.copy_weights=false",
+        "model.remat=block",
+        "model.attention=xla",
+        "training.microbatch_tokens=1",
+        "rollout.slots=2",
+        "mesh.tensor=2",
+        "environment.judge.extra_body={slots: 2, tokens: 512}",
+    ],
+)
+def test_a_run_continues_with_what_errors_tell_to_change(tmp_path, advised):
+    with claim(tmp_path / "run", load_config()):
+        pass
+    with claim(tmp_path / "run", load_config(overrides=[advised])) as continues:
+        assert continues
+
+
+# Said before anything is written, or of folders and servers of the user's own.
+SAID_IN_TIME = {
+    "capacity.py": {
+        "lower `rollout.max_tokens`",
+        "lower `rollout.max_reply_tokens` or raise `rollout.max_tokens`",
+    },
+    "engine.py": {"raise `rollout.max_tokens` or shorten the prompt"},  # of prompts that are no dialogue's
+    "world.py": {"check environment..url, .model and .key_variable"},
+}
+
+
+def advice():
+    """What errors in a run tell to do, after the semicolon: (file, words)."""
+    package = Path(checkpoint.__file__).parents[1]
+    for file in sorted(package.rglob("*.py")):
+        if file.relative_to(package).parts[0] not in (
+            "learning",
+            "running",
+            "rollout",
+            "model",
+            "run.py",
+            "stages.py",
+            "world.py",
+        ):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
+                parts = [
+                    n.value
+                    for n in ast.walk(node)
+                    if isinstance(n, ast.Constant) and isinstance(n.value, str)
+                ]
+                for words in "".join(parts).split("; ")[1:]:
+                    yield file.name, words
+
+
+def test_errors_advise_what_a_run_may_change_or_a_new_run():
+    seen = set()
+    for file, words in advice():
+        named = {key for key in known_keys() if re.search(rf"\b{re.escape(key)}\b", words)}
+        seen |= named
+        before, new_run, _ = words.partition("new run")
+        fixed = {
+            key for key in named if re.search(rf"\b{re.escape(key)}\b", before if new_run else words)
+            and not key.startswith(HARMLESS_KEYS)
+        }  # fmt: skip
+        assert not fixed or words in SAID_IN_TIME.get(file, ()), (file, words)
+    assert {"model.remat", "rollout.copy_weights", "training.microbatch_tokens", "rollout.max_tokens"} <= seen
 
 
 def test_claim_refuses_what_is_not_this_run(tmp_path):

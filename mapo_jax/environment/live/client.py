@@ -23,6 +23,7 @@ import httpx2
 import openai
 
 from mapo_jax.config import RoleConfig
+from mapo_jax.environment.allowance import waiting
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.forms import excerpt, whole_characters
 from mapo_jax.environment.live.keys import scrubber
@@ -235,7 +236,8 @@ class Server:
         for number in range(self._attempts):
             await wait()
             # A place is held for the attempt alone: others may use it while this call waits.
-            place = await self._places.get()
+            with waiting():
+                place = await self._places.get()
             started = time.monotonic()
             try:
                 async with asyncio.timeout(self._call_seconds):
@@ -252,7 +254,8 @@ class Server:
                 # Without its cause, whose text and request may hold the key.
                 raise failure from None
             backoff = self._first_wait * 2**number * random.uniform(0.5, 1.5)
-            await asyncio.sleep(min(LONGEST_WAIT, max(backoff, asked)))
+            with waiting():
+                await asyncio.sleep(min(LONGEST_WAIT, max(backoff, asked)))
         raise AssertionError("unreachable")
 
     async def _attempt(

@@ -48,12 +48,7 @@ def run_load(config: Config, training: Sequence[Scenario], validation: int) -> d
       validation: how many validation cards there are.
     """
     steps, every = config.training.steps, config.evaluation.every
-    cards = training[:_SAMPLED_CARDS]
-    opening = _mean([_opening(card) for card in cards])
-    turns = {name: Load() for name in ROLES}
-    for card in cards:
-        for name, load in _dialogue(card, config).items():
-            turns[name] = turns[name] + load * (1 / len(cards))
+    opening, turns = _averages(config, training)
     evaluations = len({*range(0, steps, every), steps})
     evaluated = min(validation, config.evaluation.scenarios)
     openings = steps * config.rollout.scenarios + evaluations * evaluated
@@ -71,6 +66,24 @@ def run_load(config: Config, training: Sequence[Scenario], validation: int) -> d
     # A class of the user's own may ask no model; it is called all the same.
     asks = {name: getattr(config.environment, name).model is not None for name in (*ROLES, HELD_OUT)}
     return {name: load if asks[name] else Load(load.calls) for name, load in loads.items()}
+
+
+def step_load(config: Config, training: Sequence[Scenario]) -> dict[str, Load]:
+    """The load of one training step by role; arguments as of `run_load`."""
+    opening, turns = _averages(config, training)
+    loads = {
+        name: load * (config.rollout.scenarios * config.rollout.rollouts) for name, load in turns.items()
+    }
+    loads["user"] += opening * config.rollout.scenarios
+    return loads
+
+
+def _averages(config: Config, training: Sequence[Scenario]) -> tuple[Load, dict[str, Load]]:
+    """The load of a first message, and by role that of a dialogue."""
+    cards = training[:_SAMPLED_CARDS]
+    dialogues = [_dialogue(card, config) for card in cards]
+    turns = {name: _mean([dialogue[name] for dialogue in dialogues]) for name in ROLES}
+    return _mean([_opening(card) for card in cards]), turns
 
 
 def live_forecast(config: Config, training: Sequence[Scenario], validation: int) -> str:
@@ -99,6 +112,15 @@ def live_forecast(config: Config, training: Sequence[Scenario], validation: int)
             lines.append(f"  the {name} has no price: set environment.{name}.prices")
         if hours := _shortest(load, role) / 60:
             lines.append(f"  the {name}'s limits per minute let this through in {hours:,.1f} hours at best")
+    most = config.environment.step_seconds
+    for name, load in step_load(config, training).items():
+        seconds = 60 * _shortest(load, getattr(config.environment, name))
+        if seconds > most:
+            lines.append(
+                f"  the {name}'s limits per minute let a step through in {seconds:,.0f} seconds at best, and "
+                f"environment.step_seconds={most:g} leaves out what is unfinished then, long dialogues "
+                "first: raise it"
+            )
     return "\n".join(lines)
 
 

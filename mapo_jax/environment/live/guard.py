@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from mapo_jax.environment.allowance import allow
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure
 from mapo_jax.environment.live.calls import CallLog
 from mapo_jax.environment.roles import Roles
@@ -58,18 +58,28 @@ class Guarded:
     """The three roles behind limits of time. `begin` before every collection."""
 
     def __init__(
-        self, roles: Roles, watch: Watch, log: CallLog, *, dialogue_seconds: float, step_seconds: float
+        self,
+        roles: Roles,
+        watch: Watch,
+        log: CallLog,
+        *,
+        dialogue_seconds: float,
+        step_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args:
 
         roles: whom to guard.
         watch: told of every call, but not of those that a limit here cut off.
         log: where what was lost is counted, and what a limit cut off is written down.
-        dialogue_seconds: longest time that one dialogue may wait for its roles, all turns together.
-        step_seconds: longest time from `begin` to the last call.
+        dialogue_seconds: longest time that one dialogue may wait for its roles, all turns together. What
+          calls wait for their turn (`allowance.waiting`) is not counted: it is the longer the more turns a
+          dialogue has, and would leave out long ones.
+        step_seconds: longest time from `begin` to the last call, waits included.
+        clock: for tests.
         """
         self._roles, self._watch, self._log = roles, watch, log
-        self._dialogue_seconds, self._step_seconds = dialogue_seconds, step_seconds
+        self._dialogue_seconds, self._step_seconds, self._clock = dialogue_seconds, step_seconds, clock
         self.begin()
 
     @property
@@ -79,7 +89,7 @@ class Guarded:
 
     def begin(self) -> None:
         """Starts the clocks of a collection."""
-        self._deadline = time.monotonic() + self._step_seconds
+        self._deadline = self._clock() + self._step_seconds
         self._spent: dict[tuple[str, int], float] = defaultdict(float)
 
     async def open(self, scenario: Scenario, seed: int) -> str:
@@ -100,15 +110,14 @@ class Guarded:
 
     async def _bounded(self, role: str, scenario: Scenario, seed: int, call: Awaitable[T]) -> T:
         dialogue = scenario.id, seed
-        started = time.monotonic()
-        left = min(self._deadline - started, self._dialogue_seconds - self._spent[dialogue])
+        time_left = self._dialogue_seconds - self._spent[dialogue]
         try:
-            async with asyncio.timeout(max(0.0, left)) as limit:
+            async with allow(time_left, self._deadline, self._clock) as allowance:
                 result = await call
         except TimeoutError:
-            if not limit.expired():
+            if not allowance.expired:
                 raise
-            which = "step" if self._deadline <= time.monotonic() else "dialogue"
+            which = "step" if self._deadline <= self._clock() else "dialogue"
             failure = RoleFailure("timeout", f"the time of the {which} is used up")
             self._log.failed(role, failure, final=True, seed=seed)
             self._log.lost[failure.kind] += 1
@@ -118,6 +127,6 @@ class Guarded:
             self._watch.note(role, failure)
             raise
         finally:
-            self._spent[dialogue] += time.monotonic() - started
+            self._spent[dialogue] += allowance.used
         self._watch.note(role, None)
         return result

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from mapo_jax.environment.allowance import waiting
 from mapo_jax.errors import UserError
 
 MINUTE = 60.0
@@ -38,17 +39,21 @@ class PerMinute:
         """Waits until `amount` fits; returns what `correct` wants, None without a limit."""
         if not self._limit:
             return None
-        async with self._turn:
-            while True:
-                now = self._clock()
-                while self._passed and self._passed[0][0] <= now - MINUTE:
-                    self._sum -= self._passed.popleft()[1]
-                if not self._passed or self._sum + amount <= self._limit:
-                    entry = [now, amount]
-                    self._passed.append(entry)
-                    self._sum += amount
-                    return entry
-                await self._sleep(self._passed[0][0] + MINUTE - now)
+        with waiting():
+            async with self._turn:
+                return await self._pass(amount)
+
+    async def _pass(self, amount: float) -> list[float]:
+        while True:
+            now = self._clock()
+            while self._passed and self._passed[0][0] <= now - MINUTE:
+                self._sum -= self._passed.popleft()[1]
+            if not self._passed or self._sum + amount <= self._limit:
+                entry = [now, amount]
+                self._passed.append(entry)
+                self._sum += amount
+                return entry
+            await self._sleep(self._passed[0][0] + MINUTE - now)
 
     def correct(self, entry: list[float] | None, amount: float) -> None:
         """Puts the true amount in the place of the one that was taken, once it is known."""

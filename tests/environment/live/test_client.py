@@ -10,6 +10,7 @@ import zlib
 import pytest
 
 from mapo_jax.config import RoleConfig
+from mapo_jax.environment.allowance import allow
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.client import (
     ATTEMPTS,
@@ -21,7 +22,7 @@ from mapo_jax.environment.live.client import (
     retry_after,
 )
 from mapo_jax.environment.live.keys import scrubber
-from mapo_jax.environment.live.limits import estimate_tokens
+from mapo_jax.environment.live.limits import PerMinute, estimate_tokens
 
 KEY = "sk-test-1234567890abcdef"
 CHAT = [{"role": "user", "content": "Hello."}]
@@ -430,3 +431,39 @@ def test_a_key_is_found_however_it_is_spelled():
         assert scrubber(key)(f"<{text} >") == "<[key] >", text
     assert scrubber(key)("sk-b and sk-a alone") == "sk-b and sk-a alone"
     assert scrubber(None)("x") == scrubber("abc")("x") == "x"
+
+
+@pytest.mark.parametrize("wait", ["place", "attempt", "minute"])
+def test_a_calls_time_is_that_of_its_attempts(serve, monkeypatch, wait):
+    """On a clock that only the server's answers and our own sleeps move."""
+    clock = [0.0]
+    sleep = asyncio.sleep
+
+    async def slept(seconds):
+        clock[0] += 1e6 if seconds > 0 else 0.0
+        await sleep(0)
+
+    def answer(request, number):
+        clock[0] += 100
+        return ("status", 429, {"retry-after": "7"}) if wait == "attempt" and number == 1 else "Fine."
+
+    server = serve(answer)
+
+    async def run():
+        config = RoleConfig(url=server.url, model="m")
+        async with Server(config, concurrency=1) as client:
+            if wait == "attempt":
+                monkeypatch.setattr(asyncio, "sleep", slept)
+            if wait == "minute":
+                client._requests = PerMinute(1, clock=lambda: clock[0] / 1e4, sleep=slept)
+
+            async def one(seed):
+                async with allow(1e9, 1e9, lambda: clock[0]) as allowance:
+                    await client(CHAT, seed=seed, schema=None)
+                return allowance.used
+
+            return await asyncio.gather(one(1), one(2))
+
+    used = asyncio.run(run())
+    monkeypatch.undo()
+    assert sorted(used) == ([100, 200] if wait == "attempt" else [100, 100])

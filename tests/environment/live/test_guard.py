@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from mapo_jax.environment.allowance import waiting
 from mapo_jax.environment.dialogue import DialogueState, RoleFailure
 from mapo_jax.environment.live.calls import CallLog
 from mapo_jax.environment.live.guard import WINDOW, Guarded, Watch, WorldFailing
+from mapo_jax.environment.live.limits import PerMinute
 from mapo_jax.environment.roles import Roles
 from mapo_jax.environment.scenario import load_scenarios
 
@@ -30,10 +32,10 @@ class Slow:
     open = act = reply = score
 
 
-def guard(role, share=1.0, dialogue=10.0, step=10.0):
+def guard(role, share=1.0, dialogue=10.0, step=10.0, **options):
     log = CallLog()
     return Guarded(
-        Roles(role, role, role), Watch(share), log, dialogue_seconds=dialogue, step_seconds=step
+        Roles(role, role, role), Watch(share), log, dialogue_seconds=dialogue, step_seconds=step, **options
     ), log
 
 
@@ -141,3 +143,97 @@ def test_a_defect_of_a_role_is_not_hidden():
     guarded, _ = guard(Broken())
     with pytest.raises(AttributeError):
         asyncio.run(guarded.score(state(), "Yes."))
+
+
+class Limited(Slow):
+    """A role behind a limit of one request per minute; each call then works for `seconds` of a clock."""
+
+    def __init__(self, seconds, clock, sleep, samples=1):
+        super().__init__(seconds)
+        self.clock, self.samples = clock, samples
+        self.gate = PerMinute(1, clock=clock, sleep=sleep)
+
+    async def score(self, state, reply):
+        async def sample():
+            await self.gate.take()
+            self.clock.now += self.seconds
+            await asyncio.sleep(0)  # here a call without time left is cut off
+
+        await asyncio.gather(*[sample() for _ in range(self.samples)])
+        return "scored"
+
+    open = act = reply = score
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    async def sleep(self, seconds):
+        await asyncio.sleep(0)
+        self.now += seconds
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_waits_for_a_limit_per_minute_are_not_the_dialogues_time(samples):
+    """Eight turns of 2 s, each after a minute's wait or three: only the former fit into 20 s, or do not."""
+    clock = Clock()
+    guarded, log = guard(Limited(2.0, clock, clock.sleep, samples), dialogue=20.0, step=1e6, clock=clock)
+
+    async def run():
+        for _ in range(8):
+            assert await guarded.score(state(), "Yes.") == "scored"
+
+    asyncio.run(run())
+    assert clock.now > 7 * 60 and not log.lost
+
+    clock = Clock()
+    guarded, log = guard(Limited(21.0, clock, clock.sleep), dialogue=20.0, step=1e6, clock=clock)
+
+    async def work_too_long():
+        with pytest.raises(RoleFailure, match="the time of the dialogue"):
+            for _ in range(2):
+                await guarded.score(state(), "Yes.")
+
+    asyncio.run(work_too_long())
+
+
+@pytest.mark.parametrize("which", ["dialogue", "step"])
+def test_after_a_wait_a_hanging_role_is_cut_off_and_the_step_ends_a_wait(which):
+    class Waits(Slow):
+        async def score(self, state, reply):
+            with waiting():
+                await asyncio.sleep(0.3 if which == "dialogue" else 30)
+            began.append(True)
+            await asyncio.sleep(30)
+
+    began = []
+    guarded, log = guard(Waits(), dialogue=0.1, step=10.0 if which == "dialogue" else 0.3)
+    with pytest.raises(RoleFailure, match=f"timeout: the time of the {which}"):
+        asyncio.run(guarded.score(state(), "Yes."))
+    assert began == [True] * (which == "dialogue") and log.lost == {"timeout": 1}
+
+
+def test_a_sample_that_outlives_its_call_disturbs_nothing():
+    class Leaves(Slow):
+        async def score(self, state, reply):
+            async def sample():
+                with waiting():
+                    await go_on.wait()
+                return "late"
+
+            left.append(asyncio.ensure_future(sample()))
+            await asyncio.sleep(0)
+            return "scored"
+
+    left, go_on = [], asyncio.Event()
+
+    async def run():
+        guarded, _ = guard(Leaves())
+        assert await guarded.score(state(), "Yes.") == "scored"
+        go_on.set()
+        return await left[0]
+
+    assert asyncio.run(run()) == "late"
