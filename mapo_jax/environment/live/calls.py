@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.call_cache import CallCache, Completion, address
+from mapo_jax.environment.live.call_cache import CallCache, address
+from mapo_jax.environment.roles import Completion
 
 FAILURES_FILE = "failures.jsonl"
 

@@ -15,8 +15,8 @@ import openai
 
 from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.call_cache import Completion
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
+from mapo_jax.environment.roles import Completion
 
 ATTEMPTS = 4
 _POOL = 16  # connections of one pool, which looks at each of them for every request

@@ -7,8 +7,9 @@ import sqlite3
 import pytest
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.call_cache import CallCache, Completion
+from mapo_jax.environment.live.call_cache import CallCache
 from mapo_jax.environment.live.calls import Caller, CallLog, call_figures
+from mapo_jax.environment.roles import Completion
 from mapo_jax.errors import UserError
 
 CHAT = [{"role": "user", "content": "Hello."}]

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
-from mapo_jax.environment.live.call_cache import Completion
 from mapo_jax.environment.live.calls import Caller, CallLog
 from mapo_jax.environment.live.director import LiveDirector, director_messages, to_action
 from mapo_jax.environment.live.forms import DirectionForm
 from mapo_jax.environment.live.judge import LiveJudge, judge_messages, median
 from mapo_jax.environment.live.start import estimate_start, start_messages
 from mapo_jax.environment.live.user import LiveUser, user_messages
+from mapo_jax.environment.roles import Completion
 from mapo_jax.environment.scenario import INDICATORS, LANGUAGES, load_scenarios
 
 CARD = replace(load_scenarios()[0], start=(1, 1, 0, 1, 1, 3, 1, 1, 2))
