@@ -81,6 +81,14 @@ def test_answers_of_other_settings_are_left_alone(tmp_path, console):
         ask(Scripted, PROMPTS, Folder(tmp_path / "file", ANSWERS), SETTINGS, console)
 
 
+def test_answers_of_version_0_1_are_added_to(tmp_path, console):
+    """Its settings named keys that are gone."""
+    folder = Folder(tmp_path, ANSWERS)
+    ask(Scripted, PROMPTS, folder, {**SETTINGS, "rollout.top_p": 1.0, "rollout.lanes": None}, console)
+    ask(Scripted, PROMPTS, folder, SETTINGS, console)
+    assert len(folder.rows()) == len(PROMPTS)
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path, console):
     folder = Folder(tmp_path, ANSWERS)
     with folder.opened(SETTINGS), pytest.raises(UserError, match="another process is at work"):
