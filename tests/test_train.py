@@ -438,6 +438,23 @@ def test_a_run_that_lacks_a_part_is_refused_and_not_begun_again(
     assert content_of(folder) == before
 
 
+@pytest.mark.parametrize("size", ["20k", "140k"])
+def test_a_full_disk_is_one_sentence(model_folder, cache, tmp_path, size):
+    """Full when the model's files are written, and when the first dialogues are."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        result = run(overrides(model_folder, disk / "run", cache))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert f"the disk that holds {disk / 'run'}" in line and "is full; free some space" in line
+
+
 def test_weights_that_are_not_finite_are_named(model_folder, cache, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(model_folder, broken)

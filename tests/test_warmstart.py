@@ -84,6 +84,21 @@ def test_it_is_found_again_whatever_does_not_determine_it(made, cache, monkeypat
             warmstart.run_warmstart(_config(cache, change), console=_quiet())
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "warmstart.json", "checksums.json"])
+def test_a_damaged_one_is_refused_by_its_file(made, cache, name):
+    file = made / name
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 16]) + whole[middle + 1 :])
+    try:
+        with pytest.raises(
+            UserError, match=rf"{name} is missing or not as it was written; remove that folder"
+        ):
+            warmstart.run_warmstart(_config(cache), console=_quiet())
+    finally:
+        file.write_bytes(whole)
+
+
 def test_the_gate_is_asked_for_a_finished_one_too(made, cache):
     with pytest.raises(UserError, match="too weak"):
         warmstart.run_warmstart(_config(cache, "warmstart.min_naming_ratio=2"), console=_quiet())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,7 @@ from mapo_jax.running.checkpoint import (
     restore_base,
     restore_params,
 )
+from mapo_jax.running.metrics import full_disk_is_a_user_error
 from mapo_jax.running.processes import share_of
 from mapo_jax.tokenizer import load_tokenizer, write_tokenizer
 
@@ -259,13 +261,19 @@ def engine_for(
 
 
 def save_model_files(run_folder: Path | str, policy: Policy) -> None:
-    """Writes what a run's checkpoints lack to be a model: its shape and its tokenizer."""
+    """Writes what a run's checkpoints lack to be a model: its shape and its tokenizer.
+
+    Raises:
+      UserError: the disk is full.
+    """
     folder = as_path(run_folder) / MODEL_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    if not in_bucket(folder):
-        _write_model_files(folder, policy)
-        return
-    with tempfile.TemporaryDirectory(prefix="mapo_jax.") as here:
+    with ExitStack() as stack:
+        stack.enter_context(full_disk_is_a_user_error(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        if not in_bucket(folder):
+            _write_model_files(folder, policy)
+            return
+        here = stack.enter_context(tempfile.TemporaryDirectory(prefix="mapo_jax."))
         _write_model_files(Path(here), policy)
         copy_files(Path(here), folder)
 
