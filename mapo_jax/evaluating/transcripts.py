@@ -61,9 +61,9 @@ def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: 
     """Reads conversations from JSON lines.
 
     A content is text or a list of text parts (`speech.text_of`); the assistant's reasoning is left out, and a
-    reply of null or of reasoning alone is no answer. System messages are passed over, neighbouring messages of
-    one side are one message, and what the assistant says before the user has spoken (a greeting) is not judged,
-    nor is a last message without a reply.
+    reply of null or of reasoning alone is no answer. System messages are passed over, neighbouring messages
+    of one side are one message, and what the assistant says before the user has spoken (a greeting) is not
+    judged, nor is a last message without a reply.
 
     Args:
       cards: known by their ids.
