@@ -260,16 +260,68 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
       UserError: an unknown key (the nearest known one is named), a value of the wrong type, a
         combination that cannot work, or a file that cannot be read.
     """
+    return _load({} if path is None else _read_yaml(Path(path)), str(path), overrides)
+
+
+def load_run_config(
+    path: str | Path, overrides: Sequence[str] = (), *, without: Sequence[str] = ()
+) -> Config:
+    """The configuration in a run folder, which may be somebody else's.
+
+    Args:
+      path: the run's `config.yaml`.
+      overrides: as of `load_config`.
+      without: dotted sections and keys of the file that have their defaults instead.
+
+    Raises:
+      UserError: as of `load_config`; or the file holds an interpolation (`${...}`), which would read what is
+        on this machine, such as its environment variables.
+    """
+    content = _read_yaml(Path(path))
+    _refuse_interpolations(content, str(path))
+    for dotted in without:
+        *sections, name = dotted.split(".")
+        holder: Any = content
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict):
+            holder.pop(name, None)
+    return _load(content, str(path), overrides)
+
+
+def _refuse_interpolations(content: dict, source: str) -> None:
+    waiting: list[tuple[str, Any]] = [("", content)]
+    for number, (key, value) in enumerate(waiting):
+        if number > _MOST_VALUES:  # also a file whose aliases hold themselves
+            raise UserError(
+                f"{source} holds more than {_MOST_VALUES} values, so it is no configuration of a run"
+            )
+        if isinstance(value, str) and "${" in value:
+            raise UserError(
+                f"{source}: `{key}` holds an interpolation, which is not followed in a run's own "
+                "configuration; write the value there"
+            )
+        if isinstance(value, dict):
+            waiting += [(f"{key}.{name}".lstrip("."), part) for name, part in value.items()]
+            waiting += [(key, name) for name in value]
+        elif isinstance(value, list):
+            waiting += [(key, part) for part in value]
+
+
+_MOST_VALUES = 10_000
+
+
+def _load(content: dict, source: str, overrides: Sequence[str]) -> Config:
     merged = OmegaConf.structured(Config)
-    if path is not None:
-        merged = _merge(merged, _read_yaml(Path(path)), source=str(path))
+    if content:
+        merged = _merge(merged, content, source=source)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise UserError(f"`{override}` is no override; write it as key=value, e.g. training.steps=20")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             value = text
         merged = _merge(merged, _nest(key, value), source=f"override `{override}`")
     config = OmegaConf.to_object(merged)
@@ -312,7 +364,7 @@ def _read_yaml(path: Path) -> dict:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also a date or a number that is none
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(content).__name__}")

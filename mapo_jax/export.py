@@ -21,6 +21,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +32,10 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from mapo_jax.commands import run_command
-from mapo_jax.config import Config, load_config
+from mapo_jax.config import Config, load_run_config, to_yaml
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.files import read_object, write_whole
 from mapo_jax.model import peft
 from mapo_jax.model.head import logits
 from mapo_jax.model.huggingface import (
@@ -93,7 +94,7 @@ def export(
         raise UserError(f"the output {output} is not empty; export never overwrites: give another folder")
     if not (run / CONFIG_FILE).is_file():
         raise UserError(f"{run} is no run folder (no {CONFIG_FILE}); give the folder of a training run")
-    config = load_config(run / CONFIG_FILE)
+    config = load_run_config(run / CONFIG_FILE)
     step = int(checkpoint_folder(run, step).name)
     policy = read_policy(run, config.rollout)
     lora = policy.config.lora
@@ -281,7 +282,7 @@ def model_card(
         "The complete configuration:",
         "",
         "```yaml",
-        _public_yaml(run / CONFIG_FILE),
+        _public_yaml(config),
         "```",
         "",
         "## What it was trained on",
@@ -332,11 +333,8 @@ _WARMSTART_DATA = (
 )
 
 
-def _public_yaml(file: Path) -> str:
+def _public_yaml(config: Config) -> str:
     """The run's configuration; of paths only the last part, since the card travels."""
-    import yaml
-
-    content = yaml.safe_load(file.read_text())
     for section, key in (
         ("run", "directory"),
         ("run", "compilation_cache"),
@@ -345,9 +343,10 @@ def _public_yaml(file: Path) -> str:
         ("warmstart", "data"),
         ("warmstart", "cache"),
     ):
-        if content.get(section, {}).get(key):
-            content[section][key] = Path(content[section][key]).name
-    return yaml.safe_dump(content, sort_keys=False).rstrip()
+        values = getattr(config, section)
+        if path := getattr(values, key):
+            config = replace(config, **{section: replace(values, **{key: Path(path).name})})
+    return to_yaml(config).rstrip()
 
 
 def _scores(file: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -406,8 +405,10 @@ def _benchmark_lines(run: Path, step: int) -> list[str]:
     lines = []
     for name, title, line in _BENCHMARKS:
         file = run / "evaluations" / f"{name}_step_{step:06d}" / "scores.json"
-        if file.is_file():
-            lines.append(f"- {title}: {line(json.loads(file.read_text()))}")
+        if (scores := read_object(file)) is None:
+            continue
+        with suppress(KeyError, TypeError, ValueError, AttributeError):  # not as the benchmark writes them
+            lines.append(f"- {title}: {line(scores)}")
     return ["", "Benchmarks, as `python -m mapo_jax.evaluate` reports them:", "", *lines] if lines else []
 
 
@@ -503,7 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         say(f"step {step} of {options.run} is in {options.output}: read again and found the same")
         if options.check:
-            difference = check_logits(options.output, load_config(Path(options.run) / CONFIG_FILE))
+            difference = check_logits(options.output, load_run_config(Path(options.run) / CONFIG_FILE))
             say(f"transformers computes the same logits: they differ by at most {difference:.1e}")
 
     return run_command(command)

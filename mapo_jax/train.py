@@ -30,7 +30,7 @@ from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.readings import reading_metrics
 from mapo_jax.errors import UserError
-from mapo_jax.files import in_bucket, part_name, part_of, write_whole
+from mapo_jax.files import in_bucket, part_name, part_of, read_object, write_whole
 from mapo_jax.learning import batch as rows
 from mapo_jax.learning.programs import rows_per_dialogue
 from mapo_jax.learning.train_state import TrainState
@@ -243,7 +243,9 @@ def evaluate(run: Run, state: TrainState, done: int) -> None:
     Once training has begun, a live world that fails here costs this evaluation and no more.
     """
     file = run.folder / "evaluations" / f"step_{done:06d}.json"
-    if run.hosts.exchange("before an evaluation", file.exists())[0]:
+    if run.hosts.exchange("before an evaluation", read_object(file) is not None)[
+        0
+    ]:  # a cut one is held again
         return
     config = run.config
     run.evaluator.load(run.sampling_weights(state.weights), done)
@@ -285,8 +287,7 @@ def score_judge(run: Run, folder: Path, done: int) -> None:
     run.display.phase("judge")
     levels = run.world.score_calibration(run.config.training.seed + EVALUATION_STREAM + done, run.stop.check)
     beginning = folder / "step_000000_judge.json"
-    first = json.loads(beginning.read_text()) if beginning.exists() else None
-    metrics = health.summary(levels, first) | run.world.metrics()
+    metrics = health.summary(levels, read_object(beginning)) | run.world.metrics()
     run.writer.write(done, metrics)
     write_whole(file, json.dumps(levels, indent=1))
     for warning in health.warnings(metrics):
@@ -418,11 +419,13 @@ def conclude(run: Run, console: Console) -> None:
     ]
     helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
     write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
-    if all(file.exists() for file in files):
-        first, last = (json.loads(file.read_text()) for file in files)
+    first, last = map(read_object, files)
+    if first is not None and last is not None:
         console.print(results_table(first, last, helper))
-    else:
+    elif last is None:
         console.print("the last validation could not be held; the same command tries it again")
+    else:
+        console.print(f"{files[0]} is missing or damaged, so before and after are not compared")
     try:
         if in_bucket(run.folder):
             raise UserError("it lies in a bucket; copy the folder to a disk")

@@ -409,6 +409,18 @@ def test_a_finished_run_is_left_alone(undisturbed, model_folder, cache):
     assert_same(before, content(folder))
 
 
+def test_evaluation_files_that_are_cut_end_no_run(undisturbed, model_folder, cache, tmp_path, capsys):
+    folder, file = tmp_path / "cut", "evaluations/step_{:06d}.json"
+    shutil.copytree(undisturbed[0], folder)
+    for step in (0, STEPS):
+        whole = (folder / file.format(step)).read_text()
+        (folder / file.format(step)).write_text(whole[: len(whole) // 2])
+    config = load_config(None, overrides(model_folder, folder, cache))
+    train.train(config, Console(highlight=False, width=200))
+    assert "step_000000.json is missing or damaged" in capsys.readouterr().out
+    assert (folder / file.format(STEPS)).read_text() == whole  # held again, the same
+
+
 def test_a_report_that_fails_does_not_fail_the_run(undisturbed, model_folder, cache, monkeypatch, capsys):
     folder, _ = undisturbed
 
@@ -452,8 +464,10 @@ def test_adapters_are_trained_killed_continued_and_trained_on(model_folder, cach
 
 
 def test_a_run_continues_from_another_runs_weights(undisturbed, cache, tmp_path):
-    folder = tmp_path / "second"
-    result = run(overrides(undisturbed[0], folder, cache, training__steps=1, checkpoint__every=5))
+    folder, theirs = tmp_path / "second", tmp_path / "theirs"
+    shutil.copytree(undisturbed[0], theirs)
+    (theirs / "config.yaml").write_text("[: nothing of it is read")
+    result = run(overrides(theirs, folder, cache, training__steps=1, checkpoint__every=5))
     assert result.returncode == 0, result.stderr
     first = json.loads((folder / "evaluations" / "step_000000.json").read_text())
     last = json.loads((undisturbed[0] / "evaluations" / f"step_{STEPS:06d}.json").read_text())

@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mapo_jax.config import differing_keys
 from mapo_jax.errors import UserError
-from mapo_jax.evaluation.speech import text_of
 from mapo_jax.files import encodable, write_whole
 from mapo_jax.json_files import read_json, read_rows
 from mapo_jax.running.checkpoint import HARMLESS_KEYS
 from mapo_jax.running.metrics import full_disk_is_a_user_error
+from mapo_jax.scores.speech import text_of
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
 

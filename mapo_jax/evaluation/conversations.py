@@ -19,8 +19,8 @@ from mapo_jax.evaluation.answers import Answer, Folder, append, progress
 from mapo_jax.evaluation.endpoint import Calls, Endpoint, together
 from mapo_jax.evaluation.local import LocalModel
 from mapo_jax.evaluation.role_loop import RoleLoop
-from mapo_jax.evaluation.speech import spoken, text_of
 from mapo_jax.rollout.collect import Dialogue, derive_seed, finished_groups
+from mapo_jax.scores.speech import spoken, text_of
 
 DIALOGUES = "dialogues.jsonl"
 

@@ -34,9 +34,9 @@ from mapo_jax.evaluation.answers import Folder, append, progress
 from mapo_jax.evaluation.conversations import to_row
 from mapo_jax.evaluation.endpoint import together
 from mapo_jax.evaluation.role_loop import RoleLoop
-from mapo_jax.evaluation.speech import spoken, text_of
 from mapo_jax.json_files import read_rows
 from mapo_jax.rollout.collect import derive_seed
+from mapo_jax.scores.speech import spoken, text_of
 
 JUDGED = "judged.jsonl"
 NO_ANSWER = "no answer"
@@ -61,9 +61,9 @@ def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: 
     """Reads conversations from JSON lines.
 
     A content is text or a list of text parts (`speech.text_of`); the assistant's reasoning is left out, and a
-    reply of null or of reasoning alone is no answer. System messages are passed over, neighbouring messages of
-    one side are one message, and what the assistant says before the user has spoken (a greeting) is not judged,
-    nor is a last message without a reply.
+    reply of null or of reasoning alone is no answer. System messages are passed over, neighbouring messages
+    of one side are one message, and what the assistant says before the user has spoken (a greeting) is not
+    judged, nor is a last message without a reply.
 
     Args:
       cards: known by their ids.

@@ -286,7 +286,7 @@ def _read_config(file: Path, notes: list[str]) -> Mapping[str, Any]:
     except FileNotFoundError:
         notes.append(f"{file.name} is missing, so the settings are unknown")
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         notes.append(f"{file.name} cannot be read ({_short(error)}), so the settings are unknown")
         return {}
     if not isinstance(content, dict):
@@ -352,7 +352,7 @@ def _read_evaluations(folder: Path, evaluations: dict[int, dict[str, float]], no
 def _read_json(file: Path, notes: list[str], what: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{what} cannot be read ({_short(error)})")
         return {}
     return content if isinstance(content, dict) else {}
@@ -416,7 +416,7 @@ def _json(line: bytes) -> Any:
     except ValueError:
         try:
             return json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 

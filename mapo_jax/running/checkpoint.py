@@ -30,7 +30,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mapo_jax.config import HELD_OUT, ROLES, Config, differing_keys, to_yaml
 from mapo_jax.errors import UserError
-from mapo_jax.files import as_path, in_bucket, write_whole
+from mapo_jax.files import as_path, in_bucket, read_object, write_whole
 from mapo_jax.learning.train_state import TrainState
 from mapo_jax.running.metrics import EVENTS_FOLDER, METRICS_FILE, full_disk_is_a_user_error
 
@@ -185,7 +185,8 @@ def best_steps(run_folder: Path | str, steps: Sequence[int]) -> list[int]:
     returns = {}
     for step in steps:
         file = folder / f"step_{step:06d}.json"
-        if file.exists() and (value := json.loads(file.read_text()).get("return/mean")) is not None:
+        value = (read_object(file) or {}).get("return/mean")
+        if isinstance(value, int | float):
             returns[step] = value
     return sorted(returns, key=lambda step: (returns[step], step), reverse=True)
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from mapo_jax.errors import UserError
-from mapo_jax.evaluation.speech import spoken, text_of
 from mapo_jax.json_files import read_json, read_rows
 from mapo_jax.scores.bootstrap import intervals
+from mapo_jax.scores.speech import spoken, text_of
 
 PARSINGS = ("benchmark", "strict")
 """`benchmark`: as the benchmark's own script does now. `strict`: as it did at first."""
