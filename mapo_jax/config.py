@@ -386,19 +386,27 @@ def _refusal(gone: Mapping[str, Any], places: Mapping[str, str]) -> str:
     )
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, without: Sequence[str] = ()
+) -> Config:
     """Reads a YAML file and `key=value` overrides on top of the defaults, and validates the result.
 
     Args:
       path: YAML file with any subset of the keys; None for the defaults, which `configs/tiny.yaml` lists.
       overrides: dotted assignments such as `training.steps=20`.
+      without: dotted sections and keys of the file that have their defaults instead: for a file, such as a
+        run's, that may be somebody else's.
 
     Raises:
       UserError: an unknown key (the nearest known one is named) or one that is gone, a value of the wrong
         type or out of bounds, a combination that cannot work, or a file that cannot be read.
     """
     content, places = ({}, {}) if path is None else settings.read_yaml(path)
-    values = settings.leaves(Config, content)
+    values = {
+        dotted: value
+        for dotted, value in settings.leaves(Config, content).items()
+        if not any(f"{dotted}.".startswith(f"{section}.") for section in without)
+    }
     gone = {dotted: values.pop(dotted) for dotted in GONE if dotted in values}
     if gone and Path(str(path)).name != RUN_FILE:
         raise UserError(_refusal(gone, places))

@@ -35,7 +35,7 @@ from mapo_jax.evaluation import judged_page as page
 from mapo_jax.evaluation.answers import ANSWERS, Answerer, Folder, Prompt, ask
 from mapo_jax.evaluation.items import HOMES, find_items
 from mapo_jax.evaluation.role_loop import RoleLoop
-from mapo_jax.evaluation.subject import Subject, add_options, find_subject
+from mapo_jax.evaluation.subject import TRUST, Subject, add_options, find_subject
 from mapo_jax.files import encodable, write_whole
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running.stop import Interrupted, StopRequest
@@ -202,11 +202,28 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
     """
     subject = find_subject(options, BENCHMARK_DIALOGUES)
     config = subject.config
-    cards = load_scenarios(
-        options.cards or config.environment.scenarios,
-        None if options.cards else options.split,
-        scripted=config.environment.family == "scripted",
-    )
+    scripted = config.environment.family == "scripted"
+    unused = subject.unused_world if scripted else None
+    try:
+        cards = load_scenarios(
+            options.cards or config.environment.scenarios,
+            None if options.cards else options.split,
+            scripted=scripted,
+        )
+    except UserError as error:
+        if unused is None:
+            raise
+        raise UserError(
+            f"{subject.name} was trained in a live world ({unused}), which is asked only with {TRUST} or by "
+            f"--config, and the scripted world cannot stand in for it: {error}"
+        ) from error
+    if unused is not None:
+        console.print(
+            f"note: {printable(subject.name)} was trained in a live world ({printable(unused)}); without "
+            f"{TRUST} nobody named in its own config.yaml is asked or imported, and the scripted world "
+            "takes its place",
+            soft_wrap=True,
+        )
     temperature = config.evaluation.temperature if options.temperature is None else options.temperature
     if options.max_tokens is not None:
         config = updated(config, {"rollout.max_reply_tokens": options.max_tokens})
@@ -376,6 +393,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--split", choices=SPLITS, default="test", help="of our cards (default: test)")
     command.add_argument("--cards", metavar="PATH", help="other cards: a file or a folder, all of them")
     add_options(command, source)
+    command.add_argument(
+        TRUST,
+        action="store_true",
+        help="of a run with a live world: send requests to the servers that its own config.yaml names, with "
+        "the keys in the environment variables named there, and import and run the classes named there",
+    )
     _common(command)
 
     command = commands.add_parser("emobench", help="EmoBench: what helps best, which emotion, and why")

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,10 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from mapo_jax.commands import run_command
-from mapo_jax.config import Config, load_config
+from mapo_jax.config import Config, load_config, to_yaml, updated
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.files import read_object, write_whole
 from mapo_jax.model import peft
 from mapo_jax.model.head import logits
 from mapo_jax.model.huggingface import (
@@ -283,7 +283,7 @@ def model_card(
         "The complete configuration:",
         "",
         "```yaml",
-        _public_yaml(run / CONFIG_FILE),
+        _public_yaml(config),
         "```",
         "",
         "## What it was trained on",
@@ -334,11 +334,8 @@ _WARMSTART_DATA = (
 )
 
 
-def _public_yaml(file: Path) -> str:
+def _public_yaml(config: Config) -> str:
     """The run's configuration; of paths only the last part, since the card travels."""
-    import yaml
-
-    content = yaml.safe_load(file.read_text("utf-8"))
     for section, key in (
         ("run", "directory"),
         ("run", "compilation_cache"),
@@ -347,9 +344,9 @@ def _public_yaml(file: Path) -> str:
         ("warmstart", "data"),
         ("warmstart", "cache"),
     ):
-        if content.get(section, {}).get(key):
-            content[section][key] = Path(content[section][key]).name
-    return yaml.safe_dump(content, sort_keys=False).rstrip()
+        if path := getattr(getattr(config, section), key):
+            config = updated(config, {f"{section}.{key}": Path(path).name})
+    return to_yaml(config).rstrip()
 
 
 def _scores(file: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -406,8 +403,10 @@ def _benchmark_lines(run: Path, step: int) -> list[str]:
     lines = []
     for name, title, line in _BENCHMARKS:
         file = run / "evaluations" / f"{name}_step_{step:06d}" / "scores.json"
-        if file.is_file():
-            lines.append(f"- {title}: {line(json.loads(file.read_text()))}")
+        if (scores := read_object(file)) is None:
+            continue
+        with suppress(KeyError, TypeError, ValueError, AttributeError):  # not as the benchmark writes them
+            lines.append(f"- {title}: {line(scores)}")
     return ["", "Benchmarks, as `python -m mapo_jax.evaluate` reports them:", "", *lines] if lines else []
 
 

@@ -127,7 +127,7 @@ def read_override(root: type[Section], override: str) -> dict[str, Any]:
         raise UserError(f"`{override}` is no override; write it as key=value, e.g. training.steps=20")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     field = fields(root).get(dotted)
     if field and field.annotation in _TEXT and isinstance(value, int | float | datetime.date):

@@ -245,7 +245,7 @@ def finish_update(
     """
     figures = fetch(updates)
     if figures["actor/skipped"]:
-        raise UserError(_not_finite(run, at.step, float(updates[0]["actor/skipped"]) > 0))
+        raise UserError(not_finite(run, at.step, float(updates[0]["actor/skipped"]) > 0))
     values = np.asarray(advantages)[scored] if scored.any() else np.zeros(1)
     return figures | {
         "advantages/mean": float(values.mean()),
@@ -255,7 +255,7 @@ def finish_update(
     }
 
 
-def _not_finite(run: Run, step: int, at_once: bool) -> str:
+def not_finite(run: Run, step: int, at_once: bool) -> str:
     """What to do about an update that is not finite; `at_once`: it is the first of its step."""
     what = f"the loss or gradient of step {step + 1} is not finite, so its update was not applied; "
     if step == 0 and at_once:

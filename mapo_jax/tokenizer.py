@@ -176,7 +176,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         named = json.loads(settings.read_text()).get("tokenizer_class") if settings.exists() else None
         qwen = named in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
         loader = transformers.Qwen2Tokenizer if qwen else transformers.AutoTokenizer
-        return loader.from_pretrained(str(folder), local_files_only=True)
+        return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error

@@ -111,7 +111,7 @@ def conclude(run: Run) -> None:
     write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
     first, last = map(read_object, files)
     if first is None:
-        console.print("the validation before the first step is missing, so there is nothing to compare with")
+        console.print(f"{files[0]} is missing or damaged, so before and after are not compared")
     elif last is None:
         console.print("the last validation could not be held; the same command tries it again")
     else:

@@ -371,6 +371,10 @@ def test_the_card_has_the_split_the_curve_and_the_benchmarks_of_its_checkpoint(r
     assert "64 cards; 16 for validation and 16 for tests are kept apart" in card
     assert "(curve.png)" in card
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    for number, content in enumerate(('{"score": 23.5, "pars', "null", '{"score": {}}', "[" * 100_000)):
+        file.write_text(content)
+        export(folder, tmp_path / f"out{number}")
+        assert "- EQ-Bench v2" not in (tmp_path / f"out{number}" / "README.md").read_text()
 
 
 def test_the_scores_are_those_up_to_the_exported_step(run, tmp_path):

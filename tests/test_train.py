@@ -480,9 +480,21 @@ def test_weights_that_are_not_finite_are_named(model_folder, cache, tmp_path, ca
 def test_what_is_advised_after_an_update_that_is_not_finite_can_be_done(steps, step, at_once, words):
     config = load_config(None, ["model.path=MODEL", "model.dtype=bfloat16"])
     run = SimpleNamespace(config=config, folder="RUN", checkpoints=SimpleNamespace(steps=steps))
-    told = train.not_finite(run, step, at_once)
+    told = stages.not_finite(run, step, at_once)
     assert words in told and f"step {step + 1} is not finite" in told
     assert ("model.path=RUN" in told) == bool(steps)
+
+
+def test_evaluation_files_that_are_cut_end_no_run(undisturbed, model_folder, cache, tmp_path, capsys):
+    folder, file = tmp_path / "cut", "evaluations/step_{:06d}.json"
+    shutil.copytree(undisturbed[0], folder)
+    for step in (0, STEPS):
+        whole = (folder / file.format(step)).read_text()
+        (folder / file.format(step)).write_text(whole[: len(whole) // 2])
+    config = load_config(None, overrides(model_folder, folder, cache))
+    train.train(config, Console(highlight=False, width=200))
+    assert "step_000000.json is missing or damaged" in capsys.readouterr().out
+    assert (folder / file.format(STEPS)).read_text() == whole  # held again, the same
 
 
 def test_a_report_that_fails_does_not_fail_the_run(undisturbed, model_folder, cache, monkeypatch, capsys):
@@ -528,8 +540,10 @@ def test_adapters_are_trained_killed_continued_and_trained_on(model_folder, cach
 
 
 def test_a_run_continues_from_another_runs_weights(undisturbed, cache, tmp_path):
-    folder = tmp_path / "second"
-    result = run(overrides(undisturbed[0], folder, cache, training__steps=1, checkpoint__every=5))
+    folder, theirs = tmp_path / "second", tmp_path / "theirs"
+    shutil.copytree(undisturbed[0], theirs)
+    (theirs / "config.yaml").write_text("[: nothing of it is read")
+    result = run(overrides(theirs, folder, cache, training__steps=1, checkpoint__every=5))
     assert result.returncode == 0, result.stderr
     first = json.loads((folder / "evaluations" / "step_000000.json").read_text())
     last = json.loads((undisturbed[0] / "evaluations" / f"step_{STEPS:06d}.json").read_text())

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from mapo_jax.commands import run_command
-from mapo_jax.environment.scenario import DOMAINS, INDICATORS, read_cards
+from mapo_jax.environment.scenario import DOMAINS, INDICATORS, print_problems, read_cards
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.files import encodable, write_whole
 
 UNTOLD = "没有提到。"
 _MOST = 1500  # characters of one field
@@ -199,8 +199,8 @@ def import_sage(path: Path) -> list[dict[str, Any]]:
     cards = []
     for number, line in enumerate(_read(path).rstrip("\n").split("\n"), start=1):
         try:
-            cards.append(sage_card(json.loads(line)))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            cards.append(sage_card(encodable(json.loads(line))))
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"{path}, line {number} is no SAGE profile: {error!r}") from error
     return cards
 
@@ -214,16 +214,19 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
       UserError: a missing or unreadable file.
     """
     stories = {
-        entry.get("剧本编号"): entry
+        str(entry.get("剧本编号")): entry
         for entry in _json(folder / "scenarios" / "character_stories.json")
         if isinstance(entry, dict)
     }
     starts: dict[str, dict[str, int]] = {}
     for file in sorted(folder.rglob("iedr_batch_results.json")):
-        for entry in _json(file):
-            levels = entry.get("iedr") or {}
-            if all(f"{name[0]}.{name[1]}" in levels for name in INDICATORS):
-                starts[entry["script_id"]] = {name: levels[f"{name[0]}.{name[1]}"] for name in INDICATORS}
+        try:
+            for entry in _json(file):
+                levels = entry.get("iedr") or {}
+                if all(f"{name[0]}.{name[1]}" in levels for name in INDICATORS):
+                    starts[entry["script_id"]] = {name: levels[f"{name[0]}.{name[1]}"] for name in INDICATORS}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} holds no start states as EMPA has them: {error!r}") from error
     files = sorted((folder / "character_setting").glob("script_*.md"))
     if not files:
         raise UserError(
@@ -234,7 +237,12 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
         if file.stem not in stories:
             raise UserError(f"scenarios/character_stories.json has no story for {file.name}")
         name = f"empa-{file.stem.removeprefix('script_').lower()}"
-        cards.append(empa_card(name, _read(file), stories[file.stem], starts.get(file.stem)))
+        try:
+            cards.append(empa_card(name, _read(file), stories[file.stem], starts.get(file.stem)))
+        except (TypeError, AttributeError) as error:
+            raise UserError(
+                f"the story or the text of {file.name} is not as EMPA has it: {error!r}"
+            ) from error
     return cards
 
 
@@ -247,8 +255,8 @@ def _read(path: Path) -> str:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        return encodable(json.loads(_read(path)))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -270,8 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = [json.dumps(card | {"domain": options.domain}, ensure_ascii=False) for card in cards]
         write_whole(options.output, "\n".join(lines) + "\n")
         sound, problems = read_cards(options.output)
-        for problem in problems:
-            print(problem, file=sys.stderr)
+        print_problems(problems)
         print(f"{len(sound)} cards in {options.output}, {len(problems)} problems")
         missing = sum(not card.start for card in sound)
         if missing:

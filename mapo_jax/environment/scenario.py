@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from mapo_jax.commands import printable
 from mapo_jax.errors import UserError
 
 DOMAINS = ("life", "health", "leisure", "values", "relations", "career")
@@ -232,7 +233,7 @@ def read_cards(path: Path) -> tuple[list[Scenario], list[str]]:
         except UnicodeDecodeError as error:
             problems.append(f"{file} is not valid UTF-8: {error}")
             continue
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # also a date or a number that is none
             problems.append(f"{file} is not valid YAML: {' '.join(str(error).split())}")
             continue
         if not isinstance(cards, list) or not cards:
@@ -259,7 +260,7 @@ def _lines(text: str, file: Path, problems: list[str]) -> list[Any]:
         if line.strip():
             try:
                 values.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problems.append(f"{file}, line {number} is not valid JSON: {error}")
     return values
 
@@ -297,6 +298,9 @@ class _Reader:
     def string(self, value: Any, field: str, check: Callable[[str], str | None] | None = None) -> Any:
         if not isinstance(value, str) or not value.strip():
             self.note(field, f"must be text, not {value!r}")
+            return None
+        if re.search("[\ud800-\udfff]", value):
+            self.note(field, "holds half of a surrogate pair, which is no character; write it whole")
             return None
         problem = check(value) if check else None
         if problem:
@@ -542,6 +546,12 @@ def to_mapping(scenario: Scenario) -> dict[str, Any]:
     return card
 
 
+def print_problems(problems: Sequence[str]) -> None:
+    """Prints what `read_cards` found on standard error, a line each, whatever the cards hold."""
+    for problem in problems:
+        print(printable(problem).replace("\n", "\\n"), file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`check PATH`: prints every problem, or a summary of the cards; 0 when all are sound, else 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -549,8 +559,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("usage: python -m mapo_jax.environment.scenario check PATH", file=sys.stderr)
         return 2
     scenarios, problems = read_cards(Path(arguments[1]))
-    for problem in problems:
-        print(problem, file=sys.stderr)
+    print_problems(problems)
     print(f"{len(scenarios)} sound cards, {len(problems)} problems")
     for without, what in (
         ([s for s in scenarios if not s.start], "no start: estimate it with python -m mapo_jax.rate"),

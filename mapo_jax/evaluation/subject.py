@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mapo_jax.config import Config, load_config
+from mapo_jax.config import HELD_OUT, ROLES, Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Answerer
 from mapo_jax.evaluation.endpoint import Endpoint, only_model
@@ -31,6 +31,7 @@ class Subject:
     path: str | None  # of a local model
     step: int | None
     endpoint: str | None
+    unused_world: str | None = None  # the live roles that a run's own configuration names, where not trusted
 
     def output(self, benchmark: str) -> Path:
         """Where results go by default."""
@@ -75,6 +76,10 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
     Raises:
       UserError: no such folder, run or step, an endpoint that does not answer, or a bad configuration.
     """
+    if options.trust_run_world and not (
+        options.model is not None and (Path(options.model) / CHECKPOINTS_FOLDER).is_dir()
+    ):
+        raise UserError(f"{TRUST} is for --model RUN, whose own configuration it trusts; leave it out")
     if options.endpoint is not None:
         config = load_config(options.config, (*(() if options.config else defaults), *options.overrides))
         name = options.endpoint_model or only_model(options.endpoint)
@@ -102,12 +107,67 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
         raise UserError(f"the run {path} is half written: it has no {CONFIG_FILE}")
     if not (path / MODEL_FOLDER / "config.json").is_file():
         raise UserError(f"the run {path} is half written: it has no {MODEL_FOLDER}/config.json")
-    config = load_config(options.config or own, options.overrides)
+    config, unused_world = _run_config(own, options)
     step = int(checkpoint_folder(path, options.step).name)
     name, suffix = f"{path.resolve().name} step {step}", f"_step_{step:06d}"
     return Subject(
-        name, identity | {"step": step}, path / "evaluations", suffix, config, str(path), step, None
+        name,
+        identity | {"step": step},
+        path / "evaluations",
+        suffix,
+        config,
+        str(path),
+        step,
+        None,
+        unused_world,
     )
+
+
+TRUST = "--trust-run-world"
+
+# Of a run's own configuration, which may be somebody else's: who plays the world would be sent requests and
+# keys, or be imported; a folder of compiled programs holds machine code.
+_ROLE_KEYS = tuple(f"environment.{role}" for role in (*ROLES, HELD_OUT))
+_CODE_KEYS = ("run.compilation_cache",)
+
+
+def _run_config(own: Path, options: argparse.Namespace) -> tuple[Config, str | None]:
+    """The configuration for a run, and who plays its live world, where they are not asked.
+
+    What `--config` names is the user's word. Of the run's own file live roles count only under
+    `--trust-run-world`.
+    """
+    if options.config is not None:
+        if options.trust_run_world:
+            raise UserError(
+                f"--config names the configuration, so {TRUST} has no effect; leave one of them out"
+            )
+        return load_config(options.config, options.overrides), None
+    if options.trust_run_world:
+        return load_config(own, options.overrides, without=_CODE_KEYS), None
+    roles = _live_roles(load_config(own, without=_CODE_KEYS))
+    if roles is None:
+        return load_config(own, options.overrides, without=(*_CODE_KEYS, *_ROLE_KEYS)), None
+    without = (*_CODE_KEYS, *_ROLE_KEYS, "environment.family")
+    try:
+        return load_config(own, options.overrides, without=without), roles
+    except UserError as error:
+        if not any(override.startswith("environment.") for override in options.overrides):
+            raise
+        raise UserError(f"{error} (those that {own} names count only with {TRUST})") from error
+
+
+def _live_roles(config: Config) -> str | None:
+    """Who plays the live world of a configuration; None for the scripted one."""
+    if config.environment.family != "live":
+        return None
+    named = []
+    for name in (*ROLES, HELD_OUT):
+        role = getattr(config.environment, name)
+        if who := role.implementation or role.model:
+            where = f" at {role.url}" if role.url else ""
+            named.append(f"{name.replace('_', ' ')} {who}{where}")
+    return ", ".join(named)
 
 
 def add_options(parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup) -> None:
@@ -132,4 +192,5 @@ def add_options(parser: argparse.ArgumentParser, source: argparse._MutuallyExclu
     parser.add_argument(
         "--config", metavar="FILE", help="configuration (default: a run's own, else the defaults)"
     )
+    parser.set_defaults(trust_run_world=False)  # only where a world is needed there is the option
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.dtype=bfloat16")

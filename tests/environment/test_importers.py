@@ -124,3 +124,44 @@ def test_a_broken_line_is_named(tmp_path, capsys, text):
     (tmp_path / "p.jsonl").write_text(text + "\n")
     assert run("sage", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl") == 2
     assert "line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "null",
+        "[]",
+        "[" * 100_000,
+        "9" * 5000,
+        json.dumps(PROFILE | {"player": 7}),
+        json.dumps(PROFILE | {"id": 7}),
+    ],
+)
+def test_a_line_that_is_no_profile_is_one_sentence(tmp_path, capsys, line):
+    source = tmp_path / "p.jsonl"
+    source.write_text(json.dumps(PROFILE) + "\n" + line + "\n")
+    assert run("sage", source, "--output", tmp_path / "cards.jsonl") == 2
+    error = capsys.readouterr().err
+    assert "line 2 is no SAGE profile" in error and "Traceback" not in error
+
+
+def test_half_a_character_of_a_profile_is_replaced(tmp_path):
+    source, output = tmp_path / "p.jsonl", tmp_path / "cards.jsonl"
+    source.write_text(json.dumps(PROFILE | {"task": "half \ud83d"}) + "\n")
+    assert run("sage", source, "--output", output) == 0
+    assert read_cards(output)[0][0].hope == "half \ufffd"
+
+
+@pytest.mark.parametrize(
+    ("story", "start"), [({"故事的经过": [1]}, []), ({}, [7]), ({}, [{"iedr": dict.fromkeys(
+        (f"{axis}.{n}" for axis in "CAP" for n in (1, 2, 3)), 1)}])]
+)  # fmt: skip
+def test_a_folder_that_is_not_as_empa_has_it_is_one_sentence(tmp_path, capsys, story, start):
+    (tmp_path / "character_setting").mkdir()
+    (tmp_path / "character_setting" / "script_001.md").write_text(CHARACTER)
+    (tmp_path / "scenarios").mkdir()
+    stories = [{"剧本编号": "script_001"} | story]
+    (tmp_path / "scenarios" / "character_stories.json").write_text(json.dumps(stories))
+    (tmp_path / "iedr_batch_results.json").write_text(json.dumps(start))
+    assert run("empa", tmp_path, "--output", tmp_path / "cards.jsonl") == 2
+    assert "as EMPA has" in capsys.readouterr().err

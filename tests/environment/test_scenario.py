@@ -12,6 +12,7 @@ from mapo_jax.environment.scenario import (
     INDICATORS,
     load_scenarios,
     main,
+    read_cards,
     start_position,
     to_mapping,
 )
@@ -217,3 +218,47 @@ def test_a_broken_line_of_jsonl_is_named(tmp_path, capsys):
     report = capsys.readouterr()
     assert "mine.jsonl, line 2 is not valid JSON" in report.err and "1 sound cards" in report.out
     assert "mine.jsonl, card two, story: is missing" in report.err  # what follows is looked at too
+
+
+def test_half_a_character_is_a_problem_of_its_card(tmp_path):
+    for number, path in enumerate((("topic",), ("person", "name"), ("dislike", 0), ("history", "youth"))):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(json.dumps(edited(path, "half \ud83d")))
+        with pytest.raises(UserError, match="holds half of a surrogate pair"):
+            load_scenarios(file)
+    file.write_text(json.dumps(edited(("topic",), "whole \U0001f600")))
+    assert load_scenarios(file)[0].topic == "whole \U0001f600"
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        edited(("id",), "\x1b]0;owned\x07\u202e\n0 problems"),
+        edited(("domain",), "\x1b[2J\ud83d"),
+        CARD | {"\x1b[31m": 1},
+        {"id": ["\x1b[2J"]},
+        "\x1b[2J",
+    ],
+)
+def test_a_check_prints_nothing_that_steers_a_terminal(tmp_path, capsys, card):
+    (tmp_path / "cards.jsonl").write_text(json.dumps(card))
+    assert main(["check", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert not {"\x1b", "\x07", "\u202e", "\ud83d"} & set(shown.out + shown.err)
+    assert "\n0 problems" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("cards.jsonl", "[" * 100_000),
+        ("cards.jsonl", "9" * 5000),
+        ("cards.yaml", "[" * 5000),
+        ("cards.yaml", "- {id: 2001-99-99}"),
+        ("cards.yaml", "- " + "9" * 5000),
+    ],
+)
+def test_what_a_parser_gives_up_on_is_a_problem(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    scenarios, problems = read_cards(tmp_path)
+    assert not scenarios and "is not valid" in problems[0]

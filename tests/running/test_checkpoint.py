@@ -99,6 +99,9 @@ def test_newest_and_best_are_kept(tmp_path):
         checkpoints.wait()
         assert checkpoints.steps == [1, 3, 4]
         assert best_steps(tmp_path, checkpoints.steps) == [1, 4]
+        (tmp_path / "evaluations" / "step_000003.json").write_text('{"return/mean": 7')  # cut
+        (tmp_path / "evaluations" / "step_000004.json").write_text("null")
+        assert best_steps(tmp_path, checkpoints.steps) == [1]
         checkpoints.save(4, make_state(9), {})  # already saved: left alone
         restored, _ = checkpoints.restore_latest(make_state())
         assert_same_bits(restored, make_state(4))
