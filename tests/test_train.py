@@ -19,16 +19,18 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from mapo_jax import train
+from mapo_jax import stages, train, validation
 from mapo_jax.config import load_config
 from mapo_jax.environment.scenario import load_scenarios
+from mapo_jax.learning.batch import minibatches
+from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
+from mapo_jax.learning.update import place
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.collect import Dialogue
-from mapo_jax.run import begin, prepare, scenario_deck
+from mapo_jax.run import Position, begin, open_run, scenario_deck
 from mapo_jax.running.checkpoint import checkpoint_folder, whole_steps
 from mapo_jax.running.metrics import METRICS_FILE
-from mapo_jax.running.stop import StopRequest
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 
 STEPS = 4
@@ -69,8 +71,9 @@ def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
         update=None,
         config=None,
         mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), "x"),
+        writer=None,
     )
-    train.warm_up(run, SimpleNamespace(weights=None))
+    stages.warm_up(run, Position(0, SimpleNamespace(weights=None), {}))
     assert not alive
 
 
@@ -126,7 +129,9 @@ def overrides(model_folder, folder, cache, **changes):
 DRIVER = """
 import os, signal, sys
 sys.modules["torch"] = None
+import mapo_jax.stages as stages
 import mapo_jax.train as train
+import mapo_jax.validation as validation
 from mapo_jax.running.checkpoint import Checkpoints
 from mapo_jax.running.display import Display
 trap, number = sys.argv[1], getattr(signal, sys.argv[2])
@@ -152,10 +157,10 @@ elif trap == "update":  # between the two updates of a step
 elif trap == "save":  # while the checkpoint is being written
     Checkpoints.save = after_calls(Checkpoints.save, 2)
 elif trap == "evaluation":
-    train.measure = after_calls(train.measure, 1)
+    validation.measure = after_calls(validation.measure, 1)
 elif trap == "length":  # in the second step's update, whose rows are padded to another length
-    lengths = iter([512] * 2 + [480] * 2)
-    train.row_length = lambda run, dialogues: next(lengths)
+    lengths = iter([512, 480, 480])
+    stages.row_length = lambda dialogues, lengths_of_run: next(lengths)
     train.place = after_calls(train.place, 3)
     wait = Checkpoints.save
     Checkpoints.save = lambda self, *what: (wait(self, *what), self.wait())
@@ -254,13 +259,26 @@ def test_a_saved_step_replays_to_the_same_weights(undisturbed, tmp_path):
     rollouts = config.rollout.rollouts
     dialogues = [flat[start : start + rollouts] for start in range(0, len(flat), rollouts)]
 
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
-        run, params = prepare(config, stack, stop, Console(quiet=True))
-        assert params is None  # a run goes on from its checkpoint alone
-        done, state = begin(run, params, scenario_deck(config))
-        assert done == STEPS - 1
-        state, _ = train.learn(run, state, dialogues, done)
+    with open_run(config, Console(quiet=True)) as run:
+        assert run.start is None  # a run goes on from its checkpoint alone
+        at = begin(run, scenario_deck(config))
+        assert at.step == STEPS - 1
+        cells = stages.lay_out_cells(run, dialogues)
+        masks, algorithm = (cells.valid, cells.scored), config.algorithm
+        rewards = turn_rewards(cells.positions, cells.scored, algorithm=algorithm)
+        returns = turn_returns(rewards, *masks, algorithm=algorithm)
+        advantages = turn_advantages(rewards, returns, *masks, algorithm=algorithm)
+        rows = stages.lay_out_rows(run, dialogues, advantages, cells.scored)
+        state, training = at.state, config.training
+        for minibatch in minibatches(
+            rows,
+            seed=training.seed,
+            step=at.step,
+            epochs=training.epochs,
+            scenarios=config.rollout.scenarios,
+            minibatch_scenarios=training.minibatch_scenarios,
+        ):
+            state, _ = run.update(state, place(minibatch, run.mesh))
     for one, other in zip(jax.tree.leaves(saved["params"]), jax.tree.leaves(state.params), strict=True):
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
@@ -503,7 +521,7 @@ def test_a_report_that_fails_does_not_fail_the_run(undisturbed, model_folder, ca
     def broken(folders):
         raise RuntimeError("no room for a page")
 
-    monkeypatch.setattr(train, "write_report", broken)
+    monkeypatch.setattr(validation, "write_report", broken)
     config = load_config(None, overrides(model_folder, folder, cache))
     train.train(config, Console(highlight=False, width=200))
     assert "no report was written (no room for a page)" in capsys.readouterr().out
