@@ -9,11 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
+from mapo_jax.commands import printable
 from mapo_jax.config import HELD_OUT, ROLES, Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Answerer
 from mapo_jax.evaluation.endpoint import Endpoint, only_model
 from mapo_jax.evaluation.local import EngineAnswerer, LocalModel, load_model
+from mapo_jax.files import encodable
 from mapo_jax.model.peft import base_folder, is_adapter
 from mapo_jax.running.checkpoint import CHECKPOINTS_FOLDER, CONFIG_FILE, checkpoint_folder
 from mapo_jax.running.policy import MODEL_FOLDER
@@ -84,7 +86,7 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
         config = load_config(options.config, (*(() if options.config else defaults), *options.overrides))
         name = options.endpoint_model or only_model(options.endpoint)
         identity = {"endpoint": options.endpoint, "model": name}
-        home = Path("evaluations") / name.strip("/").replace("/", "_")
+        home = Path("evaluations") / _folder_name(name)
         return Subject(name, identity, home, "", config, None, None, options.endpoint)
     path = Path(options.model)
     if not path.is_dir():
@@ -121,6 +123,12 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
         None,
         unused_world,
     )
+
+
+def _folder_name(model: str) -> str:
+    """A model's name, which a server chose, as that of a folder right here."""
+    name = printable(encodable(model)).strip("/").replace("/", "_").replace("\n", "_")[:100]
+    return name if name.strip(".") else "_"
 
 
 TRUST = "--trust-run-world"

@@ -144,7 +144,7 @@ def make_case(row: Mapping[str, Any], place: str) -> Case | None:
         if outcome is None:
             ending = state.ending(tuple(start), increments, PUBLISHED_LIMITS)
             outcome = ending.outcome if ending else None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         which = f"model {row['model']}" + (f", case {name}" if "case" in row else "")
         raise UserError(f"{place} ({which}) cannot be scored: {error}") from error
     rewards = incremental(distance(state.trajectory(start, increments))).tolist()

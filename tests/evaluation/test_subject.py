@@ -1,8 +1,13 @@
 """The commands with a model behind an endpoint."""
 
+import argparse
 import json
+from pathlib import Path
+
+import pytest
 
 from mapo_jax.evaluate import main
+from mapo_jax.evaluation.subject import find_subject
 from mapo_jax.scores import emobench
 
 EMOTIONS = ("Calm", "Sad", "Proud", "Afraid")
@@ -104,3 +109,21 @@ def test_emobench_asks_in_every_order(server, tmp_path):
     assert scores["accuracy_by_order"] == [1] * emobench.ORDERS and len(server.requests) == 20
     assert {request["temperature"] for request in server.requests} == {0.6}
     assert len({json.loads(line)["answer"] for line in (out / "answers.jsonl").open()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [
+        ("Qwen/Qwen3-8B", "Qwen_Qwen3-8B"),
+        ("llama3:8b", "llama3:8b"),
+        ("..", "_"),
+        ("/../..", ".._.."),
+        ("\x1b[2J\n\ud83d", "\\x1b[2J_\ufffd"),
+        ("x" * 300, "x" * 100),
+    ],
+)
+def test_a_servers_name_of_a_model_leaves_no_folder_of_evaluations(model, folder):
+    options = argparse.Namespace(
+        trust_run_world=False, endpoint="http://x/v1", endpoint_model=model, config=None, overrides=[]
+    )
+    assert find_subject(options).home == Path("evaluations") / folder

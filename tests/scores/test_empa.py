@@ -143,6 +143,7 @@ def test_dialogues_that_say_nothing_are_left_out():
         ({"model": "m", "start": START, "levels": [[3, 0, 0, 0, 0, 0]]}, "C progress is 3"),
         ({"model": "m", "start": START, "levels": [4]}, "line 3 .* cannot be scored"),
         ({"model": "m", "start": START, "levels": 4}, "line 3 .* cannot be scored"),
+        ({"model": "m", "start": [10**400, 0, 0], "levels": [[0] * 6]}, "line 3 .* cannot be scored"),
         ({"model": "m", "start": (-1, -1, 0), "levels": LEVELS}, "starts at rest"),
         ({"model": "m", "start": (-1, float("nan"), 0), "levels": LEVELS}, "three finite numbers"),
         ([1, 2], "line 3, holds list, not an object"),
