@@ -390,7 +390,7 @@ def test_a_step_that_all_processes_lose_is_an_outage_in_all(serve, well_formed, 
     ended = finish(launch(settings, folder, devices=1, **world, evaluation__scenarios=1))
     assert "pause 5 of 5" in ended[0][1]
     for status, _, errors in ended:
-        assert status == 2
+        assert status == 2, errors
         assert "none of the 4 dialogues has enough scored turns and a proper end; 0.02 minutes" in errors
 
 
