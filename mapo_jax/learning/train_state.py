@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
@@ -49,8 +50,8 @@ def create_state(
     initial = jax.jit(optimizer.transform.init, out_shardings=placed and placed.opt_state)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placed and placed.params)
     step = jnp.zeros((), jnp.int32)
-    if placed is not None:
-        step = jax.device_put(step, placed.step)
+    if placed is not None:  # from numpy: jax 0.10.2 puts a jax array wrongly where a process has one device
+        step = jax.device_put(np.zeros((), np.int32), placed.step)
     reference = reference and base is None
     return TrainState(trained, initial(trained), step, copy(trained) if reference else None, base)
 
