@@ -408,8 +408,8 @@ def _determinants(config: Config) -> dict[str, Any]:
             [
                 file
                 for source in _SOURCES
-                for file in sorted([_PACKAGE / source, *(_PACKAGE / source).rglob("*.py")])
-                if file.is_file()
+                for file in sorted([_PACKAGE / source, *(_PACKAGE / source).rglob("*")])
+                if file.suffix in (".py", ".yaml")
             ]
         ),
         "versions": {"jax": jax.__version__, "tokenizers": tokenizers.__version__},

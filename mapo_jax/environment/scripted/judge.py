@@ -1,4 +1,4 @@
-"""The scripted judge: reads the reply with the grammar, and scores it against what the user has said."""
+"""The scripted judge: parses the reply with the grammar and scores it against what the user has said."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ScriptedJudge:
         self._fault_rate = fault_rate
 
     async def score(self, state: DialogueState, reply: str) -> Judgement:
-        """The judgement, or a failure drawn by the dialogue's seed at the configured rate.
+        """The judgement, or a failure at the configured rate, drawn with the dialogue's seed.
 
         Raises:
           RoleFailure: an injected fault.
@@ -25,12 +25,14 @@ class ScriptedJudge:
             rng = random.Random(f"{state.seed}:{state.turn_count}:{reply}:fault")
             if rng.random() < self._fault_rate:
                 raise RoleFailure(rng.choice(FAILURE_KINDS), "injected")
-        found = assess_reply(state, reply, self._delayed_opening)
+        assessment = assess_reply(state, reply, self._delayed_opening)
         reading = {
-            "kind": found.kind,
-            "acts": list(found.acts),
-            "named": [{"what": what, "said": said, "right": right} for what, said, right in found.named],
-            "stage": found.stage,
-            "need": found.need,
+            "kind": assessment.kind,
+            "acts": list(assessment.acts),
+            "named": [
+                {"what": what, "said": filler, "right": right} for what, filler, right in assessment.named
+            ],
+            "stage": assessment.stage,
+            "need": assessment.need,
         }
-        return Judgement(found.levels, found.evidence, found.reasons, reading)
+        return Judgement(assessment.levels, assessment.evidence, assessment.reasons, reading)

@@ -55,21 +55,7 @@ def test_no_construction_is_short_of_variety():
 
 
 def user_sentences(card):
-    pools = (
-        lexicon.PARTICULAR,
-        lexicon.MEMORY,
-        lexicon.ASIDE,
-        lexicon.FEELING,
-        lexicon.VALUE,
-        lexicon.STRENGTH,
-        lexicon.STEP,
-        lexicon.CURT,
-        lexicon.CURT_PARTICULAR,
-        lexicon.TURNING,
-        lexicon.IDLE,
-        *lexicon.HINTS.values(),
-        *lexicon.REACTIONS.values(),
-    )
+    pools = (*lexicon.MESSAGES.values(), *lexicon.HINTS.values(), *lexicon.REACTIONS.values())
     for pool in pools:
         for frame in pool:
             yield realise(frame, {slot: texts[0] for slot, texts in fillers(card).items()})
