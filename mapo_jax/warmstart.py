@@ -67,6 +67,7 @@ OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0, b2
 _PACKAGE = Path(__file__).parent
 _SOURCES = (
     "environment/scripted",
+    "environment/card_schema.py",
     "environment/dialogue.py",
     "environment/scenario.py",
     "environment/state.py",

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from mapo_jax.commands import run_command
-from mapo_jax.environment.scenario import DOMAINS, INDICATORS, print_problems, read_cards
+from mapo_jax.environment.card_schema import DOMAINS, INDICATORS
+from mapo_jax.environment.scenario import print_problems, read_cards
 from mapo_jax.errors import UserError
 from mapo_jax.files import encodable, write_whole
 

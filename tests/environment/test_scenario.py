@@ -7,15 +7,8 @@ from collections import Counter
 import pytest
 import yaml
 
-from mapo_jax.environment.scenario import (
-    DOMAINS,
-    INDICATORS,
-    load_scenarios,
-    main,
-    read_cards,
-    start_position,
-    to_mapping,
-)
+from mapo_jax.environment.card_schema import DOMAINS, INDICATORS
+from mapo_jax.environment.scenario import load_scenarios, main, read_cards, start_position, to_mapping
 from mapo_jax.errors import UserError
 
 CARD = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from mapo_jax.environment.card_schema import PERIODS
 from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState, RoleFailure
 from mapo_jax.environment.live.calls import Complete
 from mapo_jax.environment.live.forms import DirectionForm, read
 from mapo_jax.environment.live.prompts import Messages, chat, render
 from mapo_jax.environment.live.user import revealed
-from mapo_jax.environment.scenario import AXES, PERIODS
+from mapo_jax.environment.state import AXES
 
 SCHEMA = DirectionForm.model_json_schema()
 LONGEST_GUIDANCE = 800  # characters: two sentences, and room for a talkative model

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mapo_jax.environment.card_schema import PERIODS
 from mapo_jax.environment.dialogue import Action, DialogueState, RoleFailure, Turn
 from mapo_jax.environment.live.calls import Complete
 from mapo_jax.environment.live.forms import spoken
 from mapo_jax.environment.live.prompts import Messages, chat, needs, render
-from mapo_jax.environment.scenario import PERIODS, Scenario
+from mapo_jax.environment.scenario import Scenario
 
 
 class LiveUser:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from mapo_jax.environment.scenario import AXES, UNSTATED, Scenario
+from mapo_jax.environment.card_schema import UNSTATED
+from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.grammar import HARMFUL, HELPFUL, Reading, Sentence, bare, coherent, read
 from mapo_jax.environment.scripted.lexicon import REACTIONS
 from mapo_jax.environment.scripted.mind import Mind, phrases
-from mapo_jax.environment.state import PROGRESS_POINTS
+from mapo_jax.environment.state import AXES, PROGRESS_POINTS
 
 NEED_AXIS = {"heard": "A", "weight": "A", "meaning": "C", "way": "P"}
 # The slot that a helpful act names, and what its filler is.

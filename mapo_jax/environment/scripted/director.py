@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+from mapo_jax.environment.card_schema import PERIODS
 from mapo_jax.environment.dialogue import Action, DialogueState
-from mapo_jax.environment.scenario import AXES, PERIODS
 from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.mind import Mind
+from mapo_jax.environment.state import AXES
 
 _MEMORY_SHARE = 0.2  # share of transitions at which a memory comes up first
 _MOST_MEMORIES = 4

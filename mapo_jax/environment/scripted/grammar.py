@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-from mapo_jax.environment.scenario import FEELINGS, UNSTATED, Scenario, load_scenarios
+from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
+from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.scripted.lexicon import CONSTRUCTIONS, HINTS, MESSAGES, REACTIONS
 
 # Acts that help when they fit the user's need.

@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
 from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
-from mapo_jax.environment.scenario import FEELINGS, UNSTATED, Scenario, load_scenarios
+from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.scripted.assessment import SLOT_OF, card_phrases, routine
 from mapo_jax.environment.scripted.director import ScriptedDirector
 from mapo_jax.environment.scripted.fold import mind_at

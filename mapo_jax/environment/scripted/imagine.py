@@ -12,18 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mapo_jax.environment.scenario import (
-    DOMAINS,
-    FEELINGS,
-    INDICATORS,
-    THRESHOLDS,
-    UNSTATED,
-    Person,
-    Scenario,
-    Stage,
-    Story,
-    load_scenarios,
-)
+from mapo_jax.environment.card_schema import DOMAINS, FEELINGS, INDICATORS, THRESHOLDS, UNSTATED
+from mapo_jax.environment.scenario import Person, Scenario, Stage, Story, load_scenarios
 from mapo_jax.environment.scripted.lexicon import IMAGINED
 
 _TWO_WORDS = 0.8  # share of particulars of two words

@@ -20,9 +20,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mapo_jax.environment.dialogue import Action
-from mapo_jax.environment.scenario import AXES, Scenario, Stage
+from mapo_jax.environment.scenario import Scenario, Stage
 from mapo_jax.environment.scripted.grammar import bare
 from mapo_jax.environment.scripted.lexicon import HINTS
+from mapo_jax.environment.state import AXES
 
 # Needs of the four stages by strongest axis: who lacks most on C or P needs meaning or a way sooner.
 NEEDS = {

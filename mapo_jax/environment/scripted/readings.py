@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
 from mapo_jax.environment.dialogue import DialogueState
-from mapo_jax.environment.scenario import FEELINGS, UNSTATED, load_scenarios
+from mapo_jax.environment.scenario import load_scenarios
 
 NAMED = ("situation", "feeling", "unstated", "strength", "step", "value")
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mapo_jax.config import RoleConfig
+from mapo_jax.environment.card_schema import INDICATORS, LANGUAGES
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
 from mapo_jax.environment.live.call_cache import CallCache
 from mapo_jax.environment.live.calls import Caller, CallLog
@@ -17,7 +18,7 @@ from mapo_jax.environment.live.judge import LiveJudge, judge_messages, median
 from mapo_jax.environment.live.start import estimate_start, start_messages
 from mapo_jax.environment.live.user import LiveUser, user_messages
 from mapo_jax.environment.roles import Completion
-from mapo_jax.environment.scenario import INDICATORS, LANGUAGES, load_scenarios
+from mapo_jax.environment.scenario import load_scenarios
 
 CARD = replace(load_scenarios()[0], start=(1, 1, 0, 1, 1, 3, 1, 1, 2))
 NOTHING = Judgement((0,) * 6, ("",) * 6, ("none",) * 6)

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from mapo_jax.environment.scenario import FEELINGS, UNSTATED, load_scenarios
+from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
+from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import lexicon
 from mapo_jax.environment.scripted.assessment import FRAME_MEMORY
 from mapo_jax.environment.scripted.grammar import (

@@ -13,7 +13,8 @@ from functools import cache
 import pytest
 
 from mapo_jax.config import EnvironmentConfig
-from mapo_jax.environment.scenario import FEELINGS, UNSTATED, load_scenarios
+from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
+from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import (

@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 
 from mapo_jax.config import EnvironmentConfig
+from mapo_jax.environment.card_schema import UNSTATED
 from mapo_jax.environment.dialogue import DialogueState, facts, from_facts
 from mapo_jax.environment.roles import open_dialogue, take_turn
-from mapo_jax.environment.scenario import UNSTATED, load_scenarios
+from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import bare
