@@ -14,15 +14,14 @@ from mapo_jax.environment.allowance import allow
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.client import (
     ATTEMPTS,
-    LARGEST_BODY,
     LONGEST_WAIT,
     CallFailed,
     Connections,
     Server,
-    retry_after,
 )
 from mapo_jax.environment.live.keys import scrubber
 from mapo_jax.environment.live.limits import PerMinute, estimate_tokens
+from mapo_jax.environment.live.transport import LARGEST_BODY, retry_after
 
 KEY = "sk-test-1234567890abcdef"
 CHAT = [{"role": "user", "content": "Hello."}]
