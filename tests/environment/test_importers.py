@@ -1,4 +1,4 @@
-"""Importing cards of others: labels, stages, start states, and the real SAGE profiles where there are any."""
+"""Importing cards: labels, stages, start states, and the real SAGE profiles if they are there."""
 
 import json
 

@@ -34,10 +34,7 @@ ATTEMPTS = 4
 LONGEST_WAIT = 30.0  # seconds between two attempts, whatever the server asks for
 _MOST_TOKENS = 2**53  # in one answer's usage: the largest whole number that every JSON parser represents
 _POOL = 16  # connections of one pool, which scans all of them for every request
-_PERMANENT_CODES = (
-    "insufficient_quota",
-    "billing_hard_limit_reached",
-)  # 429s for which waiting does not help
+_PERMANENT_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # of a 429 that no wait resolves
 _NO_SCHEMA_STATUS = (400, 404, 415, 422, 501)  # from servers that do not support `response_format`
 
 Messages = Sequence[Mapping[str, str]]
@@ -131,12 +128,13 @@ class Server:
         """Opens no connection yet.
 
         Args:
-          config: URL, model, sampling, limits. key: of the server, from `read_key`; never part of an error
-          message or an answer. call_seconds: longest attempt, from the request to the last byte. concurrency:
-          maximum of concurrent requests, without shared connections. attempts: maximum of attempts per call.
-          connections: shared connections to config.url, which their owner closes; None: opens and closes
-          some. on_attempt: called after every attempt, with its seconds if it succeeded, else the kind of its
-          failure.
+          config: URL, model, sampling, limits.
+          key: of the server, from `read_key`; never part of an error message or an answer.
+          call_seconds: longest attempt, from the request to the last byte.
+          concurrency: maximum of concurrent requests, without shared connections.
+          attempts: maximum of attempts per call.
+          connections: shared ones to config.url, which their owner closes; None: opens and closes its own.
+          on_attempt: called after every attempt, with its seconds if it succeeded, else its kind of failure.
 
         Raises:
           UserError: the URL is invalid.
@@ -164,8 +162,9 @@ class Server:
         """The model's answer; one cut at max_tokens is a failure.
 
         Args:
-          messages: the chat. seed: part of the request; servers that support it repeat their sample. schema:
-          JSON schema of the answer. Enforced by the server if it can; else appended to the last message.
+          messages: the chat.
+          seed: part of the request; servers that support it repeat their sample.
+          schema: JSON schema of the answer, enforced by the server if it can; else added to the last message.
 
         Raises:
           CallFailed: timeout, transport or malformed; after the last attempt, or at once.

@@ -174,8 +174,7 @@ def _behind_blocks(text: str) -> str:
 
 
 def read(text: str, form: type[Form], *, silent: bool = False) -> Form:
-    """Parses the only answer of this form in a model's text, which may have prose, fences and reasoning
-    around it.
+    """Parses the only answer of this form in a model's text; prose, fences and reasoning may surround it.
 
     Text within the answer is never taken for its surroundings: the text from the first brace after a leading
     <think> block to the last brace is parsed as JSON first. If that fails, the objects after the last

@@ -13,15 +13,8 @@ from mapo_jax.environment.scripted.mind import Mind, phrases
 from mapo_jax.environment.state import AXES, PROGRESS_POINTS
 
 NEED_AXIS = {"heard": "A", "weight": "A", "meaning": "C", "way": "P"}
-# The slot that a helpful act names, and what its filler is.
-SLOT_OF = {
-    "reflect_situation": "p",
-    "name_feeling": "f",
-    "name_unstated": "f",
-    "affirm_strength": "s",
-    "reframe": "v",
-    "offer_step": "t",
-}
+# For each helpful act: the slot that it names, and what the filler is.
+SLOT_OF = dict(zip(HELPFUL, "pffsvt", strict=True))
 WHAT = dict(zip(HELPFUL, ("situation", "feeling", "unstated", "strength", "value", "step"), strict=True))
 
 LONGEST_SENTENCES, LONGEST_WORDS = 3, 45

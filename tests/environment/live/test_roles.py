@@ -1,4 +1,4 @@
-"""The three roles over a model that says what the test tells it, and what they ask it."""
+"""The three roles on a model whose answers the test determines, and their prompts."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ NOTHING = Judgement((0,) * 6, ("",) * 6, ("none",) * 6)
 
 
 class Model:
-    """Says its lines in turn, or what `lines` makes of the seed."""
+    """Answers with its lines in turn, or with `lines(seed)`."""
 
     def __init__(self, *lines):
         self.lines, self.heard = list(lines), []
@@ -229,7 +229,7 @@ def test_a_person_who_lacks_nothing_is_asked_about_again():
 
 
 def test_no_reply_keeps_its_judge_from_scoring(serve, hostile_replies):
-    """Through prompt, server, cache and parser; the judge quotes each reply whole."""
+    """Through prompt, server, cache and parser; the judge quotes the whole reply."""
 
     def answer(request, number):
         lines = [line for line in request["messages"][1]["content"].split("\n") if "last reply" in line]

@@ -1,4 +1,4 @@
-"""Generation and recognition come from one table: what is said is read back; what is not in it is not."""
+"""Generation and recognition use one table: its sentences are recognised, others are not."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The scripted world from outside: determinism, the user's manners, the judge's scale, the long horizon."""
+"""The scripted world from outside: determinism, the user's messages, the judge's scale, long dialogues."""
 
 import asyncio
 import itertools
