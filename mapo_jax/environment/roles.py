@@ -32,7 +32,6 @@ class User(Protocol):
         Raises:
           RoleFailure: the call finally failed.
         """
-        ...
 
     async def reply(self, state: DialogueState) -> str:
         """The next message; `state.turns[-1].action` holds the director's guidance.
@@ -40,7 +39,6 @@ class User(Protocol):
         Raises:
           RoleFailure: the call finally failed.
         """
-        ...
 
 
 class Judge(Protocol):
@@ -52,7 +50,6 @@ class Judge(Protocol):
         Raises:
           RoleFailure: the call finally failed; the turn then stays unscored.
         """
-        ...
 
 
 class Director(Protocol):
@@ -64,7 +61,6 @@ class Director(Protocol):
         Raises:
           RoleFailure: the call finally failed.
         """
-        ...
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mapo_jax.environment.card_schema import PERIODS
 from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState, RoleFailure
 from mapo_jax.environment.live.calls import Complete, ask
@@ -15,12 +17,12 @@ LONGEST_GUIDANCE = 800  # characters; the prompt asks for two sentences
 _REMEMBERED_CALLS = 6
 
 
+@dataclass(frozen=True)
 class LiveDirector:
     """Never ends a dialogue: success does that before the director is called."""
 
-    def __init__(self, complete: Complete, max_turns: int) -> None:
-        """Args: complete: the model that plays the director. max_turns: of a dialogue."""
-        self._complete, self._max_turns = complete, max_turns
+    complete: Complete
+    max_turns: int  # of a dialogue
 
     async def act(self, state: DialogueState) -> Action:
         """One of dialogue.ACTIONS; its guidance includes what it reveals."""
@@ -28,8 +30,8 @@ class LiveDirector:
         def parse(text: str) -> Action:
             return to_action(read(text, DirectionForm), state)
 
-        messages = director_messages(state, self._max_turns)
-        return await ask(self._complete, state.scenario, messages, parse, seed=state.seed, schema=SCHEMA)
+        messages = director_messages(state, self.max_turns)
+        return await ask(self.complete, state.scenario, messages, parse, seed=state.seed, schema=SCHEMA)
 
 
 def director_messages(state: DialogueState, max_turns: int) -> Messages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.dialogue import DialogueState, Judgement, RoleFailure, Turn
@@ -17,22 +18,14 @@ SCHEMA = ReplyForm.model_json_schema()
 _SEED_STEP = 0x9E3779B1  # between the seeds of the samples of one reply
 
 
+@dataclass(frozen=True)
 class LiveJudge:
     """Scores the last reply; with several samples the median of each level."""
 
-    def __init__(
-        self,
-        complete: Complete,
-        samples: int = 1,
-        on_spread: Callable[[float], None] = lambda spread: None,
-    ) -> None:
-        """Args:
-
-        complete: the model that plays the judge.
-        samples: judgements per reply.
-        on_spread: called with the range of the samples' points of v_t, if there are several.
-        """
-        self._complete, self._samples, self._on_spread = complete, samples, on_spread
+    complete: Complete
+    samples: int = 1  # judgements per reply
+    # Called with the range of the samples' points of v_t, if there are several.
+    on_spread: Callable[[float], None] = lambda spread: None
 
     async def score(self, state: DialogueState, reply: str) -> Judgement:
         """The judgement; with several samples, that of the successful ones."""
@@ -41,7 +34,7 @@ class LiveJudge:
         samples = await asyncio.gather(
             *[
                 self._sample(card, messages, state.seed + index * _SEED_STEP, silent=not reply.strip())
-                for index in range(self._samples)
+                for index in range(self.samples)
             ],
             return_exceptions=True,
         )
@@ -51,14 +44,14 @@ class LiveJudge:
                 raise sample
         if len(judgements) > 1:
             totals = [sum(calculator.points(judgement.levels)) for judgement in judgements]
-            self._on_spread(max(totals) - min(totals))
+            self.on_spread(max(totals) - min(totals))
         return median(judgements)
 
     async def _sample(self, card: Scenario, messages: Messages, seed: int, *, silent: bool) -> Judgement:
         def parse(text: str) -> Judgement:
             return to_judgement(read(text, ReplyForm, silent=silent))
 
-        return await ask(self._complete, card, messages, parse, seed=seed % 2**32, schema=SCHEMA)
+        return await ask(self.complete, card, messages, parse, seed=seed % 2**32, schema=SCHEMA)
 
 
 def judge_messages(card: Scenario, turns: Sequence[Turn], message: str, reply: str) -> Messages:

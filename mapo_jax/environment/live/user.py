@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mapo_jax.environment.card_schema import PERIODS
 from mapo_jax.environment.dialogue import Action, DialogueState, RoleFailure, Turn
@@ -12,12 +13,11 @@ from mapo_jax.environment.live.prompts import Messages, chat, needs, render
 from mapo_jax.environment.scenario import Scenario
 
 
+@dataclass(frozen=True)
 class LiveUser:
     """Its prompt holds what has been revealed of the story, and nothing of what follows."""
 
-    def __init__(self, complete: Complete) -> None:
-        """Args: complete: the model that plays the user."""
-        self._complete = complete
+    complete: Complete
 
     async def open(self, scenario: Scenario, seed: int) -> str:
         """The first message."""
@@ -36,7 +36,7 @@ class LiveUser:
                 raise RoleFailure("malformed", "it has been said before, word for word", text)
             return words
 
-        return await ask(self._complete, card, user_messages(card, turns), parse, "user_repair", seed=seed)
+        return await ask(self.complete, card, user_messages(card, turns), parse, "user_repair", seed=seed)
 
 
 def user_messages(card: Scenario, turns: Sequence[Turn]) -> Messages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 from mapo_jax.environment.card_schema import PERIODS
 from mapo_jax.environment.dialogue import Action, DialogueState
@@ -16,15 +17,15 @@ _PATIENCE = 3  # replies that miss the need, after which the story moves on anyw
 _LAST_STAGE = 3
 
 
+@dataclass(frozen=True)
 class ScriptedDirector:
     """Pure given the state and its seed. Never ends a dialogue: only success does."""
 
-    def __init__(self, delayed_opening: bool = True) -> None:
-        self._delayed_opening = delayed_opening
+    delayed_opening: bool = True
 
     async def act(self, state: DialogueState) -> Action:
         """One of dialogue.ACTIONS."""
-        mind = mind_at(state, self._delayed_opening)
+        mind = mind_at(state, self.delayed_opening)
         if mind.closed:
             return Action("observe", None, "You have withdrawn; say little until you feel met again.")
         if mind.met:

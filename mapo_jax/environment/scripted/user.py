@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.environment.scenario import Scenario
@@ -17,20 +18,20 @@ _ATTEMPTS = 40  # draws for a message that is new; the second half adds an idle 
 _LONGEST = 30  # words that a message should stay below, as long as other draws are left
 
 
+@dataclass(frozen=True)
 class ScriptedUser:
     """Pure given the state and its seed; never repeats a message within a dialogue."""
 
-    def __init__(self, delayed_opening: bool = True) -> None:
-        self._delayed_opening = delayed_opening
+    delayed_opening: bool = True
 
     async def open(self, scenario: Scenario, seed: int) -> str:
         """The first message."""
         rng = random.Random(f"{seed}:{scenario.id}:open")
-        return _speak(rng, begin(scenario, self._delayed_opening), ())
+        return _speak(rng, begin(scenario, self.delayed_opening), ())
 
     async def reply(self, state: DialogueState) -> str:
         """The next message after a finished turn."""
-        mind = mind_at(state, self._delayed_opening)
+        mind = mind_at(state, self.delayed_opening)
         rng = random.Random(f"{state.seed}:{state.turn_count}:user")
         return _speak(rng, mind, tuple(turn.user for turn in state.turns))
 
