@@ -13,7 +13,7 @@ class Allowance:
     """The time of one call. The clock stops while it is in `waiting`.
 
     A call may make concurrent calls, as a judge with several samples does: while one of them waits, the clock
-    of the whole call stops. (Each attempt has a limit of its own.)
+    of the whole call stops. (Each attempt also has its own limit.)
     """
 
     def __init__(self, seconds: float, deadline: float, clock: Callable[[], float]) -> None:
@@ -51,7 +51,7 @@ class Allowance:
         self.timeout.reschedule(asyncio.get_running_loop().time() + max(0.0, min(left, until_deadline)))
 
     def close(self) -> None:
-        """Stops the clock for good."""
+        """Stops the clock."""
         self._used, self._open = self.used, False
 
 

@@ -76,7 +76,7 @@ async def open_dialogue(scenario: Scenario, seed: int, roles: Roles) -> str:
     """The user's first message, which the rollouts of a scenario share in one step.
 
     Raises:
-      RoleFailure: the user's call failed for good.
+      RoleFailure: the user's call finally failed.
     """
     return await roles.user.open(scenario, seed)
 

@@ -75,10 +75,7 @@ def bare(text: str) -> str:
 
 def _tokens(frame: str) -> list[str]:
     """Words of a construction in bare form; a slot is one token, such as {p}."""
-    parts = _SLOT.split(frame)  # text and slot letters by turns
-    return [
-        token for i, part in enumerate(parts) for token in ([f"{{{part}}}"] if i % 2 else bare(part).split())
-    ]
+    return re.findall(r"\{[pfsvt]\}|[a-z0-9']+", frame.lower())
 
 
 def _pattern(frame: str) -> re.Pattern[str]:
