@@ -27,8 +27,9 @@ from rich.console import Console
 
 from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_config, updated
+from mapo_jax.environment.card_schema import SPLITS
 from mapo_jax.environment.live.guard import WorldFailing
-from mapo_jax.environment.scenario import SPLITS, load_scenarios
+from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation import conversations, tables, transcripts
 from mapo_jax.evaluation import judged_page as page

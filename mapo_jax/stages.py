@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from mapo_jax.environment.dialogue import facts, from_facts
+from mapo_jax.environment.dialogue import from_stripped, strip_texts
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.readings import reading_metrics
 from mapo_jax.errors import UserError
@@ -159,11 +159,11 @@ def measure(
     No text of a dialogue travels between processes. `own` is sent with it; the first process also gets every
     process's part, the others get nothing.
     """
-    held = [(dialogue.scenario, facts(dialogue.state)) for group in dialogues for dialogue in group]
+    held = [(dialogue.scenario, strip_texts(dialogue.state)) for group in dialogues for dialogue in group]
     parts = run.hosts.report("figures", {"dialogues": held, "calls": run.world.drain(), **own})
     if parts is None:
         return {}, None
-    states = [from_facts(scenarios[s], what) for part in parts for s, what in part["dialogues"]]
+    states = [from_stripped(scenarios[s], what) for part in parts for s, what in part["dialogues"]]
     calls = run.world.metrics([part["calls"] for part in parts])
     return summarize(states, run.config.algorithm.discount) | reading_metrics(states) | calls, parts
 

@@ -67,6 +67,7 @@ OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0, b2
 _PACKAGE = Path(__file__).parent
 _SOURCES = (
     "environment/scripted",
+    "environment/card_schema.py",
     "environment/dialogue.py",
     "environment/scenario.py",
     "environment/state.py",
@@ -408,8 +409,8 @@ def _determinants(config: Config) -> dict[str, Any]:
             [
                 file
                 for source in _SOURCES
-                for file in sorted([_PACKAGE / source, *(_PACKAGE / source).rglob("*.py")])
-                if file.is_file()
+                for file in sorted([_PACKAGE / source, *(_PACKAGE / source).rglob("*")])
+                if file.suffix in (".py", ".yaml")
             ]
         ),
         "versions": {"jax": jax.__version__, "tokenizers": tokenizers.__version__},

@@ -1,4 +1,4 @@
-"""A dialogue as a value: finished turns, the judge's levels, and positions of the user's state."""
+"""A dialogue as a value: its turns, the judge's levels, and the positions of the user's state."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mapo_jax.environment.scenario import Scenario
 
 LEVEL_NAMES = ("C progress", "C harm", "A progress", "A harm", "P progress", "P harm")
 ACTIONS = (
-    "reveal_stage",  # tell the story's next stage
-    "reveal_memory",  # tell something of childhood, youth, adulthood or recent times
-    "shift_focus",  # let the user dwell on C, A or P
-    "turning_point",  # something happens
+    "reveal_stage",  # the user tells the next stage of the story
+    "reveal_memory",  # the user tells something of childhood, youth, adulthood or recent times
+    "shift_focus",  # the user stays with C, A or P
+    "turning_point",  # an event
     "continue",
     "observe",
     "end",  # on success only
@@ -24,9 +24,12 @@ FAILURE_KINDS = ("timeout", "transport", "malformed", "out_of_range")
 
 
 class RoleFailure(Exception):
-    """A call of a user, judge or director that failed for good; `kind` is one of FAILURE_KINDS.
+    """A call of a user, judge or director that finally failed.
 
-    `raw` is what a model answered, if that was the trouble.
+    Attributes:
+      kind: one of FAILURE_KINDS.
+      detail: what went wrong.
+      raw: the model's answer, if it was unusable.
     """
 
     def __init__(self, kind: str, detail: str = "", raw: str = "") -> None:
@@ -42,10 +45,10 @@ class Judgement:
     levels: tuple[int, int, int, int, int, int]  # progress 0..2, harm 0..-2
     evidence: tuple[str, str, str, str, str, str]
     reasons: tuple[str, str, str, str, str, str]
-    reading: Mapping[str, Any] | None = None  # scripted judge: what it saw in the reply
+    reading: Mapping[str, Any] | None = None  # scripted judge: how it parsed the reply
 
     def __post_init__(self) -> None:
-        """Raises RoleFailure (out_of_range) for a level that the scale does not have."""
+        """Raises RoleFailure (out_of_range) for a level outside its scale."""
         progress, harm = self.levels[0::2], self.levels[1::2]
         if len(self.levels) != 6 or not set(progress) <= {0, 1, 2} or not set(harm) <= {0, -1, -2}:
             raise RoleFailure("out_of_range", f"levels {self.levels}")
@@ -53,11 +56,11 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Action:
-    """What the director chose."""
+    """The director's choice."""
 
     kind: str  # one of ACTIONS
     target: str | None = None  # stage number, period of life, or axis
-    guidance: str = ""  # what the user is told
+    guidance: str = ""  # for the user's next message
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class DialogueState:
-    """Everything about a dialogue; what a role knows beyond it, it computes from it."""
+    """Everything about a dialogue. Roles keep no state: they compute theirs from it."""
 
     scenario: Scenario
     seed: int
     turns: tuple[Turn, ...]
-    user: str  # the message that awaits a reply; empty when the dialogue has ended
+    user: str  # the message that awaits a reply; empty after the end
     outcome: str | None = None  # success, failure, timeout, ended (by the director) or error
     failure: str | None = None  # kind of the user's or director's failure when the outcome is error
-    rule: str | None = None  # which rule of state.ending ended it
+    rule: str | None = None  # the rule of state.ending that ended it
 
     @property
     def turn_count(self) -> int:
@@ -102,25 +105,23 @@ class DialogueState:
 
     @cached_property
     def positions(self) -> tuple[tuple[float, float, float], ...]:
-        """(C, A, P) at the start and after each turn, unscored ones included."""
+        """(C, A, P) at the start and after each turn, including unscored ones."""
         return (self.scenario.start_position, *(turn.position for turn in self.turns))
 
     @cached_property
     def increments(self) -> tuple[tuple[float, float, float] | None, ...]:
         """`v_t` of each turn; None where the judge failed."""
-        return tuple(
-            calculator.points(turn.judgement.levels) if turn.judgement is not None else None
-            for turn in self.turns
-        )
+        judgements = (turn.judgement for turn in self.turns)
+        return tuple(judged and calculator.points(judged.levels) for judged in judgements)
 
     @property
     def energy(self) -> float:
-        """E so far: support in the direction from the start state to equilibrium."""
+        """E so far: progress in the direction from the start state to equilibrium, in points."""
         return calculator.energy_from_position(self.scenario.start_position, self.position)
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The dialogue as chat messages, the awaiting one included."""
+        """The dialogue as chat messages, including the one that awaits a reply."""
         chat = []
         for turn in self.turns:
             chat += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.reply}]
@@ -129,20 +130,17 @@ class DialogueState:
         return chat
 
 
-def facts(state: DialogueState) -> dict[str, Any]:
-    """What a dialogue came to as JSON values, without a word of what was said: all that figures need."""
+def strip_texts(state: DialogueState) -> dict[str, Any]:
+    """The dialogue as JSON values without any text; enough for every metric."""
 
-    def turn_facts(turn: Turn) -> dict[str, Any]:
-        judgement = turn.judgement
-        reading = None if judgement is None else judgement.reading
+    def strip(turn: Turn) -> dict[str, Any]:
+        reading = turn.judgement and turn.judgement.reading
         if reading is not None:
             named = [{"what": name["what"], "right": name["right"]} for name in reading.get("named", ())]
-            kept = {name: reading[name] for name in ("kind", "stage") if name in reading}
-            reading = kept | {"named": named}
-        levels = None if judgement is None else judgement.levels
+            reading = {key: reading[key] for key in ("kind", "stage") if key in reading} | {"named": named}
         return {
             "position": turn.position,
-            "levels": levels,
+            "levels": turn.judgement and turn.judgement.levels,
             "reading": reading,
             "failure": turn.failure,
             "truncated": turn.truncated,
@@ -153,25 +151,19 @@ def facts(state: DialogueState) -> dict[str, Any]:
         "outcome": state.outcome,
         "failure": state.failure,
         "rule": state.rule,
-        "turns": [turn_facts(turn) for turn in state.turns],
+        "turns": [strip(turn) for turn in state.turns],
     }
 
 
-def from_facts(scenario: Scenario, data: Mapping[str, Any]) -> DialogueState:
-    """A dialogue without words, of which every figure is as of the one that `facts` was given."""
-    none = ("",) * len(LEVEL_NAMES)
-    turns = tuple(
-        Turn(
-            user="",
-            reply="",
-            judgement=None
-            if turn["levels"] is None
-            else Judgement(tuple(turn["levels"]), none, none, turn["reading"]),
-            failure=turn["failure"],
-            position=tuple(turn["position"]),
-            action=None,
-            truncated=turn["truncated"],
-        )
-        for turn in data["turns"]
-    )
+def from_stripped(scenario: Scenario, data: Mapping[str, Any]) -> DialogueState:
+    """A dialogue without texts from the values of `strip_texts`; its metrics are those of the original."""
+    empty = ("",) * len(LEVEL_NAMES)
+
+    def restore(turn: Mapping[str, Any]) -> Turn:
+        levels = turn["levels"]
+        judgement = None if levels is None else Judgement(tuple(levels), empty, empty, turn["reading"])
+        position = tuple(turn["position"])
+        return Turn("", "", judgement, turn["failure"], position, action=None, truncated=turn["truncated"])
+
+    turns = tuple(map(restore, data["turns"]))
     return DialogueState(scenario, data["seed"], turns, "", data["outcome"], data["failure"], data["rule"])

@@ -1,10 +1,10 @@
-"""Cards from other collections: SAGE profiles, and folders of cards in EMPA's form. Both are Chinese.
+"""Imports cards from other collections: SAGE profiles, and EMPA's folders of cards. Both are Chinese.
 
     python -m mapo_jax.environment.importers sage profiles.jsonl --output cards.jsonl
     python -m mapo_jax.environment.importers empa FOLDER --output cards.jsonl
 
-What a source does not say is not invented: the card then says that it is not told. Cards without a start
-state get one from a judge (`python -m mapo_jax.rate`). The texts stay under their own licence.
+Texts that a source lacks become UNTOLD. A judge estimates missing start states (`python -m mapo_jax.rate`).
+The texts keep their licence.
 """
 
 from __future__ import annotations
@@ -14,59 +14,59 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mapo_jax.commands import run_command
-from mapo_jax.environment.scenario import DOMAINS, INDICATORS, print_problems, read_cards
+from mapo_jax.environment.card_schema import DOMAINS, INDICATORS
+from mapo_jax.environment.scenario import print_problems, read_cards
 from mapo_jax.errors import UserError
 from mapo_jax.files import encodable, write_whole
 
 UNTOLD = "没有提到。"
-_MOST = 1500  # characters of one field
+_LONGEST = 1500  # characters of one field
 
 
 def split_of(name: str) -> str:
-    """A tenth of the cards for validation, a tenth for the test, by name, so that more cards move none."""
-    part = hashlib.sha256(name.encode()).digest()[0] % 10
-    return {0: "validation", 1: "test"}.get(part, "train")
+    """A tenth of the cards each for validation and test, by name, so that new cards do not move others."""
+    tenth = hashlib.sha256(name.encode()).digest()[0] % 10
+    return {0: "validation", 1: "test"}.get(tenth, "train")
 
 
 def sections(text: str, labels: Sequence[str]) -> dict[str, str]:
-    """The text behind each of the labels that it holds, up to the next one.
+    """The text after each label, up to the next label.
 
-    A label stands at the start of a line, perhaps as a heading, bold, numbered or in a list, with or without
-    a colon. Of repeated labels the first counts.
+    A label is at the start of a line, perhaps as a heading, bold, numbered or in a list, with or without a
+    colon. Of repeated labels the first counts.
+
+    Raises:
+      ValueError: the text has none of the labels.
     """
     names = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
     pattern = re.compile(rf"^[ \t]*[#*\-•\d.、\s]*\**({names})[ \t]*\**[：:]?\**[ \t]*", re.MULTILINE)
-    marks = list(pattern.finditer(text))
-    found: dict[str, str] = {}
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        body = text[mark.end() : following.start() if following else len(text)]
-        found.setdefault(mark.group(1), plain(body))
-    return {label: body for label, body in found.items() if body}
+    _, *parts = pattern.split(text)  # before the first label; then labels and bodies by turns
+    if not parts:
+        raise ValueError(f"no line begins with a label such as {labels[0]}")
+    bodies: dict[str, str] = {}
+    for label, body in zip(parts[::2], parts[1::2], strict=True):
+        bodies.setdefault(label, plain(body))
+    return {label: body for label, body in bodies.items() if body}
 
 
 def plain(text: str) -> str:
     """One paragraph without markup."""
     text = re.sub(r"</?[a-z_]+>|[*#`>]+|-{2,}", " ", text)
-    return " ".join(text.split())[:_MOST].strip(" -•")
+    return " ".join(text.split())[:_LONGEST].strip(" -•")
 
 
 def four(parts: Sequence[str], spare: Sequence[str]) -> list[str]:
-    """Exactly four stages: what is too much joins the last one, what is missing comes from `spare`."""
-    parts = [part for part in parts if part]
-    if len(parts) > 4:
-        parts = [*parts[:3], " ".join(parts[3:])[:_MOST]]
-    parts += [text for text in spare if text and text not in parts][: 4 - len(parts)]
-    return [*parts, *[UNTOLD] * (4 - len(parts))]
-
-
-def _age(text: str) -> int:
-    number = re.search(r"\d+", text)
-    return int(number.group()) if number and 0 < int(number.group()) < 120 else 30
+    """Exactly four stages: surplus ones are joined to the last, missing ones come from `spare`."""
+    stages = [part for part in parts if part]
+    if len(stages) > 4:
+        stages = [*stages[:3], " ".join(stages[3:])[:_LONGEST]]
+    stages += [text for text in spare if text and text not in stages][: 4 - len(stages)]
+    return [*stages, *[UNTOLD] * (4 - len(stages))]
 
 
 _SAGE_PERSON = ("姓名", "年龄", "性别", "职业", "个人爱好", "习惯和行为特点", "说话风格", "说话方式")
@@ -78,10 +78,44 @@ _SAGE_SCENE = (
 )  # fmt: skip
 
 
+def _card(
+    name: str,
+    texts: Mapping[str, str | None],
+    age: str | None,
+    stages: list[str],
+    empathy_threshold: str = "medium",
+) -> dict[str, Any]:
+    """A card with these texts, by field; a text that is missing or empty becomes UNTOLD."""
+
+    def section(*fields: str) -> dict[str, str]:
+        return {field: texts.get(field) or UNTOLD for field in fields}
+
+    number = re.search(r"\d+", age or "")
+    years = int(number.group()) if number else 0
+    person = section("name", "social", "inner", "speech")
+    return {
+        "id": name,
+        "language": "zh",
+        "domain": "life",
+        "split": split_of(name),
+        "person": {"name": person.pop("name"), "age": years if 0 < years < 120 else 30, **person},
+        "empathy_threshold": empathy_threshold,
+        **section("topic", "hope"),
+        "dislike": list(section("dislike").values()),
+        "history": section("childhood", "youth", "adulthood", "recent"),
+        "present": section("situation", "goal", "motive"),
+        "story": {
+            **section("trigger"),
+            "stages": [{"telling": telling} for telling in stages],
+            **section("outcome", "epilogue"),
+        },
+    }
+
+
 def sage_card(profile: dict[str, Any]) -> dict[str, Any]:
     """A card from one SAGE profile (`player`, `scene`, `task`, `first_talk`, ...). Age 30 if it has none."""
     person = sections(profile["player"], _SAGE_PERSON)
-    # Profiles name the same parts with and without a particle.
+    # Profiles name the same sections with and without a particle.
     text = re.sub(r"事件中?的(?=起因|经过|主要冲突|当前状态)", "事件", profile["scene"])
     text = re.sub(r"尝试过?[，但]*未成功", "尝试未成功", text)
     text = re.sub(r"(?<=\n)([#*\d.\s]*)玩家在?不同[^\n：:]{0,20}反应", r"\1玩家不同emotion下的反应", text)
@@ -94,38 +128,29 @@ def sage_card(profile: dict[str, Any]) -> dict[str, Any]:
     bullets = re.split(r"\n\s*(?:[-*•]+\s|\d+[.、]\s*|\*\*)", "\n" + course.group(1)) if course else []
     stages = [plain(bullet) for bullet in bullets if len(plain(bullet)) > 12]
     spare = [scene.get(name, "") for name in ("冲突事件", "尝试未成功的解决方案", "当前问题", "事件主要冲突")]
-    name = f"sage-{profile['id'].lower().split('-')[0]}"
     trigger = scene.get("事件起因") or (stages[0] if stages else plain(text)[:300])
     traits = "、".join([profile.get("main_cha", ""), *profile.get("cha_group", ())])
-    return {
-        "id": name,
-        "language": "zh",
-        "domain": "life",
-        "split": split_of(name),
-        "person": {
-            "name": person.get("姓名", "").split()[0] if person.get("姓名") else UNTOLD,
-            "age": _age(person.get("年龄", "")),
-            "social": "；".join(t for t in (person.get("职业"), person.get("个人爱好")) if t) or UNTOLD,
-            "inner": "；".join(t for t in (traits, person.get("习惯和行为特点")) if t) or UNTOLD,
-            "speech": "；".join(t for t in (person.get("说话风格"), person.get("说话方式")) if t) or UNTOLD,
-        },
-        "empathy_threshold": "medium",
-        "topic": plain(profile["first_talk"]) or UNTOLD,
-        "hope": plain(profile["task"]) or UNTOLD,
-        "dislike": [scene.get("偏离隐藏主题的NPC回复") or UNTOLD],
-        "history": dict.fromkeys(("childhood", "youth", "adulthood"), UNTOLD) | {"recent": trigger},
-        "present": {
-            "situation": scene.get("事件当前状态") or scene.get("当前问题") or UNTOLD,
-            "goal": plain(profile["task"]) or UNTOLD,
-            "motive": scene.get("冲突内在原因") or UNTOLD,
-        },
-        "story": {
-            "trigger": trigger,
-            "stages": [{"telling": telling} for telling in four(stages, spare)],
-            "outcome": scene.get("事件当前状态") or UNTOLD,
-            "epilogue": UNTOLD,
-        },
+
+    def joined(*texts: str | None) -> str:
+        return "；".join(text for text in texts if text)
+
+    texts = {
+        "name": person["姓名"].split()[0] if person.get("姓名") else None,
+        "social": joined(person.get("职业"), person.get("个人爱好")),
+        "inner": joined(traits, person.get("习惯和行为特点")),
+        "speech": joined(person.get("说话风格"), person.get("说话方式")),
+        "topic": plain(profile["first_talk"]),
+        "hope": plain(profile["task"]),
+        "dislike": scene.get("偏离隐藏主题的NPC回复"),
+        "recent": trigger,
+        "situation": scene.get("事件当前状态") or scene.get("当前问题"),
+        "goal": plain(profile["task"]),
+        "motive": scene.get("冲突内在原因"),
+        "trigger": trigger,
+        "outcome": scene.get("事件当前状态"),
     }
+    name = f"sage-{profile['id'].lower().split('-')[0]}"
+    return _card(name, texts, person.get("年龄"), four(stages, spare))
 
 
 _EMPA_LABELS = (
@@ -136,58 +161,39 @@ _EMPA_LABELS = (
     "现在的情况", "现在的人生主线目标", "现在的人生愿景与动力", "角色故事", "故事的起因",
     "角色信息", "角色特征",
 )  # fmt: skip
+_EMPA_FIELDS = {
+    "name": "姓名",
+    "social": "社交性格",
+    "inner": "内核性格",
+    "topic": "聊天话题",
+    "hope": "倾诉中想要获得的共情点",
+    "dislike": "人物共情阈值",
+    "childhood": "童年经历",
+    "youth": "少年经历",
+    "adulthood": "青年经历",
+    "recent": "隐形成长主线脉络",
+    "situation": "现在的情况",
+    "goal": "现在的人生主线目标",
+    "motive": "现在的人生愿景与动力",
+    "trigger": "故事的起因",
+}
 
 
 def empa_card(name: str, text: str, story: dict[str, Any], start: dict[str, int] | None) -> dict[str, Any]:
     """A card from a character file (`script_NNN.md`), its entry in `character_stories.json`, its start."""
-    found = sections(text, _EMPA_LABELS)
+    texts_by_label = sections(text, _EMPA_LABELS)
     threshold = re.search(r"共情阈值【(.)", text)
     course = story.get("故事的经过", {})
     numbered = sorted(course.items(), key=lambda item: int(re.sub(r"\D", "", item[0]) or 0))
     stages = [plain(f"{part.get('标题', '')} {part.get('内容', '')}") for _, part in numbered]
-    outcome = plain(str(story.get("故事的结果", ""))) or UNTOLD
-    epilogue = next(
-        (plain(str(v)) for k, v in story.items() if k in ("故事的尾声", "故事的插曲", "尾声")), ""
-    )
-    card = {
-        "id": name,
-        "language": "zh",
-        "domain": "life",
-        "split": split_of(name),
-        "person": {
-            "name": found.get("姓名", UNTOLD),
-            "age": _age(found.get("年龄", "")),
-            "social": found.get("社交性格", UNTOLD),
-            "inner": found.get("内核性格", UNTOLD),
-            "speech": UNTOLD,
-        },
-        "empathy_threshold": {"低": "low", "中": "medium", "高": "high"}.get(
-            threshold.group(1) if threshold else "", "medium"
-        ),
-        "topic": found.get("聊天话题", UNTOLD),
-        "hope": found.get("倾诉中想要获得的共情点", UNTOLD),
-        "dislike": [found.get("人物共情阈值", UNTOLD)],
-        "history": {
-            "childhood": found.get("童年经历", UNTOLD),
-            "youth": found.get("少年经历", UNTOLD),
-            "adulthood": found.get("青年经历", UNTOLD),
-            "recent": found.get("隐形成长主线脉络", UNTOLD),
-        },
-        "present": {
-            "situation": found.get("现在的情况", UNTOLD),
-            "goal": found.get("现在的人生主线目标", UNTOLD),
-            "motive": found.get("现在的人生愿景与动力", UNTOLD),
-        },
-        "story": {
-            "trigger": found.get("故事的起因", UNTOLD),
-            "stages": [{"telling": telling} for telling in four(stages, [])],
-            "outcome": outcome,
-            "epilogue": epilogue or UNTOLD,
-        },
-    }
-    if start is not None:
-        card["start"] = start
-    return card
+    epilogues = [v for k, v in story.items() if k in ("故事的尾声", "故事的插曲", "尾声")]
+    texts = {field: texts_by_label.get(label) for field, label in _EMPA_FIELDS.items()}
+    texts["outcome"] = plain(str(story.get("故事的结果", "")))
+    texts["epilogue"] = plain(str(epilogues[0])) if epilogues else None
+    levels = {"低": "low", "中": "medium", "高": "high"}
+    level = levels.get(threshold.group(1) if threshold else "", "medium")
+    card = _card(name, texts, texts_by_label.get("年龄"), four(stages, []), level)
+    return card if start is None else card | {"start": start}
 
 
 def import_sage(path: Path) -> list[dict[str, Any]]:
@@ -239,7 +245,7 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
         name = f"empa-{file.stem.removeprefix('script_').lower()}"
         try:
             cards.append(empa_card(name, _read(file), stories[file.stem], starts.get(file.stem)))
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"the story or the text of {file.name} is not as EMPA has it: {error!r}"
             ) from error

@@ -1,7 +1,7 @@
 """The three roles of a world, and the two steps of a dialogue with them: opening it, and taking a turn.
 
-A turn of the EMPA loop: the policy replies; the judge scores (sensor); the state moves and the end is decided
-(calculator, `state.py`); the director picks one action (decision maker); the user speaks again.
+A turn of the EMPA loop: the policy replies; the judge scores (sensor); the calculator (`state.py`) updates
+the state and decides about the end; the director picks one action (decision maker); the user speaks again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mapo_jax.environment.state import Limits
 
 
 class Completion(NamedTuple):
-    """What a language model that plays a role answered."""
+    """The answer of a language model that plays a role."""
 
     text: str
     input_tokens: int
@@ -30,41 +30,37 @@ class User(Protocol):
         """The first message; the rollouts of a scenario share it.
 
         Raises:
-          RoleFailure: the call failed for good.
+          RoleFailure: the call finally failed.
         """
-        ...
 
     async def reply(self, state: DialogueState) -> str:
-        """The next message, after a judged turn; `state.turns[-1].action` holds the director's guidance.
+        """The next message; `state.turns[-1].action` holds the director's guidance.
 
         Raises:
-          RoleFailure: the call failed for good.
+          RoleFailure: the call finally failed.
         """
-        ...
 
 
 class Judge(Protocol):
-    """Scores the last reply only, on six levels, with evidence and a reason for each."""
+    """Scores the last reply only, on six levels, each with evidence and a reason."""
 
     async def score(self, state: DialogueState, reply: str) -> Judgement:
         """The judgement of `reply` to `state.user`.
 
         Raises:
-          RoleFailure: the call failed for good; the turn then stays unscored.
+          RoleFailure: the call finally failed; the turn then stays unscored.
         """
-        ...
 
 
 class Director(Protocol):
-    """Picks one of dialogue.ACTIONS after every judged turn that does not end the dialogue."""
+    """Picks one of dialogue.ACTIONS after every turn that does not end the dialogue."""
 
     async def act(self, state: DialogueState) -> Action:
         """The action; its guidance reaches the user's next message.
 
         Raises:
-          RoleFailure: the call failed for good.
+          RoleFailure: the call finally failed.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -77,10 +73,10 @@ class Roles:
 
 
 async def open_dialogue(scenario: Scenario, seed: int, roles: Roles) -> str:
-    """The user's first message, shared by the rollouts of a scenario in one step.
+    """The user's first message, which the rollouts of a scenario share in one step.
 
     Raises:
-      RoleFailure: the user's call failed for good.
+      RoleFailure: the user's call finally failed.
     """
     return await roles.user.open(scenario, seed)
 
@@ -94,12 +90,12 @@ async def take_turn(
       state: a dialogue that awaits a reply.
       reply: the policy's reply.
       roles: user, judge and director.
-      limits: fewest and most turns, and the tolerance of success.
+      limits: minimum and maximum of turns, and the tolerance of success.
       truncated: the reply was cut by its token limit.
 
     Returns:
-      The dialogue one turn later, ended or awaiting the next reply. A judge's failure leaves the turn
-      unscored and the position where it was; a user's or director's failure ends the dialogue with outcome
+      The dialogue one turn later, ended or awaiting the next reply. A failure of the judge leaves the turn
+      unscored and the position unchanged; a failure of user or director ends the dialogue with outcome
       `error`.
 
     Raises:
@@ -111,8 +107,8 @@ async def take_turn(
     try:
         judgement = await roles.judge.score(state, reply)
         position = calculator.move(position, calculator.points(judgement.levels))
-    except RoleFailure as problem:
-        failure = problem.kind
+    except RoleFailure as error:
+        failure = error.kind
     turn = Turn(state.user, reply, judgement, failure, position, None, truncated)
     moved = replace(state, turns=(*state.turns, turn), user="")
 
@@ -127,5 +123,5 @@ async def take_turn(
         if action.kind == "end":
             return replace(moved, outcome="ended")
         return replace(moved, user=await roles.user.reply(moved))
-    except RoleFailure as problem:
-        return replace(moved, outcome="error", failure=problem.kind)
+    except RoleFailure as error:
+        return replace(moved, outcome="error", failure=error.kind)

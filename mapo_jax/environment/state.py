@@ -1,8 +1,9 @@
-"""The calculator of a dialogue: from a judge's levels to the moved state and, some day, its end.
+"""The calculator of a dialogue: computes the user's state from the judge's levels, and the end of the
+dialogue.
 
 The user's latent state is a point `P = (C, A, P)`: the cognitive, affective and proactive support that is
-still lacking, as negative numbers; the origin is equilibrium. Everything here is a pure function of plain
-numbers, so that the live loop and a later re-scoring of saved dialogues run the same lines.
+still lacking, as negative numbers; the origin is equilibrium. All functions are pure functions of plain
+numbers, so that live dialogues and later re-scoring of saved ones share the code.
 
 Source: EMPA (arXiv 2603.00552), whose state and rules MAPO (arXiv 2603.06194) trains in.
 """
@@ -29,10 +30,10 @@ HARM_POINTS = {
     "P": {0: 0, -1: -2, -2: -5},
 }
 
-COLLAPSE_WINDOW = 5  # turns running that lose energy
-STAGNATION_WINDOW = 5  # turns whose |P| hardly changes ...
+COLLAPSE_WINDOW = 5  # consecutive turns that lose energy
+STAGNATION_WINDOW = 5  # turns over which |P| is stagnant: deviation below STAGNATION_DEVIATION
 STAGNATION_DEVIATION = 0.5
-REGRESSION_WINDOW = 8  # ... while most of these lose energy
+REGRESSION_WINDOW = 8  # turns of which more than REGRESSION_SHARE lose energy, in sum below REGRESSION_ENERGY
 REGRESSION_SHARE = 0.7
 REGRESSION_ENERGY = -1.0
 
@@ -41,9 +42,9 @@ REGRESSION_ENERGY = -1.0
 class Limits:
     """When a dialogue may and must end."""
 
-    min_turns: int  # success and failure are decided from this turn on
-    max_turns: int  # a dialogue that has this many turns ends
-    tolerance: float = 0.05  # `a` of the success rule: how near the origin counts as there
+    min_turns: int  # success and failure are possible from this turn on
+    max_turns: int  # a dialogue with this many turns ends
+    tolerance: float = 0.05  # `a` of the success rule: distance that counts as arrival, as a share of |P_0|
 
 
 class Ending(NamedTuple):
@@ -66,25 +67,25 @@ def points(levels: Levels) -> Vector:
     """
     if len(levels) != 2 * len(AXES):
         raise ValueError(f"a judgement has {2 * len(AXES)} levels, not {len(levels)}")
-    moved = []
+    increment = []
     for axis, progress, harm in zip(AXES, levels[::2], levels[1::2], strict=True):
         if progress not in PROGRESS_POINTS:
             raise ValueError(f"{axis} progress is {progress!r}; it must be 0, 1 or 2")
         if harm not in HARM_POINTS[axis]:
             raise ValueError(f"{axis} harm is {harm!r}; it must be 0, -1 or -2")
-        moved.append(float(PROGRESS_POINTS[progress] + HARM_POINTS[axis][harm]))
-    return tuple(moved)
+        increment.append(float(PROGRESS_POINTS[progress] + HARM_POINTS[axis][harm]))
+    return tuple(increment)
 
 
 def move(position: Vector, increment: Vector | None) -> Vector:
-    """`P_t = P_{t-1} + v_t`; a turn without a score (None) leaves the state where it was."""
+    """`P_t = P_{t-1} + v_t`; an unscored turn (None) does not change the state."""
     if increment is None:
         return tuple(position)
     return tuple(p + v for p, v in zip(position, increment, strict=True))
 
 
 def trajectory(start: Vector, increments: Sequence[Vector | None]) -> list[Vector]:
-    """The positions `P_0 .. P_T`, the start included: one more than there are turns."""
+    """The positions `P_0 .. P_T`: one more than there are turns."""
     positions = [tuple(float(p) for p in start)]
     for increment in increments:
         positions.append(move(positions[-1], increment))
@@ -97,10 +98,10 @@ def norm(position: Vector) -> float:
 
 
 def ideal_direction(start: Vector) -> Vector:
-    """`v* = -P_0/|P_0|`, from the start straight to the origin.
+    """`v* = -P_0/|P_0|`, the direction from the start to the origin.
 
     Raises:
-      ValueError: the start is the origin, from which there is nowhere to go.
+      ValueError: the start is the origin.
     """
     length = norm(start)
     if length == 0:
@@ -109,40 +110,40 @@ def ideal_direction(start: Vector) -> Vector:
 
 
 def energy_increments(start: Vector, increments: Sequence[Vector | None]) -> list[float]:
-    """`dE_t = v_t . v*` for every turn; 0 where a turn has no score. Their sum is the energy `E`."""
+    """`dE_t = v_t . v*` for every turn; 0 for unscored turns. Their sum is the energy `E`."""
     ideal_direction(start)  # raises at the origin
     length = norm(start)
-    # Divided last: on the whole numbers that points are, a turn across the direct way then has exactly 0,
-    # and rounding cannot make it one of the turns with dE > 0 or dE < 0.
+    # Division comes last: points are whole numbers, so a turn perpendicular to v* gets exactly 0, and not a
+    # rounding error that counts as dE > 0 or dE < 0.
     return [0.0 if v is None else -_dot(v, start) / length for v in increments]
 
 
 def energy(start: Vector, increments: Sequence[Vector | None]) -> float:
-    """`E = sum_t v_t . v*`: the way made towards the origin, in points."""
+    """`E = sum_t v_t . v*`: progress towards the origin, in points."""
     return energy_from_position(start, trajectory(start, increments)[-1])
 
 
 def energy_from_position(start: Vector, position: Vector) -> float:
-    """`E = (P_t - P_0) . v*`, the same sum from where the way has led."""
+    """`E = (P_t - P_0) . v*`, the same sum computed from the last position."""
     ideal = ideal_direction(start)
     return _dot([p - s for p, s in zip(position, start, strict=True)], ideal)
 
 
 def ending(start: Vector, increments: Sequence[Vector | None], limits: Limits) -> Ending | None:
-    """Says whether the dialogue ends with its last turn, and how; None if it goes on.
+    """How the dialogue ends with its last turn; None if it continues.
 
-    Success, from the minimum turn on: `E >= |P_0|` (its condition on the position, `|P_t| <= a|P_0|` or
-    `P_t . v* >= -a|P_0|`, then always holds and only tells `near` from `past`). Failure, from the minimum
-    turn on: `collapse`, five turns running with dE < 0; or `regression`, the sample deviation of the last
-    five |P| below 0.5 while more than 70 % of the last eight dE are negative and sum to less than -1.
-    Time-out at the maximum turn. Success goes before failure, failure before time-out.
+    Success, from the minimum turn on: `E >= |P_0|` (its condition on the position, `|P_t| <= a|P_0|` or `P_t
+    . v* >= -a|P_0|`, then always holds and only distinguishes `near` from `past`). Failure, from the minimum
+    turn on: `collapse`, five consecutive turns with dE < 0; or `regression`, the sample deviation of the last
+    five |P| below 0.5 while more than 70 % of the last eight dE are negative and sum to less than -1. Timeout
+    at the maximum turn. Success takes precedence over failure, failure over timeout.
 
-    Turns without a score count as turns and are passed over by the windows. The published rules have one
-    more failure, of oscillation, whose text is not published: it is left out.
+    Unscored turns count as turns; the windows skip them. The published rules have one more failure, of
+    oscillation, without a definition: it is left out.
 
     Args:
       start: `P_0`.
-      increments: `v_1 .. v_t` up to the turn that has just been played; None for a turn without a score.
+      increments: `v_1 .. v_t` of all turns so far; None for an unscored turn.
       limits: shortest and longest dialogue, and the tolerance `a`.
 
     Raises:
@@ -151,7 +152,7 @@ def ending(start: Vector, increments: Sequence[Vector | None], limits: Limits) -
     turns = len(increments)
     if turns >= limits.min_turns:
         position = trajectory(start, increments)[-1]
-        # E >= |P_0| on the whole numbers it comes from, where rounding cannot miss an exact arrival:
+        # E >= |P_0|, computed on whole numbers so that rounding cannot miss an exact arrival:
         # E = |P_0| + P_t . v*, so the condition is P_t . v* >= 0, that is P_t . P_0 <= 0.
         if _dot(position, start) <= 0:
             near = norm(position) <= limits.tolerance * norm(start)

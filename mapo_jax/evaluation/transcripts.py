@@ -20,6 +20,7 @@ from rich.console import Console
 
 from mapo_jax.algorithm.rewards import distance
 from mapo_jax.environment import state as calculator
+from mapo_jax.environment.card_schema import INDICATORS
 from mapo_jax.environment.dialogue import (
     LEVEL_NAMES,
     Action,
@@ -29,7 +30,7 @@ from mapo_jax.environment.dialogue import (
     Turn,
 )
 from mapo_jax.environment.roles import Judge
-from mapo_jax.environment.scenario import INDICATORS, Person, Scenario, Stage, Story, start_position
+from mapo_jax.environment.scenario import Person, Scenario, Stage, Story, start_position
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Folder, append, progress
 from mapo_jax.evaluation.conversations import to_row

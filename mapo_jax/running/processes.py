@@ -323,7 +323,7 @@ def _about(config: Config) -> dict[str, str]:
     settings = {f"`{key}`": repr(value_of(config, key)) for key in known_keys()}
     code = blake2b(digest_size=6)
     package = Path(__file__).parents[1]
-    for file in sorted(package.rglob("*.py")):
+    for file in sorted(file for file in package.rglob("*") if file.suffix in (".py", ".yaml")):
         code.update(str(file.relative_to(package)).encode() + file.read_bytes())
     return settings | {"jax's version": jax.__version__, "the code (its digest)": code.hexdigest()}
 

@@ -1,4 +1,4 @@
-"""The turn loop, with roles that say what the test tells them."""
+"""The turn loop, with roles whose answers the test determines."""
 
 import asyncio
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Importing cards of others: labels, stages, start states, and the real SAGE profiles where there are any."""
+"""Importing cards: labels, stages, start states, and the real SAGE profiles if they are there."""
 
 import json
 
@@ -134,6 +134,7 @@ def test_a_broken_line_is_named(tmp_path, capsys, text):
         "[" * 100_000,
         "9" * 5000,
         json.dumps(PROFILE | {"player": 7}),
+        json.dumps(PROFILE | {"player": "Prose without a label."}),
         json.dumps(PROFILE | {"id": 7}),
     ],
 )
@@ -153,12 +154,12 @@ def test_half_a_character_of_a_profile_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("story", "start"), [({"故事的经过": [1]}, []), ({}, [7]), ({}, [{"iedr": dict.fromkeys(
+    ("story", "start"), [({"故事的经过": [1]}, []), ({}, []), ({}, [7]), ({}, [{"iedr": dict.fromkeys(
         (f"{axis}.{n}" for axis in "CAP" for n in (1, 2, 3)), 1)}])]
 )  # fmt: skip
 def test_a_folder_that_is_not_as_empa_has_it_is_one_sentence(tmp_path, capsys, story, start):
     (tmp_path / "character_setting").mkdir()
-    (tmp_path / "character_setting" / "script_001.md").write_text(CHARACTER)
+    (tmp_path / "character_setting" / "script_001.md").write_text(CHARACTER if story or start else "Prose.")
     (tmp_path / "scenarios").mkdir()
     stories = [{"剧本编号": "script_001"} | story]
     (tmp_path / "scenarios" / "character_stories.json").write_text(json.dumps(stories))

@@ -1,4 +1,4 @@
-"""Cards: strict reading, points of the start state, and the embedded set as a whole."""
+"""Cards: strict validation, points of the start state, and the embedded set as a whole."""
 
 import copy
 import json
@@ -7,15 +7,8 @@ from collections import Counter
 import pytest
 import yaml
 
-from mapo_jax.environment.scenario import (
-    DOMAINS,
-    INDICATORS,
-    load_scenarios,
-    main,
-    read_cards,
-    start_position,
-    to_mapping,
-)
+from mapo_jax.environment.card_schema import DOMAINS, INDICATORS
+from mapo_jax.environment.scenario import load_scenarios, main, read_cards, start_position, to_mapping
 from mapo_jax.errors import UserError
 
 CARD = {
@@ -156,7 +149,7 @@ def test_embedded_cards_are_balanced():
 
 
 def prose_only(card):
-    """A card as one would write it for the live world."""
+    """The card without phrases, for the live world only."""
     plain = to_mapping(card)
     del plain["value"], plain["story"]["strengths"], plain["story"]["steps"]
     for stage in plain["story"]["stages"]:
@@ -217,7 +210,7 @@ def test_a_broken_line_of_jsonl_is_named(tmp_path, capsys):
     assert main(["check", str(tmp_path)]) == 2
     report = capsys.readouterr()
     assert "mine.jsonl, line 2 is not valid JSON" in report.err and "1 sound cards" in report.out
-    assert "mine.jsonl, card two, story: is missing" in report.err  # what follows is looked at too
+    assert "mine.jsonl, card two, story: is missing" in report.err  # later lines are read as well
 
 
 def test_half_a_character_is_a_problem_of_its_card(tmp_path):

@@ -1,4 +1,4 @@
-"""Numbers here are worked out by hand from the tables of points, or stand in the published result files."""
+"""Expected numbers are computed by hand from the tables of points, or taken from published results."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def test_levels_outside_their_scale_are_refused(levels):
 def test_the_distance_counts_only_what_is_still_lacking():
     assert distance((-4, -5, -1)) == 5.0  # 3, 4 and 0 beyond the margin of 1
     assert distance((-1, 0, 7)) == 0.0  # at the margin, at the origin, past it
-    assert distance((5, -13, 2)) == 12.0  # overshoot on two axes pays for nothing
+    assert distance((5, -13, 2)) == 12.0  # overshoot on two axes does not compensate
 
 
 def test_energy_is_the_way_made_towards_the_origin():
@@ -51,14 +51,14 @@ def test_energy_is_the_way_made_towards_the_origin():
 
 
 def test_a_turn_across_the_way_has_exactly_no_energy():
-    # v . P_0 = 0 on whole numbers; in floating point v . (P_0/|P_0|) may miss it by a rounding, which would
-    # make it a turn with dE > 0 or dE < 0.
+    # v . P_0 = 0 on whole numbers; in floating point v . (P_0/|P_0|) may have a rounding error, which would
+    # count as dE > 0 or dE < 0.
     start, increments = (-18.0, -18.0, -6.0), [(-1.0, 3.0, -6.0), (-4.0, 3.0, 3.0), (1.0, 1.0, -6.0)]
     assert state.energy_increments(start, increments) == [0.0, 0.0, 0.0]
 
 
 def test_energy_and_position_say_the_same():
-    """E - |P_0| = P_t . v*, the identity by which the energy condition alone decides success."""
+    """E - |P_0| = P_t . v*: by this identity the energy condition alone decides success."""
     start, increments = (-17.0, -22.0, -9.0), [(1.0, -4.0, 3.0), (3.0, 1.0, -2.0), (1.0, 1.0, 1.0)]
     end = state.trajectory(start, increments)[-1]
     along = sum(p * v for p, v in zip(end, state.ideal_direction(start), strict=True))
@@ -93,7 +93,7 @@ def test_collapse_is_five_turns_running_that_lose():
     limits = Limits(5, 45)
     assert state.ending(START, [LOSS] * 4, Limits(4, 45)) is None
     assert state.ending(START, [LOSS] * 5, limits) == Ending("failure", "collapse")
-    assert state.ending(START, [LOSS] * 4 + [(0.0, 0.0, 0.0)], limits) is None  # nothing lost is not a loss
+    assert state.ending(START, [LOSS] * 4 + [(0.0, 0.0, 0.0)], limits) is None  # no change is not a loss
     assert state.ending(START, [LOSS] * 5, Limits(6, 45)) is None
 
 
@@ -105,13 +105,13 @@ def test_unscored_turns_count_as_turns_and_are_passed_over_by_the_windows():
 
 
 def test_regression_needs_stagnation_and_loss_together():
-    # Sideways steps keep |P| nearly still; six of eight lose a little: 6/8 > 0.7, their sum is below -1.
+    # Sideways steps hardly change |P|; six of eight lose a little: 6/8 > 0.7, their sum is below -1.
     loses, gains = (-0.3, 0.0, 0.0), (0.1, 0.0, 0.0)
     pattern = [loses, loses, loses, gains, loses, loses, loses, gains]
     assert state.ending(START, pattern, Limits(8, 45)) is None  # the sum is -0.92: not yet below -1
     deeper = [tuple(1.2 * x for x in v) for v in pattern]  # -1.11
     assert state.ending(START, deeper, Limits(8, 45)) == Ending("failure", "regression")
-    jumpy = [*deeper[:-1], (12.0, -12.0, 0.0)]  # still six losing turns, but the last one moves |P| by 3
+    jumpy = [*deeper[:-1], (12.0, -12.0, 0.0)]  # also six losing turns, but the last one changes |P| by 3
     assert state.ending(START, jumpy, Limits(8, 45)) is None
     assert state.ending(START, deeper[1:], Limits(7, 45)) is None  # fewer than eight turns
 

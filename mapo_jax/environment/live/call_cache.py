@@ -1,4 +1,4 @@
-"""Finished calls in SQLite, so that a run which is started again pays for none of them twice."""
+"""Finished calls in SQLite, so that a restarted run pays for none of them twice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CACHE_FILE = "calls.sqlite"
 
 
 def address(**content: Any) -> str:
-    """A digest of everything that an answer depends on: role, model, settings, messages, schema, seed."""
+    """A digest of everything an answer depends on: role, model, settings, messages, schema, seed."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -24,19 +24,18 @@ class CallCache:
     """Answers by address. Holds no prompt, no URL and no key."""
 
     def __init__(self, file: Path | str) -> None:
-        """Opens or creates the file, which must be this machine's alone.
+        """Opens or creates the file.
 
-        Write-ahead logs need memory that all who open the file share. So where the processes of a run, or
-        its hosts, share a folder, each must have a file of its own (`files.part_of`), as `world.open_models`
-        gives it.
+        Write-ahead logging needs shared memory, so hosts must not share the file. Processes that share a
+        folder use one file each (`files.part_of`), as `world.open_models` does.
 
         Raises:
-          UserError: it is no such cache, or cannot be written.
+          UserError: the file is not such a cache, or cannot be written.
         """
         self._file = Path(file)
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            # Autocommit; in write-ahead mode a row costs no wait for the disk, and a kill loses none.
+            # Autocommit with a write-ahead log: no row waits for the disk, and a killed process loses none.
             self._rows = sqlite3.connect(self._file, isolation_level=None, timeout=30)
             self._rows.execute("PRAGMA journal_mode=WAL")
             self._rows.execute("PRAGMA synchronous=NORMAL")
@@ -48,20 +47,19 @@ class CallCache:
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from error
 
-    def get(self, where: str) -> Completion | None:
+    def get(self, key: str) -> Completion | None:
         """The answer at an address, if there is one."""
-        try:
-            row = self._rows.execute(
-                "SELECT text, input_tokens, output_tokens FROM calls WHERE address = ?", (where,)
-            ).fetchone()
-        except sqlite3.Error as error:
-            raise self._unusable(error) from error
+        query = "SELECT text, input_tokens, output_tokens FROM calls WHERE address = ?"
+        row = self._execute(query, key).fetchone()
         return None if row is None else Completion(*row)
 
-    def put(self, where: str, role: str, answer: Completion) -> None:
-        """Keeps an answer that was fit for use."""
+    def put(self, key: str, role: str, answer: Completion) -> None:
+        """Stores a usable answer."""
+        self._execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?)", key, role, *answer)
+
+    def _execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
         try:
-            self._rows.execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?)", (where, role, *answer))
+            return self._rows.execute(statement, values)
         except sqlite3.Error as error:
             raise self._unusable(error) from error
 

@@ -1,4 +1,4 @@
-"""`complete(messages) -> text`, all that a role is given: cached, checked, mended once, and recorded."""
+"""Calls of a language model that plays a role: cached, checked, repaired once, and logged."""
 
 from __future__ import annotations
 
@@ -8,79 +8,57 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.call_cache import CallCache, address
 from mapo_jax.environment.live.forms import excerpt, whole_characters
+from mapo_jax.environment.live.prompts import render
 from mapo_jax.environment.roles import Completion
+from mapo_jax.environment.scenario import Scenario
 
 FAILURES_FILE = "failures.jsonl"
 
 Messages = Sequence[Mapping[str, str]]
-
-
-class Complete(Protocol):
-    """A language model, wherever it runs."""
-
-    async def __call__(
-        self,
-        messages: Messages,
-        *,
-        seed: int = 0,
-        schema: Mapping[str, Any] | None = None,
-        check: Callable[[str], Any] | None = None,
-        repair: Callable[[str], str] | None = None,
-    ) -> str:
-        """The text that the model answers with.
-
-        Args:
-          messages: a chat, as `{"role": ..., "content": ...}`.
-          seed: of the dialogue. The same messages with the same seed are the same call, which is made once.
-          schema: JSON schema that the answer must fit, if any.
-          check: raises RoleFailure (malformed, out_of_range) for an answer that is of no use. Such an answer
-            is recorded with an excerpt of its text, and never cached; an empty answer is of no use to any
-            role.
-          repair: from the failure's detail, what the model is told before its one second attempt; None: none.
-
-        Raises:
-          RoleFailure: the call failed for good.
-        """
-        ...
+Complete = Callable[..., Awaitable[str]]  # with the arguments of `Caller.__call__`, on any model
+T = TypeVar("T")
 
 
 @dataclass
 class Tally:
-    """What one role's calls came to since the last step."""
+    """Figures of one role's calls since the last step."""
 
-    calls: int = 0  # asked for, cached ones included
+    calls: int = 0  # including cached ones
     cached: int = 0
-    lost_attempts: int = 0  # that went over the wire and brought nothing
-    repairs: int = 0  # answers that had to be asked for again
-    failures: Counter[str] = field(default_factory=Counter)  # calls that failed for good, by kind
-    seconds: list[float] = field(default_factory=list)  # of each attempt that went well
+    lost_attempts: int = 0  # failed requests to a server
+    repairs: int = 0  # second requests after an unusable answer
+    failures: Counter[str] = field(default_factory=Counter)  # calls that finally failed, by kind
+    seconds: list[float] = field(default_factory=list)  # of each successful attempt
     spreads: list[float] = field(default_factory=list)  # of a judge with samples: range of the points
     input_tokens: int = 0
     output_tokens: int = 0
 
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
 
 class CallLog:
-    """Counts calls by role, and keeps every failure with an excerpt of its text in `failures.jsonl`."""
+    """Counts calls by role, and writes every failure with an excerpt of its text to `failures.jsonl`."""
 
     def __init__(self, file: Path | None = None) -> None:
-        """Args: file: where failures go; None for nowhere."""
+        """Args: file: for failures; None: they are only counted."""
         self._file = file
         self._tallies: dict[str, Tally] = {}
-        # Turns and dialogues lost since the last `take`, by kind.
+        # Turns and dialogues lost since the last `drain`, by kind.
         self.lost: Counter[str] = Counter()
 
     def __getitem__(self, role: str) -> Tally:
         return self._tallies.setdefault(role, Tally())
 
     def failed(self, role: str, failure: RoleFailure, *, final: bool, seed: int) -> None:
-        """Notes a failed call: one that a repair may still mend, or a final one."""
+        """Logs a failed call; `final` is false if it is to be repaired."""
         if final:
             self[role].failures[failure.kind] += 1
         if self._file is None:
@@ -99,7 +77,7 @@ class CallLog:
             file.write(json.dumps(row) + "\n")
 
     def drain(self) -> dict[str, Any]:
-        """Everything since this was last called, as JSON values without text, and a new beginning."""
+        """All figures since the last `drain`, as JSON values without text; resets them."""
         roles = {
             role: {**vars(tally), "failures": dict(tally.failures)}
             for role, tally in sorted(self._tallies.items())
@@ -110,17 +88,17 @@ class CallLog:
         return drained
 
     def take(self, prices: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """The figures since the last call of this or of `drain`, and a new beginning; see `call_figures`."""
+        """The metrics since the last `drain` or `take`, see `call_figures`; resets them."""
         return call_figures([self.drain()], prices)
 
 
 def call_figures(
     drained: Sequence[Mapping[str, Any]], prices: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
-    """The metrics of what one or several processes drained.
+    """The metrics of one or several processes.
 
     Args:
-      drained: of each process.
+      drained: `CallLog.drain()` of each process.
       prices: by role, of a million prompt and answer tokens.
 
     Returns:
@@ -130,14 +108,15 @@ def call_figures(
       latency and no cost.
     """
     metrics: dict[str, float] = {}
-    cost = 0.0
-    for role in sorted({role for part in drained for role in part["roles"]}):
-        tally = _merged([Tally(**part["roles"][role]) for part in drained if role in part["roles"]])
+    total_cost = 0.0
+    for role in sorted({role for process in drained for role in process["roles"]}):
+        rows = [process["roles"][role] for process in drained if role in process["roles"]]
+        tally = sum((Tally(**row | {"failures": Counter(row["failures"])}) for row in rows), Tally())
         if not tally.calls:
             continue
         input_price, output_price = prices.get(role, (0.0, 0.0))
-        own = (tally.input_tokens * input_price + tally.output_tokens * output_price) / 1e6
-        cost += own
+        cost = (tally.input_tokens * input_price + tally.output_tokens * output_price) / 1e6
+        total_cost += cost
         metrics |= {
             f"{role}/calls": float(tally.calls),
             f"{role}/cached": float(tally.cached),
@@ -145,33 +124,24 @@ def call_figures(
             f"{role}/call_failure_rate": sum(tally.failures.values()) / tally.calls,
             f"{role}/repair_rate": tally.repairs / tally.calls,
             f"{role}/tokens": float(tally.input_tokens + tally.output_tokens),
-            f"{role}/cost": own,
+            f"{role}/cost": cost,
         }
         if tally.seconds:
-            for name, share in (("p50", 50), ("p95", 95)):
-                metrics[f"{role}/latency_{name}"] = float(np.percentile(tally.seconds, share))
+            for share in (50, 95):
+                metrics[f"{role}/latency_p{share}"] = float(np.percentile(tally.seconds, share))
         if tally.spreads:
             metrics[f"{role}/spread"] = float(np.mean(tally.spreads))
-    lost = sum((Counter(part["lost"]) for part in drained), Counter())
+    lost = sum((Counter(process["lost"]) for process in drained), Counter())
     metrics |= {f"failures/{kind}": float(count) for kind, count in sorted(lost.items())}
-    return metrics | {"environment/cost": cost}
-
-
-def _merged(tallies: Sequence[Tally]) -> Tally:
-    merged = Tally()
-    for tally in tallies:
-        for name, value in vars(tally).items():
-            value = Counter(value) if name == "failures" else value
-            setattr(merged, name, getattr(merged, name) + value)
-    return merged
+    return metrics | {"environment/cost": total_cost}
 
 
 @dataclass(frozen=True)
 class Caller:
-    """A role's `Complete` over a model, with cache, check, one repair, and a record of what went wrong."""
+    """A role's model, with cache, check, one repair, and a log."""
 
     role: str
-    call: Callable[..., Awaitable[Completion]]  # (messages, seed=, schema=) -> Answer; raises RoleFailure
+    call: Callable[..., Awaitable[Completion]]  # (messages, seed=, schema=); raises RoleFailure
     settings: Mapping[str, Any]  # what else the answer depends on: model, temperature, ...
     log: CallLog
     cache: CallCache | None = None
@@ -185,30 +155,39 @@ class Caller:
         check: Callable[[str], Any] | None = None,
         repair: Callable[[str], str] | None = None,
     ) -> str:
-        """See Complete."""
+        """The text of the model's answer.
+
+        Args:
+          messages: a chat, as `{"role": ..., "content": ...}`.
+          seed: of the dialogue. Equal messages with equal seeds are one call, which is made once.
+          schema: JSON schema of the answer, if any.
+          check: raises RoleFailure (malformed, out_of_range) for an unusable answer. Such an answer is logged
+            with an excerpt of its text, and never cached; an empty answer is always unusable.
+          repair: message for the second and last attempt, from the failure's detail; None: no second attempt.
+
+        Raises:
+          RoleFailure: the call finally failed.
+        """
         tally = self.log[self.role]
         tally.calls += 1
         messages = [_plain(message) for message in messages]
-        try:
-            return await self._once(tally, messages, seed, schema, check)
-        except RoleFailure as failure:
-            mendable = failure.kind in ("malformed", "out_of_range") and repair is not None
-            self.log.failed(self.role, failure, final=not mendable, seed=seed)
-            if not mendable:
-                raise
-            tally.repairs += 1
-            messages = [
-                *messages,
-                _plain({"role": "assistant", "content": excerpt(failure.raw) or "(nothing)"}),
-                _plain({"role": "user", "content": repair(excerpt(failure.detail))}),
-            ]
-        try:
-            return await self._once(tally, messages, seed, schema, check)
-        except RoleFailure as failure:
-            self.log.failed(self.role, failure, final=True, seed=seed)
-            raise
+        for repair_message in (repair, None):
+            try:
+                return await self._attempt(tally, messages, seed, schema, check)
+            except RoleFailure as failure:
+                final = repair_message is None or failure.kind not in ("malformed", "out_of_range")
+                self.log.failed(self.role, failure, final=final, seed=seed)
+                if final:
+                    raise
+                tally.repairs += 1
+                messages = [
+                    *messages,
+                    _plain({"role": "assistant", "content": excerpt(failure.raw) or "(nothing)"}),
+                    _plain({"role": "user", "content": repair_message(excerpt(failure.detail))}),
+                ]
+        raise AssertionError("unreachable")
 
-    async def _once(
+    async def _attempt(
         self,
         tally: Tally,
         messages: Messages,
@@ -216,26 +195,54 @@ class Caller:
         schema: Mapping[str, Any] | None,
         check: Callable[[str], Any] | None,
     ) -> str:
-        where = address(
-            role=self.role, settings=self.settings, messages=list(messages), schema=schema, seed=seed
-        )
-        kept = None if self.cache is None else self.cache.get(where)
-        if kept is not None and _problem(kept.text, check) is None:
+        key = address(role=self.role, settings=self.settings, messages=messages, schema=schema, seed=seed)
+        cached = None if self.cache is None else self.cache.get(key)
+        if cached is not None and _problem(cached.text, check) is None:
             tally.cached += 1
-            return kept.text
-        said = await self.call(messages, seed=seed, schema=schema)
-        answer = Completion(whole_characters(said.text), said.input_tokens, said.output_tokens)
-        tally.input_tokens += answer.input_tokens
-        tally.output_tokens += answer.output_tokens
-        if (problem := _problem(answer.text, check)) is not None:
+            return cached.text
+        completion = await self.call(messages, seed=seed, schema=schema)
+        completion = completion._replace(text=whole_characters(completion.text))
+        tally.input_tokens += completion.input_tokens
+        tally.output_tokens += completion.output_tokens
+        if problem := _problem(completion.text, check):
             raise problem
         if self.cache is not None:
-            self.cache.put(where, self.role, answer)
-        return answer.text
+            self.cache.put(key, self.role, completion)
+        return completion.text
+
+
+async def ask(
+    complete: Complete,
+    card: Scenario,
+    messages: Messages,
+    parse: Callable[[str], T],
+    repair_prompt: str = "json_repair",
+    **options: Any,
+) -> T:
+    """Asks a role's model and parses the answer; if that fails, asks once more with the repair prompt.
+
+    Args:
+      complete: the model.
+      card: its language is that of the prompt.
+      messages: the chat.
+      parse: raises RoleFailure for an unusable answer.
+      repair_prompt: name of the prompt file.
+      options: seed and schema.
+
+    Raises:
+      RoleFailure: the call finally failed.
+    """
+    text = await complete(
+        messages,
+        check=parse,
+        repair=lambda problem: render(card.language, repair_prompt, problem=problem),
+        **options,
+    )
+    return parse(text)
 
 
 def _problem(text: str, check: Callable[[str], Any] | None) -> RoleFailure | None:
-    """Why an answer is of no use, if it is of none."""
+    """Why an answer is unusable; None if it is not."""
     if not text.strip():
         return RoleFailure("malformed", "it is empty", text)
     try:
@@ -247,7 +254,7 @@ def _problem(text: str, check: Callable[[str], Any] | None) -> RoleFailure | Non
 
 
 def _plain(message: Mapping[str, str]) -> dict[str, str]:
-    """A message of whole characters that cannot spell a chat template's control token, such as <|im_end|>."""
+    """A message of whole characters without a chat template's control tokens, such as <|im_end|>."""
     return {
         "role": message["role"],
         "content": whole_characters(message["content"]).replace("<|", "<\u200b|"),

@@ -1,9 +1,9 @@
-"""What a live run will ask of its servers: calls, tokens and cost, before anything is spent."""
+"""Forecast of the calls, tokens and cost of a run with a live world."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, RoleConfig, held_out
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, Turn
@@ -14,38 +14,36 @@ from mapo_jax.environment.live.limits import prompt_tokens
 from mapo_jax.environment.live.user import user_messages
 from mapo_jax.environment.scenario import Scenario
 
-# Tokens of an answer without reasoning: two short sentences; six findings of two sentences each; one call.
+# Tokens of an answer without reasoning: two short sentences; six findings of two sentences; one function
+# call.
 ANSWER_TOKENS = {"user": 45, "judge": 420, "director": 90}
 _SAMPLED_CARDS = 8
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one role is asked."""
+    """Calls of one role and their tokens."""
 
     calls: float = 0
     input_tokens: float = 0
     output_tokens: float = 0
 
     def __add__(self, other: Load) -> Load:
-        return Load(
-            self.calls + other.calls,
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-        )
+        return Load(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, count: float) -> Load:
-        return Load(self.calls * count, self.input_tokens * count, self.output_tokens * count)
+        return Load(*(value * count for value in astuple(self)))
 
 
 def run_load(config: Config, training: Sequence[Scenario], validation: int) -> dict[str, Load]:
-    """The load of a whole run by role, if every dialogue goes to its last turn and nothing fails.
+    """The load of a whole run by role, if every dialogue reaches its last turn and nothing fails.
 
-    Prompts are rendered with messages of the lengths that the configuration allows, for the first cards.
+    It is computed from prompts of the first cards, with messages of the maximum lengths.
 
     Args:
+      config: the run's configuration.
       training: training cards.
-      validation: how many validation cards there are.
+      validation: number of validation cards.
     """
     steps, every = config.training.steps, config.evaluation.every
     opening, turns = _averages(config, training)
@@ -63,45 +61,44 @@ def run_load(config: Config, training: Sequence[Scenario], validation: int) -> d
     for item in calibration_set():
         messages = judge_messages(item.state.scenario, item.state.turns, item.state.user, item.reply)
         loads["judge"] += _load("judge", messages) * (evaluations * samples)
-    # A class of the user's own may ask no model; it is called all the same.
-    asks = {name: getattr(config.environment, name).model is not None for name in (*ROLES, HELD_OUT)}
-    return {name: load if asks[name] else Load(load.calls) for name, load in loads.items()}
+    # A custom class may have no model: it is called, but uses no tokens.
+    models = {name: getattr(config.environment, name).model for name in loads}
+    return {name: Load(load.calls) if models[name] is None else load for name, load in loads.items()}
 
 
 def step_load(config: Config, training: Sequence[Scenario]) -> dict[str, Load]:
-    """The load of one training step by role; arguments as of `run_load`."""
+    """The load of one training step by role; arguments as for `run_load`."""
     opening, turns = _averages(config, training)
-    loads = {
-        name: load * (config.rollout.scenarios * config.rollout.rollouts) for name, load in turns.items()
-    }
-    loads["user"] += opening * config.rollout.scenarios
+    scenarios = config.rollout.scenarios
+    loads = {name: load * (scenarios * config.rollout.rollouts) for name, load in turns.items()}
+    loads["user"] += opening * scenarios
     return loads
 
 
 def _averages(config: Config, training: Sequence[Scenario]) -> tuple[Load, dict[str, Load]]:
-    """The load of a first message, and by role that of a dialogue."""
+    """The load of a first message, and of a dialogue by role."""
     cards = training[:_SAMPLED_CARDS]
     dialogues = [_dialogue(card, config) for card in cards]
     turns = {name: _mean([dialogue[name] for dialogue in dialogues]) for name in ROLES}
-    return _mean([_opening(card) for card in cards]), turns
+    return _mean([_load("user", user_messages(card, ())) for card in cards]), turns
 
 
 def live_forecast(config: Config, training: Sequence[Scenario], validation: int) -> str:
     """The load of a run as a table, with its cost at the configuration's prices."""
+    titles = f"{'calls':>11} {'prompt tokens':>15} {'answer tokens':>15} {'cost':>11}"
     lines = [
         "the live world, if every dialogue goes to its last turn and nothing fails",
-        f"  {'role':<14} {'model':<30} {'calls':>11} {'prompt tokens':>15} {'answer tokens':>15} "
-        f"{'cost':>11}",
+        f"  {'role':<14} {'model':<30} {titles}",
     ]
-    total, sum_of = 0.0, Load()
+    total_cost, total = 0.0, Load()
     loads = run_load(config, training, validation)
     for name, load in loads.items():
         role = getattr(config.environment, name)
         cost = (load.input_tokens * role.prices[0] + load.output_tokens * role.prices[1]) / 1e6
-        total, sum_of = total + cost, sum_of + load
+        total_cost, total = total_cost + cost, total + load
         model = role.model or role.implementation or ""
         lines.append(f"  {name:<14} {model[-30:]:<30} {_figures(load, cost)}")
-    lines.append(f"  {'together':<45} {_figures(sum_of, total)}")
+    lines.append(f"  {'together':<45} {_figures(total, total_cost)}")
     lines.append(
         "  tokens are estimated from the rendered prompts (about 4 characters each), with replies as long as "
         "they may be; reasoning comes on top; a repair is one more call"
@@ -112,24 +109,22 @@ def live_forecast(config: Config, training: Sequence[Scenario], validation: int)
             lines.append(f"  the {name} has no price: set environment.{name}.prices")
         if hours := _shortest(load, role) / 60:
             lines.append(f"  the {name}'s limits per minute let this through in {hours:,.1f} hours at best")
-    most = config.environment.step_seconds
+    limit = config.environment.step_seconds
     for name, load in step_load(config, training).items():
         seconds = 60 * _shortest(load, getattr(config.environment, name))
-        if seconds > most:
+        if seconds > limit:
             lines.append(
                 f"  the {name}'s limits per minute let a step through in {seconds:,.0f} seconds at best, and "
-                f"environment.step_seconds={most:g} leaves out what is unfinished then, long dialogues "
+                f"environment.step_seconds={limit:g} leaves out what is unfinished then, long dialogues "
                 "first: raise it"
             )
     return "\n".join(lines)
 
 
 def _shortest(load: Load, role: RoleConfig) -> float:
-    """Fewest minutes that a role's own limits leave for a load; 0 without limits."""
-    needed = (
-        (load.calls, role.requests_per_minute),
-        (load.input_tokens + load.output_tokens, role.tokens_per_minute),
-    )
+    """Shortest time in minutes that the role's limits per minute allow for a load; 0 without limits."""
+    tokens = load.input_tokens + load.output_tokens
+    needed = ((load.calls, role.requests_per_minute), (tokens, role.tokens_per_minute))
     return max((amount / limit for amount, limit in needed if limit), default=0.0)
 
 
@@ -141,10 +136,6 @@ def _load(role: str, messages: Sequence[dict[str, str]]) -> Load:
     return Load(1, prompt_tokens(messages), ANSWER_TOKENS[role])
 
 
-def _opening(card: Scenario) -> Load:
-    return _load("user", user_messages(card, ()))
-
-
 def _dialogue(card: Scenario, config: Config) -> dict[str, Load]:
     message = "w " * (2 * ANSWER_TOKENS["user"])
     reply = "w " * (2 * config.rollout.max_reply_tokens)
@@ -152,13 +143,13 @@ def _dialogue(card: Scenario, config: Config) -> dict[str, Load]:
     filler = Turn(message, reply, judgement, None, card.start_position, Action("continue", None, message))
     state = DialogueState(card, 0, (), message)
     loads = {name: Load() for name in ROLES}
-    last = config.rollout.max_turns - 1
-    for turn in range(config.rollout.max_turns):
-        asked = _load("judge", judge_messages(card, state.turns, message, reply))
-        loads["judge"] += asked * config.environment.judge.samples
+    max_turns = config.rollout.max_turns
+    for turn in range(max_turns):
+        judged = _load("judge", judge_messages(card, state.turns, message, reply))
+        loads["judge"] += judged * config.environment.judge.samples
         state = replace(state, turns=(*state.turns, filler))
-        if turn < last:
-            loads["director"] += _load("director", director_messages(state, config.rollout.max_turns))
+        if turn < max_turns - 1:
+            loads["director"] += _load("director", director_messages(state, max_turns))
             loads["user"] += _load("user", user_messages(card, state.turns))
     return loads
 

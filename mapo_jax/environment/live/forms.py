@@ -1,4 +1,4 @@
-"""What models must answer with: strict schemas, and the reading of a text that should hold one."""
+"""Strict schemas of models' answers, and the parsing of a text that should contain one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ Form = TypeVar("Form", bound=BaseModel)
 
 _SILENT = "silent"  # validation context
 _OPEN, _CLOSE = "<think>", "</think>"
-_SEARCHED = 10**6  # characters of the longest text in which objects are searched
+LONGEST_MESSAGE = 1200  # characters of a user's message
+_LONGEST_TEXT = 10**6  # characters; objects are not searched in longer texts
 
-# Balanced braces that begin as an object does, strings passed over, nested _DEPTH deep (a form: 2).
-# Possessive: nothing is tried twice.
+# Balanced braces that begin like an object, without those in strings, nested up to _DEPTH deep (a form: 2).
+# Possessive quantifiers: no backtracking.
 _DEPTH = 4
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
 _NESTED = rf'\{{(?:[^{{}}"]++|{_STRING})*+\}}'
@@ -49,7 +50,7 @@ _Whole = BeforeValidator(_whole)
 
 
 class _Finding(_Strict):
-    """One level, with what it rests on before it."""
+    """One level, after its evidence and reason."""
 
     evidence: str
     reason: str
@@ -123,12 +124,12 @@ class DirectionForm(_Strict):
 
 
 def findings(form: ReplyForm | StartForm) -> list[Any]:
-    """Its findings, in the order of its fields."""
+    """The findings of a form, in the order of its fields."""
     return [getattr(form, name) for name in type(form).model_fields]
 
 
 def whole_characters(text: str) -> str:
-    """`text` with pairs of surrogates joined, and U+FFFD for each half of one: JSON can spell these."""
+    """`text` with surrogate pairs joined, and U+FFFD for half pairs, which JSON can contain."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -137,7 +138,7 @@ def whole_characters(text: str) -> str:
 
 
 def excerpt(text: str, longest: int = 4000) -> str:
-    """`text`, or the first and last of its characters with a note of how many are left out between them."""
+    """`text`, shortened in the middle to `longest` characters and a note of how many are left out."""
     half = longest // 2
     if len(text) <= longest:
         return text
@@ -145,13 +146,13 @@ def excerpt(text: str, longest: int = 4000) -> str:
 
 
 def without_reasoning(text: str) -> str:
-    """What is said behind a reasoning block, without white space around it.
+    """The text after a reasoning block, stripped.
 
-    Only a block at the very beginning counts. It runs from <think> to the first </think>. Where a text does
-    not begin with <think> but holds a </think>, the server's chat template has opened the block, and the text
-    up to there is reasoning as well. So words that quote a bare </think> lose what stands before it: cutting
-    a sentence short does less harm than speaking a model's reasoning. JSON answers are not read by this rule,
-    see `read`. A <think> behind the beginning is text like any other.
+    Only a block at the very beginning counts. It runs from <think> to the first </think>. If a text does not
+    begin with <think> but contains </think>, the server's chat template has opened the block, and the text up
+    to there is reasoning as well. So an answer that quotes a bare </think> loses the text before it, which
+    does less harm than reasoning in a dialogue. `read` does not apply this rule to JSON answers. A later
+    <think> is ordinary text.
 
     Raises:
       RoleFailure: malformed; the answer ends within its reasoning.
@@ -162,97 +163,95 @@ def without_reasoning(text: str) -> str:
 
 
 def _behind_blocks(text: str) -> str:
-    """The text behind the blocks that it begins with."""
-    said = text.strip()
-    while said.startswith(_OPEN):
-        _, closed, said = said.partition(_CLOSE)
+    """The text after the reasoning blocks at its beginning."""
+    rest = text.strip()
+    while rest.startswith(_OPEN):
+        _, closed, rest = rest.partition(_CLOSE)
         if not closed:
             raise RoleFailure("malformed", "the answer ends within its reasoning", text)
-        said = said.strip()
-    return said
+        rest = rest.strip()
+    return rest
 
 
 def read(text: str, form: type[Form], *, silent: bool = False) -> Form:
-    """The one answer of this form in a model's text; prose, fences and reasoning around it are tolerated.
+    """Parses the only answer of this form in a model's text; prose, fences and reasoning may surround it.
 
-    No text within the answer can be mistaken for what stands around it: from the first brace behind a leading
-    <think> block to the last one is tried as JSON before anything is searched. If that fails, the objects
-    behind the last </think> that lies in none of them count.
+    Text within the answer is never taken for its surroundings: the text from the first brace after a leading
+    <think> block to the last brace is parsed as JSON first. If that fails, the objects after the last
+    </think> outside of objects count.
 
-    Nothing is mended: no number is clamped, no text is taken for a number. Line breaks and tabs within a
-    string are read as they stand, and half a surrogate pair as U+FFFD.
+    Values are not corrected: no number is clamped, no text is converted to a number. Line breaks and tabs in
+    a string are accepted; half a surrogate pair becomes U+FFFD.
 
     Args:
       text: of a model.
-      form: what it should hold.
-      silent: it is about a reply without a word, in which no level can find evidence.
+      form: of the answer.
+      silent: the answer is about an empty reply, in which no level can have evidence.
 
     Raises:
       RoleFailure: malformed (no such object, two different ones, a missing, surplus or ill-typed field), or
-        out_of_range (a level that its scale does not have).
+        out_of_range (a level outside its scale).
     """
-    try:
-        found = _answers(text, set(form.model_fields))
-    except RoleFailure as failure:
-        raise RoleFailure(failure.kind, failure.detail, text) from None
-    if not found:
+    answers = _answers(text, set(form.model_fields))
+    if not answers:
         raise RoleFailure("malformed", "it holds no complete JSON object of the form asked for", text)
-    if any(item != found[0] for item in found):
+    if any(answer != answers[0] for answer in answers):
         raise RoleFailure("malformed", "it holds two different answers", text)
     try:
-        return form.model_validate(found[0], context=_SILENT if silent else None)
+        return form.model_validate(answers[0], context=_SILENT if silent else None)
     except ValidationError as error:
         raise _failure(error, text) from None
 
 
 def _answers(text: str, names: set[str]) -> list[dict[str, Any]]:
     """The complete JSON objects in a text that have one of these names."""
-    said = _behind_blocks(text)
-    first, last = said.find("{"), said.rfind("}")
+    text = _behind_blocks(text)
+    first, last = text.find("{"), text.rfind("}")
+    if first < 0:
+        return []
     try:
-        whole = [_decode(said[first : last + 1])] if first >= 0 else []
+        whole = _decode(text[first : last + 1])
     except (ValueError, RecursionError):
         pass
     else:
-        return [item for item in whole if set(item) & names]
-    found, behind = [], 0
-    for start, end, item in _objects(said):
+        return [whole] if set(whole) & names else []
+    answers, end_of_last = [], 0
+    for start, end, item in _objects(text):
         if set(item) & names:
-            if _CLOSE in said[behind:start]:
-                found = []  # drafts
-            found.append(item)
-            behind = end
-    return found
+            if _CLOSE in text[end_of_last:start]:
+                answers = []  # those before it are drafts
+            answers.append(item)
+            end_of_last = end
+    return answers
 
 
 def _failure(error: ValidationError, text: str) -> RoleFailure:
-    problems, beyond = [], True
+    """Out of range if every problem is a whole number outside its scale; else malformed."""
+    problems, out_of_range = [], True
     for problem in error.errors():
         value = problem["input"]
         number = isinstance(value, int) and not isinstance(value, bool)
-        beyond = beyond and problem["type"] == "literal_error" and number
+        out_of_range = out_of_range and problem["type"] == "literal_error" and number
         where = ".".join(map(str, problem["loc"])) or "the answer"
-        problems.append(f"{where}: {problem['msg']}" + (f", not {value}" if number else ""))
-        problems[-1] = excerpt(problems[-1], 200)
+        problems.append(excerpt(f"{where}: {problem['msg']}" + (f", not {value}" if number else ""), 200))
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-    return RoleFailure("out_of_range" if beyond else "malformed", "; ".join(problems[:3]) + more, text)
+    return RoleFailure("out_of_range" if out_of_range else "malformed", "; ".join(problems[:3]) + more, text)
 
 
 def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(start, end, object) of the complete JSON objects of a text that lie in no other one.
+    """(start, end, object) of the outermost complete JSON objects of a text.
 
-    Takes time linear in the text: a place is looked at once for each level of nesting, at most.
+    Its time is linear in the length of the text: a character is visited at most once per level of nesting.
     """
-    place = 0
-    while len(text) <= _SEARCHED and (match := _OBJECT.search(text, place)):
+    position = 0
+    while len(text) <= _LONGEST_TEXT and (match := _OBJECT.search(text, position)):
         try:
             item = _decode(match.group())
         except (ValueError, RecursionError):
-            # Not an object. What stands inside of it is no answer either, unless prose opened the brace.
-            place = match.start() + 1
+            position = match.start() + 1  # the brace belongs to prose, or the object is invalid
         else:
-            place = match.end()
-            yield match.start(), place, item
+            position = match.end()
+            yield match.start(), position, item
 
 
 def _decode(text: str) -> Any:
@@ -274,10 +273,10 @@ def _no_constant(name: str) -> Any:
 
 
 def spoken(text: str) -> str:
-    """The words of a person out of a model's text: no reasoning, no quotation marks around all of it.
+    """A person's message in a model's text: without reasoning, and without quotation marks around all of it.
 
     Raises:
-      RoleFailure: malformed; nothing is left, or it is far too long for a person to say.
+      RoleFailure: malformed; the message is empty or longer than LONGEST_MESSAGE.
     """
     words = without_reasoning(text)
     if match := re.fullmatch(r'(?s)["“「](.*)["”」]', words):
@@ -289,6 +288,3 @@ def spoken(text: str) -> str:
     if len(words) > LONGEST_MESSAGE:
         raise RoleFailure("malformed", f"it has {len(words)} characters; at most {LONGEST_MESSAGE}", text)
     return words
-
-
-LONGEST_MESSAGE = 1200  # characters of a user's message

@@ -1,4 +1,4 @@
-"""What stands around the roles, ours or yours: limits of time, and the watch over the share of failures."""
+"""Time limits for the roles' calls, built-in or custom, and a maximum failure rate."""
 
 from __future__ import annotations
 
@@ -13,49 +13,48 @@ from mapo_jax.environment.live.calls import CallLog
 from mapo_jax.environment.roles import Roles
 from mapo_jax.environment.scenario import Scenario
 
-WINDOW = 100  # role calls that the watch looks back on
+WINDOW = 100  # last calls over which the failure rate is taken
 
 T = TypeVar("T")
 
 
 class WorldFailing(Exception):
-    """Too many of the last calls failed: going on would train on what is left by chance."""
+    """The failure rate is too high: training would go on with whatever dialogues happen to be left."""
 
 
 class Watch:
-    """Looks back on the last WINDOW calls of the roles, from one step into the next."""
+    """Checks the failure rate of the last WINDOW calls, across steps."""
 
     def __init__(self, share: float) -> None:
-        """Args: share: of failures that is still borne."""
+        """Args: share: maximum failure rate."""
         self._most = share * WINDOW
         self._last: deque[tuple[str, RoleFailure | None]] = deque(maxlen=WINDOW)
 
     def note(self, role: str, failure: RoleFailure | None) -> None:
-        """Takes in one call.
+        """Records one call.
 
         Raises:
-          WorldFailing: with it, more than the share of a whole window has failed.
+          WorldFailing: more than the maximum rate of a whole window has failed.
         """
         self._last.append((role, failure))
         if failure is None:
             return
-        failures = [(name, problem) for name, problem in self._last if problem is not None]
-        if len(failures) <= self._most:
+        kinds = Counter(f"{name} {problem.kind}" for name, problem in self._last if problem is not None)
+        if kinds.total() <= self._most:
             return
-        kinds = Counter(f"{name} {problem.kind}" for name, problem in failures)
         listed = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
         raise WorldFailing(
-            f"{len(failures)} of the last {len(self._last)} calls of the world failed ({listed}; the last: "
+            f"{kinds.total()} of the last {len(self._last)} calls of the world failed ({listed}; the last: "
             f"{role}, {' '.join(str(failure).split())[:200]})"
         )
 
     def clear(self) -> None:
-        """Forgets what was."""
+        """Starts a new window."""
         self._last.clear()
 
 
 class Guarded:
-    """The three roles behind limits of time. `begin` before every collection."""
+    """The three roles with time limits. Call `begin` before every collection of dialogues."""
 
     def __init__(
         self,
@@ -69,13 +68,13 @@ class Guarded:
     ) -> None:
         """Args:
 
-        roles: whom to guard.
-        watch: told of every call, but not of those that a limit here cut off.
-        log: where what was lost is counted, and what a limit cut off is written down.
-        dialogue_seconds: longest time that one dialogue may wait for its roles, all turns together. What
-          calls wait for their turn (`allowance.waiting`) is not counted: it is the longer the more turns a
-          dialogue has, and would leave out long ones.
-        step_seconds: longest time from `begin` to the last call, waits included.
+        roles: the roles to guard.
+        watch: records every call, except those that a limit of this class ends.
+        log: counts what is lost, and logs the calls that a limit ends.
+        dialogue_seconds: longest time of all role calls of one dialogue together. Waiting for capacity
+          (`allowance.waiting`) does not count: it grows with the turns of a dialogue, so long dialogues would
+          be lost.
+        step_seconds: longest time from `begin` to the last call, including waits.
         clock: for tests.
         """
         self._roles, self._watch, self._log = roles, watch, log
@@ -84,7 +83,7 @@ class Guarded:
 
     @property
     def roles(self) -> Roles:
-        """Itself, as the three roles."""
+        """This object in all three roles."""
         return Roles(self, self, self)
 
     def begin(self) -> None:

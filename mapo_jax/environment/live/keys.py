@@ -1,4 +1,4 @@
-"""Keys of servers: read from environment variables, checked before use, and taken out of what servers say."""
+"""Keys of servers: read from environment variables, checked before use, and removed from servers' texts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 from mapo_jax.errors import UserError
 
-_SHORTEST = 4  # characters; a shorter key would be found in any text
+_SHORTEST = 4  # characters; a shorter key would match in any text
 
 
 def read_key(variable: str) -> str | None:
     """The key in an environment variable; None if the variable is empty or not set.
 
     Raises:
-      UserError: it cannot be a key. The message names the variable and never quotes it.
+      UserError: it cannot be a key. The message names the variable and does not quote the value.
     """
     key = os.environ.get(variable)
     if key and not re.fullmatch(r"[!-~]+", key):
@@ -27,11 +27,11 @@ def read_key(variable: str) -> str | None:
 
 
 def scrubber(key: str | None) -> Callable[[str], str]:
-    """A function that puts [key] wherever a text holds the key.
+    """A function that replaces the key in a text by [key].
 
-    Found as it is, in upper or lower case, with characters spelled as JSON, Python or URL escapes (so that
-    no later parsing brings the key back), and with stars in its middle, as OpenAI quotes a wrong key.
-    Takes time linear in the text.
+    It finds the key in upper and lower case, with characters as JSON, Python or URL escapes (so that later
+    parsing does not restore it), and with stars in its middle, as OpenAI quotes a wrong key. Its time is
+    linear in the length of the text.
     """
     if key is None or len(key) < _SHORTEST:
         return lambda text: text
@@ -39,7 +39,7 @@ def scrubber(key: str | None) -> Callable[[str], str]:
     def spelled(character: str) -> str:
         code = f"{ord(character):02x}"
         code = "".join(f"[{digit}{digit.upper()}]" if digit.isalpha() else digit for digit in code)
-        # Alternatives that begin with a literal, so that the search skips quickly to where one may begin.
+        # Each alternative begins with a literal, which makes the search fast.
         ways = [re.escape(way) for way in sorted({character.lower(), character.upper()})]
         ways += [rf"\\\\{{0,7}}+(?:u00|U00|x){code}", f"%{code}"]
         if character in '"/':
@@ -49,7 +49,7 @@ def scrubber(key: str | None) -> Callable[[str], str]:
         return f"(?:{'|'.join(ways)})"
 
     whole = "".join(map(spelled, key))
-    # Bounded, as a hostile text may repeat the beginning of the key without end.
+    # Bounded, because a hostile text may repeat the beginning of the key many times.
     starred = "".join(map(spelled, key[:_SHORTEST])) + r"[^\s*]{0,16}+\*\S{0,300}"
     pattern = re.compile(f"{whole}|{starred}")
     return lambda text: pattern.sub("[key]", text)

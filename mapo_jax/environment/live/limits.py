@@ -1,4 +1,4 @@
-"""Requests and tokens per minute, as servers count them, an estimate of the tokens, and open files."""
+"""Limits: requests and tokens per minute, estimates of tokens, and open files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mapo_jax.environment.allowance import waiting
 from mapo_jax.errors import UserError
 
 MINUTE = 60.0
-_SPARE_FILES = 64  # besides connections and what is open at the start: checkpoints, event files, host lookups
+_SPARE_FILES = 64  # for checkpoints, event files and host lookups, besides connections and already open files
 
 
 class PerMinute:
-    """Lets amounts through so that no window of a minute holds more than `limit`; first come, first served.
+    """Rate limiter: no window of a minute holds more than `limit`; first come, first served.
 
-    A single amount above the limit waits for an empty window and then passes: the server decides about it.
+    A single amount above the limit waits for an empty window and then passes; the server decides about it.
     """
 
     def __init__(
@@ -29,14 +29,14 @@ class PerMinute:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Args: limit: most per minute; 0 for no limit. clock, sleep: for tests."""
+        """Args: limit: maximum per minute; 0 for no limit. clock, sleep: for tests."""
         self._limit, self._clock, self._sleep = limit, clock, sleep
         self._passed: deque[list[float]] = deque()  # [time, amount] of the last minute
         self._sum = 0.0
         self._turn = asyncio.Lock()
 
     async def take(self, amount: float = 1.0) -> list[float] | None:
-        """Waits until `amount` fits; returns what `correct` wants, None without a limit."""
+        """Waits until `amount` fits; returns an entry for `correct`, None without a limit."""
         if not self._limit:
             return None
         with waiting():
@@ -56,29 +56,29 @@ class PerMinute:
             await self._sleep(self._passed[0][0] + MINUTE - now)
 
     def correct(self, entry: list[float] | None, amount: float) -> None:
-        """Puts the true amount in the place of the one that was taken, once it is known."""
-        if entry is not None and any(entry is kept for kept in self._passed):
+        """Replaces the estimated amount of an entry by the true one."""
+        if entry is not None and any(entry is passed for passed in self._passed):
             self._sum += amount - entry[1]
             entry[1] = amount
 
 
 def estimate_tokens(text: str) -> float:
-    """About how many tokens a text has: a quarter of its characters, and each of a Chinese text's."""
+    """Estimated tokens of a text: 0.25 per character, 0.8 per Chinese character."""
     wide = (len(text.encode(errors="replace")) - len(text)) / 2  # Chinese takes three bytes a character
     return wide * 0.8 + (len(text) - wide) / 4
 
 
 def prompt_tokens(messages: Sequence[Mapping[str, str]]) -> float:
-    """About how many tokens a prompt has, the marks between its messages included."""
+    """Estimated tokens of a prompt, including the chat template's."""
     return sum(estimate_tokens(message["content"]) + 4 for message in messages)
 
 
 def allow_connections(count: int, key: str) -> None:
-    """Makes sure that the process may hold so many connections; raises its soft limit if it must.
+    """Checks that the process may open so many connections, and raises its soft limit if needed.
 
     Args:
-      count: connections to servers, all at once.
-      key: the option that their number follows from.
+      count: concurrent connections to servers.
+      key: the configuration key that determines the count.
 
     Raises:
       UserError: the hard limit on open files is too low.

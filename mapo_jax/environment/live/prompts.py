@@ -1,7 +1,7 @@
 """The prompts: jinja2 files in English and Chinese, chosen by the card's language.
 
-What models and cards say is only ever a value in a template, never a template; messages of a dialogue appear
-as JSON strings, so that no text can pass for another speaker's, or for the end of what is quoted.
+Texts of models and cards are only values in a template, never templates. Messages of a dialogue appear as
+JSON strings, so that no text can imitate another speaker or the end of the quotation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from mapo_jax.environment.scenario import Scenario
+from mapo_jax.environment.state import AXES
 
 Messages = list[dict[str, str]]
 
@@ -32,16 +33,17 @@ def _environment() -> jinja2.Environment:
 
 
 def _quote(value: Any) -> str:
-    # Without "<" no text can spell a server's control tokens or a reasoning block.
+    # Without "<" no text can contain a server's control tokens or a reasoning block.
     return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def render(language: str, name: str, **values: Any) -> str:
-    """One prompt file with its values.
+    """A rendered prompt file.
 
     Args:
       language: a folder of prompts/: en or zh.
-      name: of the file, without its ending.
+      name: of the file, without its suffix.
+      values: of the template's variables.
     """
     return _environment().get_template(f"{language}/{name}.j2").render(**values).strip()
 
@@ -52,6 +54,5 @@ def chat(system: str, turn: str) -> Messages:
 
 
 def needs(card: Scenario) -> list[tuple[str, int]]:
-    """What the person longs for: (axis, level 0..3), most wanted first, from the indicators of priority."""
-    wanted = zip(("C", "A", "P"), (card.start[2], card.start[5], card.start[8]), strict=True)
-    return sorted(wanted, key=lambda need: -need[1])
+    """The person's needs: (axis, level 0..3) of the priority indicators, highest level first."""
+    return sorted(zip(AXES, card.start[2::3], strict=True), key=lambda need: -need[1])

@@ -1,11 +1,11 @@
-"""The start state of a card that has none: nine indicators, estimated once by a language model."""
+"""The start state of a card: nine indicators, estimated once by a language model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.live.calls import Complete
+from mapo_jax.environment.live.calls import Complete, ask
 from mapo_jax.environment.live.forms import StartForm, findings, read
 from mapo_jax.environment.live.prompts import Messages, chat, render
 from mapo_jax.environment.scenario import Scenario
@@ -23,34 +23,26 @@ class StartState:
 
 
 async def estimate_start(card: Scenario, complete: Complete) -> StartState:
-    """Estimates the start state of a card, whatever its `start` holds.
+    """Estimates the start state of a card; its `start` is ignored.
 
     Raises:
-      RoleFailure: the call failed for good.
+      RoleFailure: the call finally failed.
     """
-    text = await complete(
-        start_messages(card),
-        schema=SCHEMA,
-        check=to_start,
-        repair=lambda problem: render(card.language, "json_repair", problem=problem),
-    )
-    return to_start(text)
+    return await ask(complete, card, start_messages(card), to_start, schema=SCHEMA)
 
 
 def to_start(text: str) -> StartState:
     """The start state in a model's text.
 
     Raises:
-      RoleFailure: malformed or out of range; a person who lacks nothing is no start either.
+      RoleFailure: malformed or out of range; malformed also if every level is 0.
     """
-    found = findings(read(text, StartForm))
-    if not any(finding.level for finding in found):
+    rows = [(f.level, f.evidence, f.reason) for f in findings(read(text, StartForm))]
+    if not any(level for level, _, _ in rows):
         raise RoleFailure("malformed", "every level is 0; a person who talks about a trouble lacks something")
-    return StartState(
-        tuple(f.level for f in found), tuple(f.evidence for f in found), tuple(f.reason for f in found)
-    )
+    return StartState(*zip(*rows, strict=True))
 
 
 def start_messages(card: Scenario) -> Messages:
-    """What the model that plays the start-state judge is asked."""
+    """The prompt of the model that estimates the start state."""
     return chat(render(card.language, "start_system"), render(card.language, "start_card", card=card))

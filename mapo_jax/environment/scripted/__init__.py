@@ -10,8 +10,4 @@ from mapo_jax.environment.scripted.user import ScriptedUser
 def scripted_roles(config: EnvironmentConfig) -> Roles:
     """User, judge and director of the scripted world."""
     opening = config.delayed_opening
-    return Roles(
-        user=ScriptedUser(opening),
-        judge=ScriptedJudge(opening, config.fault_rate),
-        director=ScriptedDirector(opening),
-    )
+    return Roles(ScriptedUser(opening), ScriptedJudge(opening, config.fault_rate), ScriptedDirector(opening))

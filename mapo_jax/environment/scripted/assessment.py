@@ -1,49 +1,30 @@
-"""What a reply does to the scripted user: levels with evidence and reasons, and the mind after it."""
+"""Scores a reply to the scripted user: levels with evidence and reasons, and the user's mind after it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from mapo_jax.environment.scenario import AXES, UNSTATED, Scenario
-from mapo_jax.environment.scripted.grammar import (
-    HARMFUL,
-    HELPFUL,
-    Reading,
-    Sentence,
-    bare,
-    coherent,
-    read,
-)
+from mapo_jax.environment.card_schema import UNSTATED
+from mapo_jax.environment.scenario import Scenario
+from mapo_jax.environment.scripted.grammar import HARMFUL, HELPFUL, Reading, Sentence, bare, coherent, read
+from mapo_jax.environment.scripted.lexicon import REACTIONS
 from mapo_jax.environment.scripted.mind import Mind, phrases
-from mapo_jax.environment.state import PROGRESS_POINTS
+from mapo_jax.environment.state import AXES, PROGRESS_POINTS
 
 NEED_AXIS = {"heard": "A", "weight": "A", "meaning": "C", "way": "P"}
-SLOT_OF = {
-    "reflect_situation": "p",
-    "name_feeling": "f",
-    "name_unstated": "f",
-    "affirm_strength": "s",
-    "reframe": "v",
-    "offer_step": "t",
-}
-WHAT = {
-    "reflect_situation": "situation",
-    "name_feeling": "feeling",
-    "name_unstated": "unstated",
-    "affirm_strength": "strength",
-    "reframe": "value",
-    "offer_step": "step",
-}
+# For each helpful act: the slot that it names, and what the filler is.
+SLOT_OF = dict(zip(HELPFUL, "pffsvt", strict=True))
+WHAT = dict(zip(HELPFUL, ("situation", "feeling", "unstated", "strength", "value", "step"), strict=True))
 
 LONGEST_SENTENCES, LONGEST_WORDS = 3, 45
-MOST_ACTS = 2  # different helpful acts in one reply; more is scattershot
-FRAME_MEMORY = 3  # replies within which a construction counts as used up
+MOST_ACTS = 2  # different helpful acts in one reply; a reply with more is guessing
+FRAME_MEMORY = 3  # replies within which a construction counts as used
 KIND_MEMORY, KIND_MOST = 6, 3  # an act in more than KIND_MOST of KIND_MEMORY replies is a routine
-KIND_RUNNING = 3  # and so is one in this many replies running
+KIND_RUNNING = 3  # an act in this many consecutive replies is a routine as well
 EPISODE_POINTS = 4  # most points per axis and episode
-CLOSED_TURNS = 2  # a careless turn closes the person for so many turns
-ECHO_SHARE = 0.5  # share of word triples that stem from the user: copying
+CLOSED_TURNS = 2  # turns for which a harmful reply closes the user
+ECHO_SHARE = 0.5  # share of word triples from the user's messages from which a sentence is a copy
 
 EXCERPT = 200  # most characters of a reply quoted as evidence
 
@@ -52,7 +33,7 @@ Pairs = Sequence[tuple[str, Sentence]]  # the sentences of a reply, each with it
 
 @dataclass(frozen=True)
 class Assessment:
-    """A judged reply: levels with evidence and reasons, what was read, and the mind after it."""
+    """A judged reply: levels with evidence and reasons, what was recognised, and the mind after it."""
 
     levels: tuple[int, int, int, int, int, int]
     evidence: tuple[str, ...]
@@ -65,173 +46,128 @@ class Assessment:
     after: Mind
 
 
+@dataclass
 class _Tally:
-    """Best progress and worst harm per axis, with the sentence and the reason behind each."""
+    """Collects what the sentences of one reply do."""
 
-    def __init__(self) -> None:
-        self.progress: dict[str, tuple[int, str, str]] = {}
-        self.harm: dict[str, tuple[int, str, str]] = {}
-        self.cancelled = False  # nothing in this reply counts as progress
-        self.barred: set[str] = set()  # axes on which nothing does
+    # Best progress and worst harm per axis: (level, evidence, reason).
+    progress: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    harm: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    cancelled: bool = False  # nothing in this reply counts as progress
+    barred: set[str] = field(default_factory=set)  # axes without progress
+    reactions: set[str] = field(default_factory=set)  # keys of lexicon.REACTIONS
+    named: list[tuple[str, str, bool]] = field(default_factory=list)  # (what, filler, right)
+    credited: set[tuple[str, str]] = field(default_factory=set)  # (act, filler) that brought progress
 
     def gain(self, axis: str, level: int, evidence: str, reason: str) -> None:
         if level > self.progress.get(axis, (0, "", ""))[0]:
             self.progress[axis] = (level, evidence, reason)
 
-    def hurt(self, levels: dict[str, int], evidence: str, reason: str, cancel: bool = False) -> None:
+    def hurt(
+        self, levels: dict[str, int], evidence: str, reason: str, reaction: str = "", cancel: bool = False
+    ) -> None:
         for axis, level in levels.items():
             if level < self.harm.get(axis, (0, "", ""))[0]:
                 self.harm[axis] = (level, evidence, reason)
+        if reaction:
+            self.reactions.add(reaction)
         self.cancelled = self.cancelled or cancel
 
 
-_HARM_OF = {
-    "template": {"C": -1, "A": -1},
-    "advise": {"P": -2},
-    "lecture": {"A": -1, "P": -2},
-    "dismiss": {"C": -1, "A": -2},
-    "blame": {"A": -2, "P": -2},
-    "praise": {"A": -1, "P": -1},
-    "farewell": {"C": -1, "A": -1, "P": -1},
+# For each act that always harms: levels, reason, and how the user takes it.
+_HARMS = {
+    "template": ({"C": -1, "A": -1}, "an empty template", "empty"),
+    "advise": ({"P": -2}, "pushes a plan on the user", "pushed"),
+    "lecture": ({"A": -1, "P": -2}, "lectures", "pushed"),
+    "dismiss": ({"C": -1, "A": -2}, "plays the trouble down", "hurtful"),
+    "blame": ({"A": -2, "P": -2}, "puts the blame on the user", "hurtful"),
+    "praise": ({"A": -1, "P": -1}, "flatters without having seen anything", "empty"),
+    "farewell": ({"C": -1, "A": -1, "P": -1}, "leaves while the user is still talking", "hurtful"),
 }
-_WHY_HARM = {
-    "template": "an empty template",
-    "advise": "pushes a plan on the user",
-    "lecture": "lectures",
-    "dismiss": "plays the trouble down",
-    "blame": "puts the blame on the user",
-    "praise": "flatters without having seen anything",
-    "farewell": "leaves while the user is still talking",
-}
-# The first of these that a reply set off decides how the user takes it.
-_REACTION_ORDER = (
-    "silent",
-    "lost",
-    "hurtful",
-    "pushed",
-    "empty",
-    "routine",
-    "misread",
-    "stale",
-    "early",
-    "ignored",
-    "shallow",
-    "repaired",
-    "unstated",
-    "reframe",
-    "step",
-    "feeling",
-    "strength",
-    "situation",
-    "asked",
-)
-_REACTION_TO = {
-    "template": "empty",
-    "praise": "empty",
-    "advise": "pushed",
-    "lecture": "pushed",
-    "dismiss": "hurtful",
-    "blame": "hurtful",
-    "farewell": "hurtful",
-}
-# The act that names a reply's kind when it holds several: harm first, then the deepest help.
-_KIND_ORDER = (
-    *HARMFUL,
-    "incoherent",
-    "echo",
+_REPAIRED = "owns the misstep"  # reason of the progress that a repair brings
+# The first of these acts gives a reply with several acts its kind: harm first, then the most advanced help.
+_HELP_ORDER = (
     "offer_step",
     "reframe",
     "name_unstated",
     "affirm_strength",
     "name_feeling",
     "reflect_situation",
-    "repair",
-    "ask",
-    "presence",
-    "other",
 )
-
-
-def _classify(mind: Mind, sentence: Sentence, clean: bool) -> str:
-    """One of KINDS, or incoherent, echo, other."""
-    if not clean:
-        return "incoherent"
-    if sentence.kind is not None:
-        # A construction filled with words that are no phrase of this world is no sentence either.
-        return sentence.kind if coherent(mind.scenario, sentence.words) else "incoherent"
-    words = sentence.words.split()
-    if len(words) < 3:
-        copied = any(f" {sentence.words} " in f" {message} " for message in mind.heard_words)
-    else:
-        triples = _triples(words)
-        theirs = set().union(*(_triples(message.split()) for message in mind.heard_words))
-        copied = len(triples & theirs) >= ECHO_SHARE * len(triples)
-    if copied:
-        return "echo"
-    return "other" if coherent(mind.scenario, sentence.words) else "incoherent"
+_KIND_ORDER = (*HARMFUL, "incoherent", "echo", *_HELP_ORDER, "repair", "ask", "presence", "other")
 
 
 def assess(mind: Mind, reply: str) -> Assessment:
     """Judges a reply to the user's last message."""
     reading = read(reply)
     tally = _Tally()
-    reactions: set[str] = set()
-    named: list[tuple[str, str, bool]] = []
-    served = False
-    credited: set[tuple[str, str]] = set()
-    kinds = [_classify(mind, sentence, reading.clean) for sentence in reading.sentences]
-    pairs = list(zip(kinds, reading.sentences, strict=True))
-
+    pairs = [(_classify(mind, sentence, reading.clean), sentence) for sentence in reading.sentences]
     if not pairs:
         again = bool(mind.kinds) and not mind.kinds[-1]
-        tally.hurt({"C": -1, "A": -2 if again else -1}, _excerpt(reply), "says nothing", cancel=True)
-        reactions.add("silent")
-    _judge_form(reading, pairs, tally, reactions)
-    _judge_repetition(mind, pairs, tally, reactions)
+        levels = {"C": -1, "A": -2 if again else -1}
+        tally.hurt(levels, _excerpt(reply), "says nothing", "silent", cancel=True)
+    _judge_form(reading, pairs, tally)
+    _judge_repetition(mind, pairs, tally)
 
-    # A closed person takes in nothing but an honest repair.
+    # A closed user accepts nothing but a repair.
     repair = next((s for kind, s in pairs if kind == "repair"), None)
-    if repair is not None:
-        if mind.closed:
-            tally.gain("A", 1, repair.text, "owns the misstep")
-            reactions.add("repaired")
-        elif not mind.harmed:
-            tally.hurt({"A": -1}, repair.text, "apologises for nothing")
-            reactions.add("lost")
+    if repair is not None and mind.closed:
+        tally.gain("A", 1, repair.text, _REPAIRED)
+        tally.reactions.add("repaired")
+    elif repair is not None and not mind.harmed:
+        tally.hurt({"A": -1}, repair.text, "apologises for nothing", "lost")
+    served = False
     for kind, sentence in pairs:
         if kind in HELPFUL:
-            right = _judge_help(mind, kind, sentence, tally, reactions, named, credited)
-            served = served or right
+            served |= _judge_help(mind, kind, sentence, tally)
         elif kind == "ask":
-            reactions.add("asked")
+            tally.reactions.add("asked")
             filler = dict(sentence.slots)["p"]
             if _standing(mind, "p", filler) != "right":
-                tally.hurt({"C": -1}, sentence.text, f"asks about `{filler}`, which is not at hand")
-                reactions.add("misread")
+                tally.hurt(
+                    {"C": -1}, sentence.text, f"asks about `{filler}`, which is not at hand", "misread"
+                )
         elif kind == "incoherent" and sentence.kind in HELPFUL:
-            # Names something that is no phrase of this world: no act, but a name that was wrong.
+            # The filler is no phrase of this world: not an act, but a wrong name.
             filler = dict(sentence.slots)[SLOT_OF[sentence.kind]]
-            named.append((WHAT[sentence.kind], filler, False))
+            tally.named.append((WHAT[sentence.kind], filler, False))
 
-    served = served and not tally.cancelled
     idle = mind.idle
-    if mind.closed == 0 and not served and repair is None:
+    if not mind.closed and repair is None and (tally.cancelled or not served):
         idle += 1
         if idle >= 2:
-            axis = NEED_AXIS[mind.episode.need]
-            level = -1 if idle == 2 else -2
-            tally.hurt({axis: level}, _excerpt(reply), "leaves the need of this moment unanswered")
-            tally.cancelled = True
-            reactions.add("shallow")
+            levels = {NEED_AXIS[mind.episode.need]: -1 if idle == 2 else -2}
+            reason = "leaves the need of this moment unanswered"
+            tally.hurt(levels, _excerpt(reply), reason, "shallow", cancel=True)
     for axis in tally.barred:
         tally.progress.pop(axis, None)
-    if tally.cancelled:
-        tally.progress.clear()
-        credited.clear()
-    elif mind.closed:
-        tally.progress = {a: g for a, g in tally.progress.items() if g[2] == "owns the misstep"}
-        credited.clear()
-    return _conclude(mind, reply, tally, reactions, pairs, named, credited, idle)
+    if tally.cancelled or mind.closed:
+        tally.progress = {
+            axis: gain
+            for axis, gain in tally.progress.items()
+            if gain[2] == _REPAIRED and not tally.cancelled
+        }
+        tally.credited.clear()
+    return _conclude(mind, reply, tally, pairs, idle)
+
+
+def _classify(mind: Mind, sentence: Sentence, clean: bool) -> str:
+    """One of KINDS, or incoherent, echo, other."""
+    if not clean:
+        return "incoherent"
+    if sentence.kind is None and _copied(mind, sentence):
+        return "echo"
+    # A construction filled with words that are no phrase of this world is not coherent either.
+    return (sentence.kind or "other") if coherent(mind.scenario, sentence.words) else "incoherent"
+
+
+def _copied(mind: Mind, sentence: Sentence) -> bool:
+    words = sentence.words.split()
+    if len(words) < 3:
+        return any(f" {sentence.words} " in f" {message} " for message in mind.heard_words)
+    triples = _triples(words)
+    user_triples = set().union(*(_triples(message.split()) for message in mind.heard_words))
+    return len(triples & user_triples) >= ECHO_SHARE * len(triples)
 
 
 def _triples(words: list[str]) -> set[tuple[str, ...]]:
@@ -239,138 +175,115 @@ def _triples(words: list[str]) -> set[tuple[str, ...]]:
 
 
 def _excerpt(reply: str) -> str:
-    """What of a reply is quoted as evidence when no one sentence stands out."""
+    """Evidence where no single sentence is to be quoted."""
     return " ".join(reply.split())[:EXCERPT] or "(nothing)"
 
 
-def _judge_form(reading: Reading, pairs: Pairs, tally: _Tally, reactions: set[str]) -> None:
-    """Harm that lies in the form of the reply, whatever it names."""
+def _judge_form(reading: Reading, pairs: Pairs, tally: _Tally) -> None:
+    """Harm by the form of the reply, whatever it names."""
     acts = {kind for kind, _ in pairs}
     for kind, sentence in pairs:
+        text = sentence.text
         if kind == "incoherent":
-            tally.hurt({"C": -1, "A": -1, "P": -1}, sentence.text, "is no coherent sentence", cancel=True)
-            reactions.add("lost")
+            tally.hurt({"C": -1, "A": -1, "P": -1}, text, "is no coherent sentence", "lost", cancel=True)
         elif kind == "echo":
-            own = set(sentence.words.split()) & {"i", "me", "my"}
-            tally.hurt(
-                {"C": -1, "A": -2 if own else -1}, sentence.text, "echoes the user's words", cancel=True
-            )
-            reactions.add("ignored")
+            first_person = set(sentence.words.split()) & {"i", "me", "my"}
+            levels = {"C": -1, "A": -2 if first_person else -1}
+            tally.hurt(levels, text, "echoes the user's words", "ignored", cancel=True)
         elif kind == "other":
-            tally.hurt({"C": -1}, sentence.text, "says nothing to the point")
+            tally.hurt({"C": -1}, text, "says nothing to the point")
             if acts <= {"other", "presence"}:
-                tally.hurt({"A": -1}, sentence.text, "passes the person by")
-                reactions.add("ignored")
+                tally.hurt({"A": -1}, text, "passes the person by", "ignored")
         elif kind in HARMFUL:
-            tally.hurt(_HARM_OF[kind], sentence.text, _WHY_HARM[kind], cancel=True)
-            reactions.add(_REACTION_TO[kind])
+            levels, reason, reaction = _HARMS[kind]
+            tally.hurt(levels, text, reason, reaction, cancel=True)
     if not pairs:
         return
     whole = _excerpt(" ".join(sentence.text for _, sentence in pairs))
     if acts == {"presence"}:
-        tally.hurt({"C": -1}, whole, "is there, but takes nothing up")
-        reactions.add("ignored")
+        tally.hurt({"C": -1}, whole, "is there, but takes nothing up", "ignored")
     if len(pairs) > LONGEST_SENTENCES or reading.word_count > LONGEST_WORDS:
-        tally.hurt({"A": -1, "P": -1}, whole, "is over-long and buries the person", cancel=True)
-        reactions.add("pushed")
+        tally.hurt({"A": -1, "P": -1}, whole, "is over-long and buries the person", "pushed", cancel=True)
     helpful = [kind for kind, _ in pairs if kind in HELPFUL]
     if len(set(helpful)) > MOST_ACTS or len(set(helpful)) < len(helpful):
-        tally.hurt({"C": -1, "A": -1}, whole, "fires guesses at random", cancel=True)
-        reactions.add("misread")
+        tally.hurt({"C": -1, "A": -1}, whole, "fires guesses at random", "misread", cancel=True)
     if reading.shouted:
-        tally.hurt({"A": -2}, whole, "shouts", cancel=True)
-        reactions.add("hurtful")
+        tally.hurt({"A": -2}, whole, "shouts", "hurtful", cancel=True)
 
 
-def _judge_repetition(mind: Mind, pairs: Pairs, tally: _Tally, reactions: set[str]) -> None:
-    """Harm of sentences, constructions and acts that come again and again."""
+def routine(mind: Mind, kind: str) -> bool:
+    """Whether one more act of this kind is a routine."""
+    last = mind.kinds[-(KIND_RUNNING - 1) :]
+    running = len(last) == KIND_RUNNING - 1 and all(kind in kinds for kinds in last)
+    return running or sum(kind in kinds for kinds in mind.kinds[-(KIND_MEMORY - 1) :]) >= KIND_MOST
+
+
+def _judge_repetition(mind: Mind, pairs: Pairs, tally: _Tally) -> None:
+    """Harm by sentences, constructions and acts that are repeated."""
     for i, (kind, sentence) in enumerate(pairs):
-        earlier = {other.words for _, other in pairs[:i]}
+        text, earlier = sentence.text, {other.words for _, other in pairs[:i]}
         if sentence.words in mind.sentences or sentence.words in earlier:
-            # Once is a slip; again, or within one reply, is a routine.
+            # The first repetition is a slip; another one, or one within a reply, is a routine.
             slip = not mind.repeats and sentence.words not in earlier
-            tally.hurt({"A": -1 if slip else -2}, sentence.text, "repeats an earlier sentence", cancel=True)
-            reactions.add("routine")
+            levels = {"A": -1 if slip else -2}
+            tally.hurt(levels, text, "repeats an earlier sentence", "routine", cancel=True)
         elif sentence.frame is not None and any(sentence.frame in frames for frames in mind.frames):
-            tally.hurt({"A": -1}, sentence.text, "wears out the same wording")
+            tally.hurt({"A": -1}, text, "wears out the same wording", "routine")
             tally.barred.add("A")
-            reactions.add("routine")
-        recent = mind.kinds[-(KIND_MEMORY - 1) :]
-        running = mind.kinds[-(KIND_RUNNING - 1) :]
-        often = sum(kind in kinds for kinds in recent) >= KIND_MOST
-        row = len(running) == KIND_RUNNING - 1 and all(kind in kinds for kinds in running)
-        if often or row:
-            tally.hurt({"A": -2}, sentence.text, "the same routine again", cancel=True)
-            reactions.add("routine")
+        if routine(mind, kind):
+            tally.hurt({"A": -2}, text, "the same routine again", "routine", cancel=True)
         if kind == "ask" and mind.kinds and "ask" in mind.kinds[-1]:
-            tally.hurt({"A": -1}, sentence.text, "questions the user one time after another", cancel=True)
-            reactions.add("routine")
+            tally.hurt({"A": -1}, text, "questions the user one time after another", "routine", cancel=True)
 
 
 def _standing(mind: Mind, letter: str, filler: str) -> str:
-    """How a filler relates to what the user has said: right, stale (earlier), unsaid (not yet), or wrong."""
+    """Whether a filler is right, stale (of an earlier part), unsaid (so far), or wrong."""
     content = mind.content
+    if letter not in ("p", "f"):
+        return "right" if filler in mind.said and filler in phrases(mind.scenario) else "wrong"
     if letter == "p":
-        if filler in content.particulars:
-            return "right" if filler in mind.said else "unsaid"
-        return "stale" if filler in mind.said else "wrong"
-    if letter == "f":
-        if filler in UNSTATED:
-            if filler == content.unstated:
-                return "right" if filler in mind.said_now else "unsaid"
-            return "stale" if filler in mind.hinted else "wrong"
-        if filler == content.feeling:
-            return "right" if filler in mind.said_now else "unsaid"
-        return "stale" if filler in mind.said else "wrong"
-    return "right" if filler in mind.said and filler in phrases(mind.scenario) else "wrong"
+        current, mentioned, before = filler in content.particulars, filler in mind.said, mind.said
+    elif filler in UNSTATED:
+        current, mentioned, before = filler == content.unstated, filler in mind.said_now, mind.hinted
+    else:
+        current, mentioned, before = filler == content.feeling, filler in mind.said_now, mind.said
+    if current:
+        return "right" if mentioned else "unsaid"
+    return "stale" if filler in before else "wrong"
 
 
-def _own_phrases(scenario: Scenario, kind: str) -> tuple[str, ...]:
-    story = scenario.story
-    texts = {"affirm_strength": story.strengths, "offer_step": story.steps, "reframe": (scenario.value,)}[
-        kind
-    ]
-    return tuple(bare(text) for text in texts)
+def card_phrases(scenario: Scenario, kind: str) -> tuple[str, ...]:
+    """The phrases of the card that affirm_strength, offer_step or reframe may name."""
+    if kind == "reframe":
+        return (scenario.value,)
+    return scenario.story.strengths if kind == "affirm_strength" else scenario.story.steps
 
 
-def _judge_help(
-    mind: Mind,
-    kind: str,
-    sentence: Sentence,
-    tally: _Tally,
-    reactions: set[str],
-    named: list[tuple[str, str, bool]],
-    credited: set[tuple[str, str]],
-) -> bool:
+def _judge_help(mind: Mind, kind: str, sentence: Sentence, tally: _Tally) -> bool:
     """Scores one helpful act; returns whether it serves the need of the episode."""
     slots = dict(sentence.slots)
-    letter = SLOT_OF[kind]
-    filler, text, need = slots[letter], sentence.text, mind.episode.need
-    standing = _standing(mind, letter, filler)
-    if kind in ("affirm_strength", "offer_step", "reframe") and filler not in _own_phrases(
-        mind.scenario, kind
-    ):
+    filler, text, need = slots[SLOT_OF[kind]], sentence.text, mind.episode.need
+    standing = _standing(mind, SLOT_OF[kind], filler)
+    phrase_of_card = kind in ("affirm_strength", "offer_step", "reframe")
+    if phrase_of_card and filler not in map(bare, card_phrases(mind.scenario, kind)):
         standing = "wrong"
-    named.append((WHAT[kind], filler, standing == "right"))
+    tally.named.append((WHAT[kind], filler, standing == "right"))
     if kind == "reframe" and "p" in slots:
         beside = _standing(mind, "p", slots["p"])
-        named.append(("situation", slots["p"], beside == "right"))
+        tally.named.append(("situation", slots["p"], beside == "right"))
         if beside != "right":
-            standing = "wrong" if beside != "stale" else "stale"
-            filler = slots["p"]
-
+            standing, filler = "stale" if beside == "stale" else "wrong", slots["p"]
     if standing != "right":
-        _judge_misnaming(mind, kind, filler, standing, text, tally, reactions)
+        _judge_misnaming(mind, kind, filler, standing, text, tally)
         return False
 
-    def gain(axis: str, level: int, reason: str) -> bool:
+    def gain(axis: str, level: int, reason: str, reaction: str) -> bool:
+        tally.reactions.add(reaction)
         if (kind, filler) in mind.credited:
-            tally.hurt({"A": -1}, text, f"`{filler}` has been named already")
-            reactions.add("routine")
+            tally.hurt({"A": -1}, text, f"`{filler}` has been named already", "routine")
             return False
-        credited.add((kind, filler))
-        second = level == 2 and kind in ("reframe", "offer_step")
-        if second and mind.delayed_opening and not mind.deep:
+        tally.credited.add((kind, filler))
+        if kind in ("reframe", "offer_step") and mind.delayed_opening and not mind.deep:
             level, reason = 1, reason + "; but the person was never fully heard, and opens only half way"
         tally.gain(axis, level, text, reason)
         return True
@@ -378,67 +291,51 @@ def _judge_help(
     if kind in ("reflect_situation", "name_feeling"):
         if need == "meaning":
             return False
-        situation = kind == "reflect_situation"
-        reactions.add("situation" if situation else "feeling")
-        what = "takes up the situation" if situation else "names the stated feeling"
-        fresh = gain("C" if situation else "A", 1, f"{what}: `{filler}`")
+        if kind == "reflect_situation":
+            fresh = gain("C", 1, f"takes up the situation: `{filler}`", "situation")
+        else:
+            fresh = gain("A", 1, f"names the stated feeling: `{filler}`", "feeling")
         return fresh and (need == "heard" or (need == "weight" and not mind.unstated_hinted))
-    if kind == "name_unstated":
-        if need == "weight":
-            reactions.add("unstated")
-            return gain("A", 2, f"names the feeling behind: `{filler}`")
-        tally.hurt({"A": -1}, text, "digs for hidden feelings before the person feels heard")
-        reactions.add("early")
-        return False
     if kind == "affirm_strength":
         if need in ("meaning", "way"):
-            reactions.add("strength")
-            gain("P", 1, f"affirms a strength of the person's own: `{filler}`")
+            gain("P", 1, f"affirms a strength of the person's own: `{filler}`", "strength")
         return False
-    if kind == "reframe":
+    if kind == "name_unstated":
+        if need == "weight":
+            return gain("A", 2, f"names the feeling behind: `{filler}`", "unstated")
+        tally.hurt({"A": -1}, text, "digs for hidden feelings before the person feels heard", "early")
+    elif kind == "reframe":
         if need == "meaning":
-            reactions.add("reframe")
-            return gain("C", 2, f"ties it to what matters to the person: `{filler}`")
-        tally.hurt({"C": -1}, text, "explains before the ground is laid")
-        reactions.add("early")
-        return False
-    if need == "way":
-        reactions.add("step")
-        return gain("P", 2, f"offers a step as a choice: `{filler}`")
-    tally.hurt({"P": -1 if mind.heard else -2}, text, "offers a way out before the time has come")
-    reactions.add("pushed")
+            return gain("C", 2, f"ties it to what matters to the person: `{filler}`", "reframe")
+        tally.hurt({"C": -1}, text, "explains before the ground is laid", "early")
+    else:
+        if need == "way":
+            return gain("P", 2, f"offers a step as a choice: `{filler}`", "step")
+        levels = {"P": -1 if mind.heard else -2}
+        tally.hurt(levels, text, "offers a way out before the time has come", "pushed")
     return False
 
 
-def _judge_misnaming(
-    mind: Mind, kind: str, filler: str, standing: str, text: str, tally: _Tally, reactions: set[str]
-) -> None:
-    """A name that is not what the user said: misread, left behind, or guessed too early."""
+def _judge_misnaming(mind: Mind, kind: str, filler: str, standing: str, text: str, tally: _Tally) -> None:
+    """Harm by a filler that is wrong, of an earlier part, or not said yet."""
     if kind in ("reflect_situation", "reframe"):
-        harm = {"C": -1 if standing in ("stale", "unsaid") else -2}
-    elif kind == "name_unstated" and standing == "unsaid":
-        harm = {"A": -1}
+        levels = {"C": -2 if standing == "wrong" else -1}
     elif kind in ("name_feeling", "name_unstated"):
-        harm = {"A": -1} if standing == "stale" else {"A": -1, "C": -1}
+        mild = standing == "stale" or (kind == "name_unstated" and standing == "unsaid")
+        levels = {"A": -1} if mild else {"A": -1, "C": -1}
     elif kind == "affirm_strength":
-        harm = {"C": -1, "P": -1}
+        levels = {"C": -1, "P": -1}
     else:  # offer_step
-        harm = {"P": -1 if mind.heard else -2, "C": -1}
-    why = {"stale": "belongs to an earlier part", "unsaid": "has not been said yet", "wrong": "is not theirs"}
-    tally.hurt(harm, text, f"`{filler}` {why[standing]}")
-    reactions.add({"stale": "stale", "unsaid": "early", "wrong": "misread"}[standing])
+        levels = {"P": -1 if mind.heard else -2, "C": -1}
+    reason, reaction = {
+        "stale": ("belongs to an earlier part", "stale"),
+        "unsaid": ("has not been said yet", "early"),
+        "wrong": ("is not theirs", "misread"),
+    }[standing]
+    tally.hurt(levels, text, f"`{filler}` {reason}", reaction)
 
 
-def _conclude(
-    mind: Mind,
-    reply: str,
-    tally: _Tally,
-    reactions: set[str],
-    pairs: Pairs,
-    named: list[tuple[str, str, bool]],
-    credited: set[tuple[str, str]],
-    idle: int,
-) -> Assessment:
+def _conclude(mind: Mind, reply: str, tally: _Tally, pairs: Pairs, idle: int) -> Assessment:
     """Levels with their reasons, and the mind after the reply."""
     acts = frozenset(kind for kind, _ in pairs)
     excerpt = _excerpt(reply)
@@ -453,62 +350,54 @@ def _conclude(
         levels += [level, harm]
         evidence += [proof, harm_proof or excerpt]
         reasons += [reason, harm_reason]
-    harms = levels[1::2]
-    harmful, careless = min(harms) < 0, min(harms) == -2
-    if careless or (harmful and mind.harmed):
-        closed = CLOSED_TURNS
-    elif mind.closed and "repair" in acts and not harmful:
-        closed = 0
-    elif mind.closed and harmful:
+    worst = min(levels[1::2])
+    if worst == -2 or (worst < 0 and (mind.harmed or mind.closed)):
         closed = CLOSED_TURNS
     else:
-        closed = max(0, mind.closed - 1)
+        closed = 0 if "repair" in acts and worst == 0 else max(0, mind.closed - 1)
 
-    now_credited = mind.credited | credited
-    met = mind.met or _met(mind, now_credited)
+    credited = mind.credited | tally.credited
+    met = mind.met or _met(mind, credited)
     first = mind.episode.origin == "stage" and mind.episode.content == 0
-    kinds_credited = {kind for kind, _ in now_credited}
-    deep = mind.deep or (first and {"reflect_situation", "name_feeling"} <= kinds_credited)
-    present = [kind for kind in _KIND_ORDER if kind in acts]
+    heard_fully = first and {"reflect_situation", "name_feeling"} <= {kind for kind, _ in credited}
     after = replace(
         mind,
-        credited=now_credited,
+        credited=credited,
         points=tuple(points),
         met=met,
         idle=idle,
         closed=closed,
-        harmed=harmful,
+        harmed=worst < 0,
         heard=mind.heard or met,
-        deep=deep,
+        deep=mind.deep or heard_fully,
         sentences=mind.sentences | {sentence.words for _, sentence in pairs},
         repeats=mind.repeats + any(sentence.words in mind.sentences for _, sentence in pairs),
         frames=(*mind.frames, frozenset(s.frame for _, s in pairs if s.frame))[-FRAME_MEMORY:],
         kinds=(*mind.kinds, acts)[-KIND_MEMORY:],
-        reaction=next((name for name in _REACTION_ORDER if name in reactions), None),
+        reaction=next((name for name in REACTIONS if name in tally.reactions), None),
     )
     return Assessment(
         tuple(levels),
         tuple(evidence),
         tuple(reasons),
-        present[0] if present else "silence",
-        tuple(kind for kind, _ in pairs),
-        tuple(named),
-        mind.stage,
-        mind.episode.need,
-        after,
+        kind=next((kind for kind in _KIND_ORDER if kind in acts), "silence"),
+        acts=tuple(kind for kind, _ in pairs),
+        named=tuple(tally.named),
+        stage=mind.stage,
+        need=mind.episode.need,
+        after=after,
     )
 
 
 def _met(mind: Mind, credited: frozenset[tuple[str, str]]) -> bool:
     """Whether the need of the episode is met."""
-    need = mind.episode.need
+    need, threshold = mind.episode.need, mind.scenario.empathy_threshold
     kinds = [kind for kind, _ in credited]
-    if need == "heard":
-        if mind.episode.origin == "memory" and mind.heard:
-            return bool(kinds)
-        situation, feeling = kinds.count("reflect_situation"), kinds.count("name_feeling")
-        if mind.scenario.empathy_threshold == "low":
-            return situation + feeling >= 1
-        return feeling >= 1 and situation >= (1 if mind.scenario.empathy_threshold == "medium" else 2)
-    wanted = {"weight": "name_unstated", "meaning": "reframe", "way": "offer_step"}[need]
-    return wanted in kinds
+    if need != "heard":
+        return {"weight": "name_unstated", "meaning": "reframe", "way": "offer_step"}[need] in kinds
+    if mind.episode.origin == "memory" and mind.heard:
+        return bool(kinds)
+    situation, feeling = kinds.count("reflect_situation"), kinds.count("name_feeling")
+    if threshold == "low":
+        return situation + feeling >= 1
+    return feeling >= 1 and situation >= (1 if threshold == "medium" else 2)

@@ -1,50 +1,50 @@
-"""The scripted director: tells the next part once the need of this one is met, and unsticks a stuck story."""
+"""The scripted director: moves on once the need of an episode is met, and when a story is stuck."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
+from mapo_jax.environment.card_schema import PERIODS
 from mapo_jax.environment.dialogue import Action, DialogueState
-from mapo_jax.environment.scenario import AXES, PERIODS
 from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.mind import Mind
+from mapo_jax.environment.state import AXES
 
 _MEMORY_SHARE = 0.2  # share of transitions at which a memory comes up first
 _MOST_MEMORIES = 4
-_PATIENCE = 3  # replies beside the need after which the story moves on anyway
+_PATIENCE = 3  # replies that miss the need, after which the story moves on anyway
 _LAST_STAGE = 3
 
 
+@dataclass(frozen=True)
 class ScriptedDirector:
-    """Pure given the state and its seed. Never ends a dialogue: success does that."""
+    """Pure given the state and its seed. Never ends a dialogue: only success does."""
 
-    def __init__(self, delayed_opening: bool = True) -> None:
-        self._delayed_opening = delayed_opening
+    delayed_opening: bool = True
 
     async def act(self, state: DialogueState) -> Action:
         """One of dialogue.ACTIONS."""
-        mind = mind_at(state, self._delayed_opening)
+        mind = mind_at(state, self.delayed_opening)
         if mind.closed:
             return Action("observe", None, "You have withdrawn; say little until you feel met again.")
         if mind.met:
-            rng = random.Random(f"{state.seed}:{state.turn_count}:director")
-            return _onward(state, mind, rng)
+            return _onward(state, mind, random.Random(f"{state.seed}:{state.turn_count}:director"))
         if mind.idle >= _PATIENCE:
             if not mind.heard:
                 return _memory(mind, "You were not heard yet; begin again from another side.")
             if mind.stage < _LAST_STAGE:
-                return Action(
-                    "turning_point", str(mind.stage + 1), "Something happens that moves the story on."
-                )
-            return Action(
-                "turning_point", _lacking(state), "Something happens that shifts what weighs on you."
-            )
+                guidance = "Something happens that moves the story on."
+                return Action("turning_point", str(mind.stage + 1), guidance)
+            guidance = "Something happens that shifts what weighs on you."
+            return Action("turning_point", _lacking(state), guidance)
         return Action("continue", None, "Stay with what you are telling.")
 
 
 def _onward(state: DialogueState, mind: Mind, rng: random.Random) -> Action:
-    ripe = mind.stage > 0 and mind.memories < _MOST_MEMORIES and mind.episode.origin != "memory"
-    if ripe and rng.random() < _MEMORY_SHARE:
+    """The action once the need is met."""
+    allowed = mind.stage > 0 and mind.memories < _MOST_MEMORIES and mind.episode.origin != "memory"
+    if allowed and rng.random() < _MEMORY_SHARE:
         return _memory(mind, "An earlier part of the story comes back to you.")
     if mind.stage < _LAST_STAGE:
         stage = mind.stage + 1
@@ -58,5 +58,5 @@ def _memory(mind: Mind, guidance: str) -> Action:
 
 
 def _lacking(state: DialogueState) -> str:
-    """The axis that is furthest from rest."""
+    """The axis with the largest deficit."""
     return min(AXES, key=lambda axis: state.position[AXES.index(axis)])

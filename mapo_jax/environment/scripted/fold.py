@@ -1,4 +1,4 @@
-"""The mind of a dialogue, folded from its turns; the fold is cached, so that a new turn costs one step."""
+"""The mind of a dialogue, computed turn by turn and cached, so that a new turn costs one step."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.assessment import Assessment, assess
 from mapo_jax.environment.scripted.mind import Mind, begin, follow, hear
 
-Told = tuple[tuple[str, str, Action | None], ...]  # (user, reply, action) of each turn
+Exchanges = tuple[tuple[str, str, Action | None], ...]  # (user, reply, action) of each turn
+
+
+def _exchanges(state: DialogueState) -> Exchanges:
+    return tuple((turn.user, turn.reply, turn.action) for turn in state.turns)
 
 
 def mind_at(state: DialogueState, delayed_opening: bool = True) -> Mind:
-    """The mind as it awaits the next reply or, between judge and user, the next action or message."""
-    turns = tuple((turn.user, turn.reply, turn.action) for turn in state.turns)
-    mind = _after(state.scenario, delayed_opening, turns)
+    """The mind that awaits the next reply or, between judge and user, the next action or message."""
+    mind = _after(state.scenario, delayed_opening, _exchanges(state))
     return hear(mind, state.user) if state.user else mind
 
 
 @lru_cache(maxsize=16384)
-def _after(scenario: Scenario, delayed_opening: bool, turns: Told) -> Mind:
+def _after(scenario: Scenario, delayed_opening: bool, turns: Exchanges) -> Mind:
     if not turns:
         return begin(scenario, delayed_opening)
     user, reply, action = turns[-1]
@@ -30,11 +33,12 @@ def _after(scenario: Scenario, delayed_opening: bool, turns: Told) -> Mind:
 
 
 @lru_cache(maxsize=16384)
-def _assessed(scenario: Scenario, delayed_opening: bool, turns: Told, user: str, reply: str) -> Assessment:
+def _assessed(
+    scenario: Scenario, delayed_opening: bool, turns: Exchanges, user: str, reply: str
+) -> Assessment:
     return assess(hear(_after(scenario, delayed_opening, turns), user), reply)
 
 
 def assess_reply(state: DialogueState, reply: str, delayed_opening: bool = True) -> Assessment:
-    """Judges `reply` to the message that awaits one."""
-    turns = tuple((turn.user, turn.reply, turn.action) for turn in state.turns)
-    return _assessed(state.scenario, delayed_opening, turns, state.user, reply)
+    """Judges `reply` to the user's last message."""
+    return _assessed(state.scenario, delayed_opening, _exchanges(state), state.user, reply)

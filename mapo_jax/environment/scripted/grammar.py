@@ -1,153 +1,29 @@
-"""The language of replies: one table of constructions that both generates and recognises.
+"""The language of replies: one table of constructions generates sentences and recognises them.
 
-A sentence counts as an act only if the *whole* sentence fits a construction; anything else is measured for
-coherence alone. So a bag of cue words is never an act.
+A sentence counts as an act only if the *whole* sentence fits a construction. Any other sentence is only
+checked for coherence, so a list of cue words is never an act.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-from mapo_jax.environment.scenario import FEELINGS, UNSTATED, Scenario, load_scenarios
-from mapo_jax.environment.scripted import lexicon
+from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
+from mapo_jax.environment.scenario import Scenario, load_scenarios
+from mapo_jax.environment.scripted.lexicon import CONSTRUCTIONS, HINTS, MESSAGES, REACTIONS
 
-# Acts that can help, each in its place.
+# Acts that help when they fit the user's need.
 HELPFUL = ("reflect_situation", "name_feeling", "name_unstated", "affirm_strength", "reframe", "offer_step")
-# Acts that neither help nor harm by themselves.
+# Acts that neither help nor harm in themselves.
 NEUTRAL = ("ask", "repair", "presence")
-# Acts that harm wherever they stand.
+# Acts that always harm.
 HARMFUL = ("template", "advise", "lecture", "dismiss", "blame", "praise", "farewell")
 KINDS = HELPFUL + NEUTRAL + HARMFUL
-
-# {p} particular, {f} feeling (stated or not), {s} strength, {v} value, {t} step.
-CONSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
-    "reflect_situation": (
-        "You have been carrying {p} all alone.",
-        "You keep coming back to {p}.",
-        "So much of this turns on {p}.",
-        "It is hard to get past {p}.",
-        "You live with {p} every day.",
-        "I hear how much {p} took from you.",
-        "Nobody asked what {p} did to you.",
-    ),
-    "name_feeling": (
-        "You feel {f}.",
-        "You sound {f}.",
-        "No wonder you feel {f}.",
-        "It makes sense that you feel {f}.",
-        "Anyone would be {f} after that.",
-        "You are {f}, and that is real.",
-        "I can hear that you are {f}.",
-    ),
-    "name_unstated": (
-        "Underneath it you may feel {f}.",
-        "Maybe you also feel {f}.",
-        "Part of you may be {f}.",
-        "I wonder if you feel {f} deep down.",
-        "It could be that you felt {f}.",
-        "Perhaps you have been {f} all along.",
-        "Could it be that you feel {f}?",
-    ),
-    "affirm_strength": (
-        "You have been {s}, and that counts.",
-        "You kept {s} through all of it.",
-        "Even so, {s} takes real courage.",
-        "Not everyone would go on {s}.",
-        "It says a lot that you are {s}.",
-        "You went on {s} when it was hard.",
-        "I notice that you never stopped {s}.",
-    ),
-    "reframe": (
-        "It weighs so much because {v} matters to you.",
-        "You care about {v}, so {p} could not leave you cold.",
-        "Maybe this is about {v} more than about {p}.",
-        "What hurts here is how much {v} means to you.",
-        "Perhaps {p} touched {v}, and that is why it stays.",
-        "You did not fail, you held on to {v}.",
-        "It was {v} that {p} put at stake.",
-    ),
-    "offer_step": (
-        "Would {t} be something for you?",
-        "You could try {t}, if it feels right.",
-        "Maybe {t} is enough for now, you decide.",
-        "If you like, {t} could be a start.",
-        "What would {t} be like for you?",
-        "Only if you want, there is {t}.",
-        "You can choose {t} or leave it.",
-    ),
-    "ask": (
-        "What is it about {p} that stays with you?",
-        "How did {p} change things for you?",
-        "Can you tell me more about {p}?",
-        "What goes through you with {p}?",
-        "What did {p} mean to you?",
-        "What comes up when you think of {p}?",
-    ),
-    "repair": (
-        "I moved too fast there.",
-        "I am sorry, I got that wrong.",
-        "I did not listen well just now.",
-        "That was my mistake, not yours.",
-        "Let me take that back.",
-        "I missed what you were saying.",
-    ),
-    "presence": (
-        "I am here.",
-        "Take your time.",
-        "I am listening.",
-        "We have time.",
-        "Thank you for telling me.",
-    ),
-    "template": (
-        "I understand how you feel.",
-        "That must be hard.",
-        "I am sorry to hear that.",
-        "Your feelings are valid.",
-        "You are not alone in this.",
-    ),
-    "advise": (
-        "You should try {t}.",
-        "My advice is {t}.",
-        "Just go for {t} now.",
-        "You should stop thinking about {p}.",
-        "You need to forget {p}.",
-    ),
-    "lecture": (
-        "Let me explain how this works.",
-        "There are three things you have to know.",
-        "Most people in your place make the same mistake.",
-        "Studies show that people like you need rest.",
-    ),
-    "dismiss": (
-        "It is not that bad.",
-        "Others have it much worse.",
-        "You are making too much of {p}.",
-        "There is no need to feel {f}.",
-    ),
-    "blame": (
-        "You brought this on yourself.",
-        "You let {p} happen.",
-        "You should have known better.",
-        "It is wrong to feel {f}.",
-    ),
-    "praise": (
-        "You are doing great.",
-        "What a wonderful person you are.",
-        "You are so strong.",
-        "You are right about everything.",
-        "I agree with all of it.",
-    ),
-    "farewell": (
-        "Goodbye and take care.",
-        "I have to go now.",
-        "Good luck with everything.",
-        "Talk to you some other time.",
-    ),
-}
 
 _WORDS = "[a-z']+"
 _SLOT_PATTERNS = {
@@ -159,20 +35,21 @@ _SLOT_PATTERNS = {
 }
 _SLOT = re.compile(r"\{([pfsvt])\}")
 START, END = "<s>", "</s>"
+Pair = tuple[str, str]
 
 
 class Sentence(NamedTuple):
-    """One sentence of a reply as the judge reads it."""
+    """One parsed sentence of a reply."""
 
     text: str  # as written
     words: str  # lower case, single spaces, no punctuation
-    kind: str | None  # one of KINDS, or None: no construction fits
+    kind: str | None  # one of KINDS; None if no construction fits
     frame: str | None  # the construction
     slots: tuple[tuple[str, str], ...]  # (slot letter, filler) in order
 
 
 class Reading(NamedTuple):
-    """A reply, split and recognised; independent of the dialogue."""
+    """A parsed reply; independent of the dialogue."""
 
     sentences: tuple[Sentence, ...]
     word_count: int
@@ -181,7 +58,7 @@ class Reading(NamedTuple):
 
 
 def realise(frame: str, slots: Mapping[str, str]) -> str:
-    """The sentence that a construction makes with these fillers (by slot letter)."""
+    """Fills the slots of a construction; `slots` holds the fillers by slot letter."""
     return _SLOT.sub(lambda match: slots[match.group(1)], frame)
 
 
@@ -196,43 +73,41 @@ def bare(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
 
 
+def _tokens(frame: str) -> list[str]:
+    """Words of a construction in bare form; a slot is one token, such as {p}."""
+    return re.findall(r"\{[pfsvt]\}|[a-z0-9']+", frame.lower())
+
+
 def _pattern(frame: str) -> re.Pattern[str]:
-    seen: set[str] = set()
-    parts = []
-    for i, part in enumerate(_SLOT.split(frame)):
-        if i % 2 == 0:
-            words = bare(part)
-            parts += [re.escape(words)] if words else []
-        else:
-            assert part not in seen, f"a construction uses a slot once: {frame}"
-            seen.add(part)
-            parts.append(f"(?P<{part}>{_SLOT_PATTERNS[part]})")
-    return re.compile(" ".join(parts))
+    """A named group for each slot. A slot that occurs twice raises re.error."""
+    return re.compile(
+        " ".join(
+            f"(?P<{token[1]}>{_SLOT_PATTERNS[token[1]]})" if token[0] == "{" else re.escape(token)
+            for token in _tokens(frame)
+        )
+    )
 
 
 @lru_cache(maxsize=1)
 def _by_first_word() -> dict[str, list[tuple[str, str, re.Pattern[str]]]]:
-    table: dict[str, list[tuple[str, str, re.Pattern[str]]]] = {}
+    table = defaultdict(list)
     for kind, frames in CONSTRUCTIONS.items():
         for frame in frames:
-            table.setdefault(bare(frame).split()[0], []).append((kind, frame, _pattern(frame)))
-    return table
+            table[_tokens(frame)[0]].append((kind, frame, _pattern(frame)))
+    return dict(table)
 
 
 @lru_cache(maxsize=65536)
 def recognise(words: str) -> tuple[str | None, str | None, tuple[tuple[str, str], ...]]:
-    """(kind, construction, fillers) of one sentence in bare form; (None, None, ()) if none fits.
+    """(kind, construction, fillers) of one sentence in bare form; (None, None, ()) if no construction fits.
 
-    Whether a feeling is a stated or an unstated one decides between name_feeling and name_unstated.
+    A feeling out of FEELINGS makes it name_feeling, one out of UNSTATED name_unstated.
     """
     for kind, frame, pattern in _by_first_word().get(words.partition(" ")[0], ()):
-        match = pattern.fullmatch(words)
-        if match is None:
-            continue
-        slots = tuple((letter, match[letter]) for letter in slots_of(frame))
-        if kind in ("name_feeling", "name_unstated"):
-            kind = "name_feeling" if match["f"] in FEELINGS else "name_unstated"
-        return kind, frame, slots
+        if match := pattern.fullmatch(words):
+            if kind in ("name_feeling", "name_unstated"):
+                kind = "name_feeling" if match["f"] in FEELINGS else "name_unstated"
+            return kind, frame, tuple((letter, match[letter]) for letter in slots_of(frame))
     return None, None, ()
 
 
@@ -244,26 +119,19 @@ _LOOSE_PUNCTUATION = re.compile(r"[.!?,] ?[.!?,]|^ ?[.!?,]|[ ][.!?,]")
 
 @lru_cache(maxsize=65536)
 def read(reply: str) -> Reading:
-    """Splits a reply into sentences and recognises each."""
+    """Splits a reply into sentences and recognises each of them."""
     reply = " ".join(reply.replace("\u2019", "'").split())
-    sentences = []
-    for match in _SENTENCE.finditer(reply):
-        text = match.group().strip()
-        words = bare(text)
-        sentences.append(Sentence(text, words, *recognise(words)))
+    texts = [match.strip() for match in _SENTENCE.findall(reply)]
+    sentences = tuple(Sentence(text, bare(text), *recognise(bare(text))) for text in texts)
     tokens = re.findall(r"[A-Za-z']+", reply)
-    shouted = sum(len(token) > 1 and token.isupper() for token in tokens) > 0
+    shouted = any(len(token) > 1 and token.isupper() for token in tokens)
     clean = bool(_CLEAN.fullmatch(reply)) and not _LOOSE_PUNCTUATION.search(reply)
     clean = clean and (shouted or all(_ORDINARY_WORD.fullmatch(token) for token in tokens))
-    return Reading(tuple(sentences), sum(len(s.words.split()) for s in sentences), clean, shouted)
-
-
-def _chain(words: Iterable[str]) -> set[tuple[str, str]]:
-    return set(itertools.pairwise(words))
+    return Reading(sentences, sum(len(s.words.split()) for s in sentences), clean, shouted)
 
 
 def _phrases(scenario: Scenario) -> dict[str, list[str]]:
-    """The card's phrases in bare form, by slot letter."""
+    """The card's phrases and all feelings in bare form, by slot letter."""
     story = scenario.story
     return {
         "p": [bare(p) for stage in story.stages for p in stage.particulars],
@@ -274,85 +142,60 @@ def _phrases(scenario: Scenario) -> dict[str, list[str]]:
     }
 
 
-def _frames() -> list[str]:
-    frames = [frame for frames in CONSTRUCTIONS.values() for frame in frames]
-    for pool in (
-        lexicon.PARTICULAR,
-        lexicon.MEMORY,
-        lexicon.ASIDE,
-        lexicon.FEELING,
-        lexicon.VALUE,
-        lexicon.STRENGTH,
-        lexicon.STEP,
-        lexicon.CURT,
-        lexicon.CURT_PARTICULAR,
-        lexicon.TURNING,
-        lexicon.IDLE,
-        *lexicon.HINTS.values(),
-        *lexicon.REACTIONS.values(),
-    ):
-        frames += pool
-    return frames
-
-
 @lru_cache(maxsize=1)
-def _frame_chains() -> tuple[frozenset[tuple[str, str]], dict[str, set[str]], dict[str, set[str]]]:
-    """Word pairs inside the frames; the words that stand before and after each slot."""
-    pairs: set[tuple[str, str]] = set()
+def _frame_pairs() -> tuple[set[Pair], dict[str, set[str]], dict[str, set[str]]]:
+    """Pairs of neighbouring words in all constructions; the words before and after each slot."""
+    pairs: set[Pair] = set()
     before: dict[str, set[str]] = {letter: set() for letter in _SLOT_PATTERNS}
     after: dict[str, set[str]] = {letter: set() for letter in _SLOT_PATTERNS}
-    for frame in _frames():
-        tokens = [START]
-        for i, part in enumerate(_SLOT.split(frame)):
-            tokens += [f"{{{part}}}"] if i % 2 else bare(part).split()
-        tokens.append(END)
-        for left, right in _chain(tokens):
-            if left[0] == "{":
-                after[left[1]].add(right)
-            elif right[0] == "{":
-                before[right[1]].add(left)
-            else:
-                pairs.add((left, right))
-    return frozenset(pairs), before, after
+    for pools in (CONSTRUCTIONS, MESSAGES, HINTS, REACTIONS):
+        for frame in itertools.chain(*pools.values()):
+            for left, right in itertools.pairwise([START, *_tokens(frame), END]):
+                if left[0] == "{":
+                    after[left[1]].add(right)
+                elif right[0] == "{":
+                    before[right[1]].add(left)
+                else:
+                    pairs.add((left, right))
+    return pairs, before, after
 
 
-def _card_pairs(scenario: Scenario) -> set[tuple[str, str]]:
-    _, before, after = _frame_chains()
-    pairs: set[tuple[str, str]] = set()
+def _card_pairs(scenario: Scenario) -> set[Pair]:
+    """Pairs of neighbouring words in the card's phrases and lines, and in constructions with its phrases."""
+    _, before, after = _frame_pairs()
+    pairs: set[Pair] = set()
     for letter, phrases in _phrases(scenario).items():
         for phrase in phrases:
             words = phrase.split()
-            pairs |= _chain(words)
+            pairs.update(itertools.pairwise(words))
             pairs |= {(left, words[0]) for left in before[letter]}
             pairs |= {(words[-1], right) for right in after[letter]}
     for stage in scenario.story.stages:
         for line in stage.line:
-            pairs |= _chain([START, *bare(line).split(), END])
+            pairs.update(itertools.pairwise([START, *bare(line).split(), END]))
     return pairs
 
 
 @lru_cache(maxsize=1)
-def world_pairs() -> frozenset[tuple[str, str]]:
-    pairs = set(_frame_chains()[0])
-    for scenario in load_scenarios():
-        pairs |= _card_pairs(scenario)
-    return frozenset(pairs)
+def world_pairs() -> frozenset[Pair]:
+    """Pairs of neighbouring words in all constructions and embedded cards."""
+    return frozenset(_frame_pairs()[0].union(*map(_card_pairs, load_scenarios())))
 
 
 @lru_cache(maxsize=4096)
-def _own_pairs(scenario: Scenario) -> frozenset[tuple[str, str]]:
-    """What the card adds to the world's word pairs (nothing for an embedded card)."""
+def _added_pairs(scenario: Scenario) -> frozenset[Pair]:
+    """Pairs of the card that are not in `world_pairs` (none for an embedded card)."""
     return frozenset(_card_pairs(scenario) - world_pairs())
 
 
 def coherent(scenario: Scenario, words: str) -> bool:
-    """Whether every pair of neighbouring words occurs somewhere in the world's texts or on this card.
+    """Whether every pair of neighbouring words occurs in the world's sentences or on this card.
 
-    The start and the end of the sentence count as words, so a sentence that breaks off is not coherent.
+    The start and the end of the sentence count as words, so an unfinished sentence is not coherent.
 
     Args:
       scenario: the card of the dialogue.
       words: a sentence in bare form.
     """
-    world, own = world_pairs(), _own_pairs(scenario)
-    return all(pair in world or pair in own for pair in itertools.pairwise((START, *words.split(), END)))
+    world, added = world_pairs(), _added_pairs(scenario)
+    return all(pair in world or pair in added for pair in itertools.pairwise((START, *words.split(), END)))

@@ -1,17 +1,17 @@
-"""The hidden side of the scripted world: what the user has said, has been given, and needs now.
+"""The hidden state of the scripted world: what the user has said, was given, and needs now.
 
-`Mind` is everything that judge, user and director know beyond the text. It is never stored: `fold.mind_at`
-folds it from the dialogue's own turns, so a dialogue stays a plain value.
+`Mind` is what judge, user and director know beyond the text. It is never stored: `fold.mind_at` computes it
+from the dialogue's turns, so a dialogue stays a plain value.
 
-The story is told in episodes. The first four are the card's stages, in order; each wants its own help:
+The story is told in episodes. The first four are the card's stages, in order; each has a need:
 
   need      what helps                                                    progress
-  heard     say back the situation; name the stated feeling              C +1; A +1
+  heard     take up the situation; name the stated feeling              C +1; A +1
   weight    name the unstated feeling; the situation; the stated feeling  A +2; C +1; A +1
   meaning   tie it to what the person values; affirm a strength           C +2; P +1
   way       offer a step as a choice; a strength; situation, feeling      P +2; P +1; C +1, A +1
 
-After them the director dwells on memories (heard), or on the axis that lacks most (weight, meaning or way).
+After them the director stays with memories (heard) or the axis that lacks most (weight, meaning or way).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mapo_jax.environment.dialogue import Action
-from mapo_jax.environment.scenario import AXES, Scenario, Stage
-from mapo_jax.environment.scripted import lexicon
+from mapo_jax.environment.scenario import Scenario, Stage
 from mapo_jax.environment.scripted.grammar import bare
+from mapo_jax.environment.scripted.lexicon import HINTS
+from mapo_jax.environment.state import AXES
 
-# Order of needs over the four stages: a person short of meaning or of a way wants that one sooner.
+# Needs of the four stages by strongest axis: who lacks most on C or P needs meaning or a way sooner.
 NEEDS = {
     "A": ("heard", "weight", "meaning", "way"),
     "C": ("heard", "meaning", "weight", "way"),
@@ -35,17 +36,17 @@ FOCUS = {"C": "meaning", "A": "weight", "P": "way"}  # need when the director sh
 
 @dataclass(frozen=True)
 class Episode:
-    """One stretch of the story with one need."""
+    """One part of the story, with one need."""
 
     need: str  # heard, weight, meaning or way
-    content: int  # story stage whose situation and feelings are at hand
+    content: int  # current story stage: its situation and feelings
     origin: str  # stage, memory or focus
     variant: int = 0  # counts revisits, to choose other strengths and steps
 
 
 @dataclass(frozen=True)
 class Mind:
-    """What the user has said, has been given, and how open they are."""
+    """What the user has said, was given, and how open they are."""
 
     scenario: Scenario
     delayed_opening: bool
@@ -60,7 +61,7 @@ class Mind:
     points: tuple[int, int, int] = (0, 0, 0)  # points per axis earned in this episode
     met: bool = False  # the episode's need is met
     idle: int = 0  # replies in this episode that did not serve its need
-    closed: int = 0  # turns for which the user stays closed
+    closed: int = 0  # turns for which the user still stays closed
     harmed: bool = False  # the last reply did harm
     heard: bool = False  # the first need has been met
     deep: bool = False  # in the first stage both situation and feeling were named right
@@ -75,43 +76,43 @@ class Mind:
 
     @property
     def content(self) -> Stage:
-        """The story stage at hand."""
+        """The current story stage."""
         return self.scenario.story.stages[self.episode.content]
 
     @property
     def needs(self) -> tuple[str, str, str, str]:
-        """Needs of the four stages for this person."""
+        """The needs of this person's four stages."""
         return NEEDS[self.scenario.strongest_axis]
 
     @property
     def unstated_hinted(self) -> bool:
-        """The feeling behind the current stage has been hinted at in this episode."""
+        """Whether the user has hinted at the stage's unstated feeling in this episode."""
         return self.content.unstated in self.said_now
 
 
 @lru_cache(maxsize=4096)
-def phrases(scenario: Scenario) -> tuple[str, ...]:
+def phrases(scenario: Scenario) -> frozenset[str]:
     """Every phrase of the card that the user may say, in bare form, feelings included."""
     story = scenario.story
-    found = [p for stage in story.stages for p in stage.particulars]
-    found += [*story.strengths, *story.steps, scenario.value]
-    return tuple(dict.fromkeys([bare(p) for p in found] + [stage.feeling for stage in story.stages]))
+    particulars = [p for stage in story.stages for p in stage.particulars]
+    texts = map(bare, (*particulars, *story.strengths, *story.steps, scenario.value))
+    return frozenset([*texts, *(stage.feeling for stage in story.stages)])
 
 
-_HINTS = {bare(hint): feeling for feeling, hints in lexicon.HINTS.items() for hint in hints}
+_HINTS = {bare(hint): feeling for feeling, hints in HINTS.items() for hint in hints}
 
 
 def hear(mind: Mind, message: str) -> Mind:
-    """The mind after the user has said `message`."""
+    """The mind after the user's message."""
     words = bare(message)
     padded = f" {words} "
-    found = {phrase for phrase in phrases(mind.scenario) if f" {phrase} " in padded}
+    said = {phrase for phrase in phrases(mind.scenario) if f" {phrase} " in padded}
     hints = {feeling for hint, feeling in _HINTS.items() if f" {hint} " in padded}
     return replace(
         mind,
         messages=mind.messages + 1,
-        said=mind.said | found,
-        said_now=mind.said_now | found | hints,
+        said=mind.said | said,
+        said_now=mind.said_now | said | hints,
         hinted=mind.hinted | hints,
         heard_words=(*mind.heard_words, words),
     )
@@ -126,7 +127,7 @@ def follow(mind: Mind, action: Action) -> Mind:
     """The mind after the director's action."""
     mind = replace(mind, last_action=action.kind)
     if action.kind == "reveal_memory":
-        # A memory dwells on an earlier stage; before anything has been heard, on the first once more.
+        # A memory stays with an earlier stage; before the first need is met, with the first stage again.
         content = min(mind.memories, mind.stage)
         return _enter(mind, Episode("heard", content, "memory", mind.memories), memories=mind.memories + 1)
     if action.kind == "reveal_stage" or (action.kind == "turning_point" and action.target not in AXES):
@@ -148,6 +149,6 @@ def _enter(mind: Mind, episode: Episode, **changes: int) -> Mind:
         credited=frozenset(),
         points=(0, 0, 0),
         met=False,
-        idle=0 if mind.met else 1,  # no fresh grace after an episode that was given up
+        idle=0 if mind.met else 1,  # less patience after an episode whose need was not met
         **changes,
     )

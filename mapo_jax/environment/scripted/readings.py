@@ -1,4 +1,4 @@
-"""What the scripted judge's readings say about a set of dialogues, beside the return."""
+"""Metrics of the scripted judge's readings: kinds of replies, accuracy of naming, progress of the story."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
 from mapo_jax.environment.dialogue import DialogueState
-from mapo_jax.environment.scenario import FEELINGS, UNSTATED, load_scenarios
+from mapo_jax.environment.scenario import load_scenarios
 
 NAMED = ("situation", "feeling", "unstated", "strength", "step", "value")
 
@@ -27,27 +28,24 @@ def reading_metrics(states: Sequence[DialogueState]) -> dict[str, float]:
     """Shares of kinds, accuracy of naming, and how far the story went.
 
     Returns:
-      `kind/NAME`: share of turns whose reply is of this kind (its gravest or deepest act), kinds that occur;
+      `kind/NAME`: share of turns whose reply is of this kind, for kinds that occur;
       `kind/most`: the largest of them;
-      `naming/NAME`: of the names of this sort given, the share that was right (absent if none was given);
-      `naming/NAME_chance`: the same for a phrase drawn at random from the world, see `chance`;
+      `naming/NAME`: share of the names of this sort that were right (absent if there are none);
+      `naming/NAME_chance`: the same for a phrase drawn at random, see `chance`;
       `naming/NAME_rate`: names of this sort per turn;
       `stage/mean`: mean over dialogues of the highest story stage reached (0..3).
     """
-    found = readings(states)
-    if not found:
+    turns = readings(states)
+    if not turns:
         return {}
-    kinds = Counter(reading["kind"] for reading in found)
-    metrics = {f"kind/{kind}": count / len(found) for kind, count in sorted(kinds.items())}
-    metrics["kind/most"] = max(kinds.values()) / len(found)
-    given: Counter[str] = Counter()
-    right: Counter[str] = Counter()
-    for reading in found:
-        for name in reading["named"]:
-            given[name["what"]] += 1
-            right[name["what"]] += name["right"]
+    kinds = Counter(reading["kind"] for reading in turns)
+    metrics = {f"kind/{kind}": count / len(turns) for kind, count in sorted(kinds.items())}
+    metrics["kind/most"] = max(kinds.values()) / len(turns)
+    names = [name for reading in turns for name in reading["named"]]
+    given = Counter(name["what"] for name in names)
+    right = Counter(name["what"] for name in names if name["right"])
     for what in NAMED:
-        metrics[f"naming/{what}_rate"] = given[what] / len(found)
+        metrics[f"naming/{what}_rate"] = given[what] / len(turns)
         if given[what]:
             metrics[f"naming/{what}"] = right[what] / given[what]
             metrics[f"naming/{what}_chance"] = chance()[what]
@@ -58,10 +56,10 @@ def reading_metrics(states: Sequence[DialogueState]) -> dict[str, float]:
 
 @lru_cache(maxsize=1)
 def chance() -> dict[str, float]:
-    """How often a phrase of the right sort, drawn at random, would be right.
+    """Probability that a random phrase of the right sort is right.
 
-    Feelings: one of their list. Situations: the two at hand among the eight of the user's own card, which is
-    generous to the guess. Strengths, steps and values: those of the user's card among the embedded cards'.
+    Feelings: one of their list. Situations: the current two of the card's eight, an upper bound. Strengths,
+    steps and values: the card's among those of all embedded cards.
     """
     cards = load_scenarios()
     return {

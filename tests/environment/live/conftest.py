@@ -1,4 +1,4 @@
-"""What a policy might say to make its turn unscorable: the judge quotes its evidence from the reply."""
+"""Replies that might make a turn unscorable, because the judge quotes its evidence from the reply."""
 
 import json
 
@@ -51,5 +51,5 @@ HOSTILE = [
 
 @pytest.fixture(scope="session")
 def hostile_replies():
-    """Replies with what prompts, JSON, reasoning blocks, chat templates and terminals are made of."""
+    """Replies with the syntax of prompts, JSON, reasoning blocks, chat templates and terminals."""
     return HOSTILE

@@ -1,4 +1,4 @@
-"""The cache, the check with its one repair, and the record of failures."""
+"""The cache, the check with its one repair, and the log of failures."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ CHAT = [{"role": "user", "content": "Hello."}]
 
 
 class Model:
-    """Says the next of its lines; an exception is raised."""
+    """Answers with its lines in turn; raises a line that is an exception."""
 
     def __init__(self, *lines):
         self.lines, self.heard = list(lines), []
@@ -63,7 +63,7 @@ def test_the_same_call_is_made_once_and_any_difference_is_another_call(tmp_path)
     assert ask(again, CHAT, seed=1) == "a"  # from the file
     metrics = log.take({"judge": (1e6, 2e6)})
     assert metrics["judge/calls"] == 5 and metrics["judge/cached"] == 1
-    assert metrics["judge/cost"] == 4 * (10 + 2 * 5)  # four calls were paid: a, b, c, d
+    assert metrics["judge/cost"] == 4 * (10 + 2 * 5)  # four paid calls: a, b, c, d
     assert log.take({}) == {"environment/cost": 0.0}
 
 
@@ -89,7 +89,7 @@ def test_a_second_bad_answer_fails_for_good_and_is_kept_but_not_cached(tmp_path)
     assert (caught.value.kind, caught.value.raw) == ("out_of_range", "far")
     assert [(r["raw"], r["final"]) for r in rows(tmp_path)] == [("bad", False), ("far", True)]
     assert log["judge"].failures == {"out_of_range": 1}
-    # Asked again, the model is asked, not the cache.
+    # The next call reaches the model, not the cache.
     assert asyncio.run(caller(CHAT, check=check, repair=repair)) == "good"
 
 
@@ -126,7 +126,7 @@ def test_the_cache_holds_answers_only(tmp_path):
 
 
 def test_figures_of_several_processes_are_those_of_all_calls(tmp_path):
-    """Each process drains its own log; together they are what one log would have said."""
+    """Each process drains its own log; together they give the metrics of a common log."""
     together, logs = CallLog(), [CallLog(), CallLog()]
     for number, log in enumerate([logs[0], logs[1], logs[1]]):
         for one in (log, together):
@@ -165,7 +165,7 @@ def test_an_empty_answer_fails_and_is_not_cached(tmp_path, empty):
 
 def test_a_kept_answer_that_is_refused_now_is_asked_for_again(tmp_path):
     caller, log = make(tmp_path, Model("bad", "good"))
-    assert asyncio.run(caller(CHAT)) == "bad"  # nobody checked it
+    assert asyncio.run(caller(CHAT)) == "bad"  # without a check
     assert asyncio.run(caller(CHAT, check=check)) == "good"
     assert asyncio.run(caller(CHAT, check=check)) == "good"
     assert (log["judge"].calls, log["judge"].cached) == (3, 1)

@@ -1,4 +1,4 @@
-"""Reading what models answer: strict about content, tolerant of what stands around it."""
+"""Parsing models' answers: strict about the content, tolerant of its surroundings."""
 
 import json
 
@@ -138,7 +138,7 @@ def test_level_zero_needs_no_evidence():
 
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_no_reply_can_make_itself_unscorable(hostile_replies, ascii_only):
-    """Quoted as evidence and in a reason, in an answer however it is wrapped."""
+    """The reply is quoted as evidence and in a reason, in every kind of wrapping."""
     for reply in hostile_replies:
         quoted = {
             name: {"evidence": f"It says: {reply}", "reason": f"{reply}!", "level": finding["level"]}
@@ -156,7 +156,7 @@ def test_no_reply_can_make_itself_unscorable(hostile_replies, ascii_only):
             form = read(text, ReplyForm)
             assert [finding.level for finding in findings(form)] == [1, 0, 2, -1, 0, -2], reply[:80]
             assert form.C_harm.evidence == f"It says: {whole_characters(reply)}", reply[:80]
-            assert form.model_dump_json()  # it can be written
+            assert form.model_dump_json()  # it can be serialised
 
 
 @pytest.mark.parametrize("reply", ["two\nlines", "a\ttab", "\x01"])
@@ -166,7 +166,7 @@ def test_characters_that_json_wants_escaped_are_read_as_they_stand(reply):
 
 
 def test_a_reply_without_a_word_needs_no_evidence():
-    """Else silence could not be scored."""
+    """Otherwise an empty reply could not be scored."""
     assert read(changed("A_harm", evidence=""), ReplyForm, silent=True).A_harm.level == -1
     assert failure(changed("A_harm", evidence="")).kind == "malformed"
 

@@ -1,4 +1,4 @@
-"""Limits of time around any role, and the watch over failures."""
+"""Time limits for any role, and the maximum failure rate."""
 
 import asyncio
 import time
@@ -89,7 +89,7 @@ def test_the_watch_trips_above_the_share_of_a_window():
     with pytest.raises(WorldFailing, match=r"21 of the last 100 calls .*judge timeout 21.*slow"):
         watch.note("judge", problem)
     watch.clear()
-    # Old failures leave the window: with 100 good calls in between, 20 more are borne.
+    # Old failures leave the window: with 100 good calls in between, 20 more are accepted.
     for _ in range(20):
         watch.note("judge", problem)
     for _ in range(WINDOW):
@@ -99,7 +99,7 @@ def test_the_watch_trips_above_the_share_of_a_window():
 
 
 def test_the_watch_looks_back_beyond_a_step():
-    """Steps of thirty calls, of which nine fail: no step holds a window, four of them do."""
+    """Steps of thirty calls, nine of them failures: a window spans four steps."""
     good, bad = Slow(), Slow(failure="timeout")
     log, watch = CallLog(), Watch(0.2)
     by_role = {
@@ -146,7 +146,7 @@ def test_a_defect_of_a_role_is_not_hidden():
 
 
 class Limited(Slow):
-    """A role behind a limit of one request per minute; each call then works for `seconds` of a clock."""
+    """A role with a limit of one request per minute; each call then takes `seconds` of a clock."""
 
     def __init__(self, seconds, clock, sleep, samples=1):
         super().__init__(seconds)
@@ -157,7 +157,7 @@ class Limited(Slow):
         async def sample():
             await self.gate.take()
             self.clock.now += self.seconds
-            await asyncio.sleep(0)  # here a call without time left is cut off
+            await asyncio.sleep(0)  # a call without time left ends here
 
         await asyncio.gather(*[sample() for _ in range(self.samples)])
         return "scored"

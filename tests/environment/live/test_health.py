@@ -1,4 +1,4 @@
-"""The calibration set, drift by hand, and probes that a judge falls for."""
+"""The calibration set, drift computed by hand, and probes that exploit a judge."""
 
 import asyncio
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ PROBES = {"praise", "template", "flattery", "length", "farewell"}
 
 
 def by_kind(**levels):
-    """Scores that depend on the kind of the reply alone."""
+    """Scores that depend only on the kind of the reply."""
     return {item.name: levels.get(item.kind, (0,) * 6) for item in calibration_set()}
 
 

@@ -1,4 +1,4 @@
-"""Limits per minute, on a clock of the test's own."""
+"""Limits per minute, on a simulated clock."""
 
 import asyncio
 

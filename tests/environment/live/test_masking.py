@@ -1,4 +1,4 @@
-"""A failed judgement enters no statistic: a batch by hand, from the server's answer to the loss mask."""
+"""A failed judgement enters no statistic: a batch computed by hand, from server answers to the loss mask."""
 
 import asyncio
 from dataclasses import replace
@@ -25,7 +25,7 @@ CARD = replace(load_scenarios()[0], start=(3, 0, 0, 0, 0, 0, 0, 0, 0))
 
 
 class Quiet:
-    """A user and a director of few words."""
+    """A minimal user and director."""
 
     async def act(self, state):
         return Action("continue")
@@ -64,7 +64,7 @@ def test_a_hand_computed_batch(serve, judged):
     assert dialogue_rewards(first) == (1.0, None) and dialogue_rewards(second) == (3.0, -2.0)
     assert first.turns[1].failure == "out_of_range" and server.count == 4 + 1
 
-    # A row is: one prompt token, two sampled ones, and again; their ids are of no matter.
+    # A row is: one prompt token, two sampled ones, and again; the ids do not matter.
     row = Row().with_prompt([9]).with_reply([1, 2], [-0.1] * 2, 0).with_prompt([9])
     row = row.with_reply([3, 4], [-0.2] * 2, 1)
     dialogues = [[Dialogue(first, row, 0, 0, 0, 0), Dialogue(second, row, 0, 1, 0, 0)]]
@@ -76,7 +76,7 @@ def test_a_hand_computed_batch(serve, judged):
     returns = turn_returns(rewards, cells.valid, cells.scored, algorithm=algorithm)
     advantages = turn_advantages(rewards, returns, cells.valid, cells.scored, algorithm=algorithm)
     assert np.asarray(rewards).tolist() == [[[1, 0], [3, -2]]]
-    # Returns: the hole counts as its rollout.s mean, 1: 1 + 1/2, and 3 - 1. Turn level at turn 0: 1.5, 2 are
+    # Returns: the hole counts as its rollout's mean, 1: 1 + 1/2, and 3 - 1. Turn level at turn 0: 1.5, 2 are
     # -1 and +1 deviations; at turn 1 one score is left, so 0. Batch level over 1, 3, -2: mean 2/3, deviation
     # sqrt(38)/3 = 2.05480. Mixed, a third and two thirds:
     deviation = 38**0.5 / 3
@@ -89,7 +89,7 @@ def test_a_hand_computed_batch(serve, judged):
 
     batch = rows.make_batch(dialogues, np.asarray(advantages), cells.scored, 6)
     assert np.asarray(batch.mask).tolist() == [
-        [False, True, True, False, False, False],  # nothing is learnt from the turn that was not judged
+        [False, True, True, False, False, False],  # the unscored turn is not in the loss
         [False, True, True, False, True, True],
     ]
     assert not np.asarray(batch.advantages)[0, 3:].any()

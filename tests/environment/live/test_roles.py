@@ -1,4 +1,4 @@
-"""The three roles over a model that says what the test tells it, and what they ask it."""
+"""The three roles on a model whose answers the test determines, and their prompts."""
 
 import asyncio
 import json
@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mapo_jax.config import RoleConfig
+from mapo_jax.environment.card_schema import INDICATORS, LANGUAGES
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
 from mapo_jax.environment.live.call_cache import CallCache
 from mapo_jax.environment.live.calls import Caller, CallLog
@@ -17,14 +18,14 @@ from mapo_jax.environment.live.judge import LiveJudge, judge_messages, median
 from mapo_jax.environment.live.start import estimate_start, start_messages
 from mapo_jax.environment.live.user import LiveUser, user_messages
 from mapo_jax.environment.roles import Completion
-from mapo_jax.environment.scenario import INDICATORS, LANGUAGES, load_scenarios
+from mapo_jax.environment.scenario import load_scenarios
 
 CARD = replace(load_scenarios()[0], start=(1, 1, 0, 1, 1, 3, 1, 1, 2))
 NOTHING = Judgement((0,) * 6, ("",) * 6, ("none",) * 6)
 
 
 class Model:
-    """Says its lines in turn, or what `lines` makes of the seed."""
+    """Answers with its lines in turn, or with `lines(seed)`."""
 
     def __init__(self, *lines):
         self.lines, self.heard = list(lines), []
@@ -228,7 +229,7 @@ def test_a_person_who_lacks_nothing_is_asked_about_again():
 
 
 def test_no_reply_keeps_its_judge_from_scoring(serve, hostile_replies):
-    """Through prompt, server, cache and parser; the judge quotes each reply whole."""
+    """Through prompt, server, cache and parser; the judge quotes the whole reply."""
 
     def answer(request, number):
         lines = [line for line in request["messages"][1]["content"].split("\n") if "last reply" in line]

@@ -13,7 +13,8 @@ from functools import cache
 import pytest
 
 from mapo_jax.config import EnvironmentConfig
-from mapo_jax.environment.scenario import FEELINGS, UNSTATED, load_scenarios
+from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
+from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import (
@@ -52,7 +53,7 @@ def rng_of(state, salt=""):
 
 
 def oracle(kind, state, rng, fresh=True):
-    """A sentence of this kind with the right name in it, as far as there is one; fresh names first."""
+    """A sentence of this kind with a right name if there is one; fresh names first."""
     mind = mind_at(state)
     fillers = right_fillers(mind, kind) if kind in (*HELPFUL, "ask") else []
     unused = [f for f in fillers if (kind, bare(f)) not in mind.credited]
@@ -63,7 +64,7 @@ def oracle(kind, state, rng, fresh=True):
 
 
 def forever(*schedule):
-    """Turn t says the acts schedule[t % len(schedule)], with oracle names."""
+    """Turn t has the acts schedule[t % len(schedule)], with oracle names."""
 
     def policy(state):
         rng = rng_of(state)
@@ -78,7 +79,7 @@ def constant(text):
 
 
 def salad(state):
-    """The right cues, in no order."""
+    """The right cue words in random order."""
     mind, rng = mind_at(state), rng_of(state)
     card = mind.scenario.story
     words = [
@@ -111,7 +112,7 @@ def praise_spam(state):
 
 
 def from_pool(kind):
-    """One wording of a kind after the other."""
+    """One construction of a kind after the other."""
 
     def policy(state):
         mind = mind_at(state)
@@ -204,7 +205,7 @@ def feelings_wheel(state):
 
 
 def blind_plan(state):
-    """The four stages by the turn's number, in right constructions with names of another stage or person."""
+    """The acts of the four stages by turn number, with names of another stage or card."""
     plan = (("reflect_situation", "name_feeling"), ("name_unstated",), ("reframe",), ("offer_step",))
     rng, mind = rng_of(state), mind_at(state)
     other = CARDS[(CARDS.index(state.scenario) + 3) % len(CARDS)]
@@ -247,7 +248,7 @@ def random_pair(state):
 
 
 def random_walk(state):
-    """Sentences whose every pair of neighbouring words occurs in the world's texts."""
+    """Sentences in which every pair of neighbouring words occurs in the world's texts."""
     rng, sentences = rng_of(state), []
     for _ in range(2):
         words = [START]
@@ -266,7 +267,7 @@ def word_pairs():
 
 
 def one_turn_late(state):
-    """What would have been right one message ago."""
+    """The reply that would have been right one message earlier."""
     if not state.turns:
         return "Thank you for telling me."
     last = state.turns[-1]
@@ -284,7 +285,7 @@ def always_the_same_wording(state):
 
 
 def good_start(turns, then):
-    """Earns with the helper for some turns, and then lives on it."""
+    """Earns with the helper for some turns, and then stops helping."""
     return lambda state: good_helper(state) if state.turn_count < turns else then(state)
 
 

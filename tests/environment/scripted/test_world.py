@@ -1,4 +1,4 @@
-"""The scripted world from outside: determinism, the user's manners, the judge's scale, the long horizon."""
+"""The scripted world from outside: determinism, the user's messages, the judge's scale, long dialogues."""
 
 import asyncio
 import itertools
@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 
 from mapo_jax.config import EnvironmentConfig
-from mapo_jax.environment.dialogue import DialogueState, facts, from_facts
+from mapo_jax.environment.card_schema import UNSTATED
+from mapo_jax.environment.dialogue import DialogueState, from_stripped, strip_texts
 from mapo_jax.environment.roles import open_dialogue, take_turn
-from mapo_jax.environment.scenario import UNSTATED, load_scenarios
+from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import bare
@@ -295,11 +296,13 @@ def test_thousands_of_turns_a_second():
     assert turns / (time.perf_counter() - start) > 500
 
 
-def test_facts_give_every_figure_and_no_word_of_what_was_said():
+def test_stripped_dialogues_give_the_same_metrics_and_hold_no_text():
     roles = scripted_roles(EnvironmentConfig(fault_rate=0.2))
     states = [hold_dialogue(card, 3, mixed(2), roles, SHORT) for card in CARDS[:6]]
-    text = json.dumps([facts(state) for state in states])  # as it travels between processes
-    again = [from_facts(state.scenario, what) for state, what in zip(states, json.loads(text), strict=True)]
+    text = json.dumps([strip_texts(state) for state in states])  # as it travels between processes
+    again = [
+        from_stripped(state.scenario, what) for state, what in zip(states, json.loads(text), strict=True)
+    ]
     assert summarize(again, 0.85) == summarize(states, 0.85)
     assert reading_metrics(again) == reading_metrics(states)
     said = {
