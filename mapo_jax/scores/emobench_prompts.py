@@ -1,4 +1,4 @@
-"""What a model is asked for an item of EmoBench: our own words, in the item's language."""
+"""The prompts of EmoBench: our wording, in the item's language."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 LETTERS = "ABCDEFGH"
-KEYS = {"EA": ("answer",), "EU": ("answer_q1", "answer_q2")}  # of the object that is asked for
+KEYS = {"EA": ("answer",), "EU": ("answer_q1", "answer_q2")}  # of the requested JSON object
 
 _OPENING = {
     "en": "Put yourself in the place of the people in this situation: what they know, want and feel. "
@@ -36,25 +36,23 @@ _ANSWER = {
 def render(
     task: str, language: str, detail: str, scenario: str, subject: str, choices: Sequence[Sequence[str]]
 ) -> str:
-    """The prompt.
+    """The prompt of an item.
 
     Args:
       task: EA or EU.
       language: en or zh.
-      detail: EA: Action or Response, what is asked for (another word is asked for as an action).
-      choices: one list for each question, in the order to be shown.
+      detail: EA: Action or Response; anything else is treated as Action.
+      choices: one list per question, in the displayed order.
     """
     if task == "EA":
         wording = _EA_QUESTIONS.get((language, detail), _EA_QUESTIONS[language, "Action"])
         questions = [_SINGLE[language].format(wording.format(subject))]
     else:
-        questions = [
-            _NUMBERED[language].format(number, wording.format(subject))
-            for number, wording in enumerate(_EU_QUESTIONS[language], start=1)
-        ]
+        wordings = [wording.format(subject) for wording in _EU_QUESTIONS[language]]
+        questions = [_NUMBERED[language].format(i, wording) for i, wording in enumerate(wordings, start=1)]
     parts = [_OPENING[language], _SITUATION[language].format(scenario)]
-    for question, listed in zip(questions, choices, strict=True):
-        lines = [f"{letter}) {choice}" for letter, choice in zip(LETTERS, listed, strict=False)]
+    for question, texts in zip(questions, choices, strict=True):
+        lines = [f"{letter}) {text}" for letter, text in zip(LETTERS, texts, strict=False)]
         parts.append("\n".join([question, _CHOICES[language], *lines]))
     shape = json.dumps(dict.fromkeys(KEYS[task], "…"), ensure_ascii=False)
     return "\n\n".join([*parts, f"{_ANSWER[language]}\n{shape}"])

@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 
 from mapo_jax.reporting.credit import Credit
+from mapo_jax.reporting.dialogues import SavedBatch
 from mapo_jax.reporting.diversity import analyse, distinct, shifts, words
-from mapo_jax.reporting.folder import SavedBatch, read_run
+from mapo_jax.reporting.folder import read_run
 
 
 @pytest.fixture(scope="module")
