@@ -54,16 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with console.status("reading") as status:
             progress = lambda name: status.update(Text(printable(name)))  # noqa: E731
             if options.text:
-                text = render_text(read_runs(options.run, options.dialogues, progress))
+                result = render_text(read_runs(options.run, options.dialogues, progress))
             else:
-                file = write_report(
-                    options.run, options.output, dialogues=options.dialogues, progress=progress
-                )
-        if options.text:
-            console.print(text)
-        else:
-            size = file.stat().st_size / 1e6
-            console.print(f"{file}: {size:.1f} MB; open it in a browser", soft_wrap=True)
+                settings = {"dialogues": options.dialogues, "progress": progress}
+                file = write_report(options.run, options.output, **settings)
+                result = f"{file}: {file.stat().st_size / 1e6:.1f} MB; open it in a browser"
+        console.print(result, soft_wrap=not options.text)
 
     return run_command(command)
 

@@ -9,42 +9,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import yaml
 
-from mapo_jax.reporting.charts import tell
+from mapo_jax.reporting.charts import asset, tell
 from mapo_jax.reporting.comparison import mean
 from mapo_jax.reporting.credit import CreditedBatch
 from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue
 from mapo_jax.reporting.diversity import Shift, shifts
 from mapo_jax.reporting.folder import SavedRun, is_number
 
-# Axis, title, and what the judge looks for.
-AXES = (
-    ("C", "understanding", "grasps the point; at best, gives it a new frame"),
-    ("A", "feeling", "meets the stated feeling; at best, names the one behind it"),
-    ("P", "agency", "affirms or offers something workable; at best, the person feels able again"),
-)
-# The scripted world's kinds of reply, explained for the reader.
-MEANINGS = {
-    "reflect_situation": "takes up what happened",
-    "name_feeling": "names the stated feeling",
-    "name_unstated": "names an unspoken feeling",
-    "affirm_strength": "sees what the user keeps doing",
-    "reframe": "gives it another meaning",
-    "offer_step": "offers one small step",
-    "ask": "asks an open question",
-    "repair": "takes back a misstep",
-    "presence": "says that it is there",
-    "template": "gives stock sympathy",
-    "advise": "pushes advice",
-    "lecture": "tells the user what they must do",
-    "dismiss": "plays it down",
-    "blame": "puts the fault on the user",
-    "praise": "praises without substance",
-    "farewell": "says goodbye",
-    "incoherent": "says what makes no sense here",
-    "echo": "repeats the user's words",
-    "other": "says none of these",
-}
+_TEXTS = yaml.safe_load(asset("behaviour.yaml"))
+AXES: list[list[str]] = _TEXTS["axes"]
+MEANINGS: dict[str, str] = _TEXTS["kinds"]
 RARE = 0.02  # kinds with a smaller share before and after are listed as one
 NOTABLE = 0.02  # a smaller change of a share is not mentioned
 NOTABLE_NAMING = 0.05  # the same for the share of right names
@@ -115,21 +91,13 @@ def levels_of(batch: SavedBatch) -> tuple[LevelShares, ...]:
 
 def behaviour(run: SavedRun, before: CreditedBatch, after: CreditedBatch) -> Behaviour:
     """Compares two evaluations of one run."""
-    levels = levels_of(before[0]), levels_of(after[0])
-    kinds = _kinds(before, after)
-    rising, falling = shifts(before, after)
     steps = before[0].step, after[0].step
-    naming = _naming(run, *steps)
-    return Behaviour(
-        steps,
-        *levels,
-        kinds,
-        naming,
-        tuple(rising),
-        tuple(falling),
-        tuple(_sentences(*levels, kinds, naming)),
-        _headline(before[0], after[0], kinds),
-    )
+    levels = levels_of(before[0]), levels_of(after[0])
+    kinds, naming = _kinds(before, after), _naming(run, *steps)
+    sentences = tuple(_sentences(*levels, kinds, naming))
+    headline = _headline(before[0], after[0], kinds)
+    rising, falling = map(tuple, shifts(before, after))
+    return Behaviour(steps, *levels, kinds, naming, rising, falling, sentences, headline)
 
 
 def typical_pair(before: CreditedBatch, after: CreditedBatch) -> tuple[int, int, str] | None:
@@ -177,18 +145,14 @@ def _kinds(before: CreditedBatch, after: CreditedBatch) -> tuple[Kind, ...]:
                     rewards[turn.kind].append(reward)
         counts.append(Counter({name: counter.total() for name, counter in replies.items()}))
         examples |= {name: counter.most_common(1)[0][0] for name, counter in replies.items()}
-    first, last = (max(1, counter.total()) for counter in counts)
-    kinds = [
-        Kind(
-            name.replace("_", " "),
-            MEANINGS.get(name, ""),
-            examples[name],
-            counts[0][name] / first,
-            counts[1][name] / last,
-            mean(rewards[name]),
-        )
-        for name in counts[0] | counts[1]
-    ]
+    totals = [max(1, counter.total()) for counter in counts]
+
+    def kind_of(name: str) -> Kind:
+        shares = (counter[name] / total for counter, total in zip(counts, totals, strict=True))
+        meaning = MEANINGS.get(name, "")
+        return Kind(name.replace("_", " "), meaning, examples[name], *shares, mean(rewards[name]))
+
+    kinds = [kind_of(name) for name in counts[0] | counts[1]]
     rare = [kind for kind in kinds if max(kind.before, kind.after) < RARE]
     if len(rare) <= 2:
         rare = []
@@ -207,16 +171,12 @@ def _naming(run: SavedRun, first: int, last: int) -> tuple[Naming, ...]:
     def figure(*values: Any) -> float | None:
         return next((float(value) for value in values if is_number(value)), None)
 
-    return tuple(
-        Naming(
-            key.removeprefix("naming/").replace("_", " "),
-            figure(before.get(key)),
-            figure(after.get(key)),
-            figure(after.get(f"{key}_chance"), before.get(f"{key}_chance")),
-        )
-        for key in sorted(keys)
-        if not key.endswith(("_chance", "_rate"))
-    )
+    def naming(key: str) -> Naming:
+        chance = figure(after.get(f"{key}_chance"), before.get(f"{key}_chance"))
+        what = key.removeprefix("naming/").replace("_", " ")
+        return Naming(what, figure(before.get(key)), figure(after.get(key)), chance)
+
+    return tuple(naming(key) for key in sorted(keys) if not key.endswith(("_chance", "_rate")))
 
 
 def _headline(before: SavedBatch, after: SavedBatch, kinds: Sequence[Kind]) -> str:

@@ -155,21 +155,18 @@ def _line(s: Series, px: Callable[[float], float], py: Callable[[float], float])
     """A series in the chart's coordinates."""
     points = [(px(x), py(y)) if math.isfinite(y) else None for x, y in zip(s.x, s.y, strict=True)]
     pieces = [list(group) for known, group in groupby(points, key=lambda point: point is not None) if known]
-    low, high = (
-        [(px(x), py(pair[end])) for x, pair in zip(s.x, s.band, strict=False) if math.isfinite(pair[end])]
-        for end in (0, 1)
-    )
-    errors = [
-        tuple(map(py, ends)) if all(map(math.isfinite, ends)) else None
-        for ends in s.errors or [(math.nan, math.nan)] * len(points)
-    ]
+    unknown = [(math.nan, math.nan)] * len(points)
+    band = list(zip(s.x, s.band or unknown, strict=True))
+    low, high = ([(px(x), py(pair[i])) for x, pair in band if math.isfinite(pair[i])] for i in (0, 1))
+    errors = [tuple(map(py, ends)) if all(map(math.isfinite, ends)) else None for ends in s.errors or unknown]
     marked = s.marks or len(s.x) == 1
     marks = [(*point, ends) for point, ends in zip(points, errors, strict=True) if point and marked]
+    smooth = zip(s.x, s.smooth, strict=True) if s.smooth else ()
     return {
         "series": s,
         "pieces": [_points(piece) for piece in pieces if len(piece) > 1],
         "band": _points([*high, *low[::-1]]) if len(low) + len(high) > 2 else "",
-        "smooth": _points([(px(x), py(y)) for x, y in zip(s.x, s.smooth, strict=False)]),
+        "smooth": _points([(px(x), py(y)) for x, y in smooth]),
         "marks": marks,
     }
 

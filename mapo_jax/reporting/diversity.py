@@ -95,11 +95,8 @@ def analyse(batches: Sequence[SavedBatch], credits: Sequence[Sequence[Credit]]) 
     replies = [_replies(batch, credit) for batch, credit in zip(batches, credits, strict=True)]
     totals = [sum(len(reply) for _, reply, _ in batch) for batch in replies]
     budget = min((total for total in totals if total >= 0.5 * np.median(totals)), default=0)
-    return [
-        _analyse(batch.step, entries, budget)
-        for batch, entries in zip(batches, replies, strict=True)
-        if entries
-    ]
+    pairs = zip(batches, replies, strict=True)
+    return [_analyse(batch.step, entries, budget) for batch, entries in pairs if entries]
 
 
 def shifts(before: CreditedBatch, after: CreditedBatch, top: int = 6) -> tuple[list[Shift], list[Shift]]:

@@ -180,10 +180,8 @@ def _state(run: SavedRun) -> list[str]:
     if run.planned is None:
         return [f"how many steps were planned is unknown; {run.done} are done"]
     if run.done < run.planned:
-        return [
-            f"the run is not finished: {run.done} of {run.planned} steps are done; "
-            "the same training command goes on from there"
-        ]
+        begun = f"the run is not finished: {run.done} of {run.planned} steps are done"
+        return [f"{begun}; the same training command goes on from there"]
     return ["the evaluation after the last step is missing"]
 
 
@@ -228,9 +226,8 @@ def _read_metrics(
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
             broken += 1
             continue
-        metrics = {
-            name.removeprefix("evaluation/"): v for name, v in row.items() if name.startswith("evaluation/")
-        }
+        names = [name for name in row if name.startswith("evaluation/")]
+        metrics = {name.removeprefix("evaluation/"): row[name] for name in names}
         if metrics:
             evaluations[row["step"]] = metrics
         if len(row) > len(metrics) + 1:

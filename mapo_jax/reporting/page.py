@@ -7,37 +7,21 @@ import hashlib
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
 import yaml
 from markupsafe import Markup
 
+from mapo_jax.reporting import charts, summary
 from mapo_jax.reporting.behaviour import changes, typical_pair
-from mapo_jax.reporting.charts import (
-    DASHES,
-    TEMPLATES,
-    Chart,
-    Series,
-    TracePath,
-    asset,
-    draw_plane,
-    mean_path,
-    signed,
-)
 from mapo_jax.reporting.curves import curve_groups, hero_chart
 from mapo_jax.reporting.dialogues import SavedDialogue, extended
+from mapo_jax.reporting.diversity import Diversity, Repeat
 from mapo_jax.reporting.folder import Progress, SavedRun, no_progress
 from mapo_jax.reporting.payload import PAYLOAD_BYTES, pack
 from mapo_jax.reporting.study import Study
-from mapo_jax.reporting.summary import (
-    against_first,
-    comparison_sentences,
-    facts,
-    recipe,
-    settings_that_differ,
-    tiles,
-)
 
 MOST_RUNS = 8  # more lines cannot be told apart
 
@@ -56,25 +40,24 @@ def render(runs: Sequence[SavedRun], *, limit: int = PAYLOAD_BYTES, progress: Pr
         studies.append(Study.of(number, run))
     packed = pack(runs, [g for study in studies for g in study.groups], limit=limit, progress=progress)
     progress("drawing")
-    curves = [
-        (title, [c for c in group if c.series], folded) for title, group, folded in curve_groups(studies)
-    ]
+    groups = [(title, [c for c in group if c.series], fold) for title, group, fold in curve_groups(studies)]
+    curves = [group for group in groups if group[1]]
     views = [view(study) for study in studies]
     hero = hero_chart(studies)
     drawn = [hero, *(c for _, group, _ in curves for c in group), *(c for v in views for c in v["charts"])]
-    script = asset("script.js")
-    html = TEMPLATES.get_template("page.html").render(
+    script = charts.asset("script.js")
+    html = charts.TEMPLATES.get_template("page.html").render(
         title=" and ".join(run.name for run in runs),
-        style=Markup(asset("style.css")),
+        style=Markup(charts.asset("style.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         many=len(studies) > 1,
         studies=views,
         hero=hero,
-        curves=[group for group in curves if group[1]],
-        against=(against := against_first(studies)),
-        compared=comparison_sentences(against),
-        differing=settings_that_differ(studies),
+        curves=curves,
+        against=(against := summary.against_first(studies)),
+        compared=summary.comparison_sentences(against),
+        differing=summary.settings_that_differ(studies),
         packed=packed,
         data=_inline({"charts": {c.key: c.to_json() for c in drawn}, "steps": _steps_json(studies)}),
     )
@@ -89,9 +72,9 @@ def view(study: Study) -> dict[str, Any]:
     diversity = diversity_charts(study)
     return {
         "study": study,
-        "facts": facts(run),
-        "recipe": recipe(run),
-        "tiles": tiles(study),
+        "facts": summary.facts(run),
+        "recipe": summary.recipe(run),
+        "tiles": summary.tiles(study),
         "example": example(study),
         "extremes": extremes(study),
         "space": space,
@@ -107,9 +90,9 @@ def view(study: Study) -> dict[str, Any]:
 
 def state_space(study: Study) -> dict[str, Any] | None:
     """The trajectories through (C, A, P) before and after training; None without dialogues."""
-    paths: list[TracePath] = []
-    means: list[TracePath] = []
-    distances: list[Series] = []
+    paths: list[charts.TracePath] = []
+    means: list[charts.TracePath] = []
+    distances: list[charts.Series] = []
     sides = [(colour, side[0]) for colour, side in (("before", study.first), ("after", study.last)) if side]
     for colour, batch in sides:
         dialogues = [d for d in batch.dialogues if d.turns]
@@ -117,9 +100,11 @@ def state_space(study: Study) -> dict[str, Any] | None:
             continue
         for d in dialogues:
             title = f"{colour} training: {d.scenario}, D {d.distances[0]:.1f} → {d.distances[-1]:.1f}"
-            paths.append(TracePath(d.positions, colour, f"#d={_key(study, d)}", title))
-        mean = mean_path([d.positions for d in dialogues])
-        means.append(TracePath(mean, colour, "", f"mean of {len(dialogues)} dialogues {colour} training"))
+            paths.append(charts.TracePath(d.positions, colour, f"#d={_key(study, d)}", title))
+        mean = charts.mean_path([d.positions for d in dialogues])
+        means.append(
+            charts.TracePath(mean, colour, "", f"mean of {len(dialogues)} dialogues {colour} training")
+        )
         distances.append(_distance_series(dialogues, colour))
     if not paths:
         return None
@@ -127,13 +112,13 @@ def state_space(study: Study) -> dict[str, Any] | None:
     names = ("C cognitive", "A affective", "P proactive")
     return {
         "planes": [
-            draw_plane((across, up), (names[across], names[up]), low, paths, means)
+            charts.draw_plane((across, up), (names[across], names[up]), low, paths, means)
             for across, up in ((0, 1), (2, 1), (0, 2))
         ],
         "both": len(sides) == 2,
         "ways": _inline([{"p": p.positions, "c": p.colour, "h": p.href, "t": p.title} for p in paths]),
         "steps": [batch.step for _, batch in sides],
-        "distance": Chart(
+        "distance": charts.Chart(
             f"distance-{study.number}",
             "What the user still lacks",
             tuple(distances),
@@ -144,10 +129,10 @@ def state_space(study: Study) -> dict[str, Any] | None:
     }
 
 
-def _distance_series(dialogues: Sequence[SavedDialogue], colour: str) -> Series:
+def _distance_series(dialogues: Sequence[SavedDialogue], colour: str) -> charts.Series:
     length = max(len(d.distances) for d in dialogues)
     distances = np.asarray([extended(d.distances, length) for d in dialogues])
-    return Series(
+    return charts.Series(
         f"{colour} training",
         list(range(length)),
         distances.mean(0).tolist(),
@@ -157,48 +142,41 @@ def _distance_series(dialogues: Sequence[SavedDialogue], colour: str) -> Series:
     )
 
 
-def diversity_charts(study: Study) -> list[Chart]:
+def diversity_charts(study: Study) -> list[charts.Chart]:
     """Distinct n-grams, repeated openings and their effect on the reward, over the steps."""
     entries, number = study.diversity, study.number
     if not entries:
         return []
-    steps = [entry.step for entry in entries]
-    value = lambda x: np.nan if x is None else x  # noqa: E731
-    distinct = [
-        Series(
-            f"distinct-{n + 1}", steps, [value(e.distinct[n]) for e in entries], f"series-{n + 1}", DASHES[n]
-        )
-        for n in range(3)
-    ]
-    common = [entry.openings[0].share if entry.openings else 0.0 for entry in entries]
+
+    def series(name: str, values: Sequence[float | None], colour: int, dash: int = 0) -> charts.Series:
+        y = [np.nan if value is None else value for value in values]
+        steps = [entry.step for entry in entries]
+        return charts.Series(name, steps, y, f"series-{colour}", charts.DASHES[dash])
+
+    distinct = [series(f"distinct-{n + 1}", [e.distinct[n] for e in entries], n + 1, n) for n in range(3)]
+    shares = [entry.openings[0].share if entry.openings else 0.0 for entry in entries]
     own = [entry.own_repeats for entry in entries]
-    costs = [value(entry.own_cost) for entry in entries]
-    repeats = (
-        Series("replies with the commonest opening", steps, common, "series-1"),
-        Series("replies that open like an earlier one of their dialogue", steps, own, "series-2", DASHES[1]),
-    )
-    cost = Series("reward of such a turn against the others", steps, costs, "series-2")
+    share = partial(charts.Chart, form="share", zero=True)
     return [
-        Chart(
+        share(
             f"distinct-{number}",
             "Distinct n-grams",
             tuple(distinct),
             "of all runs of 1, 2 and 3 words, the share that is different; equally many words in every step",
-            form="share",
-            zero=True,
         ),
-        Chart(
+        share(
             f"repeats-{number}",
             "Repeated openings",
-            repeats,
+            (
+                series("replies with the commonest opening", shares, 1),
+                series("replies that open like an earlier one of their dialogue", own, 2, 1),
+            ),
             "an opening is a reply's first four words",
-            form="share",
-            zero=True,
         ),
-        Chart(
+        charts.Chart(
             f"own-cost-{number}",
             "What repeating oneself costs",
-            (cost,),
+            (series("reward of such a turn against the others", [e.own_cost for e in entries], 2),),
             "mean reward of replies that open like an earlier one of their dialogue, against the others",
             zero=True,
         ),
@@ -208,21 +186,14 @@ def diversity_charts(study: Study) -> list[Chart]:
 def _steps_json(studies: Sequence[Study]) -> list[list[dict[str, Any]]]:
     """Openings and phrases of every step, for the slider."""
 
-    def repeats(entries: Any) -> list[list[Any]]:
+    def repeats(entries: Sequence[Repeat]) -> list[list[Any]]:
         return [[e.text, e.count, round(e.share, 4), _rounded(e.reward), _rounded(e.cost)] for e in entries]
 
-    return [
-        [
-            {
-                "step": entry.step,
-                "replies": entry.replies,
-                "openings": repeats(entry.openings),
-                "phrases": repeats(entry.phrases),
-            }
-            for entry in study.diversity
-        ]
-        for study in studies
-    ]
+    def step(entry: Diversity) -> dict[str, Any]:
+        phrases = {"openings": repeats(entry.openings), "phrases": repeats(entry.phrases)}
+        return {"step": entry.step, "replies": entry.replies, **phrases}
+
+    return [list(map(step, study.diversity)) for study in studies]
 
 
 def example(study: Study) -> dict[str, Any] | None:
@@ -247,7 +218,7 @@ def extremes(study: Study) -> list[tuple[str, str]]:
         return []
     first, last = study.first[0].dialogues, study.last[0].dialogues
     return [
-        (f"{label}, {signed(change)}", _pair_link(study, first[i], last[j]))
+        (f"{label}, {charts.signed(change)}", _pair_link(study, first[i], last[j]))
         for label, (change, i, j) in (("most improved", pairs[-1]), ("least", pairs[0]))
     ]
 

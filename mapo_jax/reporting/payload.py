@@ -159,23 +159,10 @@ def index_json(runs: Sequence[SavedRun], groups: Sequence[Group]) -> dict[str, A
         for place, (dialogue, credit) in enumerate(zip(group.batch.dialogues, group.credits, strict=True)):
             card = card_json(dialogue)
             number, _ = cards.setdefault(json.dumps(card, sort_keys=True), (len(cards), card))
-            rows.append(
-                [
-                    group.run,
-                    int(group.batch.validation),
-                    group.batch.step,
-                    *dialogue.place,
-                    number,
-                    dialogue.outcome,
-                    len(dialogue.turns),
-                    dialogue.unscored_turns,
-                    sum(turn.truncated for turn in dialogue.turns),
-                    failure_kinds(dialogue),
-                    _round(credit.first_return, 3),
-                    _round(dialogue.epm_q, 1),
-                    place,
-                ]
-            )
+            key = [group.run, int(group.batch.validation), group.batch.step, *dialogue.place, number]
+            lengths = [len(dialogue.turns), dialogue.unscored_turns, sum(t.truncated for t in dialogue.turns)]
+            scores = [_round(credit.first_return, 3), _round(dialogue.epm_q, 1)]
+            rows.append([*key, dialogue.outcome, *lengths, failure_kinds(dialogue), *scores, place])
     named = [{"name": run.name, "estimator": run.algorithm.estimator} for run in runs]
     return {"runs": named, "cards": [card for _, card in cards.values()], "rows": rows}
 
@@ -207,15 +194,9 @@ def card_json(dialogue: SavedDialogue) -> dict[str, str]:
 def dialogue_json(dialogue: SavedDialogue, credit: Credit) -> dict[str, Any]:
     """A dialogue without its tokens. Names are short because there are thousands of turns."""
     none = (None,) * len(dialogue.turns)
+    advantages = (level or none for level in (credit.turn_level, credit.batch_level, credit.advantages))
     columns = zip(
-        dialogue.turns,
-        dialogue.distances[1:],
-        credit.rewards,
-        credit.returns,
-        credit.turn_level or none,
-        credit.batch_level or none,
-        credit.advantages or none,
-        strict=True,
+        dialogue.turns, dialogue.distances[1:], credit.rewards, credit.returns, *advantages, strict=True
     )
     return {
         "start": dialogue.start,

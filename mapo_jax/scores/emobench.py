@@ -127,23 +127,22 @@ def read_items(paths: Sequence[str | Path]) -> list[Item]:
 
 
 def _item(row: Mapping[str, Any], place: str) -> Item:
+    def problem(text: str) -> UserError:
+        return UserError(f"{place}: {text}")
+
     def text(key: str) -> str:
         if not isinstance(row.get(key), str | int) or not str(row[key]).strip():
-            raise UserError(
-                f"{place}: `{key}` must be text, not {row.get(key)!r}; this is no item of EmoBench"
-            )
+            raise problem(f"`{key}` must be text, not {row.get(key)!r}; this is no item of EmoBench")
         return str(row[key])
 
     def question(choices_key: str, label_key: str) -> tuple[tuple[str, ...], int]:
         choices, label = row.get(choices_key), text(label_key)
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise UserError(f"{place}: `{choices_key}` must be a list of texts")
+            raise problem(f"`{choices_key}` must be a list of texts")
         if not 2 <= len(choices) <= len(LETTERS):
-            raise UserError(
-                f"{place}: `{choices_key}` has {len(choices)} choices; 2 to {len(LETTERS)} can be asked"
-            )
+            raise problem(f"`{choices_key}` has {len(choices)} choices; 2 to {len(LETTERS)} can be asked")
         if choices.count(label) != 1:
-            raise UserError(f"{place}: `{label_key}` {label!r} must be one of `{choices_key}`")
+            raise problem(f"`{label_key}` {label!r} must be one of `{choices_key}`")
         return tuple(choices), choices.index(label)
 
     if "emotion_choices" in row:
@@ -153,14 +152,12 @@ def _item(row: Mapping[str, Any], place: str) -> Item:
         task, category, detail = "EA", "category", "question type"
         questions = [question("choices", "label")]
     else:
-        raise UserError(
-            f"{place}: neither an item of EA (`choices`, `label`) nor of EU (`emotion_choices`, "
+        raise problem(
+            "neither an item of EA (`choices`, `label`) nor of EU (`emotion_choices`, "
             "`emotion_label`, `cause_choices`, `cause_label`)"
         )
     if row.get("language") not in LANGUAGES:
-        raise UserError(
-            f"{place}: `language` is {row.get('language')!r}; it must be one of {', '.join(LANGUAGES)}"
-        )
+        raise problem(f"`language` is {row.get('language')!r}; it must be one of {', '.join(LANGUAGES)}")
     choices, labels = zip(*questions, strict=True)
     qid, *texts = map(text, ("qid", category, detail, "scenario", "subject"))
     return Item(task, qid, row["language"], *texts, choices, labels)

@@ -81,9 +81,8 @@ def _question(name: str, entry: Any, place: str) -> Question:
         raise UserError(f"{place}: `prompt` must be text; this is no question of EQ-Bench v2")
     answer = entry.get("reference_answer_fullscale")
     if not isinstance(answer, dict):
-        raise UserError(
-            f"{place}: `reference_answer_fullscale` is missing; this is no question of EQ-Bench v2"
-        )
+        missing = "`reference_answer_fullscale` is missing"
+        raise UserError(f"{place}: {missing}; this is no question of EQ-Bench v2")
     reference = {}
     for number in range(1, EMOTIONS + 1):
         emotion, value = answer.get(f"emotion{number}"), answer.get(f"emotion{number}_score")
@@ -92,10 +91,8 @@ def _question(name: str, entry: Any, place: str) -> Question:
         except (TypeError, ValueError):
             rating = math.nan
         if not isinstance(emotion, str) or not 0 <= rating <= MOST:
-            raise UserError(
-                f"{place}: emotion{number} is {emotion!r} with the score {value!r}; it must be a name with a "
-                f"score from 0 to {MOST}"
-            )
+            given = f"emotion{number} is {emotion!r} with the score {value!r}"
+            raise UserError(f"{place}: {given}; it must be a name with a score from 0 to {MOST}")
         reference[emotion] = rating
     if len(reference) != EMOTIONS:
         raise UserError(f"{place}: it must name {EMOTIONS} different emotions")

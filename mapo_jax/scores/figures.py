@@ -35,13 +35,9 @@ def summarize(states: Sequence[DialogueState], discount: float) -> dict[str, flo
     rewards = [reward for rewards in by_dialogue for reward in rewards if reward is not None]
     returns = [_discounted(rewards, discount) for rewards in by_dialogue]
     lengths = [state.turn_count for state in counted]
-    scores = [
-        score_case(
-            state.scenario.start_position,
-            [turn.judgement.levels if turn.judgement else None for turn in state.turns],
-        )["epm_q"]
-        for state in counted
-    ]
+    levels = [[turn.judgement.levels if turn.judgement else None for turn in s.turns] for s in counted]
+    starts = [state.scenario.start_position for state in counted]
+    scores = [score_case(start, turns)["epm_q"] for start, turns in zip(starts, levels, strict=True)]
     figures |= {
         "reward/mean": float(np.mean(rewards)),
         "reward/std": float(np.std(rewards)),
