@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mapo_jax.reporting.charts import asset, tell
+from mapo_jax.reporting.charts import asset, format_value
 from mapo_jax.reporting.comparison import mean
 from mapo_jax.reporting.credit import CreditedBatch
 from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue
@@ -24,7 +24,7 @@ MEANINGS: dict[str, str] = _TEXTS["kinds"]
 RARE = 0.02  # kinds with a smaller share before and after are listed as one
 NOTABLE = 0.02  # a smaller change of a share is not mentioned
 NOTABLE_NAMING = 0.05  # the same for the share of right names
-_share = partial(tell, form="share")
+_share = partial(format_value, form="share")
 
 
 @dataclass(frozen=True)

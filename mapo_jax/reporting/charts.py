@@ -101,12 +101,12 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def tell(value: float | None, form: str = "number") -> str:
+def format_value(value: float | None, form: str = "number") -> str:
     """A number for display: as `form` says (see `Chart`), with a typographic minus; a dash for no value."""
     if value is None or not math.isfinite(value):
         return "\u2013"
     if form == "seconds":
-        return f"{tell(value)}\u00a0s"
+        return f"{format_value(value)}\u00a0s"
     size = abs(value)
     if form == "share":
         if 0 < size < 0.0005:
@@ -178,7 +178,7 @@ def describe(chart: Chart) -> str:
         known = [(x, y) for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y)]
         if known:
             (x0, y0), (x1, y1) = known[0], known[-1]
-            start, end = tell(y0, chart.form), tell(y1, chart.form)
+            start, end = format_value(y0, chart.form), format_value(y1, chart.form)
             parts.append(f"{s.name}: {start} at {chart.x_name} {x0:g}, {end} at {x1:g}")
     return "; ".join(parts) + "." if parts else "No values."
 
@@ -189,7 +189,7 @@ def _now(chart: Chart) -> str:
     if len(lines) > 1:
         return ""
     for s in lines or chart.series:
-        known = [tell(y, chart.form) for y in (s.smooth or s.y) if math.isfinite(y)]
+        known = [format_value(y, chart.form) for y in (s.smooth or s.y) if math.isfinite(y)]
         if known:
             return known[0] if len(known) == 1 else f"{known[0]} → {known[-1]}"
     return "\u2013"
@@ -276,9 +276,9 @@ TEMPLATES = jinja2.Environment(
 )
 TEMPLATES.globals |= {"draw": draw}
 TEMPLATES.filters |= {
-    "tell": tell,
+    "value": format_value,
     "signed": signed,
-    "percent": lambda value: tell(value, "share"),
+    "percent": lambda value: format_value(value, "share"),
     "tick": _tick,
     "points": _points,
     "fixed": lambda value, digits=2: f"{value:.{digits}f}",

@@ -11,14 +11,14 @@ from functools import partial
 
 import numpy as np
 
-from mapo_jax.reporting.charts import tell
+from mapo_jax.reporting.charts import format_value
 from mapo_jax.reporting.comparison import Difference
 from mapo_jax.reporting.diversity import Diversity
 from mapo_jax.reporting.folder import SavedRun, setting
 
 FINE, LOOK, ALARM, UNKNOWN = "fine", "look", "alarm", "unknown"
 _ORDER = (ALARM, LOOK, UNKNOWN, FINE)
-_share = partial(tell, form="share")
+_share = partial(format_value, form="share")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _sampler(run: SavedRun) -> Check:
     state = _grade(max(gaps) > bound, max(gaps) > 10 * bound)
     trouble = "more than rounding: the weights or the graphs are not the same"
     return _check(
-        "Sampler and trainer", state, f"at most {tell(max(gaps))} per token", "rounding only", trouble
+        "Sampler and trainer", state, f"at most {format_value(max(gaps))} per token", "rounding only", trouble
     )
 
 

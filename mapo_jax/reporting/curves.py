@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import yaml
 
-from mapo_jax.reporting.charts import Chart, Series, asset, tell
+from mapo_jax.reporting.charts import Chart, Series, asset, format_value
 from mapo_jax.reporting.comparison import interval, running_band, running_mean
 from mapo_jax.reporting.study import Study, values_by_card, values_of
 
@@ -29,7 +29,7 @@ def hero_chart(studies: Sequence[Study]) -> Chart:
         series += [_curve(study, "return/mean", name), _evaluation_marks(study, many)]
     helper = studies[0].run.helper.get("return/mean")
     known = isinstance(helper, (int, float))
-    levels = ((f"good scripted helper {tell(helper)}", float(helper)),) if known else ()
+    levels = ((f"good scripted helper {format_value(helper)}", float(helper)),) if known else ()
     return Chart("hero", "Return of a dialogue", tuple(filter(None, series)), levels=levels, tall=True)
 
 

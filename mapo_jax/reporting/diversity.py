@@ -108,9 +108,11 @@ def shifts(before: CreditedBatch, after: CreditedBatch, top: int = 6) -> tuple[l
     if not all(sides):
         return [], []
     replies = [*sides[0], *sides[1]]
-    found = _occurrences(replies, lambda reply: {g for size in PHRASE_WORDS for g in grams(reply, size)})
+    occurrences = _occurrences(
+        replies, lambda reply: {g for size in PHRASE_WORDS for g in grams(reply, size)}
+    )
     shares, change = {}, {}
-    for phrase, where in found.items():
+    for phrase, where in occurrences.items():
         if len(where) >= FEWEST_REPLIES:
             early = sum(index < len(sides[0]) for index in where)
             shares[phrase] = (early / len(sides[0]), (len(where) - early) / len(sides[1]))
@@ -120,8 +122,8 @@ def shifts(before: CreditedBatch, after: CreditedBatch, top: int = 6) -> tuple[l
         moved = [phrase for phrase in shares if sign * change[phrase] > 0]
         ranked = sorted(moved, key=lambda p: (-sign * change[p], -len(p), p))
         return [
-            Shift(" ".join(p), *shares[p], mean(replies[i][2] for i in found[p]))
-            for p in _without_overlap(ranked, found, top)
+            Shift(" ".join(p), *shares[p], mean(replies[i][2] for i in occurrences[p]))
+            for p in _without_overlap(ranked, occurrences, top)
         ]
 
     return largest(+1), largest(-1)
@@ -157,37 +159,38 @@ def _analyse(step: int, replies: list[Reply], budget: int) -> Diversity:
 
 
 def _repeats(replies: list[Reply], phrases_of: Callable[[list[str]], set[Phrase]]) -> tuple[Repeat, ...]:
-    found = _occurrences(replies, phrases_of)
-    ranked = sorted((p for p in found if len(found[p]) > 1), key=lambda p: (-len(found[p]), p))
-    return tuple(
-        Repeat(
-            " ".join(phrase),
-            len(found[phrase]),
-            len(found[phrase]) / len(replies),
-            mean(replies[index][2] for index in found[phrase]),
-            _cost(replies, found[phrase]),
-        )
-        for phrase in _without_overlap(ranked, found, TOP)
+    occurrences = _occurrences(replies, phrases_of)
+    ranked = sorted(
+        (p for p in occurrences if len(occurrences[p]) > 1), key=lambda p: (-len(occurrences[p]), p)
     )
+
+    def repeat(phrase: Phrase) -> Repeat:
+        where = occurrences[phrase]
+        reward, share = mean(replies[index][2] for index in where), len(where) / len(replies)
+        return Repeat(" ".join(phrase), len(where), share, reward, _cost(replies, where))
+
+    return tuple(map(repeat, _without_overlap(ranked, occurrences, TOP)))
 
 
 def _occurrences(
     replies: list[Reply], phrases_of: Callable[[list[str]], set[Phrase]]
 ) -> Mapping[Phrase, set[int]]:
     """Phrase -> indices of the replies that contain it."""
-    found: dict[Phrase, set[int]] = defaultdict(set)
+    occurrences: dict[Phrase, set[int]] = defaultdict(set)
     for index, (_, reply, _) in enumerate(replies):
         for phrase in phrases_of(reply):
-            found[phrase].add(index)
-    return found
+            occurrences[phrase].add(index)
+    return occurrences
 
 
-def _without_overlap(ranked: Sequence[Phrase], found: Mapping[Phrase, set[int]], top: int) -> list[Phrase]:
+def _without_overlap(
+    ranked: Sequence[Phrase], occurrences: Mapping[Phrase, set[int]], top: int
+) -> list[Phrase]:
     """The first `top` phrases, without those that overlap with one before them by half of the smaller set."""
     kept: list[Phrase] = []
     for phrase in ranked:
-        one = found[phrase]
-        if not any(2 * len(one & found[k]) >= min(len(one), len(found[k])) for k in kept):
+        one = occurrences[phrase]
+        if not any(2 * len(one & occurrences[k]) >= min(len(one), len(occurrences[k])) for k in kept):
             kept.append(phrase)
         if len(kept) == top:
             break

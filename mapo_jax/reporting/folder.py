@@ -119,9 +119,8 @@ def read_run(folder: Path | str, *, dialogues: int, progress: Progress = no_prog
         raise UserError(f"the run folder {folder} does not exist; give the folder of a training run")
     names = (CONFIG_FILE, METRICS_FILE, DIALOGUES, EVALUATIONS)
     if not any((folder / name).exists() for name in names):
-        raise UserError(
-            f"{folder} is no run folder (none of {', '.join(names)}); give that of a training run"
-        )
+        missing = f"it has none of {', '.join(names)}"
+        raise UserError(f"{folder} is no run folder ({missing}); give the folder of a training run")
     notes: list[str] = []
     config = _read_config(folder / CONFIG_FILE, notes)
     steps, evaluations, written = _read_metrics(folder / METRICS_FILE, notes)
@@ -131,7 +130,7 @@ def read_run(folder: Path | str, *, dialogues: int, progress: Progress = no_prog
     training = [_read_batch(files[step], step, False, progress, notes) for step in chosen]
     validation = [_read_batch(parts, step, True, progress, notes) for step, parts in evaluated.items()]
     if not files:
-        notes.append("no dialogues of training were found, so what was said in training cannot be shown")
+        notes.append("no dialogues of training were found, so they cannot be shown")
     if not evaluated:
         notes.append("no validation dialogues were found, so before and after cannot be compared")
     run = SavedRun(
@@ -178,10 +177,10 @@ def _state(run: SavedRun) -> list[str]:
     if run.finished:
         return []
     if run.planned is None:
-        return [f"how many steps were planned is unknown; {run.done} are done"]
+        return [f"the planned number of steps is unknown; {run.done} are done"]
     if run.done < run.planned:
         begun = f"the run is not finished: {run.done} of {run.planned} steps are done"
-        return [f"{begun}; the same training command goes on from there"]
+        return [f"{begun}; the same training command continues it"]
     return ["the evaluation after the last step is missing"]
 
 
@@ -208,7 +207,9 @@ def _algorithm(config: Mapping[str, Any], notes: list[str]) -> AlgorithmConfig:
         return AlgorithmConfig.model_validate(section)
     except ValidationError as error:
         odd = {str(each["loc"][0]) for each in error.errors()}
-        notes.append(f"unknown settings of the algorithm: {', '.join(sorted(odd))}; the defaults stand in")
+        notes.append(
+            f"unknown settings of the algorithm: {', '.join(sorted(odd))}; the defaults are used instead"
+        )
         return AlgorithmConfig.model_validate({key: section[key] for key in section if str(key) not in odd})
 
 

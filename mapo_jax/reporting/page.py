@@ -72,7 +72,7 @@ def view(study: Study) -> dict[str, Any]:
     diversity = diversity_charts(study)
     return {
         "study": study,
-        "facts": summary.facts(run),
+        "key_figures": summary.key_figures(run),
         "recipe": summary.recipe(run),
         "tiles": summary.tiles(study),
         "example": example(study),

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,9 @@ def by_importance(groups: Sequence[Group]) -> list[Group]:
     """
     ranked: list[tuple[int, Group]] = []
     for number in sorted({g.run for g in groups}):
-        own = sorted((g for g in groups if g.run == number), key=lambda g: g.batch.step)
-        evaluations = [g for g in own if g.batch.validation]
-        steps = [g for g in own if not g.batch.validation]
+        batches = sorted((g for g in groups if g.run == number), key=lambda g: g.batch.step)
+        evaluations = [g for g in batches if g.batch.validation]
+        steps = [g for g in batches if not g.batch.validation]
         ends = [*evaluations[-1:], *evaluations[:1], *steps[-1:], *steps[:1], *evaluations[1:-1]]
         ranked += enumerate({g.key: g for g in (*ends, *_spread(steps))}.values())
     return [group for _, group in sorted(ranked, key=lambda entry: entry[0])]
@@ -230,19 +231,14 @@ class TokenWriter:
     """Converts token rows to texts with mask and log-probability; without a tokenizer, to the ids."""
 
     def __init__(self, folder: Path) -> None:
-        self._texts: dict[int, str] = {}
+        self.text = cache(self._text)
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         except Exception:  # the library raises its bare base class for any fault of the file
             self._tokenizer = None
 
-    def text(self, token: int) -> str:
+    def _text(self, token: int) -> str:
         """The text of a token; its name in the vocabulary if it is only part of a character."""
-        if token not in self._texts:
-            self._texts[token] = self._decode(token)
-        return self._texts[token]
-
-    def _decode(self, token: int) -> str:
         name = self._tokenizer.id_to_token(token) if self._tokenizer is not None and token >= 0 else None
         if name is None:
             return f"[{token}]"

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from mapo_jax.reporting import charts
 from mapo_jax.reporting.behaviour import Behaviour, behaviour
-from mapo_jax.reporting.charts import signed, tell
+from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.checks import ALARM, LOOK, UNKNOWN, Check, check_run
 from mapo_jax.reporting.comparison import Difference, compare, mean
 from mapo_jax.reporting.credit import Credit, CreditedBatch, credit_batch
@@ -115,7 +115,7 @@ class Study:
         margin = f" (95 % interval {signed(change.low)} to {signed(change.high)})" if change.cards > 1 else ""
         sentence = (
             f"On {counted(change.cards, 'card')} that training never saw, the return of a dialogue went from "
-            f"{tell(change.before)} to {tell(change.after)}: {signed(change.change)}{margin}."
+            f"{format_value(change.before)} to {format_value(change.after)}: {signed(change.change)}{margin}."
         )
         word, state = {
             "up": ("It got better", "good"),
@@ -146,7 +146,7 @@ class Study:
         if start is None or end is None:
             return ""
         was, now = end.before - start.before, end.after - start.after
-        lack = f"{tell(start.after)} points at the start and {tell(end.after)} at the end"
+        lack = f"{format_value(start.after)} points at the start and {format_value(end.after)} at the end"
         if now <= 0:
             return f"Users lack {lack}: they are helped."
         less = ", though by less than before" if now < was else ""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from mapo_jax.config import GONE
-from mapo_jax.reporting.charts import signed, tell
+from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.comparison import compare
 from mapo_jax.reporting.folder import SavedRun, counted, setting
 from mapo_jax.reporting.study import Study, values_by_card
@@ -47,7 +47,7 @@ def recipe(run: SavedRun) -> str:
     )
 
 
-def facts(run: SavedRun) -> list[tuple[str, str]]:
+def key_figures(run: SavedRun) -> list[tuple[str, str]]:
     """Name and value of the run's main figures; unknown ones are left out."""
     reward, discount = setting(run.config, "algorithm.reward"), setting(run.config, "algorithm.discount")
     layers, width = run.shape.get("num_hidden_layers"), run.shape.get("hidden_size")
@@ -82,9 +82,9 @@ def tiles(study: Study) -> list[dict[str, Any]]:
                 "title": title,
                 "form": form,
                 "change": change,
-                "ceiling": helper,
-                "way": share,
-                "note": f"{tell(start.before)} at the start" if start else None,
+                "helper": helper,
+                "progress": share,
+                "note": f"{format_value(start.before)} at the start" if start else None,
                 "turned": name in LOWER_IS_BETTER,
             }
         )

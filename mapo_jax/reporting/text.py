@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mapo_jax.reporting.behaviour import changes, typical_pair
-from mapo_jax.reporting.charts import signed, tell
+from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.credit import Credit
 from mapo_jax.reporting.dialogues import SavedDialogue
 from mapo_jax.reporting.folder import SavedRun
@@ -91,11 +91,11 @@ def _changes(study: Study) -> Table:
         difference = (lambda x: f"{100 * x:+.0f} points") if form == "share" else signed
         table.add_row(
             tile["title"],
-            plain(tell(change.before, form)),
-            plain(tell(change.after, form)),
+            plain(format_value(change.before, form)),
+            plain(format_value(change.after, form)),
             difference(change.change),
             f"{difference(change.low)} to {difference(change.high)}" if change.cards > 1 else "",
-            "" if tile["way"] is None else plain(tell(tile["way"], "share")),
+            "" if tile["progress"] is None else plain(format_value(tile["progress"], "share")),
         )
     return table
 

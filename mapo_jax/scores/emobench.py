@@ -230,14 +230,14 @@ def _plain(text: str) -> str:
 
 def _values(answer: Any, keys: Sequence[str]) -> list[Any]:
     if isinstance(answer, Mapping):
-        found = {str(name).strip().lower(): value for name, value in answer.items()}
-        return [found.get(key) for key in keys]
+        values = {str(name).strip().lower(): value for name, value in answer.items()}
+        return [values.get(key) for key in keys]
     if isinstance(answer, list | tuple):
         return list(answer) if len(answer) == len(keys) else [None] * len(keys)
     text = _plain(spoken(answer) or "") if isinstance(answer, str) else ""
-    for found in reversed(list(_objects(text))):
-        if any(str(name).strip().lower() in keys for name in found):
-            return _values(found, keys)
+    for candidate in reversed(list(_objects(text))):
+        if any(str(name).strip().lower() in keys for name in candidate):
+            return _values(candidate, keys)
     named = [_named(text, key) for key in keys]
     if any(value is not None for value in named):
         return named
@@ -249,8 +249,8 @@ def _values(answer: Any, keys: Sequence[str]) -> list[Any]:
 
 def _named(text: str, key: str) -> str | None:
     """The last value behind a key: quoted, or up to the end of the line."""
-    found = re.findall(rf"""(?i)\b{key}\b["'*]*\s*:\s*(?:"([^"]*)"|'([^']*)'|([^\n,}}]*))""", text)
-    return next(filter(None, found[-1]), None) if found else None
+    matches = re.findall(rf"""(?i)\b{key}\b["'*]*\s*:\s*(?:"([^"]*)"|'([^']*)'|([^\n,}}]*))""", text)
+    return next(filter(None, matches[-1]), None) if matches else None
 
 
 def _objects(text: str) -> Iterable[dict[str, Any]]:
@@ -377,16 +377,12 @@ def _where(
 
 
 def _vote(answers: Mapping[Asking, Any]) -> list[_Cell]:
-    samples: dict[tuple[Item, int], list[tuple[int, tuple[int | None, ...]]]] = defaultdict(list)
-    for asking, answer in answers.items():
-        samples[asking.item, asking.order].append((asking.sample, parse(answer, asking)))
+    samples: dict[tuple[Item, int], list[tuple[int | None, ...]]] = defaultdict(list)
+    for asking in sorted(answers, key=attrgetter("sample")):  # in a tie the first sample wins
+        samples[asking.item, asking.order].append(parse(answers[asking], asking))
     cells = []
     for (item, order), picks in samples.items():
-        picks.sort(key=lambda pick: pick[0])
-        votes = [
-            Counter(pick[question] for _, pick in picks if pick[question] is not None)
-            for question in range(len(item.labels))
-        ]
+        votes = [Counter(choice for choice in row if choice is not None) for row in zip(*picks, strict=True)]
         cells.append(_Cell(item, order, tuple(v.most_common(1)[0][0] if v else None for v in votes)))
     return cells
 

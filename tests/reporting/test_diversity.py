@@ -10,7 +10,7 @@ from mapo_jax.reporting.folder import read_run
 
 @pytest.fixture(scope="module")
 def talk(run_folder):
-    """Makes a batch of dialogues that say these things, with these rewards."""
+    """Makes a batch from replies and their rewards."""
     model = read_run(run_folder, dialogues=10).training[0].dialogues[0]
 
     def make(dialogues, step=1):
