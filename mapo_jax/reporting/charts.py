@@ -228,13 +228,12 @@ def draw_plane(
     paths: Sequence[TracePath],
     means: Sequence[TracePath],
 ) -> Markup:
-    """Trajectories projected on two of the three axes (`assets/plane.html`), from `low` to a little above
-    zero.
+    """Trajectories projected on two of the three axes (`assets/plane.html`).
 
     Args:
       axes: indices of the axes drawn to the right and up.
       names: their names.
-      low: lower end of both axes.
+      low: lower end of both axes; the upper end is a little above zero.
       paths: one per dialogue, drawn as links.
       means: mean trajectories, drawn on top.
     """

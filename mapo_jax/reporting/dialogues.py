@@ -52,7 +52,7 @@ class SavedDialogue:
 
     step: int
     place: tuple[int, int]
-    card: Mapping[str, Any]  # the scenario card's own fields
+    card: Mapping[str, Any]  # fields of the scenario card
     start: Vector
     turns: tuple[SavedTurn, ...]
     outcome: str

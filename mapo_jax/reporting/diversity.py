@@ -186,7 +186,7 @@ def _occurrences(
 def _without_overlap(
     ranked: Sequence[Phrase], occurrences: Mapping[Phrase, set[int]], top: int
 ) -> list[Phrase]:
-    """The first `top` phrases, without those that overlap with one before them by half of the smaller set."""
+    """The first `top` phrases; one whose replies overlap by half with those of a kept phrase is skipped."""
     kept: list[Phrase] = []
     for phrase in ranked:
         one = occurrences[phrase]

@@ -152,9 +152,8 @@ def squeeze(content: Any) -> str:
 
 def index_json(runs: Sequence[SavedRun], groups: Sequence[Group]) -> dict[str, Any]:
     """What the list of dialogues shows, and the cards."""
-    cards: dict[
-        str, tuple[int, dict[str, str]]
-    ] = {}  # number and content by JSON: ids may repeat across runs
+    # JSON of a card -> its number and content; two runs may have different cards with the same id.
+    cards: dict[str, tuple[int, dict[str, str]]] = {}
     rows = []
     for group in groups:
         for place, (dialogue, credit) in enumerate(zip(group.batch.dialogues, group.credits, strict=True)):
