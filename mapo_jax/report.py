@@ -1,10 +1,10 @@
-"""From run folders to one HTML page that a person enjoys reading, or to a summary on the terminal.
+"""Writes one HTML page about one or more run folders, or prints a summary.
 
     python -m mapo_jax.report --run RUN [--run OTHER ...] [--output FILE]
     python -m mapo_jax.report --run RUN --text
 
-The page is one file without any outside resource: it opens from the disk, in light and dark, on a phone, and
-on paper. What a run lacks, because it is unfinished or damaged, is left out and said.
+The page is one file without external resources: it opens from the disk, in light and dark, on a phone, and on
+paper. Missing and damaged parts of a run are left out and listed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mapo_jax.reporting.write import DIALOGUES, read_runs, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status (see commands.run_command)."""
+    """The command line; returns the exit status (see `commands.run_command`)."""
     parser = argparse.ArgumentParser(
         prog="python -m mapo_jax.report",
         description="Writes one self-contained HTML page about a training run, or about several beside each "
@@ -52,16 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(highlight=False, markup=False)
         prepare_jax(None)
         with console.status("reading") as status:
-            told = lambda what: status.update(Text(printable(what)))  # noqa: E731
+            progress = lambda name: status.update(Text(printable(name)))  # noqa: E731
             if options.text:
-                text = render_text(read_runs(options.run, options.dialogues, told))
+                result = render_text(read_runs(options.run, options.dialogues, progress))
             else:
-                file = write_report(options.run, options.output, dialogues=options.dialogues, progress=told)
-        if options.text:
-            console.print(text)
-        else:
-            size = file.stat().st_size / 1e6
-            console.print(f"{file}: {size:.1f} MB; open it in a browser", soft_wrap=True)
+                settings = {"dialogues": options.dialogues, "progress": progress}
+                file = write_report(options.run, options.output, **settings)
+                result = f"{file}: {file.stat().st_size / 1e6:.1f} MB; open it in a browser"
+        console.print(result, soft_wrap=not options.text)
 
     return run_command(command)
 

@@ -10,7 +10,7 @@ from mapo_jax.report import main
 
 @pytest.fixture
 def run(tmp_path):
-    """The least that is a run: one step of metrics."""
+    """The smallest run: one step of metrics."""
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "return/mean": -1.5}) + "\n")

@@ -1,1 +1,1 @@
-"""A run folder as one page that a person enjoys reading; `mapo_jax.report` is the command."""
+"""Reads run folders and draws them as one page; the command is `mapo_jax.report`."""

@@ -1,7 +1,7 @@
-"""Reads a run folder, whatever state it is in: what cannot be read is left out and said, never guessed.
+"""Reads a run folder in any state: what cannot be read is left out and listed in notes, never guessed.
 
-Only the folder is read. Rows that a kill or a bad disk has torn are skipped and counted; a run without
-evaluations, without dialogues, or without a configuration is still a run.
+Only the folder is read. Damaged rows are skipped and counted. A run without evaluations, dialogues or
+configuration is still read.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,121 +19,26 @@ import orjson
 import yaml
 from pydantic import ValidationError
 
-from mapo_jax.algorithm.rewards import distance
 from mapo_jax.config import AlgorithmConfig
-from mapo_jax.environment import state as calculator
-from mapo_jax.environment.scenario import start_position
 from mapo_jax.errors import UserError
-from mapo_jax.scores.empa import score_case
+from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue, parse_dialogue
 
 CONFIG_FILE, METRICS_FILE, DIALOGUES, EVALUATIONS = "config.yaml", "metrics.jsonl", "dialogues", "evaluations"
-HELPER_FILE = "helper.json"  # in EVALUATIONS: what the good scripted helper comes to on the same cards
+HELPER_FILE = "helper.json"  # in EVALUATIONS: figures of the good scripted helper on the same cards
 TOKENIZER_FILE = "model/tokenizer.json"
-OUTCOMES = ("success", "failure", "timeout", "ended", "error")
-_STEP_FILE = re.compile(r"step_(\d+)(-\d+-of-\d+)?\.jsonl")  # of several processes: one part each
+_STEP_FILE = re.compile(r"step_(\d+)(-\d+-of-\d+)?\.jsonl")  # with several processes: one file each
 
-Vector = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class SavedTurn:
-    """One turn as it was saved, with what the judge and the director made of it."""
-
-    user: str
-    reply: str
-    position: Vector  # (C, A, P) after the turn
-    levels: tuple[int, ...] | None  # six of them; None: unscored
-    evidence: tuple[str, ...]
-    reasons: tuple[str, ...]
-    failure: str | None
-    kind: str | None  # scripted world: what kind of reply this is
-    named: tuple[tuple[str, bool], ...]  # scripted world: what was named, and whether it was right
-    action: str | None  # what the director did
-    guidance: str
-    truncated: bool
+Progress = Callable[[str], None]
+"""Called with the name of each piece of work before it begins."""
 
 
-@dataclass(frozen=True)
-class TokenRow:
-    """The tokens of a dialogue, or of one of its turns (history=per_turn)."""
-
-    ids: np.ndarray
-    sampled: np.ndarray  # the loss mask, but for unscored turns
-    turn: np.ndarray  # whose reply it belongs to; -1: nobody's
-    logprob: np.ndarray
-
-
-@dataclass(frozen=True)
-class SavedDialogue:
-    """One dialogue. `place` is (scenario, rollout) in its batch."""
-
-    step: int
-    place: tuple[int, int]
-    card: Mapping[str, Any]  # the scenario card's own fields
-    start: Vector
-    turns: tuple[SavedTurn, ...]
-    outcome: str
-    failure: str | None
-    rule: str | None
-    seed: int
-    rows: tuple[TokenRow, ...]
-
-    @property
-    def scenario(self) -> str:
-        """The card's id."""
-        return str(self.card["id"])
-
-    @property
-    def domain(self) -> str:
-        """The card's domain."""
-        return str(self.card.get("domain") or "none")
-
-    @cached_property
-    def positions(self) -> tuple[Vector, ...]:
-        """(C, A, P) at the start and after each turn."""
-        return (self.start, *(turn.position for turn in self.turns))
-
-    @cached_property
-    def distances(self) -> list[float]:
-        """What the user lacks, at the start and after each turn."""
-        return distance(self.positions).tolist()
-
-    @cached_property
-    def scored(self) -> list[bool]:
-        """Which turns have a reward."""
-        return [turn.levels is not None for turn in self.turns]
-
-    @property
-    def unscored_turns(self) -> int:
-        """How many turns the judge failed to score."""
-        return len(self.turns) - sum(self.scored)
-
-    @cached_property
-    def counts(self) -> bool:
-        """Whether statistics count it: it did not end in error, and a turn of it was scored."""
-        return self.outcome != "error" and any(self.scored)
-
-    @cached_property
-    def epm_q(self) -> float | None:
-        """EMPA's score; None where there is nothing to score."""
-        if not self.counts or self.distances[0] == 0:
-            return None
-        return score_case(self.start, [turn.levels for turn in self.turns])["epm_q"]
-
-
-@dataclass(frozen=True)
-class SavedBatch:
-    """The dialogues of one file: a training step's, or an evaluation's."""
-
-    step: int
-    validation: bool
-    dialogues: tuple[SavedDialogue, ...]
-    broken: int = 0  # rows that could not be read
+def no_progress(name: str) -> None:
+    """Shows nothing."""
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What could be read of a run folder."""
+    """The readable content of a run folder."""
 
     folder: Path
     name: str
@@ -142,17 +46,17 @@ class SavedRun:
     algorithm: AlgorithmConfig
     steps: tuple[Mapping[str, float], ...]  # rows of metrics.jsonl, by step
     evaluations: Mapping[int, Mapping[str, float]]  # step -> metrics
-    helper: Mapping[str, float]  # the same metrics of the good helper; empty where nobody wrote them down
+    helper: Mapping[str, float]  # the same metrics of the good helper; empty if they were not saved
     training: tuple[SavedBatch, ...]
     validation: tuple[SavedBatch, ...]
     shape: Mapping[str, Any]  # of the model
-    notes: tuple[str, ...] = ()  # what is missing or broken, in sentences
-    left_out: int = 0  # training steps whose dialogues are on the disk but were not read
-    written: float | None = None  # when the folder's metrics were last written
+    notes: tuple[str, ...] = ()  # what is missing or damaged, in sentences
+    left_out: int = 0  # training steps with dialogues on the disk that were not read
+    written: float | None = None  # time of the last write to the metrics
 
     @property
     def planned(self) -> int | None:
-        """Steps that the run is configured for."""
+        """Configured number of steps; None if unknown."""
         steps = setting(self.config, "training.steps")
         return steps if isinstance(steps, int) else None
 
@@ -163,36 +67,42 @@ class SavedRun:
 
     @property
     def finished(self) -> bool:
-        """Whether every planned step was taken and the last evaluation held."""
+        """Whether all planned steps are done and evaluated."""
         return self.planned is not None and self.done >= self.planned and self.planned in self.evaluations
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and finite values of one metric."""
-        pairs = [(int(row["step"]), row[name]) for row in self.steps if is_number(row.get(name))]
-        return [step for step, _ in pairs], [float(value) for _, value in pairs]
+        return _series(((row["step"], row) for row in self.steps), name)
 
     def evaluated(self, name: str) -> tuple[list[int], list[float]]:
-        """The same of the evaluations."""
-        pairs = [(step, row[name]) for step, row in self.evaluations.items() if is_number(row.get(name))]
-        return [step for step, _ in pairs], [float(value) for _, value in pairs]
+        """Steps and finite values of one metric of the evaluations."""
+        return _series(self.evaluations.items(), name)
+
+
+def _series(rows: Iterable[tuple[int, Mapping[str, Any]]], name: str) -> tuple[list[int], list[float]]:
+    points = [(int(step), float(row[name])) for step, row in rows if is_number(row.get(name))]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and not a truth value."""
+    """Whether it is a finite number and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def setting(config: Mapping[str, Any], dotted: str) -> Any:
-    """The value under a dotted key of a nested mapping; None where there is none."""
+    """The value under a dotted key of a nested mapping; None if there is none."""
     value: Any = config
     for name in dotted.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
 
-def read_run(
-    folder: Path | str, *, dialogues: int, progress: Callable[[str], None] | None = None
-) -> SavedRun:
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: "1 card", "2 cards"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def read_run(folder: Path | str, *, dialogues: int, progress: Progress = no_progress) -> SavedRun:
     """Reads a run.
 
     Args:
@@ -202,29 +112,26 @@ def read_run(
       progress: called with the name of each file before it is read.
 
     Raises:
-      UserError: there is no such folder, or nothing of a run in it.
+      UserError: the folder does not exist, or is no run folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the run folder {folder} does not exist; give the folder of a training run")
-    parts = (CONFIG_FILE, METRICS_FILE, DIALOGUES, EVALUATIONS)
-    if not any((folder / part).exists() for part in parts):
-        raise UserError(
-            f"{folder} is no run folder (none of {', '.join(parts)}); give that of a training run"
-        )
+    names = (CONFIG_FILE, METRICS_FILE, DIALOGUES, EVALUATIONS)
+    if not any((folder / name).exists() for name in names):
+        missing = f"it has none of {', '.join(names)}"
+        raise UserError(f"{folder} is no run folder ({missing}); give the folder of a training run")
     notes: list[str] = []
-    told = progress or (lambda name: None)
     config = _read_config(folder / CONFIG_FILE, notes)
     steps, evaluations, written = _read_metrics(folder / METRICS_FILE, notes)
     _read_evaluations(folder / EVALUATIONS, evaluations, notes)
-    files = _step_files(folder / DIALOGUES)
+    files, evaluated = _step_files(folder / DIALOGUES), _step_files(folder / EVALUATIONS)
     chosen = choose_steps(files, dialogues)
-    training = tuple(_read_batch(files[step], step, False, told, notes) for step in chosen)
-    held = _step_files(folder / EVALUATIONS)
-    validation = tuple(_read_batch(file, step, True, told, notes) for step, file in held.items())
+    training = [_read_batch(files[step], step, False, progress, notes) for step in chosen]
+    validation = [_read_batch(parts, step, True, progress, notes) for step, parts in evaluated.items()]
     if not files:
-        notes.append("no dialogues of training were found, so what was said in training cannot be shown")
-    if not held:
+        notes.append("no dialogues of training were found, so they cannot be shown")
+    if not evaluated:
         notes.append("no validation dialogues were found, so before and after cannot be compared")
     run = SavedRun(
         folder=folder,
@@ -233,10 +140,10 @@ def read_run(
         algorithm=_algorithm(config, notes),
         steps=tuple(steps),
         evaluations=dict(sorted(evaluations.items())),
-        helper=_read_json(folder / EVALUATIONS / HELPER_FILE, [], "the helper's figures"),
+        helper=_read_json(folder / EVALUATIONS / HELPER_FILE, [], ""),
         training=tuple(batch for batch in training if batch.dialogues),
         validation=tuple(batch for batch in validation if batch.dialogues),
-        shape=_read_json(folder / "model" / "config.json", [], "the model's shape"),
+        shape=_read_json(folder / "model" / "config.json", [], ""),
         left_out=len(files) - len(chosen),
         written=written,
     )
@@ -244,57 +151,51 @@ def read_run(
 
 
 def choose_steps(files: Mapping[int, Sequence[Path]], most: int) -> list[int]:
-    """Which steps to read so that about `most` dialogues come together; ascending.
+    """The steps to read for about `most` dialogues, ascending.
 
-    All files of a run have the same count of dialogues, so the first one's count stands for all.
+    All steps of a run have the same number of dialogues, so only the first step's are counted.
     """
     steps = sorted(files)
     if not steps:
         return []
-    each = 0
-    for part in files[steps[0]]:
-        try:
-            with part.open("rb") as file:
-                each += sum(1 for _ in file)
-        except OSError:  # reading it will say so
-            each += 1
-    each = max(1, each)
-    room = max(2, most // each)
+    room = max(2, most // max(1, sum(map(_line_count, files[steps[0]]))))
     if len(steps) <= room:
         return steps
     places = np.linspace(0, len(steps) - 1, room).round().astype(int)
     return [steps[place] for place in sorted(set(places.tolist()))]
 
 
-# --- The parts. ---
+def _line_count(file: Path) -> int:
+    try:
+        with file.open("rb") as lines:
+            return sum(1 for _ in lines)
+    except OSError:  # noted when the file is read
+        return 1
 
 
 def _state(run: SavedRun) -> list[str]:
     if run.finished:
         return []
     if run.planned is None:
-        return [f"how many steps were planned is unknown; {run.done} are done"]
+        return [f"the planned number of steps is unknown; {run.done} are done"]
     if run.done < run.planned:
-        return [
-            f"the run is not finished: {run.done} of {run.planned} steps are done; "
-            "the same training command goes on from there"
-        ]
+        begun = f"the run is not finished: {run.done} of {run.planned} steps are done"
+        return [f"{begun}; the same training command continues it"]
     return ["the evaluation after the last step is missing"]
 
 
 def _read_config(file: Path, notes: list[str]) -> Mapping[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        problem = "holds no settings"
     except FileNotFoundError:
-        notes.append(f"{file.name} is missing, so the settings are unknown")
-        return {}
+        problem = "is missing, so the settings are unknown"
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        notes.append(f"{file.name} cannot be read ({_short(error)}), so the settings are unknown")
-        return {}
-    if not isinstance(content, dict):
-        notes.append(f"{file.name} holds no settings")
-        return {}
-    return content
+        problem = f"cannot be read ({_short(error)}), so the settings are unknown"
+    notes.append(f"{file.name} {problem}")
+    return {}
 
 
 def _algorithm(config: Mapping[str, Any], notes: list[str]) -> AlgorithmConfig:
@@ -306,14 +207,16 @@ def _algorithm(config: Mapping[str, Any], notes: list[str]) -> AlgorithmConfig:
         return AlgorithmConfig.model_validate(section)
     except ValidationError as error:
         odd = {str(each["loc"][0]) for each in error.errors()}
-        notes.append(f"unknown settings of the algorithm: {', '.join(sorted(odd))}; the defaults stand in")
+        notes.append(
+            f"unknown settings of the algorithm: {', '.join(sorted(odd))}; the defaults are used instead"
+        )
         return AlgorithmConfig.model_validate({key: section[key] for key in section if str(key) not in odd})
 
 
 def _read_metrics(
     file: Path, notes: list[str]
 ) -> tuple[list[Mapping[str, float]], dict[int, dict[str, float]], float | None]:
-    """Rows of steps, and rows of evaluations without their prefix."""
+    """Rows of steps, rows of evaluations without their prefix, and the time of the last write."""
     steps: dict[int, Mapping[str, float]] = {}
     evaluations: dict[int, dict[str, float]] = {}
     if not file.is_file():
@@ -324,22 +227,20 @@ def _read_metrics(
         if not isinstance(row, dict) or not isinstance(row.get("step"), int) or isinstance(row["step"], bool):
             broken += 1
             continue
-        held = {
-            name.removeprefix("evaluation/"): v for name, v in row.items() if name.startswith("evaluation/")
-        }
-        if held:
-            evaluations[row["step"]] = held
-        if any(not name.startswith("evaluation/") for name in row if name != "step"):
+        names = [name for name in row if name.startswith("evaluation/")]
+        metrics = {name.removeprefix("evaluation/"): row[name] for name in names}
+        if metrics:
+            evaluations[row["step"]] = metrics
+        if len(row) > len(metrics) + 1:
             steps[row["step"]] = row
-    if broken:
-        notes.append(f"{broken} {_rows(broken)} of {file.name} could not be read and {_are(broken)} left out")
+    _note_broken(broken, file.name, notes)
     if not steps:
         notes.append(f"{file.name} holds no finished step yet")
     return [steps[step] for step in sorted(steps)], evaluations, file.stat().st_mtime
 
 
 def _read_evaluations(folder: Path, evaluations: dict[int, dict[str, float]], notes: list[str]) -> None:
-    """Adds what evaluations/step_N.json knows to the rows of metrics.jsonl."""
+    """Adds the metrics of evaluations/step_N.json to the rows of metrics.jsonl."""
     for file in sorted(folder.glob("step_*.json")) if folder.is_dir() else ():
         number = file.stem.removeprefix("step_")
         if number.isdecimal() and (metrics := _read_json(file, notes, file.name)):
@@ -356,51 +257,44 @@ def _read_json(file: Path, notes: list[str], what: str) -> dict[str, Any]:
 
 
 def _step_files(folder: Path) -> dict[int, list[Path]]:
-    """The files of each step: one, or a part from each process."""
-    found: dict[int, list[Path]] = {}
+    """The files of each step: one, or one per process."""
+    files: dict[int, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if match := _STEP_FILE.fullmatch(file.name):
-            found.setdefault(int(match.group(1)), []).append(file)
-    return dict(sorted(found.items()))
+            files.setdefault(int(match.group(1)), []).append(file)
+    return dict(sorted(files.items()))
 
 
 def _read_batch(
-    files: Sequence[Path], step: int, validation: bool, told: Callable[[str], None], notes: list[str]
+    files: Sequence[Path], step: int, validation: bool, progress: Progress, notes: list[str]
 ) -> SavedBatch:
     dialogues: dict[tuple[int, int], SavedDialogue] = {}
-    broken = sum(_read_dialogues(file, step, told, notes, dialogues) for file in files)
-    return SavedBatch(step, validation, tuple(dialogues[place] for place in sorted(dialogues)), broken)
+    total = 0
+    for file in files:
+        name, broken = f"{file.parent.name}/{file.name}", 0
+        progress(name)
+        try:
+            for row in _json_lines(file):
+                try:
+                    dialogue = parse_dialogue(row, step)
+                    dialogues[dialogue.place] = dialogue
+                except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError):
+                    broken += 1
+        except OSError as error:
+            notes.append(f"{name} cannot be read ({_short(error)})")
+        _note_broken(broken, name, notes)
+        total += broken
+    return SavedBatch(step, validation, tuple(dialogues[place] for place in sorted(dialogues)), total)
 
 
-def _read_dialogues(
-    file: Path,
-    step: int,
-    told: Callable[[str], None],
-    notes: list[str],
-    dialogues: dict[tuple[int, int], SavedDialogue],
-) -> int:
-    """Adds a file's dialogues to those of a step; returns how many rows could not be read."""
-    told(f"{file.parent.name}/{file.name}")
-    broken = 0
-    try:
-        for row in _json_lines(file):
-            try:
-                dialogue = parse_dialogue(row, step)
-                dialogues[dialogue.place] = dialogue
-            except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError):
-                broken += 1
-    except OSError as error:
-        notes.append(f"{file.parent.name}/{file.name} cannot be read ({_short(error)})")
+def _note_broken(broken: int, name: str, notes: list[str]) -> None:
     if broken:
-        notes.append(
-            f"{broken} {_rows(broken)} of {file.parent.name}/{file.name} could not be read and "
-            f"{_are(broken)} left out"
-        )
-    return broken
+        verb = "is" if broken == 1 else "are"
+        notes.append(f"{counted(broken, 'row')} of {name} could not be read and {verb} left out")
 
 
 def _json_lines(file: Path) -> Iterator[Any]:
-    """Every non-empty line as JSON; None for one that is none."""
+    """Every non-empty line as JSON; None for a line that is not JSON."""
     with file.open("rb") as lines:
         for line in lines:
             if line.strip():
@@ -409,7 +303,7 @@ def _json_lines(file: Path) -> Iterator[Any]:
 
 def _json(line: bytes) -> Any:
     try:
-        return orjson.loads(line)  # three times as fast, and stricter: no NaN, no half of a surrogate pair
+        return orjson.loads(line)  # three times as fast, but refuses NaN and lone surrogates
     except ValueError:
         try:
             return json.loads(line)
@@ -417,93 +311,5 @@ def _json(line: bytes) -> Any:
             return None
 
 
-def parse_dialogue(row: Any, step: int) -> SavedDialogue:
-    """A dialogue from its saved row.
-
-    Raises:
-      KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError: it is no saved dialogue.
-    """
-    state = row["state"]
-    card = state["scenario"]
-    start = start_position(card["start"])
-    if not isinstance(card["id"], str):
-        raise TypeError("a card's id is text")
-    rows = [*row.get("earlier_rows", ()), row["row"]]
-    return SavedDialogue(
-        step=step,
-        place=(_count(row["scenario"]), _count(row["rollout"])),
-        card=card,
-        start=start,
-        turns=tuple(_parse_turn(turn) for turn in state["turns"]),
-        outcome=str(state.get("outcome") or "unfinished"),
-        failure=_text_or_none(state.get("failure")),
-        rule=_text_or_none(state.get("rule")),
-        seed=int(state.get("seed", 0)),
-        rows=tuple(_parse_row(row) for row in rows),
-    )
-
-
-def _parse_turn(turn: Mapping[str, Any]) -> SavedTurn:
-    judgement, action = turn["judgement"], turn.get("action") or {}
-    position = tuple(float(axis) for axis in turn["position"])
-    if len(position) != 3 or not all(map(math.isfinite, position)):
-        raise ValueError(f"{position} is no position")
-    levels = None
-    reading: Mapping[str, Any] = {}
-    if judgement is not None:
-        levels = tuple(int(level) for level in judgement["levels"])
-        calculator.points(levels)  # raises for a level that the scale does not have
-        reading = judgement.get("reading") or {}
-    target = action.get("target")
-    return SavedTurn(
-        user=_text(turn["user"]),
-        reply=_text(turn["reply"]),
-        position=position,
-        levels=levels,
-        evidence=tuple(map(_text, judgement["evidence"])) if judgement else (),
-        reasons=tuple(map(_text, judgement["reasons"])) if judgement else (),
-        failure=_text_or_none(turn.get("failure")),
-        kind=_text_or_none(reading.get("kind")),
-        named=tuple((_text(name["what"]), bool(name["right"])) for name in reading.get("named") or ()),
-        action=None if not action else _text(action["kind"]) + (f" {_text(target)}" if target else ""),
-        guidance=_text(action.get("guidance") or ""),
-        truncated=bool(turn.get("truncated")),
-    )
-
-
-def _parse_row(row: Mapping[str, Any]) -> TokenRow:
-    tokens = TokenRow(
-        np.asarray(row["ids"], np.int32),
-        np.asarray(row["sampled"], bool),
-        np.asarray(row["turn"], np.int16),
-        np.asarray(row["logprob"], np.float32),
-    )
-    if len({array.shape for array in (tokens.ids, tokens.sampled, tokens.turn, tokens.logprob)}) != 1:
-        raise ValueError("the four lists of a row are not equally long")
-    return tokens
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 100_000:
-        raise ValueError(f"{value!r} is no index")
-    return value
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)
-
-
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else _text(value)
-
-
 def _short(error: Exception) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
-
-
-def _rows(count: int) -> str:
-    return "row" if count == 1 else "rows"
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"

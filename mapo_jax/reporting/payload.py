@@ -1,8 +1,7 @@
 """The dialogues, packed for the page: gzip in base64, one piece per step, unpacked by the browser on demand.
 
-The page has a size to keep. The index of all dialogues goes in first, then the texts of whole steps, then
-their tokens; each in the order before, after, last step, first step, and then steps evenly between. What does
-not fit is left out, and `Packed` says how much.
+The page has a size limit. The index of all dialogues goes in first, then the texts of whole steps, then their
+tokens, each in the order of `by_importance`. `Packed` counts what does not fit.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,23 @@ import orjson
 from tokenizers import Tokenizer
 
 from mapo_jax.reporting.credit import Credit
-from mapo_jax.reporting.folder import TOKENIZER_FILE, SavedBatch, SavedDialogue, SavedRun, TokenRow
+from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue, TokenRow
+from mapo_jax.reporting.folder import TOKENIZER_FILE, Progress, SavedRun, no_progress
 
-PAYLOAD_BYTES = 13_000_000  # of all pieces together, as written
-LEVEL = 5  # of the compression: 6 takes half as long again for a few per cent
+PAYLOAD_BYTES = 13_000_000  # of all pieces together, in base64
+INDEX_BYTES = 200  # per dialogue, an upper bound
+LEVEL = 5  # of the compression; 6 takes 1.5 times as long for a few per cent
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What the page carries."""
+    """The content of the page's payload."""
 
     index: str  # base64 of gzipped JSON
     pieces: Mapping[str, str]  # key -> the same
     dialogues: int
-    without_text: int  # dialogues that are not in the page at all
-    without_tokens: int  # dialogues of the page whose tokens are not
+    without_text: int  # dialogues that are not in the page
+    without_tokens: int  # dialogues in the page without their tokens
 
     @property
     def size(self) -> int:
@@ -46,7 +47,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Group:
-    """A batch with its credit, in its run."""
+    """A batch with its credit, and the number of its run."""
 
     run: int
     batch: SavedBatch
@@ -63,69 +64,73 @@ def pack(
     groups: Sequence[Group],
     *,
     limit: int = PAYLOAD_BYTES,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Packed:
     """Packs the dialogues of all runs.
 
     Args:
       runs: in the order of their numbers.
-      groups: every batch of theirs.
+      groups: all batches of the runs.
       limit: most bytes.
       progress: called with the name of each piece.
     """
-    told = progress or (lambda name: None)
     ordered = by_importance(groups)
     writers = [TokenWriter(run.folder) for run in runs]
     pieces: dict[str, str] = {}
-    size = 200 * sum(len(g.batch.dialogues) for g in groups)  # the index, generously
+    size = INDEX_BYTES * sum(len(g.batch.dialogues) for g in groups)
+
+    def fits(key: str, piece: str) -> bool:
+        nonlocal size
+        if size + len(piece) > limit:
+            return False
+        pieces[key] = piece
+        size += len(piece)
+        return True
+
     kept: list[Group] = []
-    # Compression leaves the interpreter free, so two pieces are under way at a time.
+    without_tokens = 0
+    # Compression releases the interpreter's lock, so two threads help.
     with ThreadPoolExecutor(2) as pool:
         for group, piece in zip(ordered, pool.map(_texts, ordered), strict=True):
-            told(f"packing {group.key}")
-            if size + len(piece) <= limit:
-                pieces[group.key] = piece
-                size += len(piece)
+            progress(f"packing {group.key}")
+            if fits(group.key, piece):
                 kept.append(group)
-        without = 0
         tokens = pool.map(lambda group: squeeze(writers[group.run].pack(group.batch.dialogues)), kept)
         for group, piece in zip(kept, tokens, strict=True):
-            told(f"packing the tokens of {group.key}")
-            if size + len(piece) <= limit:
-                pieces[f"{group.key}.tokens"] = piece
-                size += len(piece)
-            else:
-                without += len(group.batch.dialogues)
+            progress(f"packing the tokens of {group.key}")
+            if not fits(f"{group.key}.tokens", piece):
+                without_tokens += len(group.batch.dialogues)
+    inside = sum(len(g.batch.dialogues) for g in kept)
     return Packed(
         index=squeeze(index_json(runs, [g for g in groups if g.key in pieces])),
         pieces=pieces,
-        dialogues=sum(len(g.batch.dialogues) for g in kept),
-        without_text=sum(len(g.batch.dialogues) for g in groups if g.key not in pieces),
-        without_tokens=without,
+        dialogues=inside,
+        without_text=sum(len(g.batch.dialogues) for g in groups) - inside,
+        without_tokens=without_tokens,
     )
 
 
 def _texts(group: Group) -> str:
-    pairs = zip(group.batch.dialogues, group.credits, strict=True)
-    return squeeze([dialogue_json(dialogue, credit) for dialogue, credit in pairs])
+    return squeeze(list(map(dialogue_json, group.batch.dialogues, group.credits)))
 
 
 def by_importance(groups: Sequence[Group]) -> list[Group]:
-    """Per run: last and first evaluation, last and first step, other evaluations, other steps evenly."""
-    order = []
-    for _, own in groupby(sorted(groups, key=lambda g: g.run), key=lambda g: g.run):
-        mine = list(own)
-        held = sorted((g for g in mine if g.batch.validation), key=lambda g: g.batch.step)
-        trained = sorted((g for g in mine if not g.batch.validation), key=lambda g: g.batch.step)
-        ends = [*held[-1:], *held[:1], *trained[-1:], *trained[:1], *held[1:-1]]
-        ranked = list(dict.fromkeys(g.key for g in (*ends, *_spread(trained))))
-        order += list(enumerate(ranked))
-    known = {g.key: g for g in groups}
-    return [known[key] for _, key in sorted(order, key=lambda entry: entry[0])]
+    """Per run: last and first evaluation, last and first step, other evaluations, other steps evenly spaced.
+
+    Several runs take turns.
+    """
+    ranked: list[tuple[int, Group]] = []
+    for number in sorted({g.run for g in groups}):
+        batches = sorted((g for g in groups if g.run == number), key=lambda g: g.batch.step)
+        evaluations = [g for g in batches if g.batch.validation]
+        steps = [g for g in batches if not g.batch.validation]
+        ends = [*evaluations[-1:], *evaluations[:1], *steps[-1:], *steps[:1], *evaluations[1:-1]]
+        ranked += enumerate({g.key: g for g in (*ends, *_spread(steps))}.values())
+    return [group for _, group in sorted(ranked, key=lambda entry: entry[0])]
 
 
 def _spread(groups: Sequence[Group]) -> Iterable[Group]:
-    """Middle first, then the middles of the halves, and so on."""
+    """The middle one, then the middles of the halves, and so on."""
     queue = [(0, len(groups))]
     while queue:
         low, high = queue.pop(0)
@@ -136,71 +141,50 @@ def _spread(groups: Sequence[Group]) -> Iterable[Group]:
 
 
 def squeeze(content: Any) -> str:
-    """Base64 of gzipped JSON. The bytes follow from the content alone: no time, no name in the header."""
+    """Base64 of gzipped JSON. The bytes depend on the content only: the header has no time and no name."""
     try:
         text = orjson.dumps(content)
-    except TypeError:  # half of a surrogate pair, which only an escape can write
+    except TypeError:  # a lone surrogate, which orjson refuses
         text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
-    packer = zlib.compressobj(LEVEL, zlib.DEFLATED, 31)  # 31: with gzip's header
+    packer = zlib.compressobj(LEVEL, zlib.DEFLATED, 31)  # 31: gzip header
     return base64.b64encode(packer.compress(text) + packer.flush()).decode()
 
 
 def index_json(runs: Sequence[SavedRun], groups: Sequence[Group]) -> dict[str, Any]:
     """What the list of dialogues shows, and the cards."""
-    cards: dict[str, dict[str, Any]] = {}
-    places: dict[str, int] = {}
+    # JSON of a card -> its number and content; two runs may have different cards with the same id.
+    cards: dict[str, tuple[int, dict[str, str]]] = {}
     rows = []
     for group in groups:
         for place, (dialogue, credit) in enumerate(zip(group.batch.dialogues, group.credits, strict=True)):
-            card = json.dumps(card_json(dialogue), sort_keys=True)  # runs may hold another card of one id
-            if card not in places:
-                places[card] = len(places)
-                cards[card] = card_json(dialogue)
-            epm_q = dialogue.epm_q
-            rows.append(
-                [
-                    group.run,
-                    int(group.batch.validation),
-                    group.batch.step,
-                    *dialogue.place,
-                    places[card],
-                    dialogue.outcome,
-                    len(dialogue.turns),
-                    dialogue.unscored_turns,
-                    sum(turn.truncated for turn in dialogue.turns),
-                    failure_kinds(dialogue),
-                    _round(credit.first_return, 3),
-                    _round(epm_q, 1),
-                    place,
-                ]
-            )
+            card = card_json(dialogue)
+            number, _ = cards.setdefault(json.dumps(card, sort_keys=True), (len(cards), card))
+            key = [group.run, int(group.batch.validation), group.batch.step, *dialogue.place, number]
+            lengths = [len(dialogue.turns), dialogue.unscored_turns, sum(t.truncated for t in dialogue.turns)]
+            scores = [_round(credit.first_return, 3), _round(dialogue.epm_q, 1)]
+            rows.append([*key, dialogue.outcome, *lengths, failure_kinds(dialogue), *scores, place])
     named = [{"name": run.name, "estimator": run.algorithm.estimator} for run in runs]
-    return {"runs": named, "cards": list(cards.values()), "rows": rows}
+    return {"runs": named, "cards": [card for _, card in cards.values()], "rows": rows}
 
 
 def failure_kinds(dialogue: SavedDialogue) -> list[str]:
-    """What failed in it: of `timeout: no answer in 60 s` the first word."""
-    told = [turn.failure for turn in dialogue.turns if turn.levels is None] + [dialogue.failure]
-    return sorted({failure.split(":")[0][:40] for failure in told if failure})
+    """The kinds of failures in it: of `timeout: no answer in 60 s` the first word."""
+    failures = [turn.failure for turn in dialogue.turns if turn.levels is None] + [dialogue.failure]
+    return sorted({failure.split(":")[0][:40] for failure in failures if failure})
 
 
-def card_json(dialogue: SavedDialogue) -> dict[str, Any]:
-    """What a reader wants to know of the card."""
+def card_json(dialogue: SavedDialogue) -> dict[str, str]:
+    """The fields of the card that the page shows."""
     card = dialogue.card
-    person = card.get("person") if isinstance(card.get("person"), Mapping) else {}
-    story = card.get("story") if isinstance(card.get("story"), Mapping) else {}
+    person, story = (
+        value if isinstance(value := card.get(key), Mapping) else {} for key in ("person", "story")
+    )
     dislike = card.get("dislike") or ()
     texts = {
         "id": card["id"],
-        "domain": card.get("domain"),
-        "split": card.get("split"),
-        "topic": card.get("topic"),
-        "hope": card.get("hope"),
+        **{key: card.get(key) for key in ("domain", "split", "topic", "hope")},
         "dislike": "; ".join(map(str, dislike)) if isinstance(dislike, (list, tuple)) else dislike,
-        "name": person.get("name"),
-        "age": person.get("age"),
-        "social": person.get("social"),
-        "inner": person.get("inner"),
+        **{key: person.get(key) for key in ("name", "age", "social", "inner")},
         "situation": card.get("situation"),
         "trigger": story.get("trigger"),
     }
@@ -208,17 +192,11 @@ def card_json(dialogue: SavedDialogue) -> dict[str, Any]:
 
 
 def dialogue_json(dialogue: SavedDialogue, credit: Credit) -> dict[str, Any]:
-    """All of a dialogue but its tokens. Short names: there are thousands of them."""
+    """A dialogue without its tokens. Names are short because there are thousands of turns."""
     none = (None,) * len(dialogue.turns)
+    advantages = (level or none for level in (credit.turn_level, credit.batch_level, credit.advantages))
     columns = zip(
-        dialogue.turns,
-        dialogue.distances[1:],
-        credit.rewards,
-        credit.returns,
-        credit.turn_level or none,
-        credit.batch_level or none,
-        credit.advantages or none,
-        strict=True,
+        dialogue.turns, dialogue.distances[1:], credit.rewards, credit.returns, *advantages, strict=True
     )
     return {
         "start": dialogue.start,
@@ -249,34 +227,29 @@ def dialogue_json(dialogue: SavedDialogue, credit: Credit) -> dict[str, Any]:
 
 
 class TokenWriter:
-    """Turns rows of ids into texts with mask and log-probability; without a tokenizer, the ids themselves."""
+    """Converts token rows to texts with mask and log-probability; without a tokenizer, to the ids."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = None
-        self._texts: dict[int, str] = {}
+        self.text = cache(self._text)
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        except Exception:  # the library raises its bare base class for whatever is wrong with the file
+        except Exception:  # the library raises its bare base class for any fault of the file
             self._tokenizer = None
 
-    def text(self, token: int) -> str:
-        """What a token stands for; the raw name of one that is only part of a character."""
-        if token not in self._texts:
-            self._texts[token] = self._decode(token)
-        return self._texts[token]
-
-    def _decode(self, token: int) -> str:
-        if self._tokenizer is None or token < 0:
-            return f"[{token}]"
-        name = self._tokenizer.id_to_token(token)
+    def _text(self, token: int) -> str:
+        """The text of a token; its name in the vocabulary if it is only part of a character."""
+        name = self._tokenizer.id_to_token(token) if self._tokenizer is not None and token >= 0 else None
         if name is None:
             return f"[{token}]"
         text = self._tokenizer.decode([token], skip_special_tokens=False)
         return name if "\ufffd" in text or not text else text
 
     def pack(self, dialogues: Sequence[SavedDialogue]) -> dict[str, Any]:
-        """Rows of a batch: `words` are the distinct texts; per row token indices, runs of the mask and of the
-        turns as [value, length, ...], and hundredths of nats for the sampled tokens."""
+        """Rows of a batch.
+
+        `words` are the distinct texts. Per row: indices into them, run lengths of the mask and of the turns,
+        and negative log-probabilities of the sampled tokens in hundredths of nats.
+        """
         used = np.unique(np.concatenate([row.ids for d in dialogues for row in d.rows] or [np.zeros(0, int)]))
         return {
             "words": [self.text(int(token)) for token in used],
@@ -295,7 +268,7 @@ def _row_json(row: TokenRow, used: np.ndarray) -> dict[str, Any]:
 
 
 def _run_lengths(values: np.ndarray) -> list[int]:
-    """[value, length, value, length, ...]"""
+    """[value, length, value, length, ...]."""
     if not values.size:
         return []
     starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -14,27 +13,28 @@ from rich.table import Table
 from rich.text import Text
 
 from mapo_jax.reporting.behaviour import changes, typical_pair
-from mapo_jax.reporting.charts import signed, tell
+from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.credit import Credit
-from mapo_jax.reporting.folder import SavedDialogue, SavedRun
+from mapo_jax.reporting.dialogues import SavedDialogue
+from mapo_jax.reporting.folder import SavedRun
 from mapo_jax.reporting.study import Study
 from mapo_jax.reporting.summary import against_first, comparison_sentences, recipe, tiles
 from mapo_jax.running.display import plot
 
 _STATES = {"fine": ("✓", "green"), "look": ("!", "yellow"), "alarm": ("✕", "red"), "unknown": ("?", "dim")}
-_WORDS = {"good": "green", "bad": "red", "unclear": "yellow"}
+_VERDICTS = {"good": "green", "bad": "red", "unclear": "yellow"}
 
 
 def render_text(runs: Sequence[SavedRun]) -> RenderableType:
-    """How the runs compare, then their summaries, one after the other."""
+    """The comparison of the runs, then the summary of each."""
     studies = [Study.of(number, run) for number, run in enumerate(runs)]
     compared = comparison_sentences(against_first(studies))
-    parts: list[RenderableType] = [Text(plain(" ".join(compared))), ""] if compared else []
+    parts: list[RenderableType] = [_text(" ".join(compared)), ""] if compared else []
     return Group(*parts, *map(_run, studies))
 
 
 def plain(text: str) -> str:
-    """Text that cannot steer a terminal: control and direction characters become the replacement sign."""
+    """Text that is safe on a terminal: control and direction characters become the replacement sign."""
     return "".join(
         " "
         if letter in "\n\t"
@@ -45,34 +45,37 @@ def plain(text: str) -> str:
     )
 
 
+def _text(text: str, style: str = "") -> Text:
+    return Text(plain(text), style=style)
+
+
 def _run(study: Study) -> RenderableType:
-    run = study.run
+    run, behaviour = study.run, study.behaviour
     word, sentence, state = study.verdict
     parts: list[RenderableType] = [
-        Text(plain(run.name), style="bold underline"),
-        Text.assemble((f"{word}. ", f"bold {_WORDS[state]}"), sentence),
+        _text(run.name, "bold underline"),
+        Text.assemble((f"{word}. ", f"bold {_VERDICTS[state]}"), sentence),
     ]
-    if study.behaviour and study.behaviour.headline:
-        parts.append(Text(plain(study.behaviour.headline)))
+    if behaviour and behaviour.headline:
+        parts.append(_text(behaviour.headline))
     suspicion, worst = study.suspicion
     if suspicion:
         sign, style = _STATES[worst]
         parts.append(Text.assemble((f"{sign} {worst} ", style), suspicion))
-    parts.append(Text(plain(recipe(run)), style="dim"))
-    parts += [Text(f"missing: {plain(note)}", style="yellow") for note in run.notes]
+    parts.append(_text(recipe(run), "dim"))
+    parts += [_text(f"missing: {note}", "yellow") for note in run.notes]
     if study.changes:
         parts += ["", _changes(study)]
     _, returns = run.series("return/mean")
     if len(returns) > 1:
         parts += ["", Text("return of a dialogue, step by step", style="dim"), Text(plot(returns))]
     parts += ["", _checks(study)]
-    if study.behaviour and study.behaviour.sentences:
-        parts += ["", Text("what it learnt to do", style="bold")]
+    if behaviour and behaviour.sentences:
         points = Table.grid(padding=(0, 1))
-        for said in study.behaviour.sentences:
-            points.add_row(" -", Text(plain(said)))
-        parts.append(points)
-    for title, dialogue, credit in _chosen(study):
+        for sentence in behaviour.sentences:
+            points.add_row(" -", _text(sentence))
+        parts += ["", Text("what it learnt to do", style="bold"), points]
+    for title, dialogue, credit in _examples(study):
         parts += ["", _dialogue(title, dialogue, credit)]
     return Group(*parts, "")
 
@@ -82,18 +85,17 @@ def _changes(study: Study) -> Table:
         box=box.SIMPLE_HEAD, title="validation, before and after", title_justify="left", padding=(0, 1)
     )
     for heading in ("", "before", "after", "change", "95 % interval", "way to the good helper"):
-        table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(heading, justify="right" if heading else "left")
     for tile in tiles(study):
-        change = tile["change"]
-        share = tile["form"] == "share"
-        told = (lambda x: f"{100 * x:+.0f} points") if share else signed
+        change, form = tile["change"], tile["form"]
+        difference = (lambda x: f"{100 * x:+.0f} points") if form == "share" else signed
         table.add_row(
             tile["title"],
-            plain(tell(change.before, tile["form"])),
-            plain(tell(change.after, tile["form"])),
-            told(change.change),
-            f"{told(change.low)} to {told(change.high)}" if change.cards > 1 else "",
-            "" if tile["way"] is None else plain(tell(tile["way"], "share")),
+            plain(format_value(change.before, form)),
+            plain(format_value(change.after, form)),
+            difference(change.change),
+            f"{difference(change.low)} to {difference(change.high)}" if change.cards > 1 else "",
+            "" if tile["progress"] is None else plain(format_value(tile["progress"], "share")),
         )
     return table
 
@@ -104,57 +106,42 @@ def _checks(study: Study) -> Table:
     )
     for check in study.checks:
         sign, style = _STATES[check.state]
-        table.add_row(
-            Text(f"{sign} {check.state}", style=style),
-            check.name,
-            Text(plain(check.figure)),
-            Text(check.meaning, style="dim"),
-        )
+        state = Text(f"{sign} {check.state}", style=style)
+        table.add_row(state, check.name, _text(check.figure), Text(check.meaning, style="dim"))
     return table
 
 
-def _chosen(study: Study) -> list[tuple[str, SavedDialogue, Credit]]:
-    """A typical dialogue before and after, and the one that improved most."""
-    if not (study.first and study.last):
-        if study.last is None or not study.last[0].dialogues:
-            return []
-        return [("the first validation dialogue", study.last[0].dialogues[0], study.last[1][0])]
-    pair, pairs = typical_pair(study.first, study.last), changes(study.first, study.last)
+def _examples(study: Study) -> list[tuple[str, SavedDialogue, Credit]]:
+    """Titled dialogues: a typical one before and after training, and the one that improved most."""
+    first, last = study.first, study.last
+    if first is None or last is None:
+        rows = list(zip(last[0].dialogues[:1], last[1][:1], strict=True)) if last else []
+        return [("the first validation dialogue", *row) for row in rows]
+    pair, pairs = typical_pair(first, last), changes(first, last)
     if pair is None:
         return []
     i, j, standing = pair
-    best = pairs[-1][2]
+    gain, _, best = pairs[-1]
     return [
-        (f"before (the change of return is {standing})", study.first[0].dialogues[i], study.first[1][i]),
-        ("after, the same card", study.last[0].dialogues[j], study.last[1][j]),
-        (
-            f"after, most improved ({signed(pairs[-1][0])})",
-            study.last[0].dialogues[best],
-            study.last[1][best],
-        ),
+        (f"before (the change of return is {standing})", first[0].dialogues[i], first[1][i]),
+        ("after, the same card", last[0].dialogues[j], last[1][j]),
+        (f"after, most improved ({signed(gain)})", last[0].dialogues[best], last[1][best]),
     ]
 
 
 def _dialogue(title: str, dialogue: SavedDialogue, credit: Credit) -> RenderableType:
-    topic: Any = dialogue.card.get("topic") or ""
+    topic = dialogue.card.get("topic") or ""
     lines: list[RenderableType] = [
-        Text(f"{title}: {plain(dialogue.scenario)}", style="bold"),
-        Text(f"{plain(str(topic))} Return {signed(credit.first_return)}.", style="dim"),
+        _text(f"{title}: {dialogue.scenario}", "bold"),
+        _text(f"{topic} Return {signed(credit.first_return)}.", "dim"),
     ]
     for turn, reward in zip(dialogue.turns, credit.rewards, strict=True):
-        score = (
-            Text("unscored", style="dim")
-            if reward is None
-            else Text(signed(reward), style="red" if reward < 0 else "green")
-        )
-        lines.append(Padding(Text(_short(turn.user), style="dim"), (0, 0, 0, 2)))
-        lines.append(
-            Padding(Text.assemble("→ ", _short(turn.reply) or "(nothing)", "  ", score), (0, 0, 0, 4))
-        )
-    lack = f"D {dialogue.distances[0]:.1f} → {dialogue.distances[-1]:.1f}"
-    ended = f"{dialogue.outcome} after {len(dialogue.turns)} turns, {lack}"
-    lines.append(Padding(Text(plain(ended), style="dim"), (0, 0, 0, 2)))
-    return Group(*lines)
+        score = ("unscored", "dim") if reward is None else (signed(reward), "red" if reward < 0 else "green")
+        reply = Text.assemble("→ ", _short(turn.reply) or "(nothing)", "  ", score)
+        lines += [Padding(Text(_short(turn.user), style="dim"), (0, 0, 0, 2)), Padding(reply, (0, 0, 0, 4))]
+    distances = f"D {dialogue.distances[0]:.1f} → {dialogue.distances[-1]:.1f}"
+    ended = f"{dialogue.outcome} after {len(dialogue.turns)} turns, {distances}"
+    return Group(*lines, Padding(_text(ended, "dim"), (0, 0, 0, 2)))
 
 
 def _short(text: str) -> str:

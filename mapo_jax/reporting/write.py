@@ -1,26 +1,26 @@
-"""From run folders to the file."""
+"""Writes the report of one or more run folders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
-from mapo_jax.reporting.folder import SavedRun, read_run
+from mapo_jax.reporting.folder import Progress, SavedRun, no_progress, read_run
 from mapo_jax.reporting.page import MOST_RUNS, render
 
 REPORT_FILE = "report.html"
-DIALOGUES = 3000  # most of training on a page
+DIALOGUES = 3000  # most training dialogues on a page
 
 
 def read_runs(
-    folders: Sequence[Path | str], dialogues: int, progress: Callable[[str], None] | None = None
+    folders: Sequence[Path | str], dialogues: int, progress: Progress = no_progress
 ) -> list[SavedRun]:
-    """Reads runs that share `dialogues` of training.
+    """Reads runs, together at most `dialogues` dialogues of training.
 
     Raises:
-      UserError: no run folder, or too many of them to tell apart.
+      UserError: a folder is no run folder, or there are more than MOST_RUNS.
     """
     if len(folders) > MOST_RUNS:
         raise UserError(f"{len(folders)} runs are too many for one report; give at most {MOST_RUNS}")
@@ -32,21 +32,21 @@ def write_report(
     output: Path | str | None = None,
     *,
     dialogues: int = DIALOGUES,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Path:
     """Writes the page of one or more runs, whole.
 
     Args:
-      folders: of the runs; the first one is what the others are compared with.
+      folders: of the runs; the others are compared with the first.
       output: the file; by default report.html in the first run's folder.
-      dialogues: most dialogues of training, shared by the runs.
-      progress: called with what is being done.
+      dialogues: most dialogues of training, over all runs.
+      progress: called before each piece of work.
 
     Returns:
       The file.
 
     Raises:
-      UserError: no run folder, too many of them, or a file that cannot be written.
+      UserError: a folder is no run folder, there are too many, or the file cannot be written.
     """
     output = Path(output) if output is not None else Path(folders[0]) / REPORT_FILE
     if output.is_dir():

@@ -1,4 +1,4 @@
-"""How far a score would move with other cases: percentile intervals by resampling the cases."""
+"""Bootstrap intervals of scores: percentiles over resampled cases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 
 RESAMPLES = 2_000
 LEVEL = 0.95
-_CELLS = 1_000_000  # draws x cases at a time: 8 MB
+_CELLS = 1_000_000  # draws x cases in memory at once: 8 MB
 
 
 def intervals(
@@ -15,18 +15,18 @@ def intervals(
 ) -> Float[np.ndarray, "2 K"]:
     """Percentile bootstrap intervals of K ratios, over N cases drawn with replacement.
 
-    A figure is the sum over cases of `sums` divided by the sum of `counts`: with counts of 1 the mean over
-    cases; with the turns of each case as counts, the mean over turns, whole cases still being what is drawn
-    (the turns of a dialogue are not independent).
+    A figure is the sum of `sums` over the cases divided by the sum of `counts`: the mean over cases if all
+    counts are 1, the mean over turns if they are the cases' turns. Whole cases are drawn, because the turns
+    of a dialogue are not independent.
 
     Args:
-      sums: what each case adds to each figure's numerator.
-      counts: what it adds to the denominator; none may be all 0.
+      sums: contribution of each case to the numerator of each figure.
+      counts: contribution to the denominator; no column may be all 0.
       seed: of the draws; the same seed gives the same intervals.
 
     Returns:
-      The lower and upper ends of the central 95 %; NaN with fewer than two cases, which say nothing of
-      others. A draw whose denominator is 0 is left out.
+      Lower and upper ends of the central 95 %; NaN with fewer than two cases. A draw with a denominator of 0
+      is left out.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
@@ -44,3 +44,8 @@ def intervals(
     ratios[~np.isfinite(ratios)] = np.nan
     tail = 100 * (1 - LEVEL) / 2
     return np.nanpercentile(ratios, [tail, 100 - tail], axis=0)
+
+
+def interval_list(ends: Float[np.ndarray, "2 K"]) -> list[list[float] | None]:
+    """Intervals for JSON: [low, high] of each figure, None for an unknown one."""
+    return [None if np.isnan(pair).any() else pair.tolist() for pair in ends.T]

@@ -1,8 +1,8 @@
 """EmoBench: emotional application (EA: what helps best) and understanding (EU: which emotion, and why).
 
-The items are the benchmark's own (MIT licence, English and Chinese) and come from a file; the prompts are
-ours. Labels sit at biased places (always C is right in 37 % of EA), so a protocol can ask in several orders:
-order k rotates the choices, so that over four orders each of four choices stands once at every letter.
+The items are the benchmark's (MIT licence, English and Chinese) and come from a file; the prompts are ours.
+The positions of the right choices are biased (answering C is right in 37 % of EA), so a protocol can ask in
+several orders: order k rotates the choices, and over four orders each of four choices has every letter once.
 
 Source: Sabour et al., EmoBench: Evaluating the Emotional Intelligence of Large Language Models (ACL 2024).
 """
@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,21 +23,21 @@ import numpy as np
 
 from mapo_jax.errors import UserError
 from mapo_jax.json_files import read_rows
-from mapo_jax.scores.bootstrap import intervals
+from mapo_jax.scores.bootstrap import interval_list, intervals
 from mapo_jax.scores.emobench_prompts import KEYS, LETTERS, render
 from mapo_jax.scores.speech import spoken, text_of
 
 TASKS = ("EA", "EU")
 LANGUAGES = ("en", "zh")
-ORDERS = 4  # rotations of the choices that there are
+ORDERS = 4  # rotations of the choices
 
 
 class AskingProtocol(NamedTuple):
-    """How often every item is asked."""
+    """How often each item is asked."""
 
-    orders: int  # in so many orders of its choices
-    samples: int  # so often in each order; the majority counts
-    temperature: float  # of sampling
+    orders: int  # orders of the choices
+    samples: int  # samples per order; the majority counts
+    temperature: float
 
 
 PROTOCOLS = {
@@ -44,8 +45,8 @@ PROTOCOLS = {
     "permuted": AskingProtocol(ORDERS, 1, 0.0),
     "earlier": AskingProtocol(ORDERS, 5, 0.6),
 }
-"""`current`: the choices as given, once. `permuted`: once in each order. `earlier`: the majority of five
-samples in each order, with the temperature of the benchmark's first release. Scores are means over orders."""
+"""`current`: once, in the given order. `permuted`: once in each order. `earlier`: five samples in each order,
+at the temperature of the benchmark's first release. Scores are means over orders."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Item:
     qid: str
     language: str
     category: str
-    detail: str  # EA: what is asked for, Action or Response; EU: the finer category
+    detail: str  # EA: question type, Action or Response; EU: the finer category
     scenario: str
     subject: str
     choices: tuple[tuple[str, ...], ...]  # EA: one list; EU: emotions, then causes
@@ -64,7 +65,7 @@ class Item:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What names it: task, qid and language."""
+        """Unique among the items: task, qid and language."""
         return self.task, self.qid, self.language
 
 
@@ -73,29 +74,29 @@ class Asking:
     """An item asked once."""
 
     item: Item
-    order: int = 0  # 0: as given
+    order: int = 0  # 0: the given order
     sample: int = 0
 
     @property
     def id(self) -> str:
-        """Unique among the askings of a run, and the same in every run."""
+        """Unique within a run, and the same in every run."""
         return "/".join((*self.item.key, str(self.order), str(self.sample)))
 
     def shown(self, question: int) -> list[int]:
-        """Which choice stands at each letter."""
+        """Index of the choice at each letter."""
         count = len(self.item.choices[question])
         shift = self.order * count // ORDERS
         return [(place + shift) % count for place in range(count)]
 
     def prompt(self) -> str:
-        """What the model is asked."""
+        """The prompt."""
         item = self.item
-        choices = [[listed[choice] for choice in self.shown(i)] for i, listed in enumerate(item.choices)]
+        choices = [[texts[choice] for choice in self.shown(i)] for i, texts in enumerate(item.choices)]
         return render(item.task, item.language, item.detail, item.scenario, item.subject, choices)
 
 
 def askings(items: Iterable[Item], protocol: AskingProtocol) -> list[Asking]:
-    """Everything that a protocol asks."""
+    """All prompts of a protocol."""
     return [
         Asking(item, order, sample)
         for item in items
@@ -108,10 +109,10 @@ def askings(items: Iterable[Item], protocol: AskingProtocol) -> list[Asking]:
 
 
 def read_items(paths: Sequence[str | Path]) -> list[Item]:
-    """Reads items of EA, EU or both from JSON-lines files as the benchmark has them.
+    """Reads items of EA, EU or both from the benchmark's JSON-lines files.
 
     Raises:
-      UserError: a file cannot be read, a line is no item (file, line and key are named), or one occurs twice.
+      UserError: a file cannot be read, a line is no item (names file, line and key), or an item occurs twice.
     """
     items: dict[tuple[str, str, str], Item] = {}
     for path in paths:
@@ -126,23 +127,22 @@ def read_items(paths: Sequence[str | Path]) -> list[Item]:
 
 
 def _item(row: Mapping[str, Any], place: str) -> Item:
+    def problem(text: str) -> UserError:
+        return UserError(f"{place}: {text}")
+
     def text(key: str) -> str:
         if not isinstance(row.get(key), str | int) or not str(row[key]).strip():
-            raise UserError(
-                f"{place}: `{key}` must be text, not {row.get(key)!r}; this is no item of EmoBench"
-            )
+            raise problem(f"`{key}` must be text, not {row.get(key)!r}; this is no item of EmoBench")
         return str(row[key])
 
     def question(choices_key: str, label_key: str) -> tuple[tuple[str, ...], int]:
         choices, label = row.get(choices_key), text(label_key)
         if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise UserError(f"{place}: `{choices_key}` must be a list of texts")
+            raise problem(f"`{choices_key}` must be a list of texts")
         if not 2 <= len(choices) <= len(LETTERS):
-            raise UserError(
-                f"{place}: `{choices_key}` has {len(choices)} choices; 2 to {len(LETTERS)} can be asked"
-            )
+            raise problem(f"`{choices_key}` has {len(choices)} choices; 2 to {len(LETTERS)} can be asked")
         if choices.count(label) != 1:
-            raise UserError(f"{place}: `{label_key}` {label!r} must be one of `{choices_key}`")
+            raise problem(f"`{label_key}` {label!r} must be one of `{choices_key}`")
         return tuple(choices), choices.index(label)
 
     if "emotion_choices" in row:
@@ -152,37 +152,25 @@ def _item(row: Mapping[str, Any], place: str) -> Item:
         task, category, detail = "EA", "category", "question type"
         questions = [question("choices", "label")]
     else:
-        raise UserError(
-            f"{place}: neither an item of EA (`choices`, `label`) nor of EU (`emotion_choices`, "
+        raise problem(
+            "neither an item of EA (`choices`, `label`) nor of EU (`emotion_choices`, "
             "`emotion_label`, `cause_choices`, `cause_label`)"
         )
     if row.get("language") not in LANGUAGES:
-        raise UserError(
-            f"{place}: `language` is {row.get('language')!r}; it must be one of {', '.join(LANGUAGES)}"
-        )
+        raise problem(f"`language` is {row.get('language')!r}; it must be one of {', '.join(LANGUAGES)}")
     choices, labels = zip(*questions, strict=True)
-    return Item(
-        task,
-        text("qid"),
-        row["language"],
-        text(category),
-        text(detail),
-        text("scenario"),
-        text("subject"),
-        choices,
-        labels,
-    )
+    qid, *texts = map(text, ("qid", category, detail, "scenario", "subject"))
+    return Item(task, qid, row["language"], *texts, choices, labels)
 
 
 def read_answers(path: str | Path, items: Sequence[Item]) -> dict[Asking, Any]:
     """Reads saved answers: JSON lines of `qid`, `language` and `answer`.
 
-    `task` may be left out where the items are of one task, `order` (0) and `sample` (0) where an item was
-    asked once. The answer is what the model said (text, a list of text parts, or null where it said nothing),
-    or the object or list that was read from it.
+    `task` may be left out if all items are of one task; `order` and `sample` default to 0. The answer is the
+    model's message (text, a list of text parts, or null for none), or the object or list parsed from it.
 
     Raises:
-      UserError: the file cannot be read, or a line names no item or one twice; names the line.
+      UserError: the file cannot be read, or a line names no item or repeats one; names the line.
     """
     by_key = {item.key: item for item in items}
     tasks = {item.task for item in items}
@@ -208,7 +196,7 @@ def read_answers(path: str | Path, items: Sequence[Item]) -> dict[Asking, Any]:
 
 
 def _content(answer: Any) -> Any:
-    """An answer; where it is a list of text parts, as some servers send it, their text."""
+    """An answer; the text of a list of text parts, as some servers send it."""
     parts = isinstance(answer, list) and any(isinstance(part, dict) and "type" in part for part in answer)
     try:
         return text_of(answer) if parts else answer
@@ -220,13 +208,13 @@ def _content(answer: Any) -> Any:
 
 
 def parse(answer: Any, asking: Asking) -> tuple[int | None, ...]:
-    """Which choice of each question an answer picks; None where that cannot be told.
+    """The choice that an answer picks for each question; None if it cannot be parsed.
 
-    Read in this order: an object with the keys `answer` (EA) or `answer_q1` and `answer_q2` (EU), or a list
-    of as many values; the last such JSON object in a text, with other text around it; those keys with a value
-    behind each, where the object is broken or there is none (`answer: C`); a text that is nothing but the
-    letters. A value is a letter of the choices (`C`, `(c)`, `C) ...`, `Option C`) or the whole text of one.
-    Case does not matter, nor do full-width characters and typographic quotes.
+    Tried in this order: an object with the keys `answer` (EA) or `answer_q1` and `answer_q2` (EU), or a list
+    of as many values; the last such JSON object in a text; those keys, each with a value behind it, if there
+    is no valid object (`answer: C`); a text of letters only. A value is a letter of the choices (`C`, `(c)`,
+    `C) ...`, `Option C`) or the whole text of a choice. Case, full-width characters and typographic quotes do
+    not matter.
     """
     values = _values(answer, KEYS[asking.item.task])
     return tuple(_choice(value, asking, question) for question, value in enumerate(values))
@@ -236,20 +224,20 @@ _QUOTES = str.maketrans("\u201c\u201d\u201e\u2018\u2019", '"""\'\'')
 
 
 def _plain(text: str) -> str:
-    """In one spelling: no full-width characters, no typographic quotes."""
+    """Without full-width characters and typographic quotes."""
     return unicodedata.normalize("NFKC", text).translate(_QUOTES)
 
 
 def _values(answer: Any, keys: Sequence[str]) -> list[Any]:
     if isinstance(answer, Mapping):
-        found = {str(name).strip().lower(): value for name, value in answer.items()}
-        return [found.get(key) for key in keys]
+        values = {str(name).strip().lower(): value for name, value in answer.items()}
+        return [values.get(key) for key in keys]
     if isinstance(answer, list | tuple):
         return list(answer) if len(answer) == len(keys) else [None] * len(keys)
     text = _plain(spoken(answer) or "") if isinstance(answer, str) else ""
-    for found in reversed(list(_objects(text))):
-        if any(str(name).strip().lower() in keys for name in found):
-            return _values(found, keys)
+    for candidate in reversed(list(_objects(text))):
+        if any(str(name).strip().lower() in keys for name in candidate):
+            return _values(candidate, keys)
     named = [_named(text, key) for key in keys]
     if any(value is not None for value in named):
         return named
@@ -260,13 +248,13 @@ def _values(answer: Any, keys: Sequence[str]) -> list[Any]:
 
 
 def _named(text: str, key: str) -> str | None:
-    """The last value that stands behind a key: quoted, or up to the end of the line."""
-    found = re.findall(rf"""(?i)\b{key}\b["'*]*\s*:\s*(?:"([^"]*)"|'([^']*)'|([^\n,}}]*))""", text)
-    return next(filter(None, found[-1]), None) if found else None
+    """The last value behind a key: quoted, or up to the end of the line."""
+    matches = re.findall(rf"""(?i)\b{key}\b["'*]*\s*:\s*(?:"([^"]*)"|'([^']*)'|([^\n,}}]*))""", text)
+    return next(filter(None, matches[-1]), None) if matches else None
 
 
 def _objects(text: str) -> Iterable[dict[str, Any]]:
-    """The JSON objects in a text, those inside others left out."""
+    """The outermost JSON objects in a text."""
     decoder, start = json.JSONDecoder(strict=False), 0
     while (start := text.find("{", start)) >= 0:
         try:
@@ -281,9 +269,7 @@ _LETTER = re.compile(
     r"([A-Za-z])(?:[\"'*\s]*(?:[)\]>.:,\u3001\u3002]|\s-\s|$))",
     re.IGNORECASE,
 )
-
-
-_LETTER_WITHIN = 200  # characters; the pattern's time grows with the square of what it reads
+_LETTER_WITHIN = 200  # characters; the pattern takes quadratic time
 
 
 def _choice(value: Any, asking: Asking, question: int) -> int | None:
@@ -299,7 +285,7 @@ def _choice(value: Any, asking: Asking, question: int) -> int | None:
 
 
 def _words(text: str) -> str:
-    """For comparing choices: without case and what surrounds them."""
+    """For comparing choices: without case and surrounding punctuation."""
     return _plain(text).lower().strip(" \n\t\"'*.\u3002")
 
 
@@ -307,7 +293,7 @@ def _words(text: str) -> str:
 
 
 def is_no_answer(answer: Any) -> bool:
-    """Whether a model said nothing: no text, or reasoning alone."""
+    """Whether an answer is empty: no text, or reasoning only."""
     return answer is None or (isinstance(answer, str) and not (spoken(answer) or "").strip())
 
 
@@ -328,25 +314,25 @@ class _Cell(NamedTuple):
 
 
 def score_answers(items: Sequence[Item], answers: Mapping[Asking, Any], *, seed: int = 0) -> dict[str, Any]:
-    """Accuracy, overall and by what the items are.
+    """Accuracy, overall and by task, language, category and detail.
 
-    In each order the majority of an item's samples counts, for each question on its own; unparseable samples
-    do not vote, and of a tie the choice sampled first wins. EU is right only if emotion and cause both are.
+    In each order the majority of an item's samples counts, separately for each question. Unparseable samples
+    do not vote; in a tie the choice sampled first wins. EU is right only if emotion and cause both are.
 
     Args:
-      items: those that were to be asked.
-      answers: what was said (text, or an object read from it) to each asking; reasoning in it is left out.
+      items: all items of the evaluation.
+      answers: the answer (text, or an object parsed from it) to each asking; reasoning in it is ignored.
       seed: of the bootstrap over scenarios; a scenario's two languages are drawn together.
 
     Returns:
       `accuracy` over all answers, unparseable ones counted as wrong, with `interval` (95 %);
       `accuracy_parseable`, over the others; `items`; `answered`, items with an answer in any order;
-      `answers`, the votes scored (items times orders); `unparseable`, those without a choice, and
-      `unparseable_share`; `no_answer`, how many of all samples hold no text, or reasoning alone (they are
-      unparseable); with several orders `accuracy_by_order` and `agreement`, the share of items (asked
-      in more than one order) that get the same choices in all. For every task there is under its name all of
-      this but `no_answer`, the same for every `languages`, `categories` and `details` (question types or
-      finer categories), and for EU `emotion_accuracy` and `cause_accuracy`.
+      `answers`, the scored votes (items times orders); `unparseable`, votes without a choice, and
+      `unparseable_share`; `no_answer`, samples without text or with reasoning only (they are unparseable).
+      With several orders `accuracy_by_order` and `agreement`, the share of items, among those asked in
+      several orders, with the same choices in all. Under each task's name the same without `no_answer`, also
+      for each of its `languages`, `categories` and `details` (question types or finer categories); for EU
+      `emotion_accuracy` and `cause_accuracy`.
 
     Raises:
       UserError: no answers.
@@ -362,62 +348,59 @@ def score_answers(items: Sequence[Item], answers: Mapping[Asking, Any], *, seed:
     return scores
 
 
+_GROUPINGS: dict[str, Callable[[Item], str]] = {
+    "languages": attrgetter("language"),
+    "categories": attrgetter("category"),
+    "details": attrgetter("detail"),
+}
+
+
 def _task_scores(task: str, items: Sequence[Item], cells: Sequence[_Cell], seed: int) -> dict[str, Any]:
-    items = [item for item in items if item.task == task]
-    cells = [cell for cell in cells if cell.item.task == task]
+    items, cells = _where(items, cells, attrgetter("task"), task)
     scores = _figures(items, cells, seed)
     if task == "EU" and cells:
         for question, name in enumerate(("emotion_accuracy", "cause_accuracy")):
             hits = [cell.picked[question] == cell.item.labels[question] for cell in cells]
             scores[name] = float(np.mean(hits))
-    groupings: dict[str, Callable[[Item], str]] = {
-        "languages": lambda item: item.language,
-        "categories": lambda item: item.category,
-        "details": lambda item: item.detail,
-    }
-    for grouping, group_of in groupings.items():
+    for grouping, group_of in _GROUPINGS.items():
         scores[grouping] = {
-            group: _figures(
-                [item for item in items if group_of(item) == group],
-                [cell for cell in cells if group_of(cell.item) == group],
-                seed,
-            )
-            for group in sorted({group_of(item) for item in items})
+            group: _figures(*_where(items, cells, group_of, group), seed)
+            for group in sorted(set(map(group_of, items)))
         }
     return scores
 
 
+def _where(
+    items: Sequence[Item], cells: Sequence[_Cell], group_of: Callable[[Item], str], group: str
+) -> tuple[list[Item], list[_Cell]]:
+    return [i for i in items if group_of(i) == group], [c for c in cells if group_of(c.item) == group]
+
+
 def _vote(answers: Mapping[Asking, Any]) -> list[_Cell]:
-    samples: dict[tuple[Item, int], list[tuple[int, tuple[int | None, ...]]]] = {}
-    for asking, answer in answers.items():
-        samples.setdefault((asking.item, asking.order), []).append((asking.sample, parse(answer, asking)))
+    samples: dict[tuple[Item, int], list[tuple[int | None, ...]]] = defaultdict(list)
+    for asking in sorted(answers, key=attrgetter("sample")):  # in a tie the first sample wins
+        samples[asking.item, asking.order].append(parse(answers[asking], asking))
     cells = []
     for (item, order), picks in samples.items():
-        voted = []
-        for question in range(len(item.labels)):
-            votes = Counter(pick[question] for _, pick in sorted(picks, key=lambda pick: pick[0]))
-            del votes[None]
-            voted.append(votes.most_common(1)[0][0] if votes else None)
-        cells.append(_Cell(item, order, tuple(voted)))
+        votes = [Counter(choice for choice in row if choice is not None) for row in zip(*picks, strict=True)]
+        cells.append(_Cell(item, order, tuple(v.most_common(1)[0][0] if v else None for v in votes)))
     return cells
 
 
 def _figures(items: Sequence[Item], cells: Sequence[_Cell], seed: int) -> dict[str, Any]:
-    scenarios = {key: row for row, key in enumerate(sorted({(c.item.task, c.item.qid) for c in cells}))}
-    sums, counts = np.zeros((len(scenarios), 1)), np.zeros((len(scenarios), 1))
-    by_item: dict[Item, list[_Cell]] = {}
+    keys = [(cell.item.task, cell.item.qid) for cell in cells]  # scenarios
+    rows = {key: row for row, key in enumerate(sorted(set(keys)))}
+    scenarios = np.array([rows[key] for key in keys], int)
+    right = np.array([cell.right for cell in cells], float)
+    sums, counts = (np.bincount(scenarios, weights) for weights in (right, np.ones(len(cells))))
+    by_item: dict[Item, list[_Cell]] = defaultdict(list)
     for cell in cells:
-        row = scenarios[cell.item.task, cell.item.qid]
-        sums[row] += cell.right
-        counts[row] += 1
-        by_item.setdefault(cell.item, []).append(cell)
+        by_item[cell.item].append(cell)
     parseable = sum(cell.parseable for cell in cells)
-    right = sum(cell.right for cell in cells)
-    ends = intervals(sums, counts, seed=seed)[:, 0]
     figures: dict[str, Any] = {
-        "accuracy": right / len(cells) if cells else None,
-        "interval": None if np.isnan(ends).any() else ends.tolist(),
-        "accuracy_parseable": right / parseable if parseable else None,
+        "accuracy": float(right.sum()) / len(cells) if cells else None,
+        "interval": interval_list(intervals(sums[:, None], counts[:, None], seed=seed))[0],
+        "accuracy_parseable": float(right.sum()) / parseable if parseable else None,
         "items": len(items),
         "answered": len(by_item),
         "answers": len(cells),
@@ -429,8 +412,6 @@ def _figures(items: Sequence[Item], cells: Sequence[_Cell], seed: int) -> dict[s
         figures["accuracy_by_order"] = [
             float(np.mean([cell.right for cell in cells if cell.order == order])) for order in orders
         ]
-        several = [found for found in by_item.values() if len(found) > 1]
-        figures["agreement"] = float(
-            np.mean([len({cell.picked for cell in found}) == 1 for found in several])
-        )
+        several = [{cell.picked for cell in group} for group in by_item.values() if len(group) > 1]
+        figures["agreement"] = float(np.mean([len(choices) == 1 for choices in several]))
     return figures

@@ -1,8 +1,7 @@
-"""EPM-Q: the nine indices of the EMPA benchmark, from a dialogue's start state and its judge's levels.
+"""EPM-Q: the nine indices of the EMPA benchmark, from a dialogue's start state and the judge's levels.
 
-A dialogue needs nothing else to be scored, so that saved ones can be scored again without any model. The
-"trajectory" of the indices includes the start row, in which nothing moves. An index is not capped at 100
-unless its formula says so.
+No model is needed, so saved dialogues can be scored again. The trajectory of the indices includes the start
+row, in which nothing moves. An index is capped at 100 only if its formula says so.
 
 Source: EMPA (arXiv 2603.00552).
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from mapo_jax.algorithm.rewards import distance, incremental
 from mapo_jax.environment import state
 from mapo_jax.errors import UserError
 from mapo_jax.json_files import read_rows
-from mapo_jax.scores.bootstrap import intervals
+from mapo_jax.scores.bootstrap import interval_list, intervals
 
 OUTCOME = ("RDI", "E_total", "S_net")
 EFFICIENCY = ("rho", "S_proj", "tau")
@@ -53,15 +53,15 @@ def score_case(start: state.Vector, levels: Sequence[state.Levels | None]) -> di
 
     Args:
       start: `P_0`, the position before the first turn.
-      levels: per turn the judge's six levels; None for a turn whose judge failed, in which nothing moves
-        (it counts as a turn).
+      levels: per turn the judge's six levels; None for an unscored turn, which counts as a turn without
+        movement.
 
     Returns:
       The names of `SCORES` and their values.
 
     Raises:
-      ValueError: no turns, a level outside its scale, a start that is no point, or one at rest (D = 0),
-        from which nothing can be won.
+      ValueError: no turns, a level outside its scale, a start that is not three finite numbers, or a start at
+        rest (D = 0).
     """
     if not levels:
         raise ValueError("a dialogue without turns cannot be scored")
@@ -95,22 +95,21 @@ def score_case(start: state.Vector, levels: Sequence[state.Levels | None]) -> di
         "Align": 100 * (sum(cosines) / rows + 1) / 2,
         "Pen": 100 * max(0.0, 3 - harm_sum / rows) / 3,
     }
-    scores["outcome"] = _mean(scores[name] for name in OUTCOME)
-    scores["efficiency"] = _mean(scores[name] for name in EFFICIENCY)
-    scores["stability"] = _mean(scores[name] for name in STABILITY)
+    for group, names in (("outcome", OUTCOME), ("efficiency", EFFICIENCY), ("stability", STABILITY)):
+        scores[group] = sum(scores[name] for name in names) / len(names)
     scores["epm_q"] = 0.4 * scores["outcome"] + 0.2 * scores["efficiency"] + 0.4 * scores["stability"]
     return scores
 
 
 @dataclass(frozen=True)
 class Case:
-    """One dialogue and what it scored."""
+    """One dialogue and its scores."""
 
     model: str
-    name: str  # of the card; several dialogues with one card have the same
+    name: str  # of the card; several dialogues may have the same card
     start: state.Vector
     turns: int
-    passed: bool  # it ended with success
+    passed: bool  # ended with success
     rewards: tuple[float, ...]  # incremental distance of each scored turn, in points
     scores: Mapping[str, float]  # the names of SCORES
     domain: str | None = None
@@ -120,13 +119,12 @@ def make_case(row: Mapping[str, Any], place: str) -> Case | None:
     """Scores one saved dialogue.
 
     Args:
-      row: `model`, `start` and `levels`; `case` and `domain` if they are known; `outcome` if it was held
-        under other rules than the benchmark's (else the benchmark's own say whether it passed). Other keys
-        are left alone.
-      place: of the row, for an error's sentence.
+      row: `model`, `start` and `levels`; `case` and `domain` if known; `outcome` if the dialogue followed
+        other rules than the benchmark's, which otherwise decide whether it passed. Other keys are ignored.
+      place: of the row, for error messages.
 
     Returns:
-      None for a dialogue that says nothing: it ended in an `error`, or no turn of it was scored.
+      The scores; None for a dialogue that ended in an `error` or has no scored turn.
 
     Raises:
       UserError: a key is missing, or the row cannot be scored; names the place, the model and the case.
@@ -170,7 +168,7 @@ def read_cases(path: str | Path) -> list[Case | None]:
 
 
 DIFFICULTIES = (("up to 27", 27.0), ("27 to 32", 32.0), ("32 to 36", 36.0), ("above 36", math.inf))
-"""Bands of |P_0|, how much the person lacks at the start; the benchmark balances its cases over them."""
+"""Bands of |P_0|, the deficit at the start; the benchmark balances its cases over them."""
 
 GROUPINGS: dict[str, Callable[[Case], str | None]] = {
     "difficulty": lambda case: next(name for name, most in DIFFICULTIES if state.norm(case.start) <= most),
@@ -182,28 +180,27 @@ FIGURES = (*SCORES, "pass_rate", "turns", "idr_mean")
 
 
 def summarize_cases(cases: Sequence[Case], *, seed: int = 0) -> dict[str, Any]:
-    """What one model's dialogues came to.
+    """The figures of one model's dialogues.
 
     Args:
-      cases: at least one. Several dialogues with one card are drawn together by the bootstrap.
+      cases: at least one. The bootstrap draws dialogues with the same card together.
       seed: of the bootstrap.
 
     Returns:
-      `cases` (cards) and `dialogues`; per name of SCORES the mean over dialogues; `passed` and `pass_rate`;
-      `turns`, the mean; `idr_mean` and `idr_std`, mean and population deviation of the incremental distance
-      over scored turns, in points; `intervals`, `{figure: [low, high]}` (95 %) for all but the last, None
-      with a single card; `groups`, `{grouping: {group: the same figures without groups}}` for every grouping
-      that is known of all cases.
+      `cases` (cards) and `dialogues`; the mean over dialogues of each name in SCORES; `passed` and
+      `pass_rate`; `turns`, the mean; `idr_mean` and `idr_std`, mean and population deviation of the
+      incremental distance over scored turns, in points; `intervals`, `{figure: [low, high]}` (95 %) for each
+      of FIGURES, None with a single card; `groups`, `{grouping: {group: the same figures without groups}}`
+      for every grouping that all cases have.
     """
     figures = _figures(cases, seed)
     figures["groups"] = {}
     for grouping, group_of in GROUPINGS.items():
-        groups: dict[str, list[Case]] = {}
-        for case in cases:
-            groups.setdefault(group_of(case) or "", []).append(case)
-        if "" not in groups:
-            ordered = sorted(groups, key=_GROUP_ORDER.get(grouping, tuple(sorted(groups))).index)
-            figures["groups"][grouping] = {group: _figures(groups[group], seed) for group in ordered}
+        groups = {group_of(case) for case in cases}
+        if not groups & {None, ""}:
+            ordered = sorted(groups, key=_GROUP_ORDER.get(grouping, sorted(groups)).index)
+            members = {group: [case for case in cases if group_of(case) == group] for group in ordered}
+            figures["groups"][grouping] = {group: _figures(members[group], seed) for group in ordered}
     return figures
 
 
@@ -211,7 +208,7 @@ _GROUP_ORDER = {"difficulty": [name for name, _ in DIFFICULTIES], "strongest_axi
 
 
 def _figures(cases: Sequence[Case], seed: int) -> dict[str, Any]:
-    names = sorted({case.name for case in cases})  # the draws then do not depend on the order of rows
+    names = sorted({case.name for case in cases})  # makes the draws independent of the order of rows
     sums, counts = np.zeros((len(names), len(FIGURES))), np.zeros((len(names), len(FIGURES)))
     for case in cases:
         row = names.index(case.name)
@@ -219,30 +216,27 @@ def _figures(cases: Sequence[Case], seed: int) -> dict[str, Any]:
         sums[row] += values
         counts[row] += [*(1,) * (len(FIGURES) - 1), len(case.rewards)]
     means = sums.sum(0) / counts.sum(0)
-    ends = intervals(sums, counts, seed=seed).T
+    ends = interval_list(intervals(sums, counts, seed=seed))
     return {
         "cases": len(names),
         "dialogues": len(cases),
         **dict(zip(FIGURES, means.tolist(), strict=True)),
         "passed": sum(case.passed for case in cases),
         "idr_std": float(np.std([reward for case in cases for reward in case.rewards])),
-        "intervals": {
-            name: None if np.isnan(pair).any() else pair.tolist()
-            for name, pair in zip(FIGURES, ends, strict=True)
-        },
+        "intervals": dict(zip(FIGURES, ends, strict=True)),
     }
 
 
 def summarize_models(cases: Iterable[Case | None], *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """`summarize_cases` for every model, in the order of their first dialogues.
+    """`summarize_cases` of every model, in the order of their first dialogues.
 
     Raises:
       UserError: no dialogue can be scored.
     """
-    by_model: dict[str, list[Case]] = {}
+    by_model: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         if case is not None:
-            by_model.setdefault(case.model, []).append(case)
+            by_model[case.model].append(case)
     if not by_model:
         raise UserError("no dialogue can be scored: each ended in an error or has no scored turn")
     return {model: summarize_cases(chosen, seed=seed) for model, chosen in by_model.items()}
@@ -255,8 +249,3 @@ def _tortuosity(positions: Sequence[state.Vector]) -> float:
     if displacement > 1e-6:
         return path / displacement
     return 1.0 if path <= 1e-6 else 0.0
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)

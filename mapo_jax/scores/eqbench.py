@@ -1,7 +1,7 @@
-"""EQ-Bench v2: how strongly four emotions are felt at the end of a short dialogue, each rated 0 to 10.
+"""EQ-Bench v2: ratings from 0 to 10 of four emotions at the end of a short dialogue.
 
-The items are the benchmark's own (MIT licence) and come from a file; each prompt asks for a first pass, a
-critique and revised scores. Without revision those parts of the prompt are left out.
+The items are the benchmark's (MIT licence) and come from a file. Each prompt asks for a first pass, a
+critique and revised scores; without revision the last two are removed from the prompt.
 
 Sources: Paech, EQ-Bench: An Emotional Intelligence Benchmark for Large Language Models (arXiv 2312.06281),
 version 2 of the scoring (full scale); how answers are parsed: `lib/scoring.py` of the benchmark's repository.
@@ -20,20 +20,19 @@ import numpy as np
 
 from mapo_jax.errors import UserError
 from mapo_jax.json_files import read_json, read_rows
-from mapo_jax.scores.bootstrap import intervals
+from mapo_jax.scores.bootstrap import interval_list, intervals
 from mapo_jax.scores.speech import spoken, text_of
 
 PARSINGS = ("benchmark", "strict")
-"""`benchmark`: as the benchmark's own script does now. `strict`: as it did at first."""
+"""`benchmark`: as in the benchmark's current script. `strict`: as in its first version."""
 
 FIRST, REVISED = "First pass scores:", "Revised scores:"
 EMOTIONS = 4
-MOST = 10  # of the scale
+MOST = 10  # highest rating
 FEWEST_PARSEABLE = 0.8333  # a run with a smaller share does not count
-REVISED_PARSEABLE = 0.95  # the revised scores need this many times the parseable answers of the first pass
-
-# Chosen by the benchmark so that random answers score 0.
-_SCALE = 0.7477
+REVISED_PARSEABLE = 0.95  # fewest parseable revised answers, relative to the first pass
+_SCALE = 0.7477  # the benchmark's choice: random answers then score 0
+_MOST_DIGITS = 9  # of a rating
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,13 @@ class Question:
 
     id: str
     text: str  # the prompt, with the instructions for a revision
-    reference: Mapping[str, float]  # emotion -> how strongly it is felt, 0 to 10
+    reference: Mapping[str, float]  # emotion -> rating, 0 to 10
 
     def prompt(self, revision: bool) -> str:
-        """What the model is asked.
+        """The prompt.
 
         Raises:
-          UserError: the instructions for the revision are not where version 2 has them, and must be left out.
+          UserError: the instructions for the revision are to be removed and are not in version 2's form.
         """
         if revision:
             return self.text.strip()
@@ -69,7 +68,7 @@ def read_questions(path: str | Path) -> list[Question]:
     """Reads the benchmark's file: an object of `{id: {"prompt", "reference_answer_fullscale"}}`.
 
     Raises:
-      UserError: the file cannot be read, or a question is not of this format; names the question and the key.
+      UserError: the file cannot be read, or a question has another format; names the question and the key.
     """
     content = read_json(path, "questions")
     if not isinstance(content, dict) or not content:
@@ -82,9 +81,8 @@ def _question(name: str, entry: Any, place: str) -> Question:
         raise UserError(f"{place}: `prompt` must be text; this is no question of EQ-Bench v2")
     answer = entry.get("reference_answer_fullscale")
     if not isinstance(answer, dict):
-        raise UserError(
-            f"{place}: `reference_answer_fullscale` is missing; this is no question of EQ-Bench v2"
-        )
+        missing = "`reference_answer_fullscale` is missing"
+        raise UserError(f"{place}: {missing}; this is no question of EQ-Bench v2")
     reference = {}
     for number in range(1, EMOTIONS + 1):
         emotion, value = answer.get(f"emotion{number}"), answer.get(f"emotion{number}_score")
@@ -93,10 +91,8 @@ def _question(name: str, entry: Any, place: str) -> Question:
         except (TypeError, ValueError):
             rating = math.nan
         if not isinstance(emotion, str) or not 0 <= rating <= MOST:
-            raise UserError(
-                f"{place}: emotion{number} is {emotion!r} with the score {value!r}; it must be a name with a "
-                f"score from 0 to {MOST}"
-            )
+            given = f"emotion{number} is {emotion!r} with the score {value!r}"
+            raise UserError(f"{place}: {given}; it must be a name with a score from 0 to {MOST}")
         reference[emotion] = rating
     if len(reference) != EMOTIONS:
         raise UserError(f"{place}: it must name {EMOTIONS} different emotions")
@@ -106,7 +102,7 @@ def _question(name: str, entry: Any, place: str) -> Question:
 def read_answers(path: str | Path) -> dict[str, str | None]:
     """Reads saved answers: a JSON object `{question id: content}`, or JSON lines of `{"id", "answer"}`.
 
-    A content is text or a list of text parts (`speech.text_of`). None: there was no answer.
+    The content is text or a list of text parts (`speech.text_of`); None means that there was no answer.
 
     Raises:
       UserError: the file cannot be read, or is neither; names the line or the id.
@@ -127,41 +123,36 @@ def read_answers(path: str | Path) -> dict[str, str | None]:
     answers = {}
     for place, name, content in rows:
         try:
-            answer = text_of(content)
+            if not isinstance(name, str | int):
+                raise ValueError("no question id")
+            answers[str(name)] = text_of(content)
         except ValueError as error:
             raise UserError(f"{place}: it needs a question's id and the answer as text") from error
-        if not isinstance(name, str | int):
-            raise UserError(f"{place}: it needs a question's id and the answer as text")
-        answers[str(name)] = answer
     return answers
 
 
 def parse(text: str, emotions: Iterable[str], parsing: str = "benchmark") -> dict[str, float] | None:
-    """The ratings that an answer gives, or None if they are not for exactly these emotions.
+    """The ratings in an answer, or None if they are not for exactly these emotions.
 
-    A rating is a word, a colon, white space and digits; of a repeated name the last counts. The benchmark
-    drops `*` and `#` first and compares names without case (the same name in two spellings is two names);
-    `strict` does neither.
+    A rating is a word, a colon, white space and digits; for a repeated name the last one counts. The
+    benchmark first removes `*` and `#` and ignores case (one name in two spellings is two names); `strict`
+    does neither.
 
     Args:
       parsing: one of PARSINGS.
     """
-    text = _plain(text, parsing)
-    # Every word is read once, rated or not: `(\w+):` alone would try every end of a long word.
-    found = {name: value for name, value in re.findall(r"(\w+)(?::\s+(\d+))?", text) if value}
+    # Every word is matched once, rated or not: `(\w+):` alone would try every suffix of a long word.
+    matches = re.findall(r"(\w+)(?::\s+(\d+))?", _plain(text, parsing))
+    ratings = {name: value for name, value in matches if value}
+    names = list(ratings)
     if parsing == "benchmark":
         known = {emotion.lower(): emotion for emotion in emotions}
-        names = [known.get(name.lower()) for name in found]
-    else:
-        names = list(found)
+        names = [known.get(name.lower()) for name in names]
     if len(names) != len(set(names)) or set(names) != set(emotions):
         return None
-    if any(len(value) > _MOST_DIGITS for value in found.values()):
+    if any(len(value) > _MOST_DIGITS for value in ratings.values()):
         return None
-    return dict(zip(names, map(float, found.values()), strict=True))
-
-
-_MOST_DIGITS = 9  # more make no rating
+    return dict(zip(names, map(float, ratings.values()), strict=True))
 
 
 def _plain(text: str, parsing: str) -> str:
@@ -171,7 +162,7 @@ def _plain(text: str, parsing: str) -> str:
 def question_score(ratings: Mapping[str, float], reference: Mapping[str, float]) -> float:
     """`q = 10 - 0.7477 sum_i s(|p_i - r_i|)`: 10 for the reference itself, about 0 by guessing.
 
-    `s(0) = 0`; `s(d) = 6.5 / (1 + exp(-1.2 (d - 4)))` up to d = 5, so that small differences cost little;
+    `s(0) = 0`; `s(d) = 6.5 / (1 + exp(-1.2 (d - 4)))` up to d = 5, which makes small differences cheap;
     `s(d) = d` above.
     """
     penalties = 0.0
@@ -195,26 +186,25 @@ def score_answers(
     """Scores a set of answers.
 
     Args:
-      questions: what was asked.
-      answers: question id -> text; reasoning in it is left out. A question without an answer counts as
-        unparseable, and so does an answer of None, of nothing, or of reasoning alone.
-      revision: whether the answers hold a first pass and revised scores; None: they do if at least half of
+      questions: all questions of the evaluation.
+      answers: question id -> text; reasoning in it is ignored. A missing answer counts as unparseable, as do
+        None, an empty answer, and reasoning only.
+      revision: whether the answers have a first pass and revised scores; None: they do if at least half of
         them have the heading of the revised scores.
-      parsing: one of PARSINGS (see `parse`). With a revision the benchmark wants both headings for the first
-        pass; `strict` takes what stands between its heading and that of the revision or the end.
-      seed: of the interval's bootstrap over questions.
+      parsing: one of PARSINGS (see `parse`). With a revision the benchmark needs both headings for the first
+        pass; `strict` reads from its heading to that of the revision or the end.
+      seed: of the bootstrap over questions.
 
     Returns:
-      `score`: 100 mean(q/10) over the parseable answers (None without any); `interval`, its 95 % interval;
+      `score`: 100 mean(q/10) over the parseable answers (None without any); `interval`: its 95 % interval;
       `counts`: whether enough answers are parseable for the score to count; `parseable` and
-      `parseable_share`; `score_unparseable_zero`: the other convention, in which an unparseable answer
-      has 0; `questions`; `answered`, those with an answer; `no_answer`, those asked without getting one;
-      `revision`; `parsing`; `by_question`: `{id: q or None}`. With a revision all this
-      is of the result, which is the revised scores if they are not lower and nearly as many parse, else the
-      first pass; `result` says which, and `first_pass` and `revised` hold the scores of both.
+      `parseable_share`; `score_unparseable_zero`: the score with 0 for each unparseable answer; `questions`;
+      `answered`: questions with an answer; `no_answer`: empty answers; `revision`; `parsing`; `by_question`:
+      `{id: q or None}`. With a revision these figures are those of `result`: `revised` if its score is not
+      lower and nearly as many answers parse, else `first_pass`; both are also given under their names.
 
     Raises:
-      UserError: no questions, or an answer to a question that there is not.
+      UserError: no questions, or an answer to an unknown question.
     """
     if not questions:
         raise UserError("there are no questions to score")
@@ -224,22 +214,24 @@ def score_answers(
             raise UserError(
                 f"there is an answer to question {name}, which is not among the {len(known)} questions"
             )
-    texts = {name: spoken(text) for name, text in answers.items()}
-    said = {name: _plain(text, parsing) for name, text in texts.items() if text and not text.isspace()}
+    spoken_texts = {name: spoken(text) for name, text in answers.items()}
+    texts = {
+        name: _plain(text, parsing) for name, text in spoken_texts.items() if text and not text.isspace()
+    }
     if revision is None:
-        revision = 2 * sum(REVISED in text for text in said.values()) >= max(1, len(said))
+        revision = 2 * sum(REVISED in text for text in texts.values()) >= max(1, len(texts))
     head = {
         "questions": len(questions),
-        "answered": len(said),
-        "no_answer": len(answers) - len(said),
+        "answered": len(texts),
+        "no_answer": len(answers) - len(texts),
         "revision": revision,
         "parsing": parsing,
     }
     if not revision:
-        return head | _score(questions, said, parsing, seed)
+        return head | _score(questions, texts, parsing, seed)
 
     first, revised = {}, {}
-    for name, text in said.items():
+    for name, text in texts.items():
         _, heading, after = text.partition(REVISED)
         if heading:
             revised[name] = after
@@ -247,22 +239,16 @@ def score_answers(
         scores, ended, _ = after.partition(REVISED)
         if begun and (ended or parsing == "strict"):
             first[name] = scores
-    parts = {
-        "first_pass": _score(questions, first, parsing, seed),
-        "revised": _score(questions, revised, parsing, seed),
-    }
-    result = "revised" if _revision_stands(**parts) else "first_pass"
-    return (
-        head
-        | {"result": result, **parts[result]}
-        | {
-            name: {key: value for key, value in part.items() if key != "by_question"}
-            for name, part in parts.items()
-        }
-    )
+    passes = {"first_pass": first, "revised": revised}
+    passes = {name: _score(questions, given, parsing, seed) for name, given in passes.items()}
+    result = "revised" if _revision_counts(**passes) else "first_pass"
+    head |= {"result": result, **passes[result]}
+    for scores in passes.values():
+        del scores["by_question"]
+    return head | passes
 
 
-def _revision_stands(first_pass: Mapping[str, Any], revised: Mapping[str, Any]) -> bool:
+def _revision_counts(first_pass: Mapping[str, Any], revised: Mapping[str, Any]) -> bool:
     if revised["score"] is None or first_pass["score"] is None:
         return revised["score"] is not None
     enough = revised["parseable"] >= REVISED_PARSEABLE * first_pass["parseable"]
@@ -272,16 +258,16 @@ def _revision_stands(first_pass: Mapping[str, Any], revised: Mapping[str, Any]) 
 def _score(
     questions: Sequence[Question], answers: Mapping[str, str], parsing: str, seed: int
 ) -> dict[str, Any]:
-    by_question: dict[str, float | None] = {}
-    for question in questions:
-        ratings = parse(answers.get(question.id, ""), question.reference, parsing)
-        by_question[question.id] = None if ratings is None else question_score(ratings, question.reference)
-    scored = np.array([q for q in by_question.values() if q is not None])
+    ratings = {q.id: parse(answers.get(q.id, ""), q.reference, parsing) for q in questions}
+    by_question = {
+        q.id: None if ratings[q.id] is None else question_score(ratings[q.id], q.reference) for q in questions
+    }
+    scored = np.array([score for score in by_question.values() if score is not None])
     share = len(scored) / len(questions)
-    ends = intervals(10 * scored[:, None], np.ones((len(scored), 1)), seed=seed)[:, 0]
+    ends = intervals(10 * scored[:, None], np.ones((len(scored), 1)), seed=seed)
     return {
         "score": float(10 * scored.mean()) if len(scored) else None,
-        "interval": None if np.isnan(ends).any() else ends.tolist(),
+        "interval": interval_list(ends)[0],
         "counts": share >= FEWEST_PARSEABLE,
         "parseable": len(scored),
         "parseable_share": share,

@@ -1,4 +1,4 @@
-"""What a set of dialogues came to, in the figures that a run reports."""
+"""The figures that a run reports about a set of dialogues."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ OUTCOMES = ("success", "failure", "timeout", "ended")
 
 
 def summarize(states: Sequence[DialogueState], discount: float) -> dict[str, float]:
-    """The mean figures of some dialogues.
+    """Mean figures of the dialogues.
 
     Args:
-      states: dialogues that have ended; those with outcome `error` or without a scored turn are left out.
+      states: finished dialogues; those with outcome `error` or without a scored turn are left out.
       discount: per turn, of `return/mean`.
 
     Returns:
       `reward/mean` and `reward/std`, the incremental distance of a scored turn, in points; `return/mean`, the
-      mean over dialogues of the discounted return of the first turn, unscored turns counted as their
-      dialogue's mean reward; `epm_q`, EMPA's score; `turns/{mean,min,max}`; `outcome/*`, shares of how the
-      dialogues ended; `judge/failure_rate`, the share of unscored turns; `dialogues/left_out`, the share of
-      those that no other figure counts. Empty of all but the last where nothing can be counted.
+      mean discounted return of the first turn, where an unscored turn has its dialogue's mean reward;
+      `epm_q`, EMPA's score; `turns/{mean,min,max}`; `outcome/*`, share of each outcome; `judge/failure_rate`,
+      the share of unscored turns; `dialogues/left_out`, the share of dialogues that no other figure counts.
+      Only the last if none counts.
     """
     counted = [state for state in states if state.outcome != "error" and any(t.scored for t in state.turns)]
     figures = {"dialogues/left_out": 1 - len(counted) / len(states) if states else 0.0}
@@ -36,10 +36,8 @@ def summarize(states: Sequence[DialogueState], discount: float) -> dict[str, flo
     returns = [_discounted(rewards, discount) for rewards in by_dialogue]
     lengths = [state.turn_count for state in counted]
     levels = [[turn.judgement.levels if turn.judgement else None for turn in s.turns] for s in counted]
-    scores = [
-        score_case(state.scenario.start_position, level)["epm_q"]
-        for state, level in zip(counted, levels, strict=True)
-    ]
+    starts = [state.scenario.start_position for state in counted]
+    scores = [score_case(start, turns)["epm_q"] for start, turns in zip(starts, levels, strict=True)]
     figures |= {
         "reward/mean": float(np.mean(rewards)),
         "reward/std": float(np.std(rewards)),
@@ -56,7 +54,7 @@ def summarize(states: Sequence[DialogueState], discount: float) -> dict[str, flo
 
 
 def dialogue_rewards(state: DialogueState) -> tuple[float | None, ...]:
-    """The incremental distance of each turn, in points; None where the judge failed."""
+    """The incremental distance of each turn, in points; None for unscored turns."""
     rewards = incremental(distance(state.positions)).tolist()
     return tuple(reward if turn.scored else None for turn, reward in zip(state.turns, rewards, strict=True))
 

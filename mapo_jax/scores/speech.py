@@ -1,4 +1,4 @@
-"""What a model said: the text of an answer in any of the forms that servers send, without its reasoning."""
+"""The text of a model's answer, in any form that servers send, and without its reasoning."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _TAG = re.compile(r"(</?think>)", re.IGNORECASE)
 
 
 def text_of(content: Any) -> str | None:
-    """The text of a message's content, half characters replaced; None where there is none.
+    """The text of a message's content, lone surrogates replaced; None if there is none.
 
     Args:
-      content: text, nothing, or a list of parts: texts, or objects with a `type` and their `text`. Parts that
-        hold reasoning are left out.
+      content: text, None, or a list of parts: texts, or objects with a `type` and a `text`. Reasoning parts
+        are left out.
 
     Raises:
       ValueError: anything else, such as an image.
@@ -39,10 +39,10 @@ def text_of(content: Any) -> str | None:
 
 
 def spoken(text: str | None) -> str | None:
-    """A text without its reasoning; None if it holds reasoning alone, or breaks off within it.
+    """A text without its reasoning; None if it is reasoning only, or ends within it.
 
-    Reasoning is what stands in `<think>...</think>`, and what stands before a `</think>` whose block the
-    prompt opened. A text without such tags is returned as it is.
+    Reasoning is the content of `<think>...</think>`, and everything before a `</think>` whose block the
+    prompt opened. A text without such tags is returned unchanged.
     """
     if text is None or not _TAG.search(text):
         return text

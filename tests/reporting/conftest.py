@@ -1,4 +1,4 @@
-"""Run folders as training writes them, made without a model: scripted speakers hold the dialogues."""
+"""Run folders as training writes them, with dialogues of scripted speakers instead of a model."""
 
 import json
 import random
@@ -27,7 +27,7 @@ HOSTILE = (
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a made-up run is."""
+    """Size of a generated run."""
 
     steps: int = 6
     scenarios: int = 3
@@ -115,7 +115,7 @@ def write_run(folder: Path, shape: Shape = Shape()) -> Path:
 
 
 def machinery(numbers, step, steps):
-    """What the update would have logged."""
+    """Made-up metrics of the update."""
     return {
         "actor/entropy": 0.8 - 0.5 * step / steps + 0.02 * numbers.normal(),
         "actor/approx_kl": 0.01 + 0.002 * numbers.normal(),

@@ -29,7 +29,7 @@ def test_levels_are_shares_of_scored_turns(sides):
     assert feeling.harm[0] == sum(levels[3] == -2 for levels in scored) / len(scored)
 
 
-def test_a_speaker_that_got_better_is_said_to_be(sides):
+def test_an_improvement_is_described(sides):
     run, before, after = sides
     found = behaviour(run, before, after)
     assert found.steps == (0, 6)
@@ -42,7 +42,7 @@ def test_a_speaker_that_got_better_is_said_to_be(sides):
     assert situation.after == run.evaluations[6]["naming/situation"] and situation.chance == 0.25
 
 
-def test_every_kind_of_the_scripted_world_is_said_in_plain_words(sides):
+def test_every_kind_of_the_scripted_world_has_an_explanation(sides):
     assert set(KINDS) <= set(MEANINGS)
     found = behaviour(*sides)
     after = [turn.reply for d in sides[2][0].dialogues for turn in d.turns if turn.kind == "name_feeling"]

@@ -34,7 +34,7 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium):
-    """Opens a file and returns the page when its dialogues can be read; whatever it complains of fails."""
+    """Opens a file and returns the page once its dialogues can be read; browser errors fail the test."""
     contexts, troubles = [], []
 
     def opened(file, fragment="", *, width=1280, height=900, scheme="light"):
@@ -183,7 +183,7 @@ def test_it_works_by_keyboard_alone(report, visit):
     assert focusable  # every control has a name
 
 
-def test_hovering_tells_values(report, visit):
+def test_hovering_shows_values(report, visit):
     page = visit(report)
     page.hover("[data-chart=hero] .plot", position={"x": 200, "y": 100})
     assert "training" in page.inner_text("#tip")

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from mapo_jax.reporting.charts import Chart, Series, draw, mean_path, nice_ticks, tell
+from mapo_jax.reporting.charts import Chart, Series, draw, format_value, mean_path, nice_ticks
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,8 @@ def test_ticks_are_round_numbers(low, high, ticks):
         (math.nan, "number", "\u2013"),
     ],
 )
-def test_numbers_as_a_person_writes_them(value, form, text):
-    assert tell(value, form) == text
+def test_numbers_are_formatted_for_display(value, form, text):
+    assert format_value(value, form) == text
 
 
 def test_a_gap_stays_a_gap():
@@ -53,7 +53,7 @@ def test_names_are_text_not_markup():
     assert "<img" not in html and "&lt;img" in html
 
 
-def test_the_mean_way_holds_what_has_ended():
+def test_the_mean_path_keeps_ended_dialogues_in_place():
     assert mean_path([[(0, 0, 0), (2, 2, 2)], [(0, 0, 0), (4, 0, 0), (6, 0, 0)]]) == [
         (0, 0, 0),
         (3, 1, 1),

@@ -45,7 +45,7 @@ def with_series(run, **series):
         ("How dialogues end", "outcome__failure", [0, 0, 0.1, 0.2, 0.3, 0.3], "look"),
     ],
 )
-def test_each_check_sees_its_trouble(sound, name, metric, values, expected):
+def test_each_check_detects_its_fault(sound, name, metric, values, expected):
     assert state(with_series(sound, **{metric: values}), name) == expected
 
 

@@ -15,7 +15,7 @@ def test_the_interval_of_students_sleep_data():
     assert (low, high) == (pytest.approx(0.7001, abs=1e-4), pytest.approx(2.4599, abs=1e-4))
 
 
-def test_one_value_says_nothing_about_the_noise():
+def test_a_single_value_has_an_infinite_interval():
     assert interval([3.0]) == (3.0, -math.inf, math.inf)
     with pytest.raises(ValueError, match="at least one"):
         interval([])

@@ -40,7 +40,7 @@ def test_it_is_the_credit_that_training_gave(run_folder):
                         assert credit.advantages[t] is None
 
 
-def test_the_mix_is_of_the_two_terms(run_folder):
+def test_the_advantage_mixes_the_two_terms(run_folder):
     batch = read_run(run_folder, dialogues=1000).training[0]
     for credit in credit_batch(batch, AlgorithmConfig(turn_weight=0.25)):
         for turn, level, mixed in zip(credit.turn_level, credit.batch_level, credit.advantages, strict=True):
@@ -67,7 +67,7 @@ def test_nothing_is_learnt_from_validation(run_folder):
     assert credit.returns and credit.advantages == ()
 
 
-def test_an_estimator_nobody_knows_still_gives_rewards(run_copy):
+def test_an_unknown_estimator_still_gives_rewards(run_copy):
     usual = read_run(run_copy, dialogues=1000)
     file = run_copy / "config.yaml"
     odd = file.read_text().replace("estimator: mapo", "estimator: of the future\n  of_the_future: 3")
@@ -79,7 +79,7 @@ def test_an_estimator_nobody_knows_still_gives_rewards(run_copy):
 
 
 def test_the_three_advantages_by_an_independent_calculation(run_folder):
-    """Plain loops over METHOD's formulas, with a discount and a weight that are nobody's default."""
+    """Plain loops over the formulas, with a discount and a weight that are not the defaults."""
     discount, weight = 0.93, 0.6
     run = read_run(run_folder, dialogues=1000)
     batch = max(run.training, key=lambda b: sum(d.unscored_turns for d in b.dialogues))

@@ -3,13 +3,14 @@ from dataclasses import replace
 import pytest
 
 from mapo_jax.reporting.credit import Credit
+from mapo_jax.reporting.dialogues import SavedBatch
 from mapo_jax.reporting.diversity import analyse, distinct, shifts, words
-from mapo_jax.reporting.folder import SavedBatch, read_run
+from mapo_jax.reporting.folder import read_run
 
 
 @pytest.fixture(scope="module")
 def talk(run_folder):
-    """Makes a batch of dialogues that say these things, with these rewards."""
+    """Makes a batch from replies and their rewards."""
     model = read_run(run_folder, dialogues=10).training[0].dialogues[0]
 
     def make(dialogues, step=1):

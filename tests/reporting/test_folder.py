@@ -29,7 +29,7 @@ def test_its_file_names_are_the_trainers():
     assert (reporting_folder.CONFIG_FILE, reporting_folder.METRICS_FILE) == (CONFIG_FILE, METRICS_FILE)
 
 
-def test_an_unfinished_run_says_how_far_it_is(run_copy):
+def test_an_unfinished_run_shows_its_progress(run_copy):
     for file in [*run_copy.glob("*/step_000005.*"), *run_copy.glob("*/step_000006.*")]:
         file.unlink()
     lines = (run_copy / METRICS_FILE).read_text().splitlines(keepends=True)
@@ -62,7 +62,7 @@ def test_torn_and_foreign_rows_are_left_out_and_counted(run_copy):
     assert any("1 row of metrics.jsonl" in note for note in run.notes)
 
 
-def test_a_folder_in_the_place_of_a_file_is_said(run_copy):
+def test_a_folder_in_the_place_of_a_file_is_noted(run_copy):
     for file in (run_copy / "dialogues" / "step_000001.jsonl", run_copy / "evaluations" / "step_000000.json"):
         file.unlink()
         file.mkdir()
@@ -81,7 +81,7 @@ def test_a_folder_in_the_place_of_a_file_is_said(run_copy):
         ("evaluations", "no validation dialogues"),
     ],
 )
-def test_what_is_missing_is_said(run_copy, gone, said):
+def test_what_is_missing_is_noted(run_copy, gone, said):
     (run_copy / gone).rename(run_copy / "elsewhere")
     run = read_run(run_copy, dialogues=1000)
     assert any(said in note for note in run.notes)

@@ -77,5 +77,5 @@ def test_the_same_run_gives_the_same_bytes(run, groups):
     assert pack([run], groups) == pack([run], groups)
 
 
-def test_without_a_tokenizer_the_ids_stand_for_themselves(tmp_path):
+def test_without_a_tokenizer_the_ids_are_shown(tmp_path):
     assert TokenWriter(tmp_path).text(17) == "[17]"

@@ -10,7 +10,7 @@ def printed(*folders):
     return console.export_text()
 
 
-def test_it_tells_the_verdict_the_checks_and_some_dialogues(run_folder):
+def test_it_prints_the_verdict_the_checks_and_some_dialogues(run_folder):
     text = printed(run_folder)
     assert "It got better" in text and "is anything suspicious?" in text
     assert "Fewer replies harm" in text and "To look at: judge." in text
@@ -31,7 +31,7 @@ def test_hostile_text_is_no_markup_and_several_runs_are_compared(run_folder, run
     assert "evil.example" in text and "\u202e" not in text and "\x1b" not in text
 
 
-def test_half_a_run_is_told_too(run_copy):
+def test_an_incomplete_run_is_printed(run_copy):
     (run_copy / "evaluations").rename(run_copy / "elsewhere")
     text = printed(run_copy)
     assert "Not known yet" in text and "missing: " in text

@@ -22,7 +22,7 @@ def test_a_ratio_weighs_cases_by_their_counts():
     assert ends[0] < 0.9 < ends[1]
 
 
-def test_one_case_says_nothing_of_others_and_the_seed_decides():
+def test_a_single_case_has_no_interval_and_the_seed_decides():
     assert np.isnan(intervals(np.ones((1, 2)), np.ones((1, 2)))).all()
     values, ones = np.random.default_rng(0).random((12, 1)), np.ones((12, 1))
     np.testing.assert_array_equal(intervals(values, ones, seed=3), intervals(values, ones, seed=3))

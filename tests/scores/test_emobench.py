@@ -38,7 +38,7 @@ def items(tmp_path):
 
 
 def always(items, protocol, answer):
-    """What a model answers that says the same to everything."""
+    """The answers of a model that always gives the same one."""
     return {asking: answer for asking in emobench.askings(items, emobench.PROTOCOLS[protocol])}
 
 
@@ -53,7 +53,7 @@ def test_a_position_biased_guesser_scores_chance_under_all_orders(items):
     assert permuted["agreement"] == 0
 
 
-def test_who_knows_scores_full_marks_in_every_order(items):
+def test_right_answers_score_1_in_every_order(items):
     answers = {}
     for asking in emobench.askings(items, emobench.PROTOCOLS["permuted"]):
         letters = ["ABCDEF"[asking.shown(i).index(label)] for i, label in enumerate(asking.item.labels)]
@@ -98,7 +98,7 @@ def test_unparseable_answers_are_wrong_and_counted_apart(items):
     assert (some["accuracy"], some["answered"], some["items"]) == (1, 1, 4)
 
 
-def test_who_said_nothing_is_counted(items):
+def test_empty_answers_are_counted(items):
     said = ["<think>C", "", None, "<think>B</think>"]
     scores = emobench.score_answers(items[:4], dict(zip(map(Asking, items), said, strict=False)))
     assert scores["no_answer"] == scores["unparseable"] == 4 and scores["accuracy"] == 0

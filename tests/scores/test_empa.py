@@ -125,7 +125,7 @@ def test_domains_and_other_rules_come_with_the_rows():
     assert figures(rows(outcome="timeout"))["pass_rate"] == 0
 
 
-def test_dialogues_that_say_nothing_are_left_out():
+def test_dialogues_without_a_score_are_left_out():
     unscored = {"model": "m", "start": START, "levels": [None, None]}
     broken = {"model": "m", "start": START, "levels": LEVELS, "outcome": "error"}
     assert empa.make_case(unscored, "a row") is None
