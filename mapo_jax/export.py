@@ -38,13 +38,11 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import read_object, write_whole
 from mapo_jax.model import peft
 from mapo_jax.model.head import logits
-from mapo_jax.model.huggingface import (
-    Reader,
-    adapter_tensors,
-    differing_tensor,
-)
+from mapo_jax.model.huggingface import differing_tensor
 from mapo_jax.model.lora import split
+from mapo_jax.model.peft import adapter_tensors
 from mapo_jax.model.qwen import hidden_states, parameter_count, parameter_shapes
+from mapo_jax.model.tensor_names import Reader
 from mapo_jax.running.checkpoint import CONFIG_FILE, checkpoint_folder, open_base, open_params
 from mapo_jax.running.metrics import METRICS_FILE, read_rows
 from mapo_jax.running.model_folder import whole_folder, write_model_folder

@@ -15,9 +15,10 @@ from mapo_jax.export import check_logits, export, main, verify
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import create_state
 from mapo_jax.model.head import logits
-from mapo_jax.model.huggingface import INDEX, load_params, params_reader, read_config
+from mapo_jax.model.huggingface import INDEX, load_params, read_config
 from mapo_jax.model.lora import LoRA, join, split
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params, parameter_shapes
+from mapo_jax.model.tensor_names import params_reader
 from mapo_jax.rollout.engine import Engine, Request
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling

@@ -26,9 +26,9 @@ from mapo_jax.learning.update import (
     make_supervised_update,
     make_update,
 )
-from mapo_jax.model.huggingface import to_huggingface
 from mapo_jax.model.lora import LoRA, join, merge, split
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
+from mapo_jax.model.tensor_names import to_huggingface
 from mapo_jax.running.metrics import CompileCounter
 
 CONFIG = QwenConfig(
