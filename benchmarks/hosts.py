@@ -108,7 +108,7 @@ class RandomEngine:
         return bool(self._waiting)
 
     def advance(self) -> dict:
-        from mapo_jax.rollout.engine import Reply
+        from mapo_jax.rollout.requests import Reply
 
         waiting, self._waiting = self._waiting, []
         replies = {}

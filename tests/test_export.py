@@ -19,7 +19,8 @@ from mapo_jax.model.huggingface import INDEX, load_params, read_config
 from mapo_jax.model.lora import LoRA, join, split
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params, parameter_shapes
 from mapo_jax.model.tensor_names import params_reader
-from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.checkpoint import Checkpoints, save_base

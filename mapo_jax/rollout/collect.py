@@ -24,8 +24,9 @@ from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.rollout.dispatch import Dispatcher
-from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
+from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.rows import ChatFormat, Row
 
 

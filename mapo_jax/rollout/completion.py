@@ -12,7 +12,8 @@ from mapo_jax.environment.allowance import waiting
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.roles import Completion
 from mapo_jax.rollout.dispatch import Dispatcher
-from mapo_jax.rollout.engine import Engine, Reply, Request
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Reply, Request
 from mapo_jax.rollout.rows import ChatFormat
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from mapo_jax.rollout.engine import Engine, Reply, Request
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Reply, Request
 
 
 class Dispatcher:
