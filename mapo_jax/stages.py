@@ -133,7 +133,7 @@ def converse(
             seed=seed,
             step=step,
             concurrency=run.world.concurrency,
-            own=own,
+            share=own,
             on_turn=progress,
             journal=journal,
         )
