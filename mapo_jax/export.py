@@ -131,7 +131,7 @@ def _write_card(
 def _write_adapters(folder: Path, run: Path, policy: Policy, config: Config, step: int) -> None:
     """Writes adapters in PEFT's format, reads them again and compares; and the tokenizer."""
     read = open_params(run, split(parameter_shapes(policy.config))[0], step=step)
-    tensors = adapter_tensors(read, policy.config)
+    tensors = peft.adapter_tensors(read, policy.config)
     peft.write_adapter_config(folder, policy.config.lora, config.model.path and Path(config.model.path).name)
     save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
     again = load_file(folder / peft.WEIGHTS)

@@ -278,7 +278,7 @@ def read_adapter_config(folder: str | Path) -> LoRA | None:
     return LoRA(content["r"], float(content["lora_alpha"]), tuple(ours[name] for name in targets))
 
 
-def _read_read_settings(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> dict[str, Any]:
     """`adapter_config.json` with PEFT's defaults, after a check that everything in it is supported.
 
     Raises:

@@ -138,9 +138,16 @@ class Engine:
         self._params: Params | None = None
         check_memory(config, resident, lanes, length, self.dtype, mesh)
         self._programs = make_programs(
-            config, resident=resident, lanes=lanes, block=self.block, stop_ids=self.stop_ids,
-            vocabulary_size=vocabulary_size, sampling=self.sampling, dtype=self.dtype, mesh=mesh,
-        )  # fmt: skip
+            config,
+            resident=resident,
+            lanes=lanes,
+            block=self.block,
+            stop_ids=self.stop_ids,
+            vocabulary_size=vocabulary_size,
+            sampling=self.sampling,
+            dtype=self.dtype,
+            mesh=mesh,
+        )
         self.reset()
 
     # --- Weights and rows. ---

@@ -32,10 +32,10 @@ START, END = "<|im_start|>", "<|im_end|>"
 ZERO_WIDTH_SPACE = "\u200b"
 _PROBE = "PROBE"
 
-# Both templates begin with `prepare.jinja`. It gives every message a text: null or missing content is empty, a
-# list of text parts is joined, as servers and their clients send them. It keeps other roles' texts from
-# spelling a control token, and adds the system message where one belongs. Upper-case names stand for literals,
-# which ChatFormat puts in.
+# Both templates begin with `prepare.jinja`. It gives every message a text: null or missing content is empty,
+# a list of text parts is joined, as servers and their clients send them. It keeps other roles' texts from
+# spelling a control token, and adds the system message where one belongs. Upper-case names stand for
+# literals, which ChatFormat puts in.
 #
 # With history=append, `append.jinja` follows. Unlike Qwen's own it writes the line break before each message
 # but the first, not after each, so that a finished dialogue ends with <|im_end|> as its row does. Tool calls
@@ -81,10 +81,10 @@ class Row:
 class ChatFormat:
     """Renders dialogues for one tokenizer of the Qwen family (ChatML).
 
-    The differences within the family are read from the tokenizer's own chat template by rendering a probe with
-    thinking switched off: the system message that it adds by itself (Qwen2.5's), and what it writes after
-    `<|im_start|>assistant`: an empty think block if the family thinks (Qwen3), else nothing. A tokenizer
-    without a template gets plain ChatML.
+    The differences within the family are read from the tokenizer's own chat template by rendering a probe
+    with thinking switched off: the system message that it adds by itself (Qwen2.5's), and what it writes
+    after `<|im_start|>assistant`: an empty think block if the family thinks (Qwen3), else nothing. A
+    tokenizer without a template gets plain ChatML.
 
     User text cannot spell a control token: a zero-width space is inserted after the first character of each
     one. The template does the same, so the saved, unaltered text renders to the row.
