@@ -75,10 +75,10 @@ def is_adapter(folder: Path | str) -> bool:
 
 
 def base_folder(folder: Path | str) -> Path:
-    """The folder of the model that adapters belong to.
+    """The folder of the adapters' base model.
 
     Raises:
-      UserError: `base_model_name_or_path` names no folder that is there (from here, or from beside the
+      UserError: `base_model_name_or_path` names no existing folder (relative to the current folder or to the
         adapters), or the adapters are of a kind that is not read.
     """
     folder = Path(folder)
@@ -93,15 +93,15 @@ def base_folder(folder: Path | str) -> Path:
 
 
 def adapt(folder: Path | str, tensors: Mapping[str, Any], stack: ExitStack) -> dict[str, Any]:
-    """The base's tensors, with what the adapters in `folder` add to them.
+    """The base's tensors plus the products of the adapters in `folder`.
 
     Args:
-      tensors: by Hugging Face name, to be read window by window.
+      tensors: by Hugging Face name, read slice by slice.
       stack: keeps the adapters' file open.
 
     Raises:
       UserError: another kind of adapter than plain LoRA, a damaged file, or one that does not fit the base or
-        its own configuration.
+        its configuration.
     """
     folder = Path(folder)
     settings = _read_settings(folder)
@@ -161,7 +161,7 @@ def adapt(folder: Path | str, tensors: Mapping[str, Any], stack: ExitStack) -> d
 
 
 def _is_target(settings: Mapping[str, Any], module: str) -> bool:
-    """Whether the configuration gives a module adapters, by PEFT's rules; without targets all modules."""
+    """Whether a module has adapters by PEFT's rules; without targets every module has."""
     if _named(settings.get("exclude_modules") or (), module):
         return False
     targets = settings.get("target_modules")
@@ -187,16 +187,14 @@ def _named(names: str | Sequence[str], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _by_pattern(settings: Mapping[str, Any], key: str, module: str, otherwise: Any) -> Any:
+def _by_pattern(settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's path."""
-    for pattern, value in (settings.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
+    patterns = (settings.get(key) or {}).items()
+    return next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module)), default)
 
 
 class _Adapted:
-    """A matrix `[out, in]` with its low-rank addition, as safetensors gives it: read window by window."""
+    """A matrix `[out, in]` plus a low-rank product, with the interface of safetensors' slices."""
 
     def __init__(self, base: Any, down: np.ndarray, up: np.ndarray, scale: float) -> None:
         self._base, self._down, self._up, self._scale = base, down, up, scale
@@ -214,7 +212,7 @@ class _Adapted:
 
 
 def adapter_tensors(read: Reader, config: QwenConfig) -> dict[str, np.ndarray]:
-    """Every adapter under PEFT's name and in its layout: A `[rank, in]`, B `[out, rank]`, float32.
+    """Every adapter under its name and in its layout in PEFT: A `[rank, in]`, B `[out, rank]`, float32.
 
     Args:
       read: reads `layers/.../lora_a` and `lora_b` by layer.
@@ -233,10 +231,10 @@ def adapter_tensors(read: Reader, config: QwenConfig) -> dict[str, np.ndarray]:
 
 
 def write_adapter_config(folder: str | Path, lora: LoRA, base: str | None = None) -> None:
-    """Writes `adapter_config.json` as PEFT has it.
+    """Writes `adapter_config.json` in PEFT's format.
 
     Args:
-      base: where PEFT finds the weights beside the adapters.
+      base: path or name of the base model.
     """
     content = {
         "peft_type": "LORA",
