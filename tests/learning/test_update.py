@@ -350,7 +350,7 @@ def test_an_entropy_that_is_only_reported_is_not_differentiated(params):
     """Beside what the bonus adds to the loss itself, a handful, the update has a backward pass less."""
 
     def program(coefficient):
-        algorithm = dataclasses.replace(DEFAULT, entropy_coefficient=coefficient)
+        algorithm = DEFAULT.model_copy(update={"entropy_coefficient": coefficient})
         update = make_update(SCORING, DESCENT, algorithm)
         return str(jax.make_jaxpr(update)(state_of(params, DESCENT), make_rows())).count(" = ")
 
