@@ -165,7 +165,7 @@ class Engine:
         """
         if version != self.version:
             if self.busy:
-                raise RuntimeError("new weights while replies are unfinished: advance to their end, or reset")
+                raise RuntimeError("new weights while replies are under way: advance to their end, or reset")
             self.reset()
         self._params = None  # free the old copy before the new one is made
         self._params, self.version = self._programs.ready(params) if self.copy_weights else params, version
