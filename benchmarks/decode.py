@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be 
 
 from mapo_jax.model.qwen import INIT_SCALE, Params, QwenConfig, parameter_shapes
 from mapo_jax.rollout.capacity import cache_bytes
-from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Request
 
 QWEN3 = dict(num_kv_heads=8, head_dim=128, vocab_size=151_936, max_position_embeddings=40_960)
 SHAPES = {

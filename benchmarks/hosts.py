@@ -108,7 +108,7 @@ class RandomEngine:
         return bool(self._waiting)
 
     def advance(self) -> dict:
-        from mapo_jax.rollout.engine import Reply
+        from mapo_jax.rollout.requests import Reply
 
         waiting, self._waiting = self._waiting, []
         replies = {}
@@ -180,7 +180,7 @@ def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
         lap("waiting", step)
         dialogues = asyncio.run(
             collect(
-                scenarios, ROLLOUTS, engine, chat, roles, limits, seed=1, step=step, concurrency=64, own=own
+                scenarios, ROLLOUTS, engine, chat, roles, limits, seed=1, step=step, concurrency=64, share=own
             )
         )
         lap("dialogues", step)

@@ -48,7 +48,8 @@ from mapo_jax.commands import prepare_jax
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params, parameter_count
 from mapo_jax.rollout.dispatch import Dispatcher
-from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Request
 from mapo_jax.running.metrics import CompileCounter
 
 SHAPE = QwenConfig(

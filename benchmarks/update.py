@@ -40,7 +40,7 @@ from mapo_jax.learning.train_state import create_state
 from mapo_jax.learning.update import place
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
-from mapo_jax.rollout.engine import Counts
+from mapo_jax.rollout.requests import Counts
 from mapo_jax.running.utilization import step_work
 
 ROWS, TURNS = 2, 8

@@ -27,8 +27,9 @@ from mapo_jax.learning.programs import rows_per_dialogue
 from mapo_jax.learning.train_state import TrainState
 from mapo_jax.learning.update import fetch, place
 from mapo_jax.rollout.collect import Dialogue, collect
-from mapo_jax.rollout.engine import Counts, Engine
+from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
+from mapo_jax.rollout.requests import Counts
 from mapo_jax.run import Position, Run, save
 from mapo_jax.running.forecast import check_update
 from mapo_jax.running.utilization import memory, peak_flops, step_work, utilization
@@ -132,7 +133,7 @@ def converse(
             seed=seed,
             step=step,
             concurrency=run.world.concurrency,
-            own=own,
+            share=own,
             on_turn=progress,
             journal=journal,
         )

@@ -15,10 +15,12 @@ from mapo_jax.export import check_logits, export, main, verify
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import create_state
 from mapo_jax.model.head import logits
-from mapo_jax.model.huggingface import INDEX, load_params, params_reader, read_config
+from mapo_jax.model.huggingface import INDEX, load_params, read_config
 from mapo_jax.model.lora import LoRA, join, split
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params, parameter_shapes
-from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.model.tensor_names import params_reader
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.checkpoint import Checkpoints, save_base
@@ -142,7 +144,8 @@ def test_logits_are_compared_with_those_of_transformers(run, exported, tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(exported, broken)
     weights = load_file(broken / "model.safetensors")
-    save_file({name: np.full_like(w, np.nan) for name, w in weights.items()}, broken / "model.safetensors")
+    # Finite, as loading demands, but the products overflow.
+    save_file({name: np.full_like(w, 1e18) for name, w in weights.items()}, broken / "model.safetensors")
     with pytest.raises(UserError, match="transformers computes other logits"):
         check_logits(broken, config)
 

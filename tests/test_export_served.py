@@ -16,7 +16,8 @@ from openai import OpenAI, OpenAIError
 
 from mapo_jax.config import RolloutConfig
 from mapo_jax.model.qwen import QwenConfig, init_params
-from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.model_folder import write_model_folder

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mapo_jax.config import RolloutConfig
 from mapo_jax.model import peft
-from mapo_jax.model.huggingface import adapter_tensors
 from mapo_jax.model.lora import LoRA
+from mapo_jax.model.peft import adapter_tensors
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.running.model_folder import write_model_folder

@@ -19,7 +19,7 @@ from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.files import part_name
 from mapo_jax.rollout.collect import collect, derive_seed
-from mapo_jax.rollout.engine import Reply
+from mapo_jax.rollout.requests import Reply
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.run import Position
 from mapo_jax.running.phases import Phases

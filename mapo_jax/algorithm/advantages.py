@@ -1,4 +1,4 @@
-"""Advantages of the turns: MAPO's turn-level and batch-level terms, their mix, and the baselines beside it.
+"""Advantages of the turns: MAPO's turn-level and batch-level terms, their mix, and the baselines.
 
 Every estimator of `ESTIMATORS` is a pure function
 
@@ -6,14 +6,13 @@ Every estimator of `ESTIMATORS` is a pure function
 
 of arrays `[S, R, T]`: S scenarios, R rollouts of each from one start, T turns. `valid` marks the turns that
 exist, `scored` those that have a reward (default: all valid ones). Unscored turns are imputed for the return
-and are in no statistic. The advantages are 0 outside `scored`, and what stands outside the masks influences
-nothing. Estimators of returns take them as `returns` if they are at hand (`returns.monte_carlo`, with the
-same discount), and compute them otherwise. All tokens that the policy sampled in turn t of rollout (s, r) get
-`A[s, r, t]`.
+and are in no statistic. The advantages are 0 outside `scored`, and values outside the masks have no effect.
+Estimators of returns accept them as `returns` (`returns.monte_carlo`, with the same discount), and compute
+them otherwise. All tokens that the policy sampled in turn t of rollout (s, r) get `A[s, r, t]`.
 
 Statistics are over the whole batch of a step: call these before it is cut into mini-batches. Standard
 deviations are of the population. Each function raises ValueError for arrays that are not `[S, R, T]` and for
-masks that are not boolean of that shape, and TypeError for an option that is not its own.
+masks that are not boolean of that shape, and TypeError for an unknown option.
 
 Source, where nothing else is named: MAPO (arXiv 2603.06194).
 """
@@ -36,7 +35,7 @@ Values = Float[Array, "S R T"]
 Mask = Bool[Array, "S R T"]
 
 DISCOUNT = 0.85  # gamma of the published runs
-TURN_WEIGHT = 1 / 3  # the coefficient that the method's first text calls optimal
+TURN_WEIGHT = 1 / 3  # optimal according to the method's first text
 EPSILON = 1e-6  # added to a standard deviation before dividing by it
 RELATIVE_ZERO = 1e-5  # a deviation below this share of the values' size is rounding, not a difference
 
@@ -257,17 +256,7 @@ def mt_grpo(
 ESTIMATORS: MappingProxyType[str, Callable[..., Array]] = MappingProxyType(
     {
         estimator.__name__: estimator
-        for estimator in (
-            mapo,
-            grpo,
-            turn,
-            batch,
-            grpo_per_turn,
-            reinforce_plus_plus,
-            rloo,
-            dr_grpo,
-            mt_grpo,
-        )
+        for estimator in (mapo, grpo, turn, batch, grpo_per_turn, reinforce_plus_plus, rloo, dr_grpo, mt_grpo)
     }
 )
 """Name in the configuration -> estimator."""
@@ -278,28 +267,21 @@ RETURN_ESTIMATORS = ("mapo", "turn", "reinforce_plus_plus")
 
 
 def estimator_options(config: AlgorithmConfig) -> dict[str, Any]:
-    """The options of `ESTIMATORS[config.estimator]`, but for `returns`."""
+    """The options of `ESTIMATORS[config.estimator]`, except `returns`."""
+    discount, group = {"discount": config.discount}, {"min_group": config.min_group}
+    turn_options = discount | group | {"leave_one_out": config.leave_one_out}
+    scope = {"batch_scope": config.batch_scope}
     match config.estimator:
         case "mapo":
-            return {
-                "discount": config.discount,
-                "turn_weight": config.turn_weight,
-                "batch_scope": config.batch_scope,
-                "leave_one_out": config.leave_one_out,
-                "min_group": config.min_group,
-            }
+            return turn_options | scope | {"turn_weight": config.turn_weight}
         case "turn":
-            return {
-                "discount": config.discount,
-                "leave_one_out": config.leave_one_out,
-                "min_group": config.min_group,
-            }
+            return turn_options
         case "batch":
-            return {"batch_scope": config.batch_scope}
+            return scope
         case "reinforce_plus_plus":
-            return {"discount": config.discount}
+            return discount
         case "mt_grpo":
-            return {"outcome_weight": config.outcome_weight, "min_group": config.min_group}
+            return group | {"outcome_weight": config.outcome_weight}
         case "grpo" | "grpo_per_turn" | "rloo" | "dr_grpo":
-            return {"min_group": config.min_group}
+            return group
     raise ValueError(f"the estimator is {config.estimator!r}; it must be one of {', '.join(ESTIMATORS)}")

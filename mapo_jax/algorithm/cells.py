@@ -1,8 +1,8 @@
-"""What every function of arrays `[S, R, T]` does at its door: check shapes, and blank what a mask leaves out.
+"""Checks of arrays `[S, R, T]` and their masks, and zeros for the cells outside a mask.
 
 A cell is one turn of one rollout. `valid` says that the turn exists (a prefix of every rollout), `scored`
 that it has a reward (a subset of `valid`; every valid turn by default). A cell outside its mask may hold
-anything, NaN included: it is blanked before any arithmetic, so that neither values nor gradients see it.
+anything, NaN included: it is set to 0 before any arithmetic, so that it affects neither values nor gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def masked(values: Float[Array, "S R T"], mask: Bool[Array, "S R T"]) -> Float[Array, "S R T"]:
-    """`values` in float32, with 0 in place of whatever stands outside `mask`.
+    """`values` in float32, with 0 outside `mask`.
 
     Raises:
       ValueError: `values` is not `[S, R, T]`, or `mask` is not boolean of the same shape.
@@ -33,7 +33,7 @@ def check_mask(mask: Bool[Array, "*shape"], shape: tuple[int, ...]) -> None:
 
 
 def scored_cells(valid: Bool[Array, "S R T"], scored: Bool[Array, "S R T"] | None) -> Bool[Array, "S R T"]:
-    """`scored`, or every valid turn when it is None; never a turn that does not exist.
+    """`scored & valid`, or `valid` if `scored` is None.
 
     Raises:
       ValueError: the masks are not boolean or differ in shape.

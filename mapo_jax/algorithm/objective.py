@@ -1,8 +1,8 @@
 """The objective: clipped surrogate with dual clip, KL, entropy; aggregated so that micro-batches add up.
 
 Arrays are `[B, L]`: B rows of L tokens. `mask` marks the loss tokens (sampled by the policy, in a scored
-turn); what stands elsewhere influences nothing, NaN included. All log-probabilities are of the distribution
-that was sampled from. Losses are to be minimised.
+turn); values elsewhere, NaN included, have no effect. All log-probabilities are of the distribution that was
+sampled from. Losses are to be minimised.
 
 A mini-batch may be computed in micro-batches: every sum is divided by the *mini-batch's* `Denominator`, so
 that the losses, gradients and metrics of its micro-batches add up to those of the whole, whatever the cut.
@@ -26,7 +26,7 @@ LARGEST_LOG_RATIO = 20.0  # exp(20) = 5e8 is past every clip; beyond it float32 
 
 
 class Denominator(NamedTuple):
-    """What the sums of a mini-batch are divided by."""
+    """The divisors of a mini-batch's sums."""
 
     loss: Float[Array, ""]  # follows from the aggregation
     tokens: Float[Array, ""]  # loss tokens: for the metrics, which are means over tokens
@@ -41,7 +41,7 @@ def importance_ratio(logprobs: Tokens, old_logprobs: Tokens) -> Tokens:
 
 
 class Surrogate(NamedTuple):
-    """The clipped surrogate of every token, and where its bounds hold (there the gradient is 0)."""
+    """The clipped surrogate of every token, and where it is clipped (there the gradient is 0)."""
 
     loss: Tokens
     clipped: Mask  # by clip_low or clip_high
@@ -93,7 +93,7 @@ def kl_divergence(logprobs: Tokens, reference_logprobs: Tokens, estimator: str) 
 def truncated_importance_weights(
     trainer_logprobs: Tokens, sampler_logprobs: Tokens, mask: Mask, cap: float
 ) -> Tokens:
-    """`min(pi_trainer(token)/pi_sampler(token), cap)`: mends what sampler and trainer compute differently.
+    """`min(pi_trainer(token)/pi_sampler(token), cap)`: corrects the difference of sampler and trainer.
 
     Both are of the same weights, before the first update of the step. Constant under differentiation; 1
     outside the mask. Source: F. Yao et al., "Your efficient RL framework secretly brings you off-policy RL
@@ -258,7 +258,7 @@ def combine_metrics(metrics: Mapping[str, Float[Array, " micro"]]) -> dict[str, 
 
 
 def objective_options(config: AlgorithmConfig) -> dict[str, Any]:
-    """The options of `policy_loss` that the configuration has under the same names."""
+    """The options of `policy_loss` that are configured."""
     return {
         "clip_low": config.clip_low,
         "clip_high": config.clip_high,

@@ -13,10 +13,10 @@ from mapo_jax.algorithm.rewards import impute_missing
 def discounted_returns(
     rewards: Float[Array, "S R T"], valid: Bool[Array, "S R T"], discount: float
 ) -> Float[Array, "S R T"]:
-    """`G_t = sum_{k >= t} discount^(k-t) r_k` over the valid turns: a turn's later effects, credited to it.
+    """`G_t = sum_{k >= t} discount^(k-t) r_k` over the valid turns: a turn is credited with later effects.
 
-    The discount is per turn, never per token, and the sum is not cut where the user speaks. Turns without
-    a score must have been imputed before (`rewards.impute_missing`).
+    The discount is per turn, never per token. Turns without a score must be imputed first
+    (`rewards.impute_missing`).
 
     Args:
       rewards: reward of every valid turn; anything elsewhere.

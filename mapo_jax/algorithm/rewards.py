@@ -2,9 +2,8 @@
 
 Positions `P_0 .. P_T` are points (C, A, P) on the last axis, T + 1 of them on the axis before it: negative
 numbers are support that is still lacking, the origin is equilibrium. Every function takes any leading axes,
-usually `[S, R]`, and needs no mask: what it says of turns that do not exist is for the caller to mask. JAX
-arrays are computed with JAX, in their dtype; anything else with numpy, in float64. So training, evaluation
-and reports share one formula.
+usually `[S, R]`, and no mask: the caller masks the turns that do not exist. JAX arrays are computed with JAX,
+in their dtype; anything else with numpy, in float64. So training, evaluation and reports share one formula.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ POTENTIAL_DISCOUNT = 0.99  # g of the potential's shaping term
 def distance(positions: Float[Array, "*cells 3"]) -> Float[Array, "*cells"]:
     """Half-space distance `D(P) = sqrt(sum_i max(0, -eps - P_i)^2)`, eps = 1.
 
-    An axis that lacks no more than eps is at rest, so overshoot earns nothing. Source: EMPA's published code.
+    An axis that lacks at most eps counts as 0, so overshoot earns nothing. Source: EMPA's published code.
 
     Raises:
       ValueError: the last axis is not (C, A, P).
@@ -37,12 +36,12 @@ def distance(positions: Float[Array, "*cells 3"]) -> Float[Array, "*cells"]:
 
 
 def incremental(distances: Float[Array, "*rollouts T+1"]) -> Float[Array, "*rollouts T"]:
-    """Incremental distance reward, `r_t = D(P_{t-1}) - D(P_t)`: what this turn has won. The default."""
+    """Incremental distance reward, `r_t = D(P_{t-1}) - D(P_t)`: the progress of this turn. The default."""
     return distances[..., :-1] - distances[..., 1:]
 
 
 def absolute(distances: Float[Array, "*rollouts T+1"]) -> Float[Array, "*rollouts T"]:
-    """Absolute distance reward, `r_t = -D(P_t)`: the paper's baseline, which also pays for history."""
+    """Absolute distance reward, `r_t = -D(P_t)`: the paper's baseline, which includes earlier progress."""
     return -distances[..., 1:]
 
 
@@ -85,8 +84,8 @@ def impute_missing(
     """Gives an unscored turn the mean of its rollout's scored rewards.
 
     `r[s,r,t] = mean over scored t' of r[s,r,t']` where valid and not scored: earlier turns keep a defined
-    return, and the hole still costs one discount step (published code). A rollout without any scored turn
-    gets 0; it is in no statistic either way.
+    return, and the unscored turn still counts as one discount step (published code). A rollout without any
+    scored turn gets 0; it is in no statistic either way.
 
     Returns:
       Rewards, unchanged where scored, 0 outside `valid`.

@@ -19,7 +19,8 @@ from mapo_jax.evaluation.answers import Answer, Prompt
 from mapo_jax.model.qwen import Params
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.rollout.collect import derive_seed
-from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.policy import Policy, load_policy
 

@@ -1,7 +1,7 @@
 """From dialogues to arrays: cells `[S, R, T]` for the algorithm, rows `[B, L]` for the update.
 
-Plain numpy on the host; nothing here is random but `scenario_order`, which follows from its arguments. So a
-saved step, read back from its dialogues, gives the same batch bit for bit.
+Plain numpy on the host. Only `scenario_order` is random, with a seed from its arguments. So a saved step,
+read back from its dialogues, gives the same batch bit for bit.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SHUFFLE_STREAM = 0x5EED  # keeps the shuffle's numbers apart from other uses of
 
 @dataclass(frozen=True)
 class Cells:
-    """What the algorithm needs to know of a step's dialogues."""
+    """A step's dialogues as the algorithm's arrays."""
 
-    positions: Float[np.ndarray, "S R T+1 3"]  # (C, A, P) at the start and after each turn; then held
-    valid: Bool[np.ndarray, "S R T"]  # the turn exists, in a dialogue that is not left out
+    positions: Float[np.ndarray, "S R T+1 3"]  # (C, A, P) at the start and after each turn; then constant
+    valid: Bool[np.ndarray, "S R T"]  # the turn exists, in a usable dialogue
     scored: Bool[np.ndarray, "S R T"]  # and has a reward
 
 
@@ -36,7 +36,7 @@ def make_cells(
     """Lays dialogues out as `[S, R, T]`.
 
     A dialogue that ended in error, has no scored turn, or has a larger share of unscored turns than
-    `max_failed_share` is left out whole: none of its turns is valid.
+    `max_failed_share` is left out: none of its turns is valid.
 
     Args:
       dialogues: [S][R], every scenario with the same number of rollouts.
@@ -68,7 +68,7 @@ def make_cells(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Rows to learn from. Every array is `[B, L]`; entry i of a row is about its token i.
+    """Rows to train on. Every array is `[B, L]`; entry i of a row belongs to its token i.
 
     Log-probabilities are of the distribution sampled from. Entries outside `mask` are 0.
     """
@@ -76,7 +76,7 @@ class Batch:
     tokens: Int[Array, "B L"]  # right-padded with 0
     positions: Int[Array, "B L"]  # index in the row
     mask: Bool[Array, "B L"]  # loss tokens: sampled by the policy, in a scored turn
-    sampler_logprobs: Float[Array, "B L"]  # what the sampler gave the token
+    sampler_logprobs: Float[Array, "B L"]  # by the sampler
     old_logprobs: Float[Array, "B L"]  # denominator of the ratio: the sampler's, or the trainer's
     advantages: Float[Array, "B L"]  # of the token's turn
 
@@ -94,8 +94,8 @@ def make_batch(
     Args:
       dialogues: [S][R].
       advantages: of each turn; anything (NaN included) where not `scored`.
-      scored: cells that count, as `make_cells` says; tokens of other turns are not in the loss.
-      length: L, at least the longest row's length (`row_length` says which).
+      scored: as of `make_cells`; tokens of other turns are not in the loss.
+      length: L, at least the longest row's length (see `row_length`).
       rows_per_dialogue: 1 if a dialogue is one growing row (`history: append`); T if each turn has its own
         (`history: per_turn`), then rows that a shorter dialogue does not have are empty.
 
@@ -121,7 +121,7 @@ def make_batch(
             learned = np.asarray(row.sampled, bool) & (turn >= 0)
             learned[learned] = scored[d, turn[learned]]
             if size and learned[0]:
-                raise ValueError("a row's first token is marked as sampled, but nothing stands before it")
+                raise ValueError("a row's first token is marked as sampled, but no token is before it")
             tokens[b, :size] = row.ids
             mask[b, :size] = learned
             logprobs[b, :size][learned] = np.asarray(row.logprob, np.float32)[learned]
@@ -154,8 +154,7 @@ def row_length(dialogues: Sequence[Sequence[Dialogue]], lengths: Sequence[int]) 
     Raises:
       ValueError: none does.
     """
-    flat = [dialogue for group in dialogues for dialogue in group]
-    longest = max(len(row.ids) for dialogue in flat for row in dialogue.rows)
+    longest = max(len(row.ids) for group in dialogues for dialogue in group for row in dialogue.rows)
     for length in lengths:
         if longest <= length:
             return length
@@ -163,12 +162,12 @@ def row_length(dialogues: Sequence[Sequence[Dialogue]], lengths: Sequence[int]) 
 
 
 def microbatch_rows(total: int, length: int, tokens: int, shards: int = 1) -> int:
-    """Rows of a micro-batch: the largest part of a mini-batch that is cut evenly and keeps to a budget.
+    """Rows of a micro-batch: the largest equal share of a mini-batch within a budget of tokens.
 
     Args:
       total: rows of the mini-batch.
       length: of a row, in tokens.
-      tokens: most tokens that each device gets, though it gets one row at least; 0: no limit.
+      tokens: most tokens for each device, which gets at least one row; 0: no limit.
       shards: devices that rows are spread over.
 
     Returns:
@@ -176,16 +175,16 @@ def microbatch_rows(total: int, length: int, tokens: int, shards: int = 1) -> in
     """
     if not tokens or total % shards:
         return total
-    own = total // shards
+    rows = total // shards
     return shards * max(
-        size for size in range(1, own + 1) if own % size == 0 and size * length <= max(tokens, length)
+        size for size in range(1, rows + 1) if rows % size == 0 and size * length <= max(tokens, length)
     )
 
 
 def scenario_order(
     seed: int, step: int, epoch: int, scenarios: int, minibatch_scenarios: int
 ) -> Int[np.ndarray, "mini scenarios"]:
-    """Which scenarios form each mini-batch of one pass: a shuffle that (seed, step, epoch) fixes.
+    """The scenarios of each mini-batch of one pass: a shuffle seeded by (seed, step, epoch).
 
     Raises:
       ValueError: the mini-batch does not divide the scenarios.
@@ -197,7 +196,7 @@ def scenario_order(
 
 
 def take_scenarios(batch: Batch, chosen: Int[np.ndarray, " scenarios"], rows_per_scenario: int) -> Batch:
-    """The rows of whole scenarios, in the order given, as numpy arrays; each has as many rows (R, or R T)."""
+    """The rows of whole scenarios, in the given order, as numpy arrays; R or R T rows each."""
     rows = (np.asarray(chosen)[:, None] * rows_per_scenario + np.arange(rows_per_scenario)).reshape(-1)
     return jax.tree.map(lambda array: np.asarray(array)[rows], batch)
 
@@ -205,7 +204,7 @@ def take_scenarios(batch: Batch, chosen: Int[np.ndarray, " scenarios"], rows_per
 def minibatches(
     batch: Batch, *, seed: int, step: int, epochs: int, scenarios: int, minibatch_scenarios: int
 ) -> Iterator[Batch]:
-    """The mini-batches of a step's updates: every epoch cuts all rows anew, by whole scenarios.
+    """The mini-batches of a step's updates: every epoch shuffles all rows, by whole scenarios.
 
     Args:
       batch: all rows of the step, scenario by scenario.

@@ -1,6 +1,6 @@
 """The credit of every turn: from positions to rewards, returns and advantages, one compiled function each.
 
-Training and the report go this one way. Statistics are over all cells given: pass the whole batch of a step,
+Training and the report both use them. Statistics are over all cells given: pass the whole batch of a step,
 before it is cut into mini-batches.
 """
 

@@ -1,4 +1,4 @@
-"""AdamW with a clip of the gradient's norm, and its schedule of learning rates."""
+"""AdamW with gradient clipping by global norm, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNDECAYED = ("scale", "bias")  # last name of a parameter's path: norms and bia
 
 
 class Optimizer(NamedTuple):
-    """A gradient transformation, and the learning rate that it applies at its i-th update."""
+    """A gradient transformation, and the learning rate of its i-th update."""
 
     transform: optax.GradientTransformation
     schedule: Callable[[Int[Array, ""]], Float[Array, ""]]
@@ -51,9 +51,9 @@ def learning_rate_schedule(
 
 
 def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
-    """AdamW (arXiv 1711.05101) behind a clip of the gradient's global norm.
+    """AdamW (arXiv 1711.05101) after clipping by the gradient's global norm.
 
-    Decay is decoupled and leaves norms and biases alone. A `gradient_clip` of 0 does not clip.
+    Decay is decoupled and does not apply to norms and biases. A `gradient_clip` of 0 does not clip.
 
     Args:
       total_updates: N of the schedule, for the whole run.

@@ -1,6 +1,6 @@
-"""The compiled programs of a run, made from its configuration and the model's shape alone.
+"""The compiled programs of a run, from its configuration and the model's shape.
 
-`train` runs them and `tpu.compile` compiles them for a slice that is not there: both get them here.
+`train` runs them, and `tpu.compile` compiles them for a TPU slice without hardware.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from mapo_jax.model.sharding import batch_sharding, param_shardings, row_shards
 
 
 class TrainingPrograms(NamedTuple):
-    """What moves the weights, and what scores with them."""
+    """The programs that update the weights and score with them."""
 
     optimizer: Optimizer
     update: Update
-    scorer: Callable[..., Any]  # the trainer's own log-probabilities
+    scorer: Callable[..., Any]  # the trainer's log-probabilities
 
 
 def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh: Mesh) -> TrainingPrograms:
@@ -37,14 +37,12 @@ def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh:
       vocabulary_size: ids from here on are no tokens.
 
     Raises:
-      UserError: the mesh does not fit the model or the mini-batch, or the attention does not fit either.
+      UserError: the mesh does not fit the model or the mini-batch, or the attention does not support them.
     """
     rollout, training = config.rollout, config.training
     check_rows(config, mesh)
-    optimizer = make_optimizer(
-        config.optimizer,
-        training.steps * training.epochs * (rollout.scenarios // training.minibatch_scenarios),
-    )
+    updates = training.steps * training.epochs * (rollout.scenarios // training.minibatch_scenarios)
+    optimizer = make_optimizer(config.optimizer, updates)
     scoring = Scoring(
         model,
         temperature=rollout.temperature,
@@ -63,8 +61,9 @@ def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh:
         constant_length=loss_tokens(config),
         shardings=param_shardings(parameter_shapes(model), mesh),
     )
-    scorer = make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
-    return TrainingPrograms(optimizer, update, scorer)
+    return TrainingPrograms(
+        optimizer, update, make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
+    )
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:
@@ -81,14 +80,13 @@ def check_rows(config: Config, mesh: Mesh) -> None:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    """A mini-batch of the longest rows, as `jax.ShapeDtypeStruct`s in their places."""
+    """A mini-batch of the longest rows, as `jax.ShapeDtypeStruct`s with shardings."""
     shape = (minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
-    kinds = dict(
-        tokens=jnp.int32, positions=jnp.int32, mask=jnp.bool_,
-        sampler_logprobs=jnp.float32, old_logprobs=jnp.float32, advantages=jnp.float32,
-    )  # fmt: skip
-    place = batch_sharding(mesh)
-    return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=place) for name, kind in kinds.items()})
+    sharding = batch_sharding(mesh)
+    whole, truth, real = (
+        jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in (jnp.int32, jnp.bool_, jnp.float32)
+    )
+    return Batch(whole, whole, truth, real, real, real)
 
 
 def minibatch_rows(config: Config) -> int:
@@ -99,8 +97,8 @@ def minibatch_rows(config: Config) -> int:
 def loss_tokens(config: Config) -> int:
     """Most loss tokens that a row can have: the longest replies of all its turns, if they fit.
 
-    Also the length that the aggregation constant-length divides by, as Dr. GRPO (arXiv 2503.20783) divides by
-    the most tokens that a response can have: a row is what the policy says of one context.
+    Also the divisor of the aggregation constant-length, as Dr. GRPO (arXiv 2503.20783) divides by the most
+    tokens that a response can have: a row corresponds to a response.
     """
     rollout = config.rollout
     turns = rollout.max_turns // rows_per_dialogue(config)

@@ -1,4 +1,4 @@
-"""What an update changes: trained parameters, moments, counts; and the frozen weights beside them."""
+"""The training state: trained parameters, moments, counts, and frozen weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mapo_jax.model.qwen import Params
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What an update changes, and the frozen weights it may compare with."""
+    """What an update changes, and the frozen weights that it may read."""
 
-    params: Params  # what is trained: all weights, or the adapters
+    params: Params  # trained: all weights, or the adapters
     opt_state: optax.OptState
     step: Int[Array, ""]  # updates applied so far
     reference: Params | None = None  # weights of the KL term; never updated
@@ -41,12 +41,12 @@ def create_state(
 
     Args:
       params: start weights; they are donated with the state, so the caller must not use them afterwards. If
-        there are adapters among them, these alone are trained.
+        there are adapters among them, only these are trained.
       shardings: `model.sharding.param_shardings`, if there is a mesh; the moments are cut like the weights.
       reference: the KL term needs the start weights: keep a frozen copy, unless they are frozen anyway.
     """
     placed = state_shardings(optimizer, params, shardings, reference)
-    trained, base = trained_parts(params)
+    trained, base = trained_and_frozen(params)
     initial = jax.jit(optimizer.transform.init, out_shardings=placed and placed.opt_state)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placed and placed.params)
     step = jnp.zeros((), jnp.int32)
@@ -59,13 +59,13 @@ def create_state(
 def abstract_state(
     params: Any, optimizer: Optimizer, *, shardings: Any, reference: bool = False
 ) -> TrainState:
-    """The shapes, types and shardings of `create_state`'s result, without an array: what a restore fills.
+    """The shapes, types and shardings of `create_state`'s result, without arrays; the target of a restore.
 
     Args:
       params: the weights' tree, arrays or `jax.ShapeDtypeStruct`s.
       shardings, reference: as of `create_state`.
     """
-    trained, base = trained_parts(params)
+    trained, base = trained_and_frozen(params)
     shapes = TrainState(
         trained,
         jax.eval_shape(optimizer.transform.init, trained),
@@ -80,8 +80,8 @@ def abstract_state(
     )
 
 
-def trained_parts(params: Any) -> tuple[Any, Any]:
-    """What is trained, and what is frozen beside it (None: nothing); of weights, shapes or shardings."""
+def trained_and_frozen(params: Any) -> tuple[Any, Any]:
+    """(trained, frozen or None) of a tree of weights, shapes or shardings."""
     adapters, base = split(params)
     return (adapters, base) if adapters else (params, None)
 
@@ -89,15 +89,15 @@ def trained_parts(params: Any) -> tuple[Any, Any]:
 def state_shardings(
     optimizer: Optimizer, params: Params, shardings: Any, reference: bool
 ) -> TrainState | None:
-    """A TrainState of shardings: the moments are cut like the weights, the counts are everywhere."""
+    """A TrainState of shardings: the moments are cut like the weights, the counts are replicated."""
     if shardings is None:
         return None
     everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
-    trained, base = trained_parts(shardings)
+    trained, base = trained_and_frozen(shardings)
     moments = optax.tree_utils.tree_map_params(
         optimizer.transform,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.transform.init, trained_parts(params)[0]),
+        jax.eval_shape(optimizer.transform.init, trained_and_frozen(params)[0]),
         trained,
         transform_non_params=lambda _: everywhere,
     )

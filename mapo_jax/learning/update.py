@@ -1,16 +1,17 @@
 """The update: from rows to new weights, as one compiled program with donated buffers.
 
-Two losses share everything else: the clipped surrogate of reinforcement learning (`make_update`) and the
-negative log-likelihood of the warm start (`make_supervised_update`). Both are means over the loss tokens of
-the whole mini-batch, computed in micro-batches whose sums are divided by the mini-batch's count, so that the
-cut changes nothing but rounding.
+There are two losses: the clipped surrogate of reinforcement learning (`make_update`) and the negative
+log-likelihood of the warm start (`make_supervised_update`). Both are means over the loss tokens of the whole
+mini-batch, computed in micro-batches whose sums are divided by the mini-batch's count, so that the size of
+the micro-batches changes only the rounding.
 
-A loss or gradient that is not finite never reaches the weights: the program keeps the old state and says so
-(`actor/skipped`); stopping is up to the caller.
+A loss or gradient that is not finite never changes the weights: the program keeps the old state and reports
+it (`actor/skipped`); the caller decides whether to stop.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ from mapo_jax.algorithm import objective
 from mapo_jax.config import AlgorithmConfig
 from mapo_jax.learning.batch import Batch, microbatch_rows
 from mapo_jax.learning.optimizer import Optimizer
-from mapo_jax.learning.train_state import TrainState, state_shardings, trained_parts
+from mapo_jax.learning.train_state import TrainState, state_shardings, trained_and_frozen
 from mapo_jax.model.attention import causal_attention
 from mapo_jax.model.head import token_logprobs
 from mapo_jax.model.qwen import Params, QwenConfig, RowAttention, hidden_states, parameter_shapes
@@ -35,23 +36,23 @@ from mapo_jax.model.sharding import batch_sharding, row_shards
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the trainer computes log-probabilities: what is fixed for a run, and compiled in."""
+    """How the trainer computes log-probabilities: constants of a run, which are compiled in."""
 
     config: QwenConfig
-    temperature: float = 1.0  # of the sampler, so that both sides are of the distribution sampled from
+    temperature: float = 1.0  # of the sampler, so that both compute the distribution sampled from
     vocabulary_size: int | None = None  # ids from here on have probability 0, as in the sampler
     dtype: str = "float32"  # compute dtype
     remat: str = "none"  # a name in `model.qwen.REMAT`
     loss_tokens: int | None = None  # most loss tokens that a row can have; None: as many as its length
     attention: RowAttention = causal_attention  # of whole rows
-    mesh: Mesh | None = None  # where weights and rows lie
+    mesh: Mesh | None = None  # of weights and rows
 
 
 def _loss_columns(mask: Bool[Array, "B L"], limit: int | None) -> Int[Array, "B N"]:
     """Columns of each row's loss tokens, in order, then others up to N = min(limit, L).
 
     Only these go through the head: two thirds of a dialogue's tokens are not the policy's, and a head over
-    the vocabulary is dear.
+    the vocabulary is expensive.
     """
     length = mask.shape[1]
     order = jnp.argsort(~mask, axis=1, stable=True)
@@ -65,33 +66,32 @@ def _at(columns: Int[Array, "B N"], array: Array) -> Array:
 def _score(
     params: Params,
     scoring: Scoring,
-    tokens: Int[Array, "B L"],
-    positions: Int[Array, "B L"],
-    segments: Int[Array, "B L"] | None,
+    batch: Batch | SupervisedBatch,
     columns: Int[Array, "B N"],
     wanted: Bool[Array, "B N"],
+    segments: Int[Array, "B L"] | None = None,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
     """Log-probability of the tokens at `columns`, each given those before it, and the entropies.
 
-    Right where they are wanted; elsewhere anything finite.
+    Valid only where `wanted` is true; finite elsewhere.
     """
     hidden = hidden_states(
         params,
         scoring.config,
-        tokens,
-        positions,
+        batch.tokens,
+        batch.positions,
         segments,
         dtype=jnp.dtype(scoring.dtype),
         remat=scoring.remat,
         attention=scoring.attention,
         mesh=scoring.mesh,
     )
-    before = jnp.maximum(columns - 1, 0)  # a token is predicted where the one before it stands
+    before = jnp.maximum(columns - 1, 0)  # a token is predicted at the position before it
     return token_logprobs(
         params,
         scoring.config,
         jnp.take_along_axis(hidden, before[:, :, None], axis=1),
-        _at(columns, tokens),
+        _at(columns, batch.tokens),
         wanted,
         temperature=scoring.temperature,
         vocabulary_size=scoring.vocabulary_size,
@@ -99,7 +99,7 @@ def _score(
     )
 
 
-# --- The two losses, of a micro-batch, with the counts of the whole mini-batch. ---
+# --- The two losses: of a micro-batch, divided by the counts of the whole mini-batch. ---
 
 
 def _policy_loss(
@@ -116,14 +116,13 @@ def _policy_loss(
     old, sampled, advantages = (
         _at(columns, array) for array in (batch.old_logprobs, batch.sampler_logprobs, batch.advantages)
     )
-    rows = (batch.tokens, batch.positions, None, columns, mask)
-    logprobs, entropy = _score(params, scoring, *rows)
+    logprobs, entropy = _score(params, scoring, batch, columns, mask)
     if not algorithm.entropy_coefficient:
         entropy = jax.lax.stop_gradient(entropy)  # only reported: no backward pass for it
     reference_logprobs = None
     if algorithm.kl_coefficient:
         plain = replace(scoring, config=replace(scoring.config, lora=None))
-        reference_logprobs = jax.lax.stop_gradient(_score(reference, plain, *rows)[0])
+        reference_logprobs = jax.lax.stop_gradient(_score(reference, plain, batch, columns, mask)[0])
     weights = None
     if algorithm.old_logprobs == "trainer":
         weights = objective.truncated_importance_weights(old, sampled, mask, algorithm.importance_cap)
@@ -147,23 +146,23 @@ def _policy_loss(
 
 
 def _refuse_lost_tokens(loss, kept, mask):
-    # A row with more loss tokens than `loss_tokens` must not lose some in silence.
+    # A row with more loss tokens than `loss_tokens` must not lose some of them unnoticed.
     return jnp.where(jnp.sum(kept) == jnp.sum(mask), loss, jnp.nan)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SupervisedBatch:
-    """Rows of given texts, several to a row if packed. Every array is `[B, L]`."""
+    """Rows of given texts, several in a row if packed. Every array is `[B, L]`."""
 
     tokens: Int[Array, "B L"]
-    positions: Int[Array, "B L"]  # index in its own text
-    segments: Int[Array, "B L"]  # which text of the row; a token sees its own text only
+    positions: Int[Array, "B L"]  # index in the token's text
+    segments: Int[Array, "B L"]  # index of the text in the row; a token attends to its own text only
     mask: Bool[Array, "B L"]  # loss tokens
 
 
 def _supervised_mask(batch: SupervisedBatch) -> Bool[Array, "B L"]:
-    # The first token of a text has nothing before it that could predict it.
+    # The first token of a text has no token before it to predict it from.
     before = jnp.pad(batch.segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     return batch.mask & (batch.segments == before) & (jnp.arange(batch.mask.shape[1]) > 0)
 
@@ -174,7 +173,7 @@ def _supervised_loss(
     wanted = _supervised_mask(batch)
     columns = _loss_columns(wanted, scoring.loss_tokens)
     mask = _at(columns, wanted)
-    logprobs, _ = _score(params, scoring, batch.tokens, batch.positions, batch.segments, columns, mask)
+    logprobs, _ = _score(params, scoring, batch, columns, mask, batch.segments)
     loss = -jnp.sum(jnp.where(mask, logprobs, 0.0)) / total
     return _refuse_lost_tokens(loss, mask, wanted), {}
 
@@ -185,15 +184,10 @@ def _supervised_loss(
 def _microbatches(batch: Any, rows: int) -> Any:
     """Cuts `[B, ...]` into `[M, rows, ...]`.
 
-    Micro-batch m gets rows m, m + M, ...: with rows spread over devices in blocks, each device then has its
-    share of every micro-batch and nothing moves.
+    Micro-batch m gets rows m, m + M, ...: each device has a block of rows, so each has its share of every
+    micro-batch and nothing is transferred.
     """
-
-    def cut(array: Array) -> Array:
-        count = array.shape[0] // rows
-        return jnp.swapaxes(array.reshape(rows, count, *array.shape[1:]), 0, 1)
-
-    return jax.tree.map(cut, batch)
+    return jax.tree.map(lambda array: jnp.swapaxes(array.reshape(rows, -1, *array.shape[1:]), 0, 1), batch)
 
 
 def _gradient(
@@ -211,12 +205,12 @@ def _gradient(
         (value, metrics), gradient = value_and_grad(params, batch)
         return value, metrics, gradient
 
-    def one(total: Params, part: Any):
-        (value, metrics), gradient = value_and_grad(params, part)
+    def add(total: Params, microbatch: Any):
+        (value, metrics), gradient = value_and_grad(params, microbatch)
         return jax.tree.map(jnp.add, total, gradient), (value, metrics)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    gradient, (values, metrics) = jax.lax.scan(one, zeros, _microbatches(batch, rows))
+    gradient, (values, metrics) = jax.lax.scan(add, zeros, _microbatches(batch, rows))
     return jnp.sum(values), objective.combine_metrics(metrics), gradient
 
 
@@ -228,14 +222,12 @@ def _apply(
     tokens: Float[Array, ""],
     shardings: Any,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """The one place where weights change.
+    """Applies a gradient; the only function that changes weights.
 
-    Nothing changes where the loss or the gradient's norm is not finite, nor where there is no loss token
-    (weight decay and old moments would move the weights on no evidence).
+    The state is kept if the loss or the gradient's norm is not finite, or if there is no loss token (weight
+    decay and old moments would change the weights without data).
     """
-    if (
-        shardings is not None
-    ):  # the compiler would pick other ones, an embedding's without its vocabulary axis
+    if shardings is not None:  # the compiler would choose others: an embedding's without the vocabulary axis
         gradient = jax.lax.with_sharding_constraint(gradient, shardings)
     norm = optax.global_norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -269,8 +261,8 @@ def make_update(
 ) -> Update:
     """The compiled update of reinforcement learning: `(state, batch) -> (state, metrics)`; donates the state.
 
-    With `algorithm.kl_coefficient` the reference's log-probabilities are computed in the same program, beside
-    the policy's: nothing is kept between programs, and with one pass over the data it costs the same.
+    With `algorithm.kl_coefficient` the reference's log-probabilities are computed in the same program as the
+    policy's: nothing is stored between programs, and with one pass over the data the cost is the same.
 
     Args:
       microbatch_tokens: most tokens of a device per forward and backward pass (`batch.microbatch_rows`).
@@ -278,40 +270,38 @@ def make_update(
       shardings: `param_shardings`, if there is a mesh.
 
     Returns:
-      The update. Its metrics stay on the device (`fetch` brings a step's over at once): `actor/loss`,
+      The update. Its metrics stay on the device (`fetch` transfers those of a step together): `actor/loss`,
       `actor/pg_loss`, `actor/entropy`, `actor/clip_fraction`, `actor/approx_kl`, `actor/grad_norm` (before
       clipping), `actor/lr`, `actor/loss_tokens`, `actor/skipped` (1 if the loss or gradient was not finite
       and the state was kept), the objective's others, and `sampler/logprob_diff_mean` and `_max`: between the
       sampler's and the trainer's log-probabilities, of the weights before this update.
     """
-
-    trained = None if shardings is None else trained_parts(shardings)[0]
+    if algorithm.aggregation == "constant-length" and constant_length is None:
+        raise ValueError("the aggregation constant-length needs a constant_length")
+    trained = None if shardings is None else trained_and_frozen(shardings)[0]
 
     def update(state: TrainState, batch: Batch):
         totals = objective.loss_denominator(
             batch.mask, aggregation=algorithm.aggregation, constant_length=constant_length
         )
-
         reference = state.reference if state.base is None else state.base
 
-        def loss(params: Params, part: Batch):
+        def loss(params: Params, microbatch: Batch):
             weights = replace(state, params=params).weights
-            return _policy_loss(weights, reference, part, totals, scoring, algorithm, constant_length)
+            return _policy_loss(weights, reference, microbatch, totals, scoring, algorithm, constant_length)
 
         value, metrics, gradient = _gradient(loss, state.params, batch, microbatch_tokens, scoring.mesh)
         tokens = jnp.sum(batch.mask, dtype=jnp.float32)
         state, applied = _apply(state, optimizer, value, gradient, tokens, trained)
         return state, metrics | {f"actor/{name}": number for name, number in applied.items()}
 
-    if algorithm.aggregation == "constant-length" and constant_length is None:
-        raise ValueError("the aggregation constant-length needs a constant_length")
     return _compile(update, scoring, optimizer, shardings, reference=algorithm.kl_coefficient > 0)
 
 
 def _compile(
     update: Update, scoring: Scoring, optimizer: Optimizer, shardings: Any, reference: bool
 ) -> Update:
-    # With a mesh the new state's shardings are exactly the old one's: else the next call compiles again.
+    # With a mesh the new state must have the old one's shardings: else the next call compiles again.
     state = state_shardings(optimizer, parameter_shapes(scoring.config), shardings, reference)
     return jax.jit(update, donate_argnums=0, out_shardings=state and (state, None))
 
@@ -332,8 +322,8 @@ def make_supervised_update(
         tokens = jnp.sum(_supervised_mask(batch), dtype=jnp.float32)
         total = jnp.maximum(tokens, 1.0)
 
-        def loss(params: Params, part: SupervisedBatch):
-            return _supervised_loss(params, part, total, scoring)
+        def loss(params: Params, microbatch: SupervisedBatch):
+            return _supervised_loss(params, microbatch, total, scoring)
 
         value, _, gradient = _gradient(loss, state.params, batch, microbatch_tokens, scoring.mesh)
         return _apply(state, optimizer, value, gradient, tokens, shardings)
@@ -351,7 +341,7 @@ def make_scorer(scoring: Scoring, *, microbatch_tokens: int = 0) -> Callable[[Pa
     def score(params: Params, batch: Batch) -> Float[Array, "B L"]:
         columns = _loss_columns(batch.mask, scoring.loss_tokens)
         mask = _at(columns, batch.mask)
-        logprobs, _ = _score(params, scoring, batch.tokens, batch.positions, None, columns, mask)
+        logprobs, _ = _score(params, scoring, batch, columns, mask)
         rows = jnp.arange(batch.mask.shape[0])[:, None]
         logprobs = jnp.where(mask, logprobs, 0.0)
         return jnp.zeros(batch.mask.shape, jnp.float32).at[rows, columns].set(logprobs)
@@ -361,16 +351,16 @@ def make_scorer(scoring: Scoring, *, microbatch_tokens: int = 0) -> Callable[[Pa
         rows = microbatch_rows(size, length, microbatch_tokens, row_shards(scoring.mesh))
         if rows == size:
             return score(params, batch)
-        parts = jax.lax.map(lambda part: score(params, part), _microbatches(batch, rows))
-        return jnp.swapaxes(parts, 0, 1).reshape(batch.mask.shape)
+        scores = jax.lax.map(functools.partial(score, params), _microbatches(batch, rows))
+        return jnp.swapaxes(scores, 0, 1).reshape(batch.mask.shape)
 
     return jax.jit(scorer)
 
 
 def place(batch: Any, mesh: Mesh | None) -> Any:
-    """Puts a batch's rows on the mesh; without one, leaves it to the compiled program.
+    """Puts a batch's rows on the mesh; without a mesh, returns the batch.
 
-    On several processes each has the whole batch and puts those rows on its devices that belong there.
+    With several processes each has the whole batch and puts on its devices the rows that belong there.
     """
     if mesh is None:
         return batch
@@ -383,10 +373,10 @@ def place(batch: Any, mesh: Mesh | None) -> Any:
 
 
 def fetch(updates: Sequence[Mapping[str, Float[Array, ""]]]) -> dict[str, float]:
-    """One step's metrics from those of its updates, brought from the device in one transfer.
+    """One step's metrics from those of its updates, in one transfer from the device.
 
-    Means over the updates, but: of `..._max` the largest, of `skipped` the sum, of `lr` the last, and of
-    `sampler/...` the first, the only one whose weights are those that sampled.
+    Means over the updates, except: of `..._max` the largest, of `skipped` the sum, of `lr` the last, and of
+    `sampler/...` the first, whose weights are those that sampled.
     """
     fetched = jax.device_get(list(updates))
     metrics = {}

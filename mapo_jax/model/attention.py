@@ -1,4 +1,4 @@
-"""Rotary position embedding, and attention in its two shapes: over whole rows, and over a cache."""
+"""Rotary position embedding, and attention over whole rows and over a cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rotary_angles(
 ) -> tuple[Float[Array, "B L 1 E/2"], Float[Array, "B L 1 E/2"]]:
     """Cosines and sines of the rotary embedding (Su et al. 2021, arXiv:2104.09864), in float32.
 
-    Pair i of the E/2 pairs turns by position * theta^(-2i/E).
+    Pair i of the E/2 pairs is rotated by position * theta^(-2i/E).
     """
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
@@ -26,11 +26,11 @@ def rotary_angles(
 
 
 def rotate(x: Float[Array, "B L H E"], rotary: tuple[Array, Array]) -> Float[Array, "B L H E"]:
-    """Turns each pair (x[i], x[i + E/2]) by its angle: the half-split convention of Hugging Face's Qwen."""
+    """Rotates each pair (x[i], x[i + E/2]) by its angle: the half-split convention of Hugging Face's Qwen."""
     cos, sin = rotary
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def causal_attention(
@@ -43,11 +43,11 @@ def causal_attention(
 
     Args:
       query, key, value: H query heads share G key/value heads, H/G neighbours each.
-      segments: attention stays among tokens of equal segment (rows packed with several texts).
+      segments: a token attends to tokens of its segment only (rows packed with several texts).
 
-    The queries are cut into a few blocks, and each block only meets the keys up to its own end: the upper
-    half of the score matrix is mostly never computed. Scores are recomputed in the backward pass, so that
-    no [B, H, L, L] array outlives its block.
+    The queries are cut into a few blocks, and each block attends to the keys up to its end: most of the upper
+    half of the score matrix is never computed. Scores are recomputed in the backward pass, so that no
+    [B, H, L, L] array outlives its block.
     """
     length = query.shape[1]
     size = query_block(length)
@@ -61,7 +61,7 @@ def causal_attention(
 
 
 def query_block(length: int) -> int:
-    """Queries of a row whose scores are held at once."""
+    """Queries of a row whose scores are in memory at once."""
     return min(length, max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS)))
 
 
@@ -69,8 +69,8 @@ def _causal_block(query, key, value, segment_pair, start):
     rows, columns = query.shape[1], key.shape[1]
     allowed = (jnp.arange(columns) <= start + jnp.arange(rows)[:, None])[None]
     if segment_pair is not None:
-        ours, theirs = segment_pair
-        allowed = allowed & (ours[:, :, None] == theirs[:, None, :])
+        of_query, of_key = segment_pair
+        allowed = allowed & (of_query[:, :, None] == of_key[:, None, :])
     return _attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), allowed)
 
 
@@ -89,7 +89,7 @@ def _attend(
     allowed: Array,
     keys: str = "bgce",
 ) -> Float[Array, "B L H E"]:
-    """`keys` names the axes of `key`, in the order that they lie in."""
+    """`keys` names the axes of `key` in their order."""
     batch, length, heads, size = query.shape
     groups, share = value.shape[1], heads // value.shape[1]
     # The query heads of a group become rows of one matrix product per key/value head.

@@ -1,4 +1,4 @@
-"""Causal attention over whole rows by three implementations, and which of them a mesh gets.
+"""Three implementations of causal attention over whole rows, and the choice between them.
 
 | name   | runs on | packed rows | notes |
 |--------|---------|-------------|-------|
@@ -6,7 +6,7 @@
 | splash | TPU (on a CPU interpreted, for tests) | yes | JAX's Pallas kernel; no scores in memory |
 | cudnn  | NVIDIA GPU | no | `jax.nn.dot_product_attention`; bfloat16 only |
 
-The platform is the mesh's, never the process's: so a TPU program can be compiled where there is no TPU.
+The platform is that of the mesh, not of the process: so a TPU program can be compiled without a TPU.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ CUDNN_HEAD_DIM = 128  # largest head of cuDNN's backward pass
 def row_attention(
     name: str, mesh: Mesh, config: QwenConfig, dtype: str, *, packed: bool = False
 ) -> RowAttention:
-    """The attention that `model.attention` asks for.
+    """The attention of the setting `model.attention`.
 
     Args:
-      name: xla, splash, cudnn, or auto: splash on TPUs, cudnn on GPUs where it can do what is asked, or xla.
-      mesh: where the rows lie.
-      config, dtype: the model, and what it is computed in.
-      packed: whether rows hold several texts, kept apart by segments.
+      name: xla, splash, cudnn, or auto: splash on TPUs, cudnn on GPUs where it supports the model, else xla.
+      mesh: of the rows.
+      config, dtype: the model, and its compute dtype.
+      packed: whether rows hold several texts, separated by segments.
 
     Raises:
-      UserError: the implementation cannot do it; says what it lacks and what to choose.
+      UserError: the implementation does not support it; names the limit and the alternative.
     """
     name = attention_name(name, mesh, config, dtype, packed=packed)
     if name == "splash":
@@ -51,19 +51,18 @@ def row_attention(
 
 
 def attention_name(name: str, mesh: Mesh, config: QwenConfig, dtype: str, *, packed: bool = False) -> str:
-    """Which implementation `row_attention` takes; arguments and errors are its own."""
+    """The implementation that `row_attention` uses; same arguments and errors."""
     platform = mesh.devices.flat[0].platform
     if name == "auto":
         preferred = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-        name = "xla" if _missing(preferred, platform, config, dtype, packed) else preferred
-    missing = _missing(name, platform, config, dtype, packed)
-    if missing:
-        raise UserError(f"`model.attention` is {name!r}, which {missing}; choose xla or auto")
+        name = "xla" if _limit(preferred, platform, config, dtype, packed) else preferred
+    if limit := _limit(name, platform, config, dtype, packed):
+        raise UserError(f"`model.attention` is {name!r}, which {limit}; choose xla or auto")
     return name
 
 
-def _missing(name: str, platform: str, config: QwenConfig, dtype: str, packed: bool) -> str | None:
-    """What an implementation cannot do of what is asked, to follow the word "which"; None: nothing."""
+def _limit(name: str, platform: str, config: QwenConfig, dtype: str, packed: bool) -> str | None:
+    """Why an implementation cannot be used, to follow the word "which"; None if it can."""
     if name == "splash" and platform not in ("tpu", "cpu"):
         return f"runs on TPUs, not on the mesh's {platform}"
     if name == "cudnn":
@@ -84,7 +83,7 @@ def _cudnn(
     value: Float[Array, "B L G E"],
     segments: Int[Array, "B L"] | None = None,
 ) -> Float[Array, "B L H E"]:
-    # Rows are right-padded, so that the causal mask alone keeps tokens from padding.
+    # Rows are right-padded, so that with the causal mask no token attends to padding.
     if segments is not None:
         raise UserError("`model.attention` is 'cudnn', which takes one text to a row; choose xla or auto")
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
@@ -99,7 +98,7 @@ def _splash(
     mesh: Mesh,
     interpret: bool,
 ) -> Float[Array, "B L H E"]:
-    """Splash attention of each device's own rows and heads: nothing travels."""
+    """Splash attention of each device's rows and heads, without communication."""
     batch, length, _, size = query.shape
     if batch % row_shards(mesh):
         raise UserError(
@@ -107,7 +106,7 @@ def _splash(
             "mesh.fsdp; use more of mesh.tensor, or begin a new run with another "
             "`training.minibatch_scenarios`"
         )
-    # Padding comes last, so that no token sees it; its own output is cut off again.
+    # Padding comes last, so that no token attends to it; its output is cut off.
     block = min(SPLASH_BLOCK, -(-length // LANES) * LANES)
     padding = ((0, 0), (0, -length % block))
     if segments is not None:
@@ -131,14 +130,8 @@ def _splash_rows(query, key, value, segments, *, block: int, interpret: bool):
     batch, length, heads, size = query.shape
     share = heads // key.shape[2]
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * share)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = splash.BlockSizes(**dict.fromkeys(names, block))
     kernel = splash.make_splash_mqa_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
 
     def row(query, key, value, segments):

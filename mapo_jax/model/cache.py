@@ -1,9 +1,9 @@
-"""Keys and values of earlier tokens: what a decoder keeps of a row, by position.
+"""KV cache: keys and values of earlier tokens, by position.
 
-Decoding reads all of it at every step, so its layout is the platform's. Heads lie outside positions, so that
-each head's keys are one contiguous block. Accelerators take positions before features, [K, G, C, E], and a
-token is written as one run of bytes. On a CPU attention with keys as [K, G, E, C] is some 1.5 times as fast
-(`benchmarks/lanes.py`): its inner loop runs along the positions. Values are [K, G, C, E] everywhere.
+Each decode step reads the whole cache, so its layout depends on the platform. Heads come before positions, so
+that each head's keys are one contiguous block. On accelerators positions come before features, [K, G, C, E],
+and a token is written as one run of bytes. On a CPU attention with keys as [K, G, E, C] is about 1.5 times as
+fast (`benchmarks/lanes.py`): its inner loop runs along the positions. Values are [K, G, C, E] everywhere.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ class LayerCache:
         keys: Float[Array, "M N G E"],
         values: Float[Array, "M N G E"],
     ) -> LayerCache:
-        """Puts N tokens into each of M rows; what has no such row or position is dropped."""
-        # With features last, every axis but the last is indexed. With a slice among them a TPU would
-        # write to a cache whose heads lie inside its positions: a second cache, and two rearrangements of all
-        # of it for every block of steps.
+        """Writes N tokens into each of M rows; rows and positions that do not exist are dropped."""
+        # With features last, every axis but the last is indexed. With a slice among them a TPU would write to
+        # a cache with heads after positions: a second cache, and two transpositions of it per block of steps.
         places = (rows[:, None, None], jnp.arange(self.values.shape[1]), positions[:, :, None])
         key_places = (*places[:2], slice(None), places[2]) if self.by_feature else places
         return LayerCache(
@@ -49,13 +48,13 @@ class LayerCache:
         )
 
     def read(self, positions: Int[Array, "K N"]) -> tuple[Float[Array, "K N G E"], Float[Array, "K N G E"]]:
-        """Keys and values of N tokens of each row; what lies beyond its room does not matter."""
+        """Keys and values of N tokens of each row; arbitrary for positions beyond the cache."""
         rows = jnp.arange(positions.shape[0])[:, None]
         keys = self.keys.at[rows, :, :, positions] if self.by_feature else self.keys.at[rows, :, positions]
         return keys.get(mode="clip"), self.values.at[rows, :, positions].get(mode="clip")
 
     def grown(self, length: int, numpy=jnp) -> LayerCache:
-        """The same with room for `length` tokens; `numpy` is the library that pads it."""
+        """The same with room for `length` tokens; `numpy` is the module that pads (numpy or jax.numpy)."""
         more = (0, length - self.length)
         key_padding = ((0, 0), more) if self.by_feature else (more, (0, 0))
         outer = ((0, 0),) * (self.values.ndim - 2)

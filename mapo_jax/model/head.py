@@ -1,4 +1,4 @@
-"""From hidden states to logits and log-probabilities, in float32 and without ever holding [B, L, V]."""
+"""Logits and log-probabilities of hidden states, in float32 and without an array [B, L, V]."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logits(
 
 
 def _kernel(params: Params, config: QwenConfig) -> tuple[Array, int]:
-    """The head's matrix, and which of its axes is D."""
+    """The head's matrix, and its axis D."""
     if config.tie_word_embeddings:
         return params["embed"]["embedding"], 1
     return params["head"]["kernel"], 0
@@ -58,16 +58,16 @@ def token_logprobs(
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
     """Log-probability of each target, and the entropy of the distribution it comes from.
 
-    The distribution is softmax(logits / temperature). About `chunk` tokens of each device are taken at a
-    time, the same columns of every row, and their logits are recomputed in the backward pass: memory is that
-    of a few [chunk, V] arrays.
+    The distribution is softmax(logits / temperature). Logits are computed for about `chunk` tokens of each
+    device at a time, the same columns of every row, and recomputed in the backward pass: memory is that of a
+    few [chunk, V] arrays.
 
     Args:
-      wanted: columns in which no row wants anything are mostly skipped, a chunk at a time, and give 0; so
-        it pays to have what is wanted in the first columns.
+      wanted: the tokens whose results are needed. A chunk without any is skipped and its results are 0; so
+        put wanted tokens into the first columns.
       chunk: None: `head_chunk`.
-      mesh: where weights and rows lie. The head's matrix is then gathered once before the first chunk and its
-        gradient reduced once after the last, not with every chunk; the vocabulary stays cut over `tensor`.
+      mesh: of weights and rows. The head's matrix is gathered once before the first chunk and its gradient
+        reduced once after the last, not with every chunk; the vocabulary stays cut over `tensor`.
 
     Returns:
       (log-probabilities, entropies), float32, in nats.
@@ -88,10 +88,10 @@ def token_logprobs(
 
 
 def head_chunk(vocabulary: int) -> int:
-    """Tokens whose logits are held at once.
+    """Tokens whose logits are in memory at once.
 
-    The backward pass adds to the matrix's whole gradient with every chunk: on an accelerator fewer tokens
-    would mean more traffic than arithmetic. A small vocabulary is computed on a CPU, from its cache.
+    The backward pass adds to the matrix's whole gradient with every chunk: on an accelerator smaller chunks
+    would be limited by memory bandwidth. A small vocabulary is computed on a CPU, in its cache.
     """
     return 256 if vocabulary <= 2**15 else 512
 
@@ -100,8 +100,8 @@ def _scores(kernel, states, ids, *, axis, temperature, vocabulary_size, cut_over
     """Log-probabilities and entropies of some tokens, from their logits.
 
     Args:
-      cut_over: the mesh axis that the vocabulary is cut over, inside a `shard_map`: each device has its part
-        of the logits, and only their sums and maxima travel.
+      cut_over: the mesh axis that the vocabulary is cut over, inside a `shard_map`: each device has its slice
+        of the logits, and only sums and maxima are communicated.
     """
     size = kernel.shape[1 - axis]
     vocabulary = jnp.arange(size) + (0 if cut_over is None else size * jax.lax.axis_index(cut_over))
@@ -122,7 +122,7 @@ def _scores(kernel, states, ids, *, axis, temperature, vocabulary_size, cut_over
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_over(axis: str, part: Array) -> Array:
-    """The sum over a mesh axis, whose gradient every device has already: it goes to each part as it is."""
+    """The sum over a mesh axis. Every device has its gradient already, which is that of each summand."""
     return jax.lax.psum(part, axis)
 
 
@@ -131,7 +131,7 @@ _sum_over.defvjp(lambda axis, part: (jax.lax.psum(part, axis), None), lambda axi
 
 @dataclass(frozen=True)
 class _Chunks:
-    """What `_in_chunks` does not differentiate by."""
+    """The arguments of `_in_chunks` without a gradient."""
 
     score: functools.partial  # (kernel, states [B, W, D], ids [B, W]) -> (log-probabilities, entropies)
     tokens: int  # of each device at a time
@@ -152,21 +152,21 @@ class _Chunks:
         return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
 
     def on_mesh(self, function, *, cotangents: int = 0):
-        """Lets every device run `function` on its own rows and its own part of the vocabulary.
+        """`function` on every device's rows and slice of the vocabulary.
 
         Args:
-          cotangents: how many the backward pass is given; 0: the forward pass.
+          cotangents: their number in the backward pass; 0: the forward pass.
         """
         if self.mesh is None:
             return function
         rows, width, vocabulary = (PartitionSpec(RULES[axis]) for axis in ("rows", "width", "vocabulary"))
         order = slice(None, None, 1 if self.axis == 0 else -1)
-        own = PartitionSpec(*(*width, *vocabulary)[order])  # the kernel as it lies
+        kernel = PartitionSpec(*(*width, *vocabulary)[order])
         gathered = PartitionSpec(*(None, *vocabulary)[order])
         if cotangents:
-            places = (gathered, *(rows,) * (3 + cotangents)), (own, rows)
+            places = (gathered, *(rows,) * (3 + cotangents)), (kernel, rows)
         else:
-            places = (own, rows, rows, rows), (rows, rows, gathered)
+            places = (kernel, rows, rows, rows), (rows, rows, gathered)
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=places[0], out_specs=places[1], check_vma=False
         )
@@ -183,17 +183,17 @@ def _forward(chunks, kernel, hidden, targets, wanted):
         if chunks.mesh is not None:
             kernel = jax.lax.all_gather(kernel, RULES["width"], axis=chunks.axis, tiled=True)
 
-        def one(part):
-            states, ids, asked = part
-            nothing = (jnp.zeros(ids.shape, jnp.float32),) * 2
-            return jax.lax.cond(jnp.any(asked), lambda: chunks.score(kernel, states, ids), lambda: nothing)
+        def score(chunk):
+            states, ids, needed = chunk
+            zeros = (jnp.zeros(ids.shape, jnp.float32),) * 2
+            return jax.lax.cond(jnp.any(needed), lambda: chunks.score(kernel, states, ids), lambda: zeros)
 
-        found = jax.lax.map(one, tuple(map(chunks.cut, (hidden, targets, wanted))))
-        return *(chunks.whole(part, targets.shape[1]) for part in found), kernel
+        scores = jax.lax.map(score, tuple(map(chunks.cut, (hidden, targets, wanted))))
+        return *(chunks.whole(array, targets.shape[1]) for array in scores), kernel
 
-    *found, gathered = chunks.on_mesh(local)(kernel, hidden, targets, wanted)
-    # An empty array remembers the kernel's own type.
-    return tuple(found), (gathered, jnp.zeros(0, kernel.dtype), hidden, targets, wanted)
+    *scores, gathered = chunks.on_mesh(local)(kernel, hidden, targets, wanted)
+    # The empty array carries the kernel's dtype.
+    return tuple(scores), (gathered, jnp.zeros(0, kernel.dtype), hidden, targets, wanted)
 
 
 def _forward_rule(chunks, *primals):
@@ -201,30 +201,30 @@ def _forward_rule(chunks, *primals):
 
 
 def _backward(chunks, residuals, cotangents):
-    gathered, own, hidden, targets, wanted = residuals
-    # Nothing is spent on what has no part in the loss, as an entropy that is only reported.
-    used = [index for index, given in enumerate(cotangents) if not isinstance(given, SymbolicZero)]
+    gathered, like_kernel, hidden, targets, wanted = residuals
+    # Outputs that are not in the loss, as an entropy that is only reported, cost nothing.
+    used = [i for i, cotangent in enumerate(cotangents) if not isinstance(cotangent, SymbolicZero)]
     if not used:
         return None, None, None, None
     cotangents = [cotangents[index] for index in used]
 
     def local(kernel, hidden, targets, wanted, *cotangents):
-        def one(total, part):
-            states, ids, asked, *given = part
+        def one(total, chunk):
+            states, ids, needed, *cotangents = chunk
 
             def score(kernel, states):
-                found = chunks.score(kernel, states, ids)
-                return [found[index] for index in used]
+                scores = chunks.score(kernel, states, ids)
+                return [scores[index] for index in used]
 
             def add():
                 _, pull = jax.vjp(score, kernel, states)
-                for_kernel, for_states = pull(given)
-                return total + for_kernel.astype(jnp.float32), for_states
+                of_kernel, of_states = pull(cotangents)
+                return total + of_kernel.astype(jnp.float32), of_states
 
-            return jax.lax.cond(jnp.any(asked), add, lambda: (total, jnp.zeros_like(states)))
+            return jax.lax.cond(jnp.any(needed), add, lambda: (total, jnp.zeros_like(states)))
 
-        parts = tuple(map(chunks.cut, (hidden, targets, wanted, *cotangents)))
-        total, states = jax.lax.scan(one, jnp.zeros(kernel.shape, jnp.float32), parts, reverse=True)
+        arrays = tuple(map(chunks.cut, (hidden, targets, wanted, *cotangents)))
+        total, states = jax.lax.scan(one, jnp.zeros(kernel.shape, jnp.float32), arrays, reverse=True)
         states = chunks.whole(states, targets.shape[1])
         if chunks.mesh is not None:
             total = jax.lax.psum_scatter(total, RULES["width"], scatter_dimension=chunks.axis, tiled=True)
@@ -235,7 +235,7 @@ def _backward(chunks, residuals, cotangents):
     total, states = chunks.on_mesh(local, cotangents=len(used))(
         gathered, hidden, targets, wanted, *cotangents
     )
-    return total.astype(own.dtype), states, None, None
+    return total.astype(like_kernel.dtype), states, None, None
 
 
 _in_chunks.defvjp(_forward_rule, _backward, symbolic_zeros=True)

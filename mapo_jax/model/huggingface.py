@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors weights, both ways through one table of names."""
+"""Hugging Face model folders: config.json and safetensors weights, read and written."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 import math
 import os
 import re
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,40 +16,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.peft import adapt, base_folder, is_adapter
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
+from mapo_jax.model.tensor_names import (
+    EMBEDDING,
+    HEAD,
+    NAMES,
+    Reader,
+    in_file_layout,
+    params_reader,
+    tensor_names,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-# Our path -> Hugging Face's name, and which of our axes (the stacked layer axis not counted) make up each of
-# its axes. ((1, 2), (0,)) reads: its axis 0 is our axes 1 and 2 flattened, its axis 1 is our axis 0.
-NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
-    "embed/embedding": (EMBEDDING, ((0,), (1,))),
-    "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", ((0,),)),
-    "layers/attention/q/kernel": ("model.layers.{}.self_attn.q_proj.weight", ((1, 2), (0,))),
-    "layers/attention/q/bias": ("model.layers.{}.self_attn.q_proj.bias", ((0, 1),)),
-    "layers/attention/q_norm/scale": ("model.layers.{}.self_attn.q_norm.weight", ((0,),)),
-    "layers/attention/k/kernel": ("model.layers.{}.self_attn.k_proj.weight", ((1, 2), (0,))),
-    "layers/attention/k/bias": ("model.layers.{}.self_attn.k_proj.bias", ((0, 1),)),
-    "layers/attention/k_norm/scale": ("model.layers.{}.self_attn.k_norm.weight", ((0,),)),
-    "layers/attention/v/kernel": ("model.layers.{}.self_attn.v_proj.weight", ((1, 2), (0,))),
-    "layers/attention/v/bias": ("model.layers.{}.self_attn.v_proj.bias", ((0, 1),)),
-    "layers/attention/o/kernel": ("model.layers.{}.self_attn.o_proj.weight", ((2,), (0, 1))),
-    "layers/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", ((0,),)),
-    "layers/mlp/gate/kernel": ("model.layers.{}.mlp.gate_proj.weight", ((1,), (0,))),
-    "layers/mlp/up/kernel": ("model.layers.{}.mlp.up_proj.weight", ((1,), (0,))),
-    "layers/mlp/down/kernel": ("model.layers.{}.mlp.down_proj.weight", ((1,), (0,))),
-    "norm/scale": ("model.norm.weight", ((0,),)),
-    "head/kernel": (HEAD, ((1,), (0,))),
-}
-
+_BLOCK_BYTES = 16 * 2**20  # most bytes of a file's tensor that a comparison holds
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # --- config.json -------------------------------------------------------------------------------------------
 
@@ -83,12 +69,9 @@ def read_config(folder: str | Path) -> QwenConfig:
         raise UserError(f"{path}: `{key}` is {json.dumps(value)}, which is not supported; {supported}")
 
     family = require("model_type")
-    if family not in ("qwen2", "qwen3"):
+    if family not in _ARCHITECTURES:
         refuse("model_type", family, "dense qwen2 (Qwen2.5) and qwen3 models are")
-    rope = {
-        **(content.get("rope_scaling") or {}),
-        **(content.get("rope_parameters") or {}),
-    }
+    rope = (content.get("rope_scaling") or {}) | (content.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         key = "rope_parameters.rope_type" if "rope_parameters" in content else "rope_scaling"
@@ -145,9 +128,8 @@ def write_config(
       dtype: of the weights beside it.
       token_ids: further entries, such as {"eos_token_id": 2, "pad_token_id": 0}.
     """
-    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[config.family]
     content = {
-        "architectures": [architecture],
+        "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -172,63 +154,6 @@ def write_config(
         **(token_ids or {}),
     }
     write_whole(Path(folder) / "config.json", json.dumps(content, indent=2) + "\n")
-
-
-# --- names and layouts -------------------------------------------------------------------------------------
-
-
-def _leaves(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
-
-
-def tensor_names(config: QwenConfig) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
-    """Hugging Face name -> (our path, layer or None, its shape there), in the order of a forward pass."""
-    before, layered, after = [], [], []
-    for path, leaf in _leaves(parameter_shapes(config)):
-        template, groups = NAMES[path]
-        if path.startswith("layers/"):
-            shape = tuple(math.prod(leaf.shape[1:][axis] for axis in group) for group in groups)
-            layered.append((path, template, shape))
-        else:
-            shape = tuple(math.prod(leaf.shape[axis] for axis in group) for group in groups)
-            (before if path.startswith("embed/") else after).append((template, (path, None, shape)))
-    layers = [
-        (template.format(layer), (path, layer, shape))
-        for layer in range(config.num_layers)
-        for path, template, shape in layered
-    ]
-    # The norm comes before the head, as it is applied.
-    return dict([*before, *layers, *sorted(after, key=lambda item: item[1][0], reverse=True)])
-
-
-Reader = Callable[[str, int | None], np.ndarray]
-"""Gives one of our arrays by its path, or one layer of it; `params_reader`, or reads it from a disk."""
-
-
-def params_reader(params: Params) -> Reader:
-    """Reads from parameters in memory."""
-    leaves = dict(_leaves(params))
-
-    def read(path: str, layer: int | None) -> np.ndarray:
-        return np.asarray(leaves[path] if layer is None else leaves[path][layer])
-
-    return read
-
-
-def _views(read: Reader, config: QwenConfig) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
-    """Every tensor's Hugging Face name and shape, and our array with its axes in their order there."""
-    for name, (path, layer, shape) in tensor_names(config).items():
-        yield name, shape, read(path, layer).transpose(sum(NAMES[path][1], ()))
-
-
-def to_huggingface(params: Params, config: QwenConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under its Hugging Face name and in its layout, one at a time on the host."""
-    for name, shape, view in _views(params_reader(params), config):
-        yield name, view.reshape(shape)
 
 
 # --- loading -----------------------------------------------------------------------------------------------
@@ -280,38 +205,37 @@ def _open_weights(folder: Path, config: QwenConfig, stack: ExitStack) -> dict[st
 
 
 def _open_model(folder: Path, config: QwenConfig, stack: ExitStack) -> dict[str, Any]:
-    found = _open_tensors(folder, config, stack)
-    if config.tie_word_embeddings and EMBEDDING not in found and HEAD in found:
-        found[EMBEDDING] = found.pop(HEAD)  # of one matrix with two names some tools store only the second
-    tensors = {name: tensor for name, tensor in found.items() if not _is_redundant(name, config)}
+    stored = _open_tensors(folder, config, stack)
+    if config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
+        stored[EMBEDDING] = stored.pop(HEAD)  # some tools store a tied matrix under the head's name alone
+    tensors = {name: tensor for name, tensor in stored.items() if not _is_redundant(name, config)}
     _check_tensors(folder, tensors, config)
-    for name in found.keys() - tensors.keys():
-        _check_redundant(folder, name, found, config)
+    for name in stored.keys() - tensors.keys():
+        _check_redundant(folder, name, stored, config)
     return tensors
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The files with weights, and the tensors that the index promises in each (None: no index)."""
+    """The files with weights, and the tensors that the index lists for each (None: no index)."""
     index = folder / INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files: dict[Path, set[str] | None] = {}
-            for tensor, file in weight_map.items():
-                files.setdefault(folder / file, set()).add(tensor)
-            return files
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{index} is no valid index of weights; fetch the file again") from error
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}
-    raise UserError(
-        f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; only safetensors files are read"
-    )
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return {folder / SINGLE: None}
+        raise UserError(
+            f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; only safetensors files are read"
+        )
+    try:
+        files: dict[Path, set[str] | None] = {}
+        for tensor, file in json.loads(index.read_text())["weight_map"].items():
+            files.setdefault(folder / file, set()).add(tensor)
+        return files
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} is no valid index of weights; fetch the file again") from error
 
 
 def _open_tensors(folder: Path, config: QwenConfig, stack: ExitStack) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
-    for file, promised in _weight_files(folder).items():
+    for file, listed in _weight_files(folder).items():
         try:
             handle = stack.enter_context(safe_open(file, framework="numpy"))
         except FileNotFoundError as error:
@@ -321,11 +245,13 @@ def _open_tensors(folder: Path, config: QwenConfig, stack: ExitStack) -> dict[st
                 f"the weights file {file} is truncated or damaged ({error}); fetch or export it again"
             ) from error
         names = set(handle.keys())
-        odd = [] if promised is None else sorted(names ^ promised)
-        if odd := next((name for name in odd if not _is_redundant(name, config)), None):
-            where = "lists it there" if odd in promised else "does not list it there"
-            having = "lacks" if odd in promised else "holds"
-            raise UserError(f"the weights file {file} {having} the tensor {odd}, but {INDEX} {where}")
+        differing = () if listed is None else sorted(names ^ listed)
+        for name in differing:
+            if not _is_redundant(name, config):
+                has, lists = ("lacks", "lists") if name in listed else ("holds", "does not list")
+                raise UserError(
+                    f"the weights file {file} {has} the tensor {name}, but {INDEX} {lists} it there"
+                )
         tensors.update((name, handle.get_slice(name)) for name in names)
     return tensors
 
@@ -334,7 +260,7 @@ _FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_fr
 
 
 def _is_redundant(name: str, config: QwenConfig) -> bool:
-    """Whether a tensor says again what the others or config.json say, as some published folders have it."""
+    """Whether a tensor repeats other tensors or config.json, as in some published folders."""
     return bool(_FREQUENCIES.fullmatch(name)) or (name == HEAD and config.tie_word_embeddings)
 
 
@@ -347,9 +273,9 @@ def _check_redundant(folder: Path, name: str, tensors: Mapping[str, Any], config
             "config.json ties the two (`tie_word_embeddings`); set that to false, or remove the tensor"
         )
     expected = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-    found = np.asarray(tensors[name][:]).astype(np.float64)
+    stored = np.asarray(tensors[name][:]).astype(np.float64)
     # Half precision keeps two digits, and nothing below 1e-7.
-    if found.shape != expected.shape or not np.allclose(found, expected, rtol=0.01, atol=1e-4):
+    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=0.01, atol=1e-4):
         raise UserError(
             f"the tensor {name} in {folder} holds other rotary frequencies than follow from config.json's "
             f"`rope_theta` ({config.rope_theta:g}); correct that, or remove the tensor"
@@ -357,44 +283,42 @@ def _check_redundant(folder: Path, name: str, tensors: Mapping[str, Any], config
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two matrices in files hold the same values; a block of each is in memory at a time."""
-    if one.get_shape() != other.get_shape():
-        return False
-    height, width = one.get_shape()
-    rows = max(1, _BLOCK_BYTES // (4 * width))
-    blocks = (slice(start, min(start + rows, height)) for start in range(0, height, rows))
-    return all(
+    """Whether two matrices in files hold the same values, compared block by block."""
+    return one.get_shape() == other.get_shape() and all(
         np.array_equal(
             *(np.asarray(matrix[block]).astype(np.float32) for matrix in (one, other)), equal_nan=True
         )
-        for block in blocks
+        for block in _row_blocks(one.get_shape())
     )
+
+
+def _row_blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """Slices of the first axis, of at most _BLOCK_BYTES in float32 each."""
+    rows = max(1, _BLOCK_BYTES // (4 * math.prod(shape[1:])))
+    return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
 
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig) -> None:
     expected = tensor_names(config)
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(
-            f"the weights in {folder} lack the tensor {missing[0]}{more}, which config.json calls for"
-        )
-    surplus = sorted(name for name in tensors if name not in expected)
-    if surplus:
-        more = f" (and {len(surplus) - 1} more)" if len(surplus) > 1 else ""
-        raise UserError(
-            f"the weights in {folder} hold the tensor {surplus[0]}{more}, which config.json does not call for"
-        )
-    for name, (_, _, shape) in expected.items():
-        found = tuple(tensors[name].get_shape())
-        if found != shape:
+    for holds, names, calls in (
+        ("lack", [name for name in expected if name not in tensors], "calls for"),
+        ("hold", sorted(tensors.keys() - expected.keys()), "does not call for"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(
-                f"the tensor {name} in {folder} has shape {list(found)}, "
+                f"the weights in {folder} {holds} the tensor {names[0]}{more}, which config.json {calls}"
+            )
+    for name, (_, _, shape) in expected.items():
+        stored, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
+        if stored != shape:
+            raise UserError(
+                f"the tensor {name} in {folder} has shape {list(stored)}, "
                 f"but config.json calls for {list(shape)}"
             )
-        if tensors[name].get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        if dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(
-                f"the tensor {name} in {folder} has dtype {tensors[name].get_dtype()}; "
+                f"the tensor {name} in {folder} has dtype {dtype}; "
                 "only unquantised weights (BF16, F16, F32) are read"
             )
 
@@ -402,27 +326,27 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig)
 def _read_part(
     tensors: Mapping[str, Any], path: str, leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]
 ) -> np.ndarray:
-    """The part `index` of our array `path`, read from the layers that it touches."""
+    """The slice `index` of our array `path`, read from the layers that it covers."""
     shape, dtype = leaf.shape, leaf.dtype
-    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    bounds = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
     template, groups = NAMES[path]
     if not path.startswith("layers/"):
         return _read_tensor(tensors[template], groups, shape, bounds, dtype)
     layers = range(*bounds[0])
-    part = np.empty((len(layers), *(end - start for start, end in bounds[1:])), dtype)
+    stacked = np.empty((len(layers), *(end - start for start, end in bounds[1:])), dtype)
     for row, layer in enumerate(layers):
-        part[row] = _read_tensor(tensors[template.format(layer)], groups, shape[1:], bounds[1:], dtype)
-    return part
+        stacked[row] = _read_tensor(tensors[template.format(layer)], groups, shape[1:], bounds[1:], dtype)
+    return stacked
 
 
 def _read_tensor(
     tensor: Any, groups, shape: tuple[int, ...], bounds: list[tuple[int, int]], dtype: np.dtype
 ) -> np.ndarray:
-    """Reads `bounds` of one tensor (ours: `shape`) from the file, and only them."""
+    """Reads `bounds` of one tensor (`shape` in our layout) from the file, and nothing else."""
     window = []
     for group in groups:
         inner = math.prod(shape[axis] for axis in group[1:])
-        # A flattened axis is one range only if all but its first part are whole (RULES never cut head_dim).
+        # A flattened axis is one range only if all axes but the first are whole (RULES never cut head_dim).
         assert all(bounds[axis] == (0, shape[axis]) for axis in group[1:])
         start, end = bounds[group[0]]
         window.append(slice(start * inner, end * inner))
@@ -445,31 +369,28 @@ def save_params(
 ) -> None:
     """Writes the weights as safetensors, in several files with an index where one would be too large.
 
-    One tensor is on the host at a time, whatever the files' sizes. Each file is written under a temporary
-    name and renamed; weights of an earlier save in the same folder are removed last.
+    The tensors of one file are on the host at a time. Each file is written under a temporary name and
+    renamed; weights of an earlier save in the same folder are removed last.
 
     Args:
-      params: the weights, or what reads them one by one.
+      params: the weights, or a reader of them.
       dtype: "bfloat16" or "float32".
-      max_shard_bytes: a file holds at most this much (and at least one tensor).
+      max_shard_bytes: most bytes of tensors in a file (one tensor may exceed it).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kind = jnp.dtype(dtype)
-    sizes = {name: math.prod(shape) * kind.itemsize for name, (_, _, shape) in tensor_names(config).items()}
+    kind, places = jnp.dtype(dtype), tensor_names(config)
+    sizes = {name: math.prod(shape) * kind.itemsize for name, (_, _, shape) in places.items()}
     shards = _shards(sizes, max_shard_bytes)
-    tensors = _views(params if callable(params) else params_reader(params), config)
+    read = params if callable(params) else params_reader(params)
     for file, names in shards.items():
         temporary = folder / f".{file}.{os.getpid()}"
         try:
-            with temporary.open("wb") as out:
-                out.write(_header(names, config, kind))
-                for expected in names:
-                    name, _, view = next(tensors)
-                    assert name == expected
-                    for block in _blocks(view, kind):
-                        out.write(block)
-                    del view  # before the next one is read
+            save_file(
+                {name: np.ascontiguousarray(in_file_layout(read, *places[name]), kind) for name in names},
+                temporary,
+                metadata={"format": "pt"},
+            )
             os.chmod(temporary, 0o644)
             os.replace(temporary, folder / file)
         finally:
@@ -484,43 +405,6 @@ def save_params(
     for old in folder.glob("model*.safetensors"):
         if old.name not in shards:
             old.unlink()
-
-
-def differing_tensor(folder: str | Path, read: Reader, config: QwenConfig) -> str | None:
-    """The first tensor of a folder that is not, bit for bit, what `read` gives in the files' precision.
-
-    One tensor and a block of its file are on the host at a time.
-
-    Raises:
-      UserError: the folder's tensors are not those that the configuration calls for.
-    """
-    folder = Path(folder)
-    with ExitStack() as stack:
-        _open_model(folder, config, stack)
-    places = {}
-    for file in _weight_files(folder):
-        with file.open("rb") as content:
-            (length,) = struct.unpack("<Q", content.read(8))
-            header = json.loads(content.read(length))
-        header.pop("__metadata__", None)
-        places |= {
-            name: (file, 8 + length + entry["data_offsets"][0], entry["dtype"])
-            for name, entry in header.items()
-        }
-    kinds = {name: jnp.dtype(kind) for kind, name in _DTYPE_NAMES.items()}
-    for name, _, view in _views(read, config):
-        file, start, dtype = places[name]
-        with file.open("rb") as content:
-            content.seek(start)
-            for block in _blocks(view, kinds[dtype]):
-                if content.read(len(block)) != block:
-                    return name
-        del view
-    return None
-
-
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
-_BLOCK_BYTES = 16 * 2**20
 
 
 def _shards(sizes: Mapping[str, int], most: float) -> dict[str, list[str]]:
@@ -538,48 +422,24 @@ def _shards(sizes: Mapping[str, int], most: float) -> dict[str, list[str]]:
     }
 
 
-def _header(names: list[str], config: QwenConfig, kind: np.dtype) -> bytes:
-    """The head of a safetensors file: its length in 8 bytes, then JSON, padded to a multiple of 8."""
-    shapes = tensor_names(config)
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        shape = shapes[name][2]
-        start, end = end, end + math.prod(shape) * kind.itemsize
-        content[name] = {
-            "dtype": _DTYPE_NAMES[kind.name],
-            "shape": list(shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+def differing_tensor(folder: str | Path, read: Reader, config: QwenConfig) -> str | None:
+    """The first tensor of a folder that is not, bit for bit, what `read` returns in the files' precision.
 
+    One tensor and a block of its file are on the host at a time.
 
-def _blocks(view: np.ndarray, kind: np.dtype) -> Iterator[bytes]:
-    """The bytes of an array in C order and in another precision, some rows at a time."""
-    rows = max(1, _BLOCK_BYTES // max(1, view[:1].nbytes))
-    for start in range(0, len(view), rows):
-        yield np.ascontiguousarray(view[start : start + rows]).astype(kind, copy=False).tobytes()
-
-
-# --- adapters, in PEFT's format ----------------------------------------------------------------------------
-
-
-def adapter_tensors(read: Reader, config: QwenConfig) -> dict[str, np.ndarray]:
-    """Every adapter under PEFT's name and in its layout: A `[rank, in]`, B `[out, rank]`, float32.
-
-    Args:
-      read: reads `layers/.../lora_a` and `lora_b` by layer.
+    Raises:
+      UserError: the folder's tensors are not those that the configuration calls for.
     """
-    tensors = {}
-    for path, (template, _) in NAMES.items():
-        module, kind = path.rsplit("/", 1)
-        if kind != "kernel" or module.rsplit("/", 1)[-1] not in config.lora.targets:
-            continue
-        for layer in range(config.num_layers):
-            stem = "base_model.model." + template.format(layer).removesuffix("weight")
-            a, b = (np.asarray(read(f"{module}/lora_{side}", layer), np.float32) for side in "ab")
-            tensors[stem + "lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, config.lora.rank).T)
-            tensors[stem + "lora_B.weight"] = np.ascontiguousarray(b.reshape(config.lora.rank, -1).T)
-    return tensors
+    folder = Path(folder)
+    check_weights(folder, config)
+    places = tensor_names(config)
+    for file in _weight_files(folder):
+        with safe_open(file, framework="numpy") as handle:  # one file: mapped pages count as memory
+            for name in sorted(places.keys() & set(handle.keys())):
+                expected = in_file_layout(read, *places[name])
+                for block in _row_blocks(expected.shape):
+                    stored = np.asarray(handle.get_slice(name)[block])
+                    if stored.tobytes() != expected[block].astype(stored.dtype).tobytes():
+                        return name
+                del expected  # before the next one is read
+    return None

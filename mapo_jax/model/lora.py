@@ -1,16 +1,17 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): small trained matrices beside frozen ones.
 
 A linear map W gets a low-rank addition, `x W + (alpha / rank) (x A) B`. A starts random and B at zero, so
-that training begins with the frozen model. Training and sampling both apply it so, in one forward graph:
+that training begins with the frozen model. Training and sampling both compute it so, in one forward graph:
 weights merged for the sampler would be a second copy of the model, and in bfloat16 they would lose most of a
-small change. `W + (alpha / rank) A B` is only made where a model leaves its run (`merge`).
+small change. `W + (alpha / rank) A B` is only computed where a model leaves its run (`merge`).
 
-In a tree of parameters the adapters stand beside their kernel, as `lora_a` and `lora_b`; `split` takes them
-out and `join` puts them back, and nothing is computed or copied by either.
+In a tree of parameters the adapters are beside their kernel, as `lora_a` and `lora_b`; `split` separates them
+and `join` reverses that, without computation or copies.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +52,8 @@ class AdaptedLinear(nnx.LinearGeneral):
 
     def __init__(self, in_features, out_features, *, lora: LoRA, rngs: nnx.Rngs, **options):
         super().__init__(in_features, out_features, rngs=rngs, **options)
-        width = 1
-        for size in self.in_features:
-            width *= size
-        # Uniform in +-1/sqrt(fan-in), as PEFT has it.
+        width = math.prod(self.in_features)
+        # Uniform in +-1/sqrt(fan-in), as in PEFT.
         start = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(
             rngs.params(), (width, lora.rank), jnp.float32
         )
@@ -87,7 +86,7 @@ def split(params: Any) -> tuple[Any, Any]:
 
 
 def join(base: Any, adapters: Any) -> Any:
-    """The whole tree again: `join(base, adapters)` of what `split` gave."""
+    """The whole tree of `split`'s two results."""
     whole = dict(base)
     for name, value in adapters.items():
         whole[name] = join(whole.get(name, {}), value) if isinstance(value, dict) else value

@@ -1,8 +1,9 @@
-"""Folders of LoRA adapters in PEFT's format: read as the model that they make of their base, and written.
+"""Folders of LoRA adapters in PEFT's format, written, and read as the model that they and their base make.
 
     W' = W + scale B A        scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
-Every part of a tensor is added up as it is read, so that such a model loads shard by shard like any other.
+The sum is computed for each slice of a tensor as it is read, so that such a model loads shard by shard like
+any other.
 """
 
 from __future__ import annotations
@@ -10,23 +11,26 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.lora import TARGETS, LoRA
+from mapo_jax.model.qwen import QwenConfig
+from mapo_jax.model.tensor_names import NAMES, Reader
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Keys of PEFT's LoraConfig that do not change what adapters compute: where they come from, and what mattered
-# only while they were made. `_RULES` has the keys that are read; any other, of a later PEFT too, must be off.
+# Keys of PEFT's LoraConfig that do not change what adapters compute: their origin, and settings of their
+# training. `_Settings` has the keys that are read; any other, of a later PEFT too, must be off.
 _IGNORED = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -34,10 +38,12 @@ _IGNORED = (
     "ensure_weight_tying",
     "eva_config",
     "inference_mode",
+    "init_lora_weights",
     "loftq_config",
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
+    "peft_type",
     "peft_version",
     "qalora_group_size",
     "revision",
@@ -47,8 +53,8 @@ _IGNORED = (
 )
 _LINEAR = re.compile(r"(?:model\.layers\.\d+\.\w+\.\w+_proj|lm_head)\.weight")
 _OFF = (None, False, "none", "", [], {})
-# The `init_lora_weights` that leave the base as it is; pissa, olora, corda, loftq and lora_ga take from its
-# weights what they put into the adapters.
+# The `init_lora_weights` that leave the base unchanged; pissa, olora, corda, loftq and lora_ga subtract from
+# its weights what they put into the adapters.
 _STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
@@ -69,14 +75,14 @@ def is_adapter(folder: Path | str) -> bool:
 
 
 def base_folder(folder: Path | str) -> Path:
-    """The folder of the model that adapters belong to.
+    """The folder of the adapters' base model.
 
     Raises:
-      UserError: `base_model_name_or_path` names no folder that is there (from here, or from beside the
+      UserError: `base_model_name_or_path` names no existing folder (relative to the current folder or to the
         adapters), or the adapters are of a kind that is not read.
     """
     folder = Path(folder)
-    name = str(_settings(folder).get("base_model_name_or_path"))
+    name = str(_read_settings(folder).get("base_model_name_or_path"))
     for place in (Path(name), folder / name):
         if (place / "config.json").is_file():
             return place
@@ -87,18 +93,18 @@ def base_folder(folder: Path | str) -> Path:
 
 
 def adapt(folder: Path | str, tensors: Mapping[str, Any], stack: ExitStack) -> dict[str, Any]:
-    """The base's tensors, with what the adapters in `folder` add to them.
+    """The base's tensors plus the products of the adapters in `folder`.
 
     Args:
-      tensors: by Hugging Face name, to be read window by window.
+      tensors: by Hugging Face name, read slice by slice.
       stack: keeps the adapters' file open.
 
     Raises:
       UserError: another kind of adapter than plain LoRA, a damaged file, or one that does not fit the base or
-        its own configuration.
+        its configuration.
     """
     folder = Path(folder)
-    settings = _settings(folder)
+    settings = _read_settings(folder)
     try:
         file = stack.enter_context(safe_open(folder / WEIGHTS, framework="numpy"))
         matrices = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
@@ -155,7 +161,7 @@ def adapt(folder: Path | str, tensors: Mapping[str, Any], stack: ExitStack) -> d
 
 
 def _is_target(settings: Mapping[str, Any], module: str) -> bool:
-    """Whether the configuration gives a module adapters, by PEFT's rules; without targets all modules."""
+    """Whether a module has adapters by PEFT's rules; without targets every module has."""
     if _named(settings.get("exclude_modules") or (), module):
         return False
     targets = settings.get("target_modules")
@@ -181,16 +187,14 @@ def _named(names: str | Sequence[str], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _by_pattern(settings: Mapping[str, Any], key: str, module: str, otherwise: Any) -> Any:
+def _by_pattern(settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of a module's path."""
-    for pattern, value in (settings.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
+    patterns = (settings.get(key) or {}).items()
+    return next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module)), default)
 
 
 class _Adapted:
-    """A matrix `[out, in]` with its low-rank addition, as safetensors gives it: read window by window."""
+    """A matrix `[out, in]` plus a low-rank product, with the interface of safetensors' slices."""
 
     def __init__(self, base: Any, down: np.ndarray, up: np.ndarray, scale: float) -> None:
         self._base, self._down, self._up, self._scale = base, down, up, scale
@@ -207,11 +211,30 @@ class _Adapted:
         return base + self._scale * (self._up[rows] @ self._down[:, columns])
 
 
-def write_adapter_config(folder: str | Path, lora: LoRA, base: str | None = None) -> None:
-    """Writes `adapter_config.json` as PEFT has it.
+def adapter_tensors(read: Reader, config: QwenConfig) -> dict[str, np.ndarray]:
+    """Every adapter under its name and in its layout in PEFT: A `[rank, in]`, B `[out, rank]`, float32.
 
     Args:
-      base: where PEFT finds the weights beside the adapters.
+      read: reads `layers/.../lora_a` and `lora_b` by layer.
+    """
+    tensors = {}
+    for path, (template, _) in NAMES.items():
+        module, kind = path.rsplit("/", 1)
+        if kind != "kernel" or module.rsplit("/", 1)[-1] not in config.lora.targets:
+            continue
+        for layer in range(config.num_layers):
+            stem = "base_model.model." + template.format(layer).removesuffix("weight")
+            a, b = (np.asarray(read(f"{module}/lora_{side}", layer), np.float32) for side in "ab")
+            tensors[stem + "lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, config.lora.rank).T)
+            tensors[stem + "lora_B.weight"] = np.ascontiguousarray(b.reshape(config.lora.rank, -1).T)
+    return tensors
+
+
+def write_adapter_config(folder: str | Path, lora: LoRA, base: str | None = None) -> None:
+    """Writes `adapter_config.json` in PEFT's format.
+
+    Args:
+      base: path or name of the base model.
     """
     content = {
         "peft_type": "LORA",
@@ -239,18 +262,22 @@ def read_adapter_config(folder: str | Path) -> LoRA | None:
     file = Path(folder) / CONFIG
     if not file.is_file():
         return None
-    content = _settings(Path(folder))
+    content = _read_settings(Path(folder))
     ours = {theirs: name for name, theirs in TARGETS.items()}
     targets = content.get("target_modules")
-    more = [key for key in _RULES if content.get(key) and key not in ("r", "lora_alpha", "target_modules")]
+    more = [
+        key
+        for key in _Settings.model_fields
+        if content.get(key) and key not in ("r", "lora_alpha", "target_modules")
+    ]
     if more or not isinstance(targets, list) or not set(targets) <= set(ours):
         key = (more or ["target_modules"])[0]
         raise UserError(f"{file}: `{key}` is {content.get(key)!r}, which no run of this project writes")
     return LoRA(content["r"], float(content["lora_alpha"]), tuple(ours[name] for name in targets))
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json` with PEFT's defaults, once it is known that all it asks for is done here.
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` with PEFT's defaults, after a check that everything in it is supported.
 
     Raises:
       UserError: it cannot be read, is of another kind, or a key (named) is neither read nor off.
@@ -275,58 +302,43 @@ def _settings(folder: Path) -> dict[str, Any]:
             "so these adapters belong to a base whose weights were changed; save them again with PEFT's "
             "`path_initial_model_for_weight_conversion`, or merge them into their model",
         )
-    known = (*_RULES, *_IGNORED, "peft_type", "init_lora_weights")
     for key, value in content.items():
-        if key not in known and value not in _OFF:
+        if key not in _IGNORED and key not in _Settings.model_fields and value not in _OFF:
             refuse(key, "which is not supported; merge these adapters into their model with PEFT")
-        if key in _RULES and value is not None and not _RULES[key][0](value):
-            refuse(key, f"but it must be {_RULES[key][1]}")
-    return {"r": 8, "lora_alpha": 8} | {key: value for key, value in content.items() if value is not None}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_index(value) and value > 0
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_pattern(value: Any) -> bool:
+    content = {key: value for key, value in content.items() if value is not None}
     try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except (re.error, RecursionError):
-        return False
+        _Settings.model_validate(content)
+    except ValidationError as error:
+        key = error.errors()[0]["loc"][0]
+        refuse(key, f"but it must be {_Settings.model_fields[key].description}")
+    return {"r": 8, "lora_alpha": 8} | content
 
 
-def _is_list(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(holds, value))
+def _is_pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError) as error:
+        raise ValueError("no regular expression") from error
+    return value
 
 
-def _is_table(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(_is_pattern, value)) and all(map(holds, value.values()))
+Pattern = Annotated[str, AfterValidator(_is_pattern)]
+Rank = Annotated[int, Field(gt=0)]
+Index = Annotated[int, Field(ge=0)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+_MODULES = Field("", description="a pattern or a list of names")
 
 
-def _names_modules(value: Any) -> bool:
-    return _is_pattern(value) or _is_list(value, lambda name: isinstance(name, str))
+class _Settings(BaseModel):
+    """The keys that are read, and what each must be."""
 
-
-# The keys that are read, and what each must be.
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_rank, "a whole number above 0"),
-    "lora_alpha": (_is_number, "a number"),
-    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
-    "rank_pattern": (lambda value: _is_table(value, _is_rank), "ranks by pattern"),
-    "alpha_pattern": (lambda value: _is_table(value, _is_number), "numbers by pattern"),
-    "target_modules": (_names_modules, "a pattern or a list of names"),
-    "exclude_modules": (_names_modules, "a pattern or a list of names"),
-    "layers_to_transform": (
-        lambda value: _is_index(value) or _is_list(value, _is_index),
-        "numbers of layers",
-    ),
-    "layers_pattern": (lambda value: _is_pattern(value) or _is_list(value, _is_pattern), "patterns"),
-}
+    model_config = ConfigDict(strict=True)
+    r: Rank = Field(8, description="a whole number above 0")
+    lora_alpha: Number = Field(8, description="a number")
+    use_rslora: bool = Field(False, description="true or false")
+    rank_pattern: dict[Pattern, Rank] = Field({}, description="ranks by pattern")
+    alpha_pattern: dict[Pattern, Number] = Field({}, description="numbers by pattern")
+    target_modules: Pattern | list[str] = _MODULES
+    exclude_modules: Pattern | list[str] = _MODULES
+    layers_to_transform: Index | list[Index] = Field([], description="numbers of layers")
+    layers_pattern: Pattern | list[Pattern] = Field("", description="patterns")

@@ -1,7 +1,7 @@
 """Dense Qwen2.5 and Qwen3 decoders: one block, used for training, prefill and decode alike.
 
-The architecture is an NNX module; everything that computes is a pure function of `Params`, the plain nested
-dict that `nnx.split` leaves, with the layers stacked on axis 0. Qwen2.5 (arXiv:2412.15115) has biases on
+The architecture is an NNX module; the forward passes are pure functions of `Params`, the plain nested dict
+that `nnx.split` returns, with the layers stacked on axis 0. Qwen2.5 (arXiv:2412.15115) has biases on
 queries, keys and values; Qwen3 (arXiv:2505.09388) has none, but an RMSNorm on every query and key head.
 """
 
@@ -25,11 +25,11 @@ from mapo_jax.model.cache import Cache, LayerCache
 from mapo_jax.model.lora import ADAPTERS, AdaptedLinear, LoRA, split
 from mapo_jax.model.sharding import constrain, param_shardings
 
-Params = dict[str, Any]  # nested dict of arrays, layers stacked on axis 0; what is trained is float32
+Params = dict[str, Any]  # nested dict of arrays, layers stacked on axis 0; trained arrays are float32
 
 INIT_SCALE = 0.02  # standard deviation of fresh weights, Qwen's own `initializer_range`
-# Up to so many layers are trained without a loop: its stacked residuals are copied in and out at every turn,
-# a quarter of a small model's step on a CPU. Deeper stacks would take too long to compile.
+# Up to this many layers are trained without a loop. A loop copies its stacked residuals in every iteration,
+# a quarter of a small model's step on a CPU; but unrolling more layers would take too long to compile.
 MAX_UNROLLED_LAYERS = 4
 
 
@@ -89,7 +89,7 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
 
 
 def _linear(config: QwenConfig, name: str, *sizes, **options) -> nnx.LinearGeneral:
-    """The linear map `name` of a layer: with adapters where the model has them."""
+    """The linear map `name` of a layer, with adapters if the model has them there."""
     if config.lora is None or name not in config.lora.targets:
         return nnx.LinearGeneral(*sizes, kernel_init=_normal, **options)
     return AdaptedLinear(*sizes, lora=config.lora, kernel_init=_normal, **options)
@@ -116,21 +116,17 @@ class MLP(nnx.Module):
         self.down = linear("down", config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        # One axis of tokens: on a CPU a product over two of them, as the weights' gradient is, is far slower.
+        # One axis of tokens: on a CPU a product over two axes (the weights' gradient) is far slower.
         tokens = x.reshape(-1, x.shape[-1])
         return self.down(jax.nn.silu(self.gate(tokens)) * self.up(tokens)).reshape(x.shape)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; where keys and values come from is the caller's business."""
+    """Grouped-query attention; `attend` supplies the keys and values."""
 
     def __init__(self, config: QwenConfig, dtype, *, rngs: nnx.Rngs):
-        width, heads, groups, size = (
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
+        width, heads, groups = config.hidden_size, config.num_heads, config.num_kv_heads
+        size = config.head_dim
         linear = functools.partial(_linear, config, dtype=dtype, rngs=rngs)
         self.q = linear("q", width, (heads, size), use_bias=config.qkv_bias)
         self.k = linear("k", width, (groups, size), use_bias=config.qkv_bias)
@@ -184,7 +180,7 @@ class Qwen(nnx.Module):
             )
 
 
-# (query, key, value), rotated -> (output of the heads, whatever the layer carries: its cache entry, or None)
+# (query, key, value), rotated -> (output of the heads, the layer's new cache entry or None)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 # (query, key, value, segments) -> output of the heads, for whole rows: as `causal_attention`
@@ -199,13 +195,12 @@ def _block_graphdef(config: QwenConfig, dtype: jnp.dtype) -> nnx.GraphDef:
 
 
 def run_block(config, dtype, layer: Params, x, rotary, attend: Attend):
-    """One layer: (new hidden states, what `attend` carries)."""
+    """One layer: (new hidden states, second result of `attend`)."""
     return nnx.merge(_block_graphdef(config, jnp.dtype(dtype)), layer)(x, rotary, attend)
 
 
 def _create(config: QwenConfig, key: Array) -> Params:
-    model = Qwen(config, rngs=nnx.Rngs(params=key))
-    return nnx.to_pure_dict(nnx.split(model)[1])
+    return nnx.to_pure_dict(nnx.split(Qwen(config, rngs=nnx.Rngs(params=key)))[1])
 
 
 @functools.lru_cache(maxsize=64)
@@ -213,14 +208,14 @@ def parameter_shapes(config: QwenConfig, base_dtype: str = "float32") -> Params:
     """The tree of `Params`, adapters included, as `jax.ShapeDtypeStruct`s; nothing is allocated.
 
     Args:
-      base_dtype: of the weights beside adapters, if there are any; norms and all that is trained are float32.
+      base_dtype: of the frozen weights, if there are adapters; norms and trained arrays are float32.
     """
     shapes = jax.eval_shape(lambda: _create(config, jax.random.key(0)))
     return shapes if config.lora is None else in_precision(shapes, base_dtype)
 
 
 def in_precision(params: Params, dtype: str) -> Params:
-    """Frozen weights, or their shapes, in the precision that they are computed with; norms keep float32."""
+    """Frozen weights, or their shapes, in the compute dtype; norms stay float32."""
 
     def cast(path, leaf):
         if path[-1].key in ("scale", *ADAPTERS):
@@ -241,8 +236,8 @@ def init_params(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Para
     """Fresh float32 weights: normal with deviation 0.02, norms 1, biases 0.
 
     Args:
-      mesh: creates every weight already sharded (`sharding.param_shardings`); no device ever holds the
-        whole model. The values do not depend on the mesh.
+      mesh: creates every weight sharded (`sharding.param_shardings`); no device ever holds the whole model.
+        The values do not depend on the mesh.
     """
     shardings = None if mesh is None else param_shardings(parameter_shapes(config), mesh)
     create = jax.jit(functools.partial(_create, config), out_shardings=shardings)
@@ -250,7 +245,7 @@ def init_params(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Para
 
 
 def init_adapters(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Params:
-    """Fresh float32 adapters, which change nothing yet; `mesh` as of `init_params`."""
+    """Fresh float32 adapters, whose product is 0; `mesh` as of `init_params`."""
     shardings = None if mesh is None else split(param_shardings(parameter_shapes(config), mesh))[0]
     create = jax.jit(lambda key: split(_create(config, key))[0], out_shardings=shardings)
     return create(jax.random.key(seed))
@@ -270,8 +265,8 @@ def hidden_states(
 ) -> Float[Array, "B L D"]:
     """Final hidden states (after the last norm) of whole rows, for scoring and training.
 
-    Causal in the order of the row; rows are right-padded, so that no token sees padding and no mask is
-    needed. What comes back at padding is meaningless but finite.
+    Causal in the order of the row; rows are right-padded, so that no token attends to padding and no mask is
+    needed. Values at padding are meaningless but finite.
 
     Args:
       positions: rotary positions.
@@ -279,9 +274,9 @@ def hidden_states(
       dtype: compute dtype; norms and softmax are float32 in any case.
       remat: what the backward pass recomputes. "block": each layer, of which only the input is kept;
         "minimal": norms, rotation, attention and the MLP's product, while the outputs of the matrix products
-        with weights are kept; "none": nothing but attention.
+        with weights are kept; "none": only attention.
       attention: of whole rows; `backends.row_attention` chooses one.
-      mesh: where the weights and rows lie; hidden states are pinned to it.
+      mesh: of weights and rows; hidden states are constrained to it.
     """
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
 
@@ -295,26 +290,26 @@ def hidden_states(
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}; it must be one of {', '.join(REMAT)}")
     if remat != "none":
-        # scan already keeps the recomputation apart
+        # scan already prevents that the recomputation is merged with the forward pass
         layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
-    # Each device looks up its part of the width for the rows of all that have the others; then rows are cut.
+    # Each device looks up its slice of the width for all rows in its group; then rows are cut.
     x = constrain(params["embed"]["embedding"][tokens].astype(dtype), "looked_up", mesh)
     x = constrain(x, "hidden", mesh)
-    # Where layers are computed again they stay in a loop, which keeps the compiler from merging the two.
+    # Recomputed layers stay in a loop, so that the compiler does not merge them with the forward pass.
     unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS and remat == "none" else 1
     x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
     return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps)
 
 
 def unstack_layers(layers: Params, count: int) -> list[Params]:
-    """The weights of each layer by itself."""
+    """The weights of each layer."""
     return [jax.tree.map(lambda leaf, index=index: leaf[index], layers) for index in range(count)]
 
 
 def for_decoding(params: Params, config: QwenConfig, dtype) -> Params:
-    """Weights as `extend` reads them fastest: layer by layer, in the dtype that they are computed with.
+    """The weights in the form that `extend` reads fastest: layer by layer, in the compute dtype.
 
-    What is computed stays the same, bit for bit. The scales of norms stay float32, as norms do.
+    The results stay the same, bit for bit. The scales of norms stay float32.
     """
 
     def cast(path, leaf):
@@ -327,7 +322,7 @@ def for_decoding(params: Params, config: QwenConfig, dtype) -> Params:
 def init_cache(
     config: QwenConfig, rows: int, length: int, dtype=jnp.float32, *, by_feature: bool = False
 ) -> Cache:
-    """Empty keys and values for `rows` rows of up to `length` tokens; `by_feature` as of `LayerCache`."""
+    """Empty caches for `rows` rows of up to `length` tokens; `by_feature` as of `LayerCache`."""
     values = (rows, config.num_kv_heads, length, config.head_dim)
     keys = (rows, config.num_kv_heads, config.head_dim, length) if by_feature else values
     return [
@@ -348,15 +343,15 @@ def extend(
 ) -> tuple[Float[Array, "K N D"], Cache]:
     """Appends N tokens to each slot: a chunk of a prompt (N = chunk) or one decoded token (N = 1).
 
-    Within a loop, have the layers unstacked before it (`for_decoding`): else each is copied at every turn.
+    Unstack the layers before a loop (`for_decoding`): else each is copied in every iteration.
 
     Keys and values are written at cache index == position; a position >= C is padding: it is not written,
     and its hidden state is meaningless. Every token attends to the cache entries at or before its own
     position, so entries beyond the row's end may hold anything.
 
-    On a `mesh` a chunk of a prompt is computed where its slot lies, as in training: the weights travel. A
-    decoded token goes to all the weights instead, and to its slot only to meet the cache: of a few tokens the
-    hidden states are far smaller than the weights.
+    On a `mesh` a chunk of a prompt is computed on its slot's devices, as in training: weights are gathered.
+    For a decoded token the hidden states are transferred instead, since they are far smaller than the
+    weights; only attention runs on the slot's devices.
 
     Returns:
       Hidden states after the last norm, and the new cache (donate the old one).

@@ -1,4 +1,4 @@
-"""Which axis of which array lies on which axis of the device mesh: the tables, and what follows from them."""
+"""Shardings: tables of which array axis is cut along which mesh axis, and functions over them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "features": None,  # the width of hidden states, whose rows are cut already
     "slots": ("data", "fsdp"),
     "cache_length": None,
-    # Decoding has a token to a lane: it moves hidden states to the weights, not weights to hidden states, and
+    # Decoding has one token per lane: it moves hidden states to the weights, not the other way round, and
     # cuts the hidden states as the weights are cut (Pope et al. 2022, arXiv:2211.05102, section 3.2.2).
     "lanes": "data",
     "lane_features": "fsdp",
     "sampling_lanes": ("data", "fsdp", "tensor"),
 }
 
-# For rollout on several processes: each has all of every weight on its own devices, cut by tensor alone. A
-# decode step reads every weight once, so one that has to travel first would cost far more than it computes.
+# For rollout on several processes: the devices of each hold every weight whole, cut by tensor alone. A decode
+# step reads every weight once, so transferring it between hosts would cost far more than the computation.
 ROLLOUT_RULES = RULES | {"width": None}
 
 # Parameter path -> logical axis of each array axis.
@@ -64,7 +64,7 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "head/kernel": ("width", "vocabulary"),
 }
 
-# Adapters lie as the sides of their kernel do.
+# Adapters are cut as the axes of their kernel are.
 for _kernel in [path for path in PARAMETER_AXES if path.startswith("layers/") and path.endswith("/kernel")]:
     _layers, *_axes = PARAMETER_AXES[_kernel]
     _inner = 2 if "/o/" in _kernel else 1  # axes that are summed over
@@ -72,7 +72,7 @@ for _kernel in [path for path in PARAMETER_AXES if path.startswith("layers/") an
     PARAMETER_AXES[_module + "lora_a"] = (_layers, *_axes[:_inner], "rank")
     PARAMETER_AXES[_module + "lora_b"] = (_layers, "rank", *_axes[_inner:])
 
-# Other arrays -> logical axis of each array axis. Optimizer moments and gradients lie like their parameters.
+# Other arrays -> logical axis of each array axis. Optimizer moments and gradients are cut like parameters.
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
     "tokens": ("rows", "length"),  # and everything of a batch that is [B, L]
     "hidden": ("rows", "length", "features"),
@@ -92,28 +92,23 @@ ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) over all `devices` (default: all there are).
 
-    `tensor`, which exchanges most, lies on neighbours within a host, whose devices hold its dialogues by
-    themselves; the other axes go from each host to one beside it. `jax.make_mesh` would lay each axis along
-    one of a TPU's own, through several hosts, and has no mesh at all for 4 x 64 on 16 x 16 chips.
+    `tensor`, which communicates most, connects neighbours within a host, so that a host can sample by itself;
+    the other axes connect neighbouring hosts. `jax.make_mesh` would map each mesh axis to an axis of the TPU
+    slice, across several hosts, and has no mesh at all for 4 x 64 on 16 x 16 chips.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
-    given = 1
-    for size in sizes:
-        given *= size if size != -1 else 1
-    if -1 in sizes and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
-        given = len(devices)
-    if given != len(devices):
-        shape = ", ".join(
-            f"mesh.{axis}={size}"
-            for axis, size in zip(MESH_AXES, (config.data, config.fsdp, config.tensor), strict=True)
-        )
+    product = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % product == 0:
+        sizes[sizes.index(-1)] = len(devices) // product
+        product = len(devices)
+    if product != len(devices):
         raise UserError(
-            f"{shape} do not fill the {len(devices)} devices there are; "
+            f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor} do not fill the "
+            f"{len(devices)} devices there are; "
             "make the product of the sizes equal to the number of devices, or leave one size at -1"
         )
     # Auto axes: shardings are propagated by the compiler, not part of the types.
@@ -122,27 +117,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def host_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Devices host by host, neighbour after neighbour.
+    """Devices host by host, each beside a neighbour.
 
-    TPUs know where in a grid they lie: they follow one way through their host, hosts one through the slice.
-    Other devices keep their order within their host.
+    TPUs have grid coordinates: the devices follow one path through their host, the hosts one through the
+    slice. Other devices keep their order within their host.
     """
     hosts: dict[tuple[int, int], list[jax.Device]] = {}
     for device in devices:
         hosts.setdefault((getattr(device, "slice_index", None) or 0, device.process_index), []).append(device)
     if not all(getattr(device, "coords", None) for device in devices):
         return [device for key in sorted(hosts) for device in hosts[key]]
-    corners = {key: tuple(map(min, zip(*(d.coords for d in own), strict=True))) for key, own in hosts.items()}
-    way = snake(corners.values())
-    for own in hosts.values():
-        inner = snake(device.coords for device in own)
-        own.sort(key=lambda device: (inner[tuple(device.coords)], device.id))
-    ordered = sorted(hosts, key=lambda key: (key[0], way[corners[key]]))
+    corners = {
+        key: tuple(map(min, zip(*(device.coords for device in group), strict=True)))
+        for key, group in hosts.items()
+    }
+    path = snake(corners.values())
+    for group in hosts.values():
+        inner = snake(device.coords for device in group)
+        group.sort(key=lambda device: (inner[tuple(device.coords)], device.id))
+    ordered = sorted(hosts, key=lambda key: (key[0], path[corners[key]]))
     return [device for key in ordered for device in hosts[key]]
 
 
 def snake(places: Iterable[Sequence[int]]) -> dict[tuple[int, ...], int]:
-    """Numbers the places of a full grid along a way on which each is a neighbour of the one before."""
+    """Numbers the places of a full grid along a path on which each is a neighbour of the one before."""
     places = {tuple(place) for place in places}
     axes = [sorted(set(values)) for values in zip(*places, strict=True)]
     numbers = {}
@@ -158,14 +156,14 @@ def snake(places: Iterable[Sequence[int]]) -> dict[tuple[int, ...], int]:
 def param_shardings(
     shapes: Mapping[str, Any], mesh: Mesh, rules: Mapping[str, str | tuple[str, ...] | None] = RULES
 ) -> dict[str, Any]:
-    """The tree of `Params` with a NamedSharding in the place of each array.
+    """The tree of `Params` with a NamedSharding for each array.
 
     Args:
       shapes: the tree of arrays or of their shapes, as of `qwen.parameter_shapes`.
       rules: RULES, or ROLLOUT_RULES.
 
     Raises:
-      UserError: a dimension of the model does not divide by the mesh axis that it is cut along.
+      UserError: a dimension of the model is no multiple of the mesh axis that it is cut along.
     """
 
     def sharding(path, leaf):
@@ -195,7 +193,7 @@ def decoding_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays whose first axis are rows, [B, ...]: over data and fsdp together."""
+    """Sharding of arrays [B, ...] whose first axis counts rows: over data and fsdp together."""
     return NamedSharding(mesh, PartitionSpec(RULES["rows"]))
 
 
@@ -205,22 +203,27 @@ def activation_spec(name: str) -> PartitionSpec:
 
 
 def constrain(array: jax.Array, name: str, mesh: Mesh | None) -> jax.Array:
-    """Pins an array inside a compiled program to its place on the mesh; on one device, does nothing."""
+    """Fixes the sharding of an array inside a compiled program; on one device, does nothing."""
     if mesh is None or mesh.size == 1:
         return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, activation_spec(name)))
 
 
 def row_shards(mesh: Mesh | None) -> int:
-    """Into how many parts rows, and slots, are cut."""
+    """Number of shards of rows and of slots."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["rows"])
 
 
-def sharding_table(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:
-    """Where everything lies, a line for each parameter and each kind of other array.
+def platform(mesh: Mesh | None) -> str:
+    """cpu, gpu or tpu: of the mesh, or of the first device."""
+    return (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
 
-    `embed/embedding  4096/tensor x 128/fsdp = 2048 x 64`: sizes, mesh axes that they are cut along, and what
-    each device has.
+
+def sharding_table(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:
+    """One line for each parameter and each kind of other array.
+
+    `embed/embedding  4096/tensor x 128/fsdp = 2048 x 64`: sizes, mesh axes that they are cut along, and the
+    shape on each device.
     """
 
     def cut(sizes: Sequence[Any], spec: PartitionSpec) -> str:
@@ -233,8 +236,8 @@ def sharding_table(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:
     parameters = jax.tree_util.tree_leaves_with_path(shapes)
     for (path, leaf), placed in zip(parameters, jax.tree.leaves(param_shardings(shapes, mesh)), strict=True):
         name = "/".join(entry.key for entry in path)
-        part = " x ".join(map(str, placed.shard_shape(leaf.shape)))
-        lines.append(f"{name:<30} {cut(leaf.shape, placed.spec)} = {part}")
+        local = " x ".join(map(str, placed.shard_shape(leaf.shape)))
+        lines.append(f"{name:<30} {cut(leaf.shape, placed.spec)} = {local}")
     return lines + [
         f"{name:<30} {cut(axes, activation_spec(name))}" for name, axes in ACTIVATION_AXES.items()
     ]

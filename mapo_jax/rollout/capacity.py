@@ -1,4 +1,4 @@
-"""Sizes of an engine: the lengths its cache grows through; and what does not fit, said before it is made."""
+"""Sizes of an engine: the lengths of its cache, and checks before anything is allocated."""
 
 from __future__ import annotations
 
@@ -10,45 +10,43 @@ from jax.sharding import Mesh
 
 from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import QwenConfig
-from mapo_jax.model.sharding import RULES
+from mapo_jax.model.sharding import RULES, platform
 
 ONE_LENGTH = 512  # tokens of a cache that does not grow
-LONG = 4096  # tokens of a cache whose programs are dear to compile
+LONG = 4096  # tokens of a cache whose programs take long to compile
 
 
 def cache_lengths(length: int) -> tuple[int, ...]:
     """Lengths that the cache grows through: `length`, and below it two significant bits (256, 384, 512, ...).
 
-    Decode reads the whole cache at every step, so a longer one costs time before it is needed; each length
-    costs a set of compiled programs. Beyond LONG there are five, each twice the one before.
+    Each decode step reads the whole cache, so a cache that is too long costs time; each length costs a set of
+    compiled programs. Beyond LONG there are five, each twice the one before.
 
-    Up to ONE_LENGTH there is one length alone. How a CPU adds up over the cache can depend on its length (a
-    difference in the last bits), and the length on the neighbours: with one, a dialogue is the same bit for
-    bit whenever its neighbours speak.
+    Up to ONE_LENGTH there is only one length. On a CPU the order of sums over the cache can depend on its
+    length (a difference in the last bits), and the length depends on the other dialogues: with one length a
+    dialogue is the same bit for bit whatever the others do.
     """
 
-    def up(size: int) -> int:
+    def rounded_up(size: int) -> int:
         return -(-size // 64) * 64
 
     if length <= ONE_LENGTH:
-        return (up(length),)
+        return (rounded_up(length),)
     if length > LONG:
-        return tuple(up(-(-length // 2**halvings)) for halvings in (4, 3, 2, 1, 0))
-    lengths, size = {up(length)}, 256
+        return tuple(rounded_up(-(-length // 2**halvings)) for halvings in (4, 3, 2, 1, 0))
+    lengths, size = {rounded_up(length)}, 256
     while size < length:
         lengths |= {size, size + size // 2} if size + size // 2 < length else {size}
         size *= 2
     return tuple(sorted(lengths))
 
 
-def copies_weights(asked: bool | None, mesh: Mesh | None) -> bool:
-    """Whether the sampler makes a copy of the weights: as `rollout.copy_weights` asks, else on a CPU alone.
+def copies_weights(setting: bool | None, mesh: Mesh | None) -> bool:
+    """Whether the sampler copies the weights: `rollout.copy_weights`; if that is None, on a CPU only.
 
-    There the weights are few, and out of the stack of all layers XLA would copy each one at every step.
+    Models on a CPU are small, and without a copy XLA would slice each layer from the stack at every step.
     """
-    if asked is not None:
-        return asked
-    return (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform == "cpu"
+    return platform(mesh) == "cpu" if setting is None else setting
 
 
 def check_sizes(
@@ -103,18 +101,18 @@ def check_sizes(
 
 
 def cache_bytes(config: QwenConfig, resident: int, lanes: int, length: int, dtype) -> int:
-    """Bytes of the caches: every resident one, and the copies of those in the lanes where they are fewer."""
+    """Bytes of all resident caches, and of the lanes' copies where there are fewer lanes than caches."""
     token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
     return token * length * (resident + (lanes if lanes < resident else 0))
 
 
 def check_memory(config, resident, lanes, length, dtype, mesh: Mesh | None) -> None:
-    """Raises UserError if the caches do not fit into what is free of the devices' memory."""
+    """Raises UserError if the caches exceed the free memory of the devices."""
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     needed = cache_bytes(config, resident, lanes, length, dtype) / len(devices)
     try:
         stats = devices[0].memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # a device that is only compiled for
+    except jax.errors.JaxRuntimeError:  # a device that exists for compilation only
         return
     free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     if not stats.get("bytes_limit"):

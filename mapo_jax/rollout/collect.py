@@ -1,9 +1,9 @@
-"""Holding dialogues: the policy on its tokens, the world on its text, both until every dialogue has ended.
+"""Collecting dialogues: the policy on its tokens and the world on its text, until every dialogue has ended.
 
-Every dialogue is an asyncio task that takes turns: a reply from the engine, then the world's answer. The
-engine works in a thread, a block of decode steps at a time, on whatever waits for it; so no dialogue waits
-for another, and users and judges are called while the device is at work. A dialogue's random numbers follow
-from what it is: the same seed gives the same dialogues, in whatever order users and judges answer. Used for
+Every dialogue is an asyncio task that alternates: a reply from the engine, then the world's answer. The
+engine works in a thread, one block of decode steps at a time, on all requests that wait; so no dialogue waits
+for another, and users and judges are called while the device works. A dialogue's random numbers follow from
+its address: the same seed gives the same dialogues, in whatever order users and judges answer. Used for
 training and evaluation.
 """
 
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import types
-import typing
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from mapo_jax.environment.dialogue import DialogueState, RoleFailure
 from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
@@ -24,14 +24,15 @@ from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.rollout.dispatch import Dispatcher
-from mapo_jax.rollout.engine import Engine, Request
+from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
+from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.rows import ChatFormat, Row
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One dialogue of the policy with the world: what was said and scored, and the tokens it was said in."""
+    """One dialogue of the policy with the world: its text, its judgements, and its token rows."""
 
     state: DialogueState
     row: Row  # empty if the user could not even open; with history=per_turn: the last turn's
@@ -52,13 +53,10 @@ class Dialogue:
         Not if its user or director failed for good, if no turn was scored, or if the share of unscored turns
         exceeds `max_failed_share`.
         """
-        scored = sum(turn.judgement is not None for turn in self.state.turns)
-        failed = len(self.state.turns) - scored
-        return (
-            self.state.outcome != "error"
-            and scored > 0
-            and failed <= max_failed_share * len(self.state.turns)
-        )
+        turns = self.state.turns
+        scored = sum(turn.scored for turn in turns)
+        failed = len(turns) - scored
+        return self.state.outcome != "error" and scored > 0 and failed <= max_failed_share * len(turns)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for one line of JSON, the scenario card included; `from_json` gives an equal dialogue.
@@ -75,9 +73,14 @@ class Dialogue:
           UserError: the data is no saved dialogue.
         """
         try:
-            return _from_plain(cls, data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"this is no saved dialogue: {type(error).__name__}: {error}") from error
+            return _SAVED.validate_python(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(f"this is no saved dialogue: {place}: {first['msg']}") from error
+
+
+_SAVED = TypeAdapter(Dialogue)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -86,37 +89,9 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big")
 
 
-async def collect(
-    scenarios: Sequence[Scenario],
-    rollouts: int,
-    engine: Engine,
-    chat: ChatFormat,
-    roles: Roles,
-    limits: Limits,
-    *,
-    seed: int,
-    step: int,
-    concurrency: int,
-    own: slice = slice(None),
-    on_turn: Callable[[int], None] | None = None,
-    journal: Journal | None = None,
-) -> list[list[Dialogue]]:
-    """All of `finished_groups`, in the order of the scenarios: dialogues [S][R], those of `own` alone."""
-    groups = finished_groups(
-        scenarios,
-        rollouts,
-        engine,
-        chat,
-        roles,
-        limits,
-        seed=seed,
-        step=step,
-        concurrency=concurrency,
-        own=own,
-        on_turn=on_turn,
-        journal=journal,
-    )
-    async with aclosing(groups):
+async def collect(*arguments: Any, **options: Any) -> list[list[Dialogue]]:
+    """All groups of `finished_groups`, with the same arguments, in the order of the scenarios: [S][R]."""
+    async with aclosing(finished_groups(*arguments, **options)) as groups:
         finished = [group async for group in groups]
     return sorted(finished, key=lambda group: group[0].scenario)
 
@@ -132,50 +107,50 @@ async def finished_groups(
     seed: int,
     step: int,
     concurrency: int,
-    own: slice = slice(None),
+    share: slice = slice(None),
     on_turn: Callable[[int], None] | None = None,
     journal: Journal | None = None,
 ) -> AsyncIterator[list[Dialogue]]:
-    """Holds `rollouts` dialogues in each scenario; a scenario's come as soon as the last of them has ended.
+    """Holds `rollouts` dialogues in each scenario; yields a scenario's when the last of them has ended.
 
     Args:
       scenarios: S of them; a scenario may occur more than once and then has further rollouts.
       rollouts: R. The rollouts of one scenario share the user's first message.
-      engine: with weights loaded; what its slots held is dropped. More dialogues than slots wait for one.
+      engine: with weights loaded; its slots are emptied. More dialogues than slots wait for one.
       chat: how dialogues become token rows.
       roles: user, judge, director.
       limits: fewest and most turns, tolerance of success.
       seed: of the run. Another number gives unrelated dialogues.
       step: of the run.
-      concurrency: most calls of the world under way at once.
-      own: which of the scenarios to hold here; another process holds the others. It changes no dialogue.
-      on_turn: called after every finished turn with their number so far. What it raises ends the collection.
-      journal: every finished turn is written to it; those that it holds already are not held again.
+      concurrency: most calls of the world at once.
+      share: the scenarios of this process; other processes hold the others. It changes no dialogue.
+      on_turn: called after every finished turn with their number so far. Its exceptions end the collection.
+      journal: every finished turn is written to it; dialogues continue after the turns in it.
 
     Yields:
-      R dialogues of one scenario, each with the version of the weights that spoke. One whose user or director
-      failed for good has the outcome `error`; one that has no room for another reply in the engine's cache
-      ends with outcome `timeout`, rule `max_tokens`.
+      R dialogues of one scenario, each with the version of the weights that sampled it. One whose user or
+      director failed for good has the outcome `error`; one that has no room for another reply in the engine's
+      cache ends with outcome `timeout`, rule `max_tokens`.
 
     Raises:
       UserError: a first message that leaves no room for a reply.
     """
     engine.reset()
-    bound = asyncio.Semaphore(concurrency)
+    world_calls = asyncio.Semaphore(concurrency)
     free: asyncio.Queue[int] = asyncio.Queue()
     for slot in range(engine.slots):
         free.put_nowait(slot)
-    desk = Dispatcher(engine)
+    dispatcher = Dispatcher(engine)
     ids = [scenario.id for scenario in scenarios]
     occurrences = [ids[:index].count(name) for index, name in enumerate(ids)]
     finished_turns = 0
 
-    async def opened(s: int) -> str | RoleFailure:
+    async def first_message(s: int) -> str | RoleFailure:
         opening_seed = derive_seed(seed, step, ids[s], "opening", occurrences[s])
-        kept = None if journal is None else journal.opening(ids[s], opening_seed)
-        if kept is not None:
-            return kept
-        async with bound:
+        saved = None if journal is None else journal.opening(ids[s], opening_seed)
+        if saved is not None:
+            return saved
+        async with world_calls:
             try:
                 message = await open_dialogue(scenarios[s], opening_seed, roles)
             except RoleFailure as failure:
@@ -187,41 +162,38 @@ async def finished_groups(
     async def hold(s: int, r: int) -> Dialogue:
         """One dialogue from the user's first message to its end."""
         nonlocal finished_turns
-        own_seed = derive_seed(seed, step, ids[s], occurrences[s] * rollouts + r)
+        dialogue_seed = derive_seed(seed, step, ids[s], occurrences[s] * rollouts + r)
         message = await openings[s]
         rows, version = [Row()], engine.version
         if isinstance(message, RoleFailure):
-            state = DialogueState(scenarios[s], own_seed, (), "", outcome="error", failure=message.kind)
+            state = DialogueState(scenarios[s], dialogue_seed, (), "", outcome="error", failure=message.kind)
         else:
-            state = DialogueState(scenarios[s], own_seed, (), message)
-            closing: Sequence[int] = ()  # what had to be appended to the last reply, which was cut
+            state = DialogueState(scenarios[s], dialogue_seed, (), message)
+            closing: Sequence[int] = ()  # appended to the last reply, if that was cut
             if journal is not None:
-                state, rows, closing = _take_up(state, journal, chat)
+                state, closing = _resume(state, rows, journal, chat)
                 finished_turns += state.turn_count
-            taken_up = state.turn_count > 0  # the engine has not seen its row yet
+            resumed = state.turn_count > 0  # the engine has not seen its row yet
             slot = await free.get()
             while state.outcome is None:
-                prompt = _next_prompt(state, rows[-1], closing, engine, chat)
+                prompt = _next_prompt(state, rows[-1], engine, chat)
                 if prompt is None:
                     state = replace(state, user="", outcome="timeout", rule="max_tokens")
                     break
-                if state.turn_count and chat.history == "per_turn":
-                    rows.append(Row())
-                rows[-1] = rows[-1].with_prompt(prompt)
-                start = state.turn_count == 0 or chat.history == "per_turn" or taken_up
-                taken_up = False
+                _add_prompt(rows, prompt, state, chat)
+                start = state.turn_count == 0 or chat.history == "per_turn" or resumed
+                resumed = False
                 request = Request(
                     slot,
                     rows[-1].ids if start else (*closing, *prompt),
-                    key=(seed % 2**32, step % 2**32, own_seed),
+                    key=(seed % 2**32, step % 2**32, dialogue_seed),
                     turn=state.turn_count,
                     start=start,
                 )
-                reply = await desk.reply(request)
-                closing = _closing(reply.ids, chat)
-                rows[-1] = rows[-1].with_reply(reply.ids, reply.logprobs, state.turn_count, closing)
+                reply = await dispatcher.reply(request)
+                closing = _add_reply(rows, reply.ids, reply.logprobs, state, chat)
                 text = chat.decode(reply.ids)
-                async with bound:
+                async with world_calls:
                     state = await take_turn(state, text, roles, limits, truncated=reply.truncated)
                 if journal is not None:
                     journal.note(state, reply.ids, reply.logprobs)
@@ -229,28 +201,19 @@ async def finished_groups(
                 if on_turn is not None:
                     on_turn(finished_turns)
             free.put_nowait(slot)
-        return Dialogue(
-            state,
-            rows[-1],
-            scenario=s,
-            rollout=r,
-            step=step,
-            weight_version=version,
-            earlier_rows=tuple(rows[:-1]),
-        )
+        return Dialogue(state, rows[-1], s, r, step, version, earlier_rows=tuple(rows[:-1]))
 
-    held = range(len(scenarios))[own]
-    openings = {s: asyncio.ensure_future(opened(s)) for s in held}
-    serving = asyncio.ensure_future(desk.serve())
-    under_way = {
-        serving,
-        *(asyncio.ensure_future(hold(s, r)) for s in held for r in range(rollouts)),
+    indices = range(len(scenarios))[share]
+    openings = {s: asyncio.ensure_future(first_message(s)) for s in indices}
+    running = {
+        asyncio.ensure_future(dispatcher.serve()),
+        *(asyncio.ensure_future(hold(s, r)) for s in indices for r in range(rollouts)),
     }
-    tasks = [*openings.values(), *under_way]
-    groups: dict[int, list[Dialogue]] = {s: [] for s in held}
+    tasks = [*openings.values(), *running]
+    groups: dict[int, list[Dialogue]] = {s: [] for s in indices}
     try:
         while groups:
-            done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for dialogue in [task.result() for task in done]:
                 group = groups[dialogue.scenario]
                 group.append(dialogue)
@@ -260,71 +223,54 @@ async def finished_groups(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if engine.busy:  # replies that nobody waits for any more
+        if engine.busy:  # replies that no task waits for any more
             engine.reset()
 
 
-def _take_up(
-    state: DialogueState, journal: Journal, chat: ChatFormat
-) -> tuple[DialogueState, list[Row], Sequence[int]]:
-    """The dialogue with the journal's finished turns, their rows, and what closed the last reply."""
-    rows, closing = [Row()], ()
+def _resume(
+    state: DialogueState, rows: list[Row], journal: Journal, chat: ChatFormat
+) -> tuple[DialogueState, Sequence[int]]:
+    """The dialogue after the journal's finished turns, and what closed the last reply; adds to `rows`."""
+    closing: Sequence[int] = ()
     for entry, after in journal.turns(state):
-        if state.turn_count == 0:
-            prompt = chat.start(state.user)
-        elif chat.history == "per_turn":
-            prompt = chat.prompt(state.messages)
-            rows.append(Row())
-        else:
-            prompt = chat.next_user(state.user)
-        closing = _closing(entry.ids, chat)
-        row = rows[-1].with_prompt(prompt)
-        rows[-1] = row.with_reply(entry.ids, entry.logprobs, state.turn_count, closing)
+        _add_prompt(rows, _user_prompt(state, chat), state, chat)
+        closing = _add_reply(rows, entry.ids, entry.logprobs, state, chat)
         state = after
-    return state, rows, closing
+    return state, closing
 
 
-def _closing(ids: Sequence[int], chat: ChatFormat) -> Sequence[int]:
-    """What has to be appended to a sampled reply that was cut."""
-    return () if ids[-1] == chat.end_of_turn[0] else chat.end_of_turn
+def _add_prompt(rows: list[Row], prompt: Sequence[int], state: DialogueState, chat: ChatFormat) -> None:
+    if state.turn_count and chat.history == "per_turn":
+        rows.append(Row())
+    rows[-1] = rows[-1].with_prompt(prompt)
 
 
-def _next_prompt(
-    state: DialogueState, row: Row, closing: Sequence[int], engine: Engine, chat: ChatFormat
-) -> tuple[int, ...] | None:
-    """The user's message as tokens of the row; None if after it no reply would fit."""
+def _add_reply(
+    rows: list[Row], ids: Sequence[int], logprobs: Sequence[float], state: DialogueState, chat: ChatFormat
+) -> Sequence[int]:
+    """Adds a reply to the last row; returns what closes it: the end of the turn, if the reply was cut."""
+    closing = () if ids[-1] == chat.end_of_turn[0] else chat.end_of_turn
+    rows[-1] = rows[-1].with_reply(ids, logprobs, state.turn_count, closing)
+    return closing
+
+
+def _user_prompt(state: DialogueState, chat: ChatFormat) -> tuple[int, ...]:
+    """The user's message as tokens that follow the row, or begin a new one."""
     if state.turn_count == 0:
-        ids = chat.start(state.user)
-        if len(ids) > _room(engine):
-            raise UserError(
-                f"the first message of scenario {state.scenario.id} takes {len(ids)} tokens, which "
-                f"leaves no room for a reply in `rollout.max_tokens`={engine.length}; begin a new run with a "
-                "larger one"
-            )
-        return tuple(ids)
-    if chat.history == "per_turn":
-        ids = chat.prompt(state.messages)
-        return tuple(ids) if len(ids) <= _room(engine) else None
-    ids = chat.next_user(state.user)
-    return tuple(ids) if len(row) + len(ids) <= _room(engine) else None
+        return chat.start(state.user)
+    return chat.prompt(state.messages) if chat.history == "per_turn" else chat.next_user(state.user)
 
 
-def _room(engine: Engine) -> int:
-    """Longest row after which a whole reply, cut and closed, still fits."""
-    return engine.length - engine.max_reply_tokens - 1
-
-
-def _from_plain(kind: Any, value: Any) -> Any:
-    """Builds nested dataclasses and tuples of type `kind` from mappings and lists; leaves stay as is."""
-    if value is None:
-        return None
-    if is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        return kind(**{f.name: _from_plain(hints[f.name], value[f.name]) for f in fields(kind)})
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return _from_plain(next(kind for kind in arguments if kind is not types.NoneType), value)
-    if origin is tuple:
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_from_plain(kind, item) for kind, item in zip(kinds, value, strict=True))
-    return value
+def _next_prompt(state: DialogueState, row: Row, engine: Engine, chat: ChatFormat) -> tuple[int, ...] | None:
+    """`_user_prompt`; None if no reply would fit after it."""
+    ids = _user_prompt(state, chat)
+    size = len(ids) + (0 if chat.history == "per_turn" else len(row))
+    if size < engine.length - engine.max_reply_tokens:  # one token more, in case the reply is cut and closed
+        return ids
+    if state.turn_count == 0:
+        raise UserError(
+            f"the first message of scenario {state.scenario.id} takes {size} tokens, which "
+            f"leaves no room for a reply in `rollout.max_tokens`={engine.length}; begin a new run with a "
+            "larger one"
+        )
+    return None

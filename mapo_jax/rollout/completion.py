@@ -1,4 +1,4 @@
-"""A frozen model on our own engine that answers chats, so that it can play a user, judge or director."""
+"""A frozen model on our own engine that completes chats, to serve as user, judge or director."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from mapo_jax.environment.allowance import waiting
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.roles import Completion
 from mapo_jax.rollout.dispatch import Dispatcher
-from mapo_jax.rollout.engine import Engine, Reply, Request
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Reply, Request
 from mapo_jax.rollout.rows import ChatFormat
 
 
 class EngineModel:
-    """Answers chats, as many at once as the engine has slots; the next joins as soon as one has ended. To be
-    used within one event loop.
+    """Completes as many chats at once as the engine has slots; the next starts as soon as one has ended.
 
-    A chat's random numbers follow from its seed and its tokens, so neither its neighbours nor the order of
-    arrival matter.
+    For use within one event loop. A chat's random numbers follow from its seed and its tokens, so that its
+    result depends neither on other chats nor on the order of arrival.
     """
 
     def __init__(self, engine: Engine, chat: ChatFormat) -> None:
-        """Args: engine: with weights loaded. chat: the model's format."""
+        """`engine` has weights loaded; `chat` is the model's format."""
         self._engine, self._chat = engine, chat
-        self._desk = Dispatcher(engine)
+        self._dispatcher = Dispatcher(engine)
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(engine.slots):
             self._free.put_nowait(slot)
@@ -44,7 +44,7 @@ class EngineModel:
         """The model's answer; a schema is added to the last message.
 
         Raises:
-          RoleFailure: malformed; the prompt does not fit, or the answer was cut at `max_tokens`.
+          RoleFailure: of kind malformed: the prompt does not fit, or the answer was cut at `max_tokens`.
         """
         if schema is not None:
             *earlier, last = messages
@@ -59,7 +59,7 @@ class EngineModel:
         with waiting():
             slot = await self._free.get()
         request = Request(slot, ids, key=_key(seed, ids), turn=0, limit=max_tokens, start=True)
-        # Shielded: a caller who gives up must not free a slot whose reply is still under way.
+        # Shielded: a cancelled caller must not free a slot whose reply is unfinished.
         reply = await asyncio.shield(asyncio.ensure_future(self._reply(request)))
         text = self._chat.decode(reply.ids)
         if reply.truncated:
@@ -68,11 +68,11 @@ class EngineModel:
 
     async def _reply(self, request: Request) -> Reply:
         if self._serving is None or self._serving.done():
-            self._serving = asyncio.ensure_future(self._desk.serve())
-            # What ends it reaches everybody who waits; asyncio need not report it again.
+            self._serving = asyncio.ensure_future(self._dispatcher.serve())
+            # Its exception is raised in every waiting task; asyncio need not report it again.
             self._serving.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            return await self._desk.reply(request)
+            return await self._dispatcher.reply(request)
         finally:
             self._free.put_nowait(request.slot)
 

@@ -1,7 +1,7 @@
-"""What runs on the device: pure functions over the cache of all resident slots, and how they are jitted.
+"""The engine's compiled programs: pure functions over the cache of all resident slots.
 
-The cache is cut over the mesh's row axes: `shards` equal parts of consecutive rows, each on devices of its
-own, and a program's lines are cut likewise, so that a line only ever touches the part it lies with.
+The cache is cut over the mesh's row axes into `shards` equal parts of consecutive rows. A program's lines are
+cut in the same way, so that a line only uses the cache on its own devices.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from mapo_jax.model.cache import Cache, LayerCache
 from mapo_jax.model.head import logits
 from mapo_jax.model.qwen import Params, QwenConfig, extend, for_decoding, init_cache, parameter_shapes
-from mapo_jax.model.sharding import activation_spec, constrain, decoding_shardings, row_shards
+from mapo_jax.model.sharding import activation_spec, constrain, decoding_shardings, platform, row_shards
 from mapo_jax.rollout.sampling import Sampling, penalise, sample, uniforms
 
-# The small operations of a few tokens keep several cores busy only if independent ones run side by side.
+# Operations on a few tokens are small: several cores are used only if independent ones run in parallel.
 CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": True}
 
 
 class EnginePrograms(NamedTuple):
-    """Jitted; each compiles once for each cache length. All but `grow` and `park` take over their cache."""
+    """Jitted; each compiles once for each cache length. All but `grow` and `park` donate their cache."""
 
-    ready: Callable[[Params], Params]  # (params): as `prefill` and `generate` take them
-    create: Callable[[int], Cache]  # (length): an empty one
-    grow: Callable[..., Any]  # (one layer's entry, length)
+    ready: Callable[[Params], Params]  # (params): the weights of `prefill` and `generate`
+    create: Callable[[int], Cache]  # (length): an empty cache
+    grow: Callable[..., Any]  # (cache of one layer, length)
     insert: Callable[..., Cache]  # (cache, source, target)
     prefill: Callable[..., Cache]  # (params, cache, places, tokens, positions)
     generate: Callable[..., Any]  # (params, cache, places, words, tokens, positions, limits[, seen])
     park: Callable[[Cache, int], Cache]  # (cache, place)
-    restore: Callable[[Cache, int, Cache], Cache]  # (cache, place, what was parked)
+    restore: Callable[[Cache, int, Cache], Cache]  # (cache, place, parked entries)
 
 
 def make_programs(
@@ -56,44 +56,36 @@ def make_programs(
         weights_sharding = decoding_shardings(parameter_shapes(config), mesh)
         cache_sharding = NamedSharding(mesh, activation_spec("cache"))
         everywhere = NamedSharding(mesh, PartitionSpec())
-    platform = (jax.devices()[0] if mesh is None else mesh.devices.flat[0]).platform
+    on_cpu = platform(mesh) == "cpu"
     model = dict(config=config, dtype=dtype, mesh=mesh)
-    options = CPU_OPTIONS if platform == "cpu" else None
+    options = CPU_OPTIONS if on_cpu else None
+    to_cache = functools.partial(jax.jit, out_shardings=cache_sharding)
+    create = functools.partial(init_cache, config, resident, dtype=dtype, by_feature=on_cpu)
+    decode = functools.partial(
+        generate,
+        **model,
+        in_place=lanes == resident,
+        stop_ids=stop_ids,
+        vocabulary_size=vocabulary_size,
+        sampling=sampling,
+        block=block,
+    )
     return EnginePrograms(
         ready=jax.jit(
             functools.partial(for_decoding, config=config, dtype=dtype), out_shardings=weights_sharding
         ),
-        create=jax.jit(
-            functools.partial(init_cache, config, resident, dtype=dtype, by_feature=platform == "cpu"),
-            static_argnums=0,
-            out_shardings=cache_sharding,
-        ),
-        grow=jax.jit(grow, static_argnums=1, out_shardings=cache_sharding),
-        insert=jax.jit(
-            functools.partial(insert, shards=row_shards(mesh)), donate_argnums=0, out_shardings=cache_sharding
-        ),
-        prefill=jax.jit(
-            functools.partial(prefill, **model),
-            donate_argnums=1,
-            out_shardings=cache_sharding,
-            compiler_options=options,
-        ),
+        create=to_cache(create, static_argnums=0),
+        grow=to_cache(LayerCache.grown, static_argnums=1),
+        insert=to_cache(functools.partial(insert, shards=row_shards(mesh)), donate_argnums=0),
+        prefill=to_cache(functools.partial(prefill, **model), donate_argnums=1, compiler_options=options),
         generate=jax.jit(
-            functools.partial(
-                generate,
-                **model,
-                in_place=lanes == resident,
-                stop_ids=stop_ids,
-                vocabulary_size=vocabulary_size,
-                sampling=sampling,
-                block=block,
-            ),
+            decode,
             donate_argnums=1,
             out_shardings=None if mesh is None else (cache_sharding, *(everywhere,) * 4),
             compiler_options=options,
         ),
         park=jax.jit(park, out_shardings=everywhere),
-        restore=jax.jit(restore, donate_argnums=0, out_shardings=cache_sharding),
+        restore=to_cache(restore, donate_argnums=0),
     )
 
 
@@ -136,14 +128,14 @@ def generate(
     """Samples up to `limits` tokens in each lane (0: none); stops when all are done.
 
     Args:
-      places: which row of the cache each lane decodes.
+      places: the row of the cache for each lane.
       words: keys of the random numbers.
       tokens: the last token of each row, not in the cache yet.
       positions: its index in the row.
-      seen: tokens that the row holds; for the repetition penalty alone.
+      seen: tokens in the row; only for the repetition penalty.
 
     Returns:
-      (cache, ids, log-probabilities, how many of them each lane has, decode steps); N = `block`.
+      (cache, ids, log-probabilities, their number in each lane, decode steps); N = `block`.
     """
     lanes, length = len(tokens), cache[0].length
     numbers = uniforms(words, positions[:, None] + 1 + jnp.arange(block))
@@ -166,7 +158,7 @@ def generate(
         if seen is not None:
             seen = seen.at[jnp.arange(lanes), token].set(True)
         counts = counts + ~done
-        ids = ids.at[:, step].set(token)  # what a done lane samples lies beyond its count
+        ids = ids.at[:, step].set(token)  # tokens of a done lane are beyond its count
         logprobs = logprobs.at[:, step].set(logprob)
         stopped = functools.reduce(jnp.logical_or, [token == stop for stop in stop_ids], done)
         return step + 1, work, token, seen, ids, logprobs, counts, stopped | (counts >= limits)
@@ -190,7 +182,7 @@ def generate(
 
 
 def insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *, shards: int) -> Cache:
-    """Copies whole rows; `source` and `target` are places of one shard each, K where there is nothing."""
+    """Copies whole rows; `source` and `target` are places of one shard each, K where nothing is copied."""
     total = len(cache[0].values)
     sources, targets = (_local_rows(places, total, shards) for places in (source, target))
 
@@ -203,13 +195,9 @@ def insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *, 
     return jax.tree.map(copy, cache)
 
 
-def grow(entry: LayerCache, length: int) -> LayerCache:
-    return entry.grown(length)
-
-
 def park(cache: Cache, place: int) -> Cache:
     """One row of the cache, without its axis of rows."""
-    # A gather, since the compiler would bring a sharded cache together for a dynamic slice.
+    # A gather, since for a dynamic slice the compiler would gather a sharded cache.
     return jax.tree.map(lambda array: array.at[place[None]].get(mode="clip")[0], cache)
 
 
@@ -219,14 +207,14 @@ def restore(cache: Cache, place: int, entries: Cache) -> Cache:
 
 
 def _local_rows(places: Int[Array, " M"], total: int, shards: int) -> Int[Array, "D M/D"]:
-    """Places as rows of their own shard's part; idle ones (`total`) stay out of range."""
-    part = total // shards
-    local = places.reshape(shards, -1) - part * jnp.arange(shards)[:, None]
-    return jnp.where(places.reshape(shards, -1) < total, local, part)
+    """Places as row indices within their shard; idle ones (`total`) stay out of range."""
+    size = total // shards
+    local = places.reshape(shards, -1) - size * jnp.arange(shards)[:, None]
+    return jnp.where(places.reshape(shards, -1) < total, local, size)
 
 
 def _take(array: Array, rows: Int[Array, "D M/D"]) -> Array:
-    """Rows of a cache array, each shard's from its own part; what an idle row gives does not matter."""
+    """Rows of a cache array, each from its own shard; idle rows have arbitrary values."""
     shards, count = rows.shape
     parts = array.reshape(shards, -1, *array.shape[1:])
     return jax.vmap(lambda part, index: part.at[index].get(mode="clip"))(parts, rows).reshape(
@@ -235,7 +223,7 @@ def _take(array: Array, rows: Int[Array, "D M/D"]) -> Array:
 
 
 def _write_back(cache: Cache, work: Cache, rows: Int[Array, "D M/D"], positions: Int[Array, "M N"]) -> Cache:
-    """Copies what `work` holds at the positions to rows of the cache; idle rows are dropped."""
+    """Copies the entries of `work` at the positions to rows of the cache; idle rows are dropped."""
     shards = len(rows)
 
     def cut(tree):

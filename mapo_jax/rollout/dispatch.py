@@ -1,48 +1,49 @@
-"""The engine for asyncio: many tasks ask, blocks of decode steps answer, and the event loop never waits."""
+"""Asyncio interface of the engine: tasks wait for replies, and a thread decodes blocks of steps."""
 
 from __future__ import annotations
 
 import asyncio
 
-from mapo_jax.rollout.engine import Engine, Reply, Request
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Reply, Request
 
 
 class Dispatcher:
-    """Takes requests from many dialogues and answers them in blocks; the event loop never waits for it."""
+    """Answers the requests of many dialogues in blocks of decode steps; the event loop is never blocked."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
-        self._something_to_do = asyncio.Event()
+        self._has_work = asyncio.Event()
 
     async def reply(self, request: Request) -> Reply:
-        """The reply to a request. Who gives up waiting leaves the slot occupied until the reply has ended."""
+        """The reply to a request. If the caller is cancelled, the slot stays busy until the reply ends."""
         self._engine.submit(request)
         self._waiting[request.slot] = asyncio.get_running_loop().create_future()
-        self._something_to_do.set()
+        self._has_work.set()
         return await self._waiting[request.slot]
 
     async def serve(self) -> None:
-        """Works until it is cancelled; then the block under way still ends, since nothing can stop it.
+        """Runs until it is cancelled; the current block is then finished, since it cannot be interrupted.
 
-        What the engine raises ends it, and reaches everybody who waits.
+        An exception of the engine ends it and is raised in every waiting task.
         """
         try:
             while True:
-                await self._something_to_do.wait()
+                await self._has_work.wait()
                 while self._engine.busy:
                     for slot, reply in (await self._block()).items():
-                        answered = self._waiting.pop(slot)
-                        if not answered.done():
-                            answered.set_result(reply)
-                    # A world that does not wait answers within these passes, and so shares the next block.
+                        future = self._waiting.pop(slot)
+                        if not future.done():
+                            future.set_result(reply)
+                    # A world without delays answers within these passes, and so shares the next block.
                     await asyncio.sleep(0)
                     await asyncio.sleep(0)
-                self._something_to_do.clear()
+                self._has_work.clear()
         except Exception as error:
-            for answered in self._waiting.values():
-                if not answered.done():
-                    answered.set_exception(error)
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(error)
             self._waiting.clear()
             raise
 

@@ -1,31 +1,33 @@
 """Generation: slots with a KV cache that lives as long as a dialogue, and lanes that decode some of them.
 
 The vocabulary is JetStream's. A *slot* holds one dialogue: the tokens of its row so far and their keys and
-values. A new turn *prefills* the row's new tokens, in chunks and at each slot's own offset; a start that
-another slot has already is *inserted* by copying. Then the dialogue takes a *lane*, and *generate* decodes
-all lanes together: a loop on the device of up to `block` steps, after which the host looks. A reply that has
-ended leaves its lane to the next dialogue that waits; one whose user is thinking holds a slot and no lane.
-Where the device has no room for the caches of all slots, those of users who think longest are *parked* in the
-host's memory while others need the room.
+values. A new turn *prefills* the row's new tokens, in chunks and at each slot's own offset; if another slot
+already has the start of a new row, it is *inserted* by copying. Then the dialogue takes a *lane*, and
+*generate* decodes all lanes together: a loop of up to `block` steps on the device, then a check on the host.
+A finished reply frees its lane for the next dialogue in line; a dialogue that waits for its user holds a slot
+and no lane. Where the device has no room for the caches of all slots, the caches that have been idle longest
+are *parked* in the host's memory when others need the room.
 
-An example with two rows and a chunk of 4. Slot 0 goes on at position 9 with five new tokens, slot 1 starts
+An example with two rows and a chunk of 4. Slot 0 continues at position 9 with five new tokens, slot 1 starts
 with three. The last new token of each is the first input of `generate`; `-` is padding, which is dropped:
 
     prefill   tokens     [[a b c d], [x y - -]]      positions [[9 10 11 12], [0 1 - -]]
     generate  tokens     [e, z]                      positions [13, 2], then 14 and 3, ...
 
-Every program has a fixed width (lanes, prefill rows), and on a CPU what a row gives does not depend on its
-place in a program nor on its neighbours (tested): so a dialogue's tokens are the same bit for bit, in
-whatever order users answer. Token ids in, token ids out: no text, no dialogue, no reward here.
+Every program has a fixed width (lanes, prefill rows), and on a CPU a row's result does not depend on its
+place in a program nor on the other rows (tested): so a dialogue's tokens are the same bit for bit, in
+whatever order users answer. The engine knows token ids only: no text, no dialogue, no reward.
+
+The module is longer than others so that the slots' state and everything that changes it are in one place.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,52 +40,13 @@ from mapo_jax.model.qwen import Params, QwenConfig
 from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.capacity import cache_lengths, check_memory, check_sizes, copies_weights
 from mapo_jax.rollout.decoding import make_programs
+from mapo_jax.rollout.requests import Counts, Reply, Request, StaleSlot
 from mapo_jax.rollout.sampling import KEY_WORDS, Sampling
 
 
-class StaleSlot(RuntimeError):
-    """A dialogue was continued whose cache is gone: newer weights were loaded, or the slot was reset."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """The next reply of one dialogue."""
-
-    slot: int
-    ids: Sequence[int]  # the row's tokens since the last sampled one; all of them if `start`
-    key: tuple[int, int, int]  # (seed, step, dialogue), each below 2^32
-    turn: int
-    limit: int | None = None  # most tokens of this reply; None: the engine's `max_reply_tokens`
-    start: bool = False  # begin a new row in this slot
-
-
-class Reply(NamedTuple):
-    """What was sampled."""
-
-    ids: tuple[int, ...]  # a stop id closes it, unless it was cut
-    logprobs: tuple[float, ...]  # in the distribution sampled from; float32 values
-    truncated: bool  # cut by its limit or by the end of the cache
-
-
 @dataclass
-class Counts:
-    """Work done since the engine was made."""
-
-    prefilled: int = 0  # tokens computed by `prefill`
-    copied: int = 0  # tokens taken over from another slot, or kept from the slot's row before
-    sampled: int = 0  # tokens sampled
-    steps: int = 0  # decode steps, each over all lanes
-    seconds: float = 0.0  # in `advance`, the device's work included
-    parked: int = 0  # caches moved to the host's memory
-
-    def since(self, before: Counts) -> Counts:
-        """What was done after `before` was copied."""
-        return Counts(**{name: value - getattr(before, name) for name, value in asdict(self).items()})
-
-
-@dataclass
-class _Going:
-    """A reply under way."""
+class _ActiveReply:
+    """A reply that is being decoded."""
 
     request: Request
     left: int  # tokens that it may still have
@@ -94,9 +57,9 @@ class _Going:
 class Engine:
     """Replies to dialogues: `slots` caches of up to `length` tokens, `lanes` of them decoded at a time.
 
-    Programs that are compiled, for each of the `cache_lengths`: prefill, insert, generate, and if not all
-    slots are resident park and restore; one that makes the weights ready, one that makes the cache, and one
-    that grows it for each step between two lengths. `load` and `warm_up` compile them all.
+    Compiled programs for each of the `cache_lengths`: prefill, insert, generate, and, if not all slots are
+    resident, park and restore; one that prepares the weights, one that creates the cache, and one that grows
+    it for each step between two lengths. `load` and `warm_up` compile them all.
     """
 
     def __init__(
@@ -122,7 +85,7 @@ class Engine:
 
         Args:
           config: the model.
-          slots: dialogues under way at once.
+          slots: dialogues at once.
           length: C, longest row in tokens.
           max_reply_tokens: longest reply.
           stop_ids: ids that end a reply.
@@ -134,11 +97,11 @@ class Engine:
           prefill_rows: rows of one prefill program; None: a quarter of the lanes.
           chunk: most tokens that one prefill program takes from each row; None: a sixteenth of the length,
             but between 32 and 512.
-          block: decode steps on the device before the host looks; None: a sixteenth of the longest reply,
-            but between 8 and 32.
-          copy_weights: sample with a copy of the weights, cast and cut by layer once; else every step does
-            that on its way, and no second copy is held. What is computed is the same, bit for bit. None: a
-            copy on a CPU alone.
+          block: decode steps on the device between two checks on the host; None: a sixteenth of the longest
+            reply, but between 8 and 32.
+          copy_weights: sample with a copy of the weights, cast and cut by layer once; else every step casts
+            and cuts, and there is no second copy. The results are the same, bit for bit. None: a copy on CPU
+            only.
           dtype: of computation and cache.
           mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
             `tensor`.
@@ -158,23 +121,20 @@ class Engine:
             config, shards, length, max_reply_tokens, tuple(stop_ids), vocabulary_size,
             slots=slots, resident=resident, lanes=lanes, prefill_rows=prefill_rows, chunk=chunk, block=block,
         )  # fmt: skip
-        self.config = config
-        self.slots = slots
-        self.resident = resident
+        self.config, self.slots, self.length = config, slots, length
+        self.resident, self.lanes, self.prefill_rows = resident, lanes, prefill_rows
+        self.chunk, self.block = chunk, min(block, max_reply_tokens)
         self.copy_weights = copies_weights(copy_weights, mesh)
-        self.lanes = lanes
-        self.length = length
         self.max_reply_tokens = max_reply_tokens
         self.stop_ids = tuple(stop_ids)
         self.vocabulary_size = vocabulary_size
         self.sampling = sampling or Sampling()
         self.dtype = jnp.dtype(dtype)
         self.lengths = cache_lengths(length)
-        self.prefill_rows, self.chunk = prefill_rows, chunk
-        self.block = min(block, max_reply_tokens)
         self.version: int | None = None
         self.counts = Counts()
         self._shards = shards
+        self._slots_per_shard = slots // shards
         self._params: Params | None = None
         check_memory(config, resident, lanes, length, self.dtype, mesh)
         self._programs = make_programs(
@@ -193,53 +153,53 @@ class Engine:
     # --- Weights and rows. ---
 
     def load(self, params: Params, version: int) -> None:
-        """Takes new weights; every dialogue loses its cache and cannot be continued.
+        """Loads new weights; every dialogue loses its cache and cannot be continued.
 
         Args:
           params: the weights; copied in the engine's dtype, or, with `copy_weights` off, used as they are:
-            whoever donates them must load again.
-          version: a number that tells these weights from others; the cache is kept if it is the loaded one.
+            after they are donated to another program, load again.
+          version: number of these weights; the cache is kept if this version is loaded already.
 
         Raises:
-          RuntimeError: replies of another version are under way.
+          RuntimeError: replies of another version are unfinished.
         """
         if version != self.version:
             if self.busy:
                 raise RuntimeError("new weights while replies are under way: advance to their end, or reset")
             self.reset()
-        self._params = None  # before there are others
+        self._params = None  # free the old copy before the new one is made
         self._params, self.version = self._programs.ready(params) if self.copy_weights else params, version
 
     def reset(self) -> None:
-        """Empties every slot, forgets every reply under way, and frees the cache."""
+        """Empties every slot, drops every unfinished reply, and frees the cache."""
         self._rows: list[list[int]] = [[] for _ in range(self.slots)]
         self._cached = np.zeros(self.slots, int)  # how many tokens of each row are in the cache
         self._started = np.zeros(self.slots, int)  # how many of them were prefilled as the row's start
-        self._place = np.full(self.slots, -1, np.int32)  # where each slot's cache lies; -1: not there
-        part = self.resident // self._shards
-        self._free = [list(range((s + 1) * part - 1, s * part - 1, -1)) for s in range(self._shards)]
-        self._idle: dict[int, None] = {}  # slots with a place and no reply under way, longest idle first
+        self._place = np.full(self.slots, -1, np.int32)  # row of the cache for each slot; -1: none
+        places = self.resident // self._shards
+        self._free = [list(range((s + 1) * places - 1, s * places - 1, -1)) for s in range(self._shards)]
+        self._idle: dict[int, None] = {}  # slots with a place and no unfinished reply, longest idle first
         self._parked: dict[int, Cache] = {}  # by slot: numpy arrays
         self._submitted: deque[Request] = deque()
-        self._going: dict[int, _Going] = {}  # by slot, in the order of their turn for a lane
-        self._under_way: set[int] = set()  # slots of both
+        self._active: dict[int, _ActiveReply] = {}  # by slot, in the order in which they get a lane
+        self._unfinished: set[int] = set()  # slots of both
         self._cache: Cache | None = None
 
     def unload(self) -> None:
-        """Lets go of the weights and the cache, so that their memory is free until the next `load`."""
+        """Frees the memory of the weights and the cache until the next `load`."""
         self.reset()
         self._params = self.version = None
 
     def row(self, slot: int) -> tuple[int, ...]:
-        """The tokens of a slot: prompts, replies and all, as the model saw them."""
+        """All tokens of a slot, prompts and replies, as the model saw them."""
         return tuple(self._rows[slot])
 
     # --- Replies. ---
 
     @property
     def busy(self) -> bool:
-        """Whether `advance` has something to do."""
-        return bool(self._under_way)
+        """Whether a reply is unfinished."""
+        return bool(self._unfinished)
 
     def reply(self, requests: Sequence[Request]) -> list[Reply]:
         """Samples the next reply of each dialogue; arguments and errors as of `submit`.
@@ -249,7 +209,7 @@ class Engine:
         """
         if len({request.slot for request in requests}) != len(requests):
             raise ValueError("two requests for one slot")
-        for request in requests:  # all of them before the first is submitted
+        for request in requests:  # all before the first is submitted
             self._check(request)
         for request in requests:
             self.submit(request)
@@ -259,38 +219,38 @@ class Engine:
         return [replies[request.slot] for request in requests]
 
     def submit(self, request: Request) -> None:
-        """Puts a request in line; `advance` will answer it. May be called while `advance` runs elsewhere.
+        """Queues a request for `advance`. May be called while `advance` runs in another thread.
 
         Raises:
           StaleSlot: a request continues a row that the slot does not hold (any more).
           UserError: a row that leaves no room for a reply.
           ValueError: no tokens to start with, a token outside the model, a limit below 1, no such slot, or
-            one that has a reply under way.
+            a slot with an unfinished reply.
         """
         self._check(request)
-        self._under_way.add(request.slot)
+        self._unfinished.add(request.slot)
         self._submitted.append(request)
 
     def _check(self, request: Request) -> None:
         self._need_weights()
-        if not 0 <= request.slot < self.slots:
-            raise ValueError(f"slot {request.slot} is none of the engine's {self.slots}")
-        slot, row = request.slot, self._rows[request.slot]
-        if slot in self._under_way:
+        slot, ids = request.slot, request.ids
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot {slot} is none of the engine's {self.slots}")
+        if slot in self._unfinished:
             raise ValueError(f"slot {slot} has a reply under way")
         if request.limit is not None and request.limit < 1:
             raise ValueError(f"a reply of at most {request.limit} tokens")
-        for i in request.ids:
+        for i in ids:
             if not 0 <= i < self.config.vocab_size:
                 raise ValueError(f"token id {i} is outside the model's {self.config.vocab_size}")
-        if request.start and len(request.ids) == 0:
+        if request.start and len(ids) == 0:
             raise ValueError("a row starts with at least one token")
         if not request.start and self._cached[slot] == 0:
             raise StaleSlot(
                 f"slot {slot} holds no dialogue of weights version {self.version}: "
                 "its cache was dropped; start the row again"
             )
-        size = len(request.ids) + (0 if request.start else len(row))
+        size = len(ids) + (0 if request.start else len(self._rows[slot]))
         if size >= self.length:
             raise UserError(
                 f"a prompt of {size} tokens leaves no room for a reply in a cache of {self.length}; "
@@ -298,10 +258,10 @@ class Engine:
             )
 
     def advance(self) -> dict[int, Reply]:
-        """Takes in what was submitted, runs one block of decode steps, and returns the replies that ended.
+        """Prefills the submitted requests, runs one block of decode steps, and returns the finished replies.
 
         Returns:
-          Replies by slot. Their slots are free for the next request, of the same dialogue or another.
+          Replies by slot; each slot is free for the next request, of the same dialogue or another.
         """
         started = time.monotonic()
         self._admit()
@@ -330,7 +290,7 @@ class Engine:
         self.reset()
 
     def abstract_programs(self, params: Params) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-        """The programs at the longest cache, to be compiled without any array.
+        """The programs at the longest cache, for compilation without arrays.
 
         Args:
           params: the weights as `jax.ShapeDtypeStruct`s with shardings.
@@ -348,10 +308,10 @@ class Engine:
             "generate": (self._programs.generate, (weights, cache, *self._lane_inputs([]))),
         }
 
-    # --- Taking in. ---
+    # --- Prefill. ---
 
     def _admit(self) -> None:
-        """Prefills what was submitted: a start that another slot holds, or is about to hold, is copied."""
+        """Prefills the submitted requests; a start that another slot has, or is about to have, is copied."""
         requests, waiting = [], []
         for _ in range(len(self._submitted)):
             request = self._submitted.popleft()
@@ -359,42 +319,40 @@ class Engine:
         self._submitted.extendleft(reversed(waiting))
         if not requests:
             return
-        later, leaders = [], set()
+        leaders, first, later = set(), [], []
         for request in requests:
-            leader = (self._shard(request.slot), tuple(request.ids))
-            if request.start and leader in leaders:
-                later.append(request)
-            elif request.start:
-                leaders.add(leader)
-        first = [request for request in requests if request not in later]
-        for some in (first, later):
-            # Every source is looked up before any row changes; and starts are copied before rows go on.
-            sources = {r.slot: self._prefix(r) for r in some if r.start}
-            for request in some:
-                self._rows[request.slot] = [
-                    *(() if request.start else self._rows[request.slot]),
-                    *(int(i) for i in request.ids),
-                ]
+            start = (self._shard(request.slot), tuple(request.ids))
+            (later if request.start and start in leaders else first).append(request)
+            if request.start:
+                leaders.add(start)
+        for group in (first, later):
+            # Every source is looked up before any row changes, and starts are copied before rows grow.
+            sources = {request.slot: self._prefix(request) for request in group if request.start}
+            for request in group:
+                row = [] if request.start else self._rows[request.slot]
+                self._rows[request.slot] = [*row, *map(int, request.ids)]
             self._copy(sources)
-            self._write({request.slot: len(self._rows[request.slot]) - 1 for request in some})
+            self._write({request.slot: len(self._rows[request.slot]) - 1 for request in group})
         for request in requests:
             left = min(request.limit or self.max_reply_tokens, self.max_reply_tokens)
             left = min(left, self.length - len(self._rows[request.slot]))
-            self._going[request.slot] = _Going(request, left)
+            self._active[request.slot] = _ActiveReply(request, left)
 
     def _seat(self, slot: int) -> bool:
-        """Gives a slot's cache its place on the device; False if all places belong to replies under way."""
+        """Gives a slot's cache a place on the device; False if all places belong to unfinished replies."""
         if self._place[slot] < 0:
             free = self._free[self._shard(slot)]
             if not free:
-                others = (s for s in self._idle if self._shard(s) == self._shard(slot))
-                longest = next((s for s in others if s not in self._under_way), None)
+                idle = (s for s in self._idle if self._shard(s) == self._shard(slot))
+                longest = next((s for s in idle if s not in self._unfinished), None)
                 if longest is None:
                     return False
                 self._park(longest)
             self._place[slot] = free.pop()
-            if slot in self._parked:
-                self._restore(slot)
+            if slot in self._parked:  # the cache on the device may have grown meanwhile
+                length = self._cache[0].length
+                entries = [entry.grown(length, np) for entry in self._parked.pop(slot)]
+                self._cache = self._programs.restore(self._cache, self._place[slot], entries)
         self._idle.pop(slot, None)
         return True
 
@@ -406,28 +364,22 @@ class Engine:
         del self._idle[slot]
         self.counts.parked += 1
 
-    def _restore(self, slot: int) -> None:
-        """Moves a cache back to the device; the device's may have grown meanwhile."""
-        length = self._cache[0].length
-        entries = [entry.grown(length, np) for entry in self._parked.pop(slot)]
-        self._cache = self._programs.restore(self._cache, self._place[slot], entries)
-
     def _prefix(self, request: Request) -> tuple[int, int]:
-        """The slot that holds most of a new row's start, and how many tokens of it; its last is never taken.
+        """The slot that holds most of a new row's start, and how many tokens of it, the last one excluded.
 
-        Only slots on the same devices are looked at, so that no cache travels between them; and only the
-        tokens of their own starts, since what was decoded differs in rounding from what is prefilled.
+        Only slots on the same devices are searched, so that no cache moves between devices; and only tokens
+        of their starts, since decoded entries differ from prefilled ones in rounding.
         """
         ids, best, most = list(request.ids), request.slot, 0
         head = ids[: self.chunk]
-        shard = self._shard(request.slot)
-        for slot in (request.slot, *range(shard * self._local, (shard + 1) * self._local)):
+        first = self._shard(request.slot) * self._slots_per_shard
+        for slot in (request.slot, *range(first, first + self._slots_per_shard)):
             row, cached = self._rows[slot], min(int(self._started[slot]), len(ids) - 1)
             if self._place[slot] < 0 or cached <= most or row[: len(head)] != head:
                 continue
             same = next((i for i in range(cached) if row[i] != ids[i]), cached)
             if same < len(ids) - 1:
-                same -= same % self.chunk  # so that the chunks are cut as if nothing had been there
+                same -= same % self.chunk  # so that the chunks are cut as without a copy
             if same > most:
                 best, most = slot, same
         return best, most
@@ -446,23 +398,14 @@ class Engine:
             self._cache = self._programs.insert(self._cache, source, target)
 
     def _write(self, ends: dict[int, int]) -> None:
-        """Puts the tokens of each row up to its end into the cache, chunk by chunk."""
+        """Prefills each row up to its end, chunk by chunk."""
         self._fit(max(ends.values(), default=0) + 1)
-        waiting = deque(slot for slot, end in ends.items() if end > self._cached[slot])
-        width = self.prefill_rows // self._shards
+        waiting = [slot for slot, end in ends.items() if end > self._cached[slot]]
         while waiting:
             places = np.full(self.prefill_rows, self.resident, np.int32)
             tokens = np.zeros((self.prefill_rows, self.chunk), np.int32)
             positions = np.full_like(tokens, self.lengths[-1])  # beyond the cache: dropped
-            taken = [0] * self._shards
-            for _ in range(len(waiting)):
-                slot = waiting.popleft()
-                shard = self._shard(slot)
-                if taken[shard] == width:
-                    waiting.append(slot)
-                    continue
-                line = shard * width + taken[shard]
-                taken[shard] += 1
+            for line, slot in self._assign(waiting, self.prefill_rows):
                 begin = int(self._cached[slot])
                 count = min(self.chunk, ends[slot] - begin)
                 places[line] = self._place[slot]
@@ -470,46 +413,52 @@ class Engine:
                 positions[line, :count] = np.arange(begin, begin + count)
                 self._cached[slot] += count
                 self.counts.prefilled += count
-                if self._cached[slot] < ends[slot]:
-                    waiting.append(slot)
+            waiting = [slot for slot in waiting if self._cached[slot] < ends[slot]]
             self._cache = self._programs.prefill(self._params, self._cache, places, tokens, positions)
+
+    def _assign(self, slots: Iterable[int], lines: int) -> list[tuple[int, int]]:
+        """(line, slot) pairs of a program whose lines are cut over the shards; slots without a line are left
+        out."""
+        width, used, pairs = lines // self._shards, [0] * self._shards, []
+        for slot in slots:
+            shard = self._shard(slot)
+            if used[shard] < width:
+                pairs.append((shard * width + used[shard], slot))
+                used[shard] += 1
+        return pairs
 
     # --- Decoding. ---
 
     def _decode(self) -> dict[int, Reply]:
-        """Runs a block over the lanes and keeps its tokens."""
-        width, taken, chosen = self.lanes // self._shards, [0] * self._shards, []
-        for slot in self._going:
-            shard = self._shard(slot)
-            if taken[shard] < width:
-                chosen.append((shard * width + taken[shard], slot))
-                taken[shard] += 1
+        """Runs a block over the lanes and stores its tokens."""
+        chosen = self._assign(self._active, self.lanes)
         if not chosen:
             return {}
         if self.lanes == self.resident:
             chosen = [(int(self._place[slot]), slot) for _, slot in chosen]
-        self._fit(max(len(self._rows[slot]) + min(self.block, self._going[slot].left) for _, slot in chosen))
+        self._fit(max(len(self._rows[slot]) + min(self.block, self._active[slot].left) for _, slot in chosen))
         self._cache, *sampled = self._programs.generate(self._params, self._cache, *self._lane_inputs(chosen))
         for array in sampled:
             array.copy_to_host_async()
         ids, logprobs, counts, steps = map(np.asarray, sampled)
         self.counts.sampled += int(counts.sum())
         self.counts.steps += int(steps)
-        ended = {}
+        replies = {}
         for lane, slot in chosen:
-            going, count = self._going[slot], int(counts[lane])
-            going.ids += ids[lane, :count].tolist()
-            going.logprobs += logprobs[lane, :count].tolist()
-            going.left -= count
-            self._rows[slot] += going.ids[len(going.ids) - count :]
-            self._cached[slot] += count  # the last one sampled is not in it, the last one given is
-            closed = going.ids[-1] in self.stop_ids
-            if closed or going.left == 0:
-                ended[slot] = Reply(tuple(going.ids), tuple(going.logprobs), not closed)
-                del self._going[slot]
+            active, count = self._active[slot], int(counts[lane])
+            new = ids[lane, :count].tolist()
+            active.ids += new
+            active.logprobs += logprobs[lane, :count].tolist()
+            active.left -= count
+            self._rows[slot] += new
+            self._cached[slot] += count  # without the last sampled token, with the one before the first
+            stopped = active.ids[-1] in self.stop_ids
+            if stopped or active.left == 0:
+                replies[slot] = Reply(tuple(active.ids), tuple(active.logprobs), not stopped)
+                del self._active[slot]
                 self._idle[slot] = None
-                self._under_way.remove(slot)
-        return ended
+                self._unfinished.remove(slot)
+        return replies
 
     def _lane_inputs(self, chosen: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Arguments of `generate` after the cache, for (lane, slot) pairs; the other lanes stay idle."""
@@ -517,11 +466,11 @@ class Engine:
         words = np.zeros((self.lanes, KEY_WORDS), np.uint32)
         tokens, positions, limits = np.zeros((3, self.lanes), np.int32)
         for lane, slot in chosen:
-            row, going = self._rows[slot], self._going[slot]
+            row, active = self._rows[slot], self._active[slot]
             places[lane] = self._place[slot]
-            words[lane] = (*going.request.key, going.request.turn)
+            words[lane] = (*active.request.key, active.request.turn)
             tokens[lane], positions[lane] = row[-1], len(row) - 1
-            limits[lane] = min(going.left, self.block)
+            limits[lane] = min(active.left, self.block)
         inputs = [places, words, tokens, positions, limits]
         if self.sampling.repetition_penalty != 1:
             seen = np.zeros((self.lanes, self.config.vocab_size), bool)
@@ -534,19 +483,17 @@ class Engine:
         if self._params is None:
             raise RuntimeError("the engine has no weights yet; call load first")
 
-    @property
-    def _local(self) -> int:
-        return self.slots // self._shards
-
     def _shard(self, slot: int) -> int:
-        return slot // self._local
+        return slot // self._slots_per_shard
 
     def _fit(self, tokens: int) -> None:
-        """Makes the cache at least so long."""
+        """Grows the cache to a length that holds `tokens`."""
         length = next(size for size in self.lengths if size >= tokens)
         if self._cache is None:
             self._cache = self._programs.create(self.lengths[0])
         while self._cache[0].length < length:
             longer = self.lengths[self.lengths.index(self._cache[0].length) + 1]
-            for index, entry in enumerate(self._cache):  # layer by layer: never two whole caches at once
+            for index, entry in enumerate(
+                self._cache
+            ):  # layer by layer, so that no second whole cache exists
                 self._cache[index] = self._programs.grow(entry, longer)

@@ -1,9 +1,9 @@
-"""Finished turns on the disk, so that a step that was killed in its middle goes on with them.
+"""A journal of finished turns, from which a killed step continues.
 
 One file for each collection (`journal/train_000012.jsonl`), one line for each opening message and each
-finished turn: the ids and log-probabilities that were sampled, the judgement, the action, the user's reply.
-A turn at the end of a dialogue that the judge could not score, or with which the dialogue broke off, is not
-taken up again: it is held anew, so that an outage that has passed leaves no hole.
+finished turn: the sampled ids and log-probabilities, the judgement, the action, the user's reply. Turns at
+the end of a dialogue that have no score, or in which the dialogue failed, are not continued from: they are
+repeated, so that a past outage leaves no gap.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pydantic import NonNegativeInt, TypeAdapter
 from mapo_jax.environment.dialogue import DialogueState, Turn
 from mapo_jax.files import append_line, as_path, in_bucket, part_of, write_whole
 
-LOG = logging.getLogger("mapo_jax.journal")  # without a handler of its own: standard error
+LOG = logging.getLogger("mapo_jax.journal")  # without a handler: standard error
 JOURNAL_FOLDER = "journal"
-COPIED_EVERY = 30.0  # seconds; to a bucket only: what a machine that is lost takes with it
+COPIED_EVERY = 30.0  # seconds between copies to a bucket: the most that a lost machine loses
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished turn of one dialogue, and where it left the dialogue."""
+    """A finished turn of one dialogue, and the dialogue's state after it."""
 
     scenario: str  # id of its card
     seed: int  # of its dialogue
@@ -43,23 +43,18 @@ class Entry:
     rule: str | None
 
     def follows(self, state: DialogueState) -> bool:
-        """Whether it is the turn that this dialogue awaits."""
+        """Whether it is the next turn of this dialogue."""
         return state.outcome is None and self.index == state.turn_count and self.turn.user == state.user
 
     def after(self, state: DialogueState) -> DialogueState:
         """The dialogue with this turn."""
-        return replace(
-            state,
-            turns=(*state.turns, self.turn),
-            user=self.user,
-            outcome=self.outcome,
-            failure=self.failure,
-            rule=self.rule,
-        )
+        turns = (*state.turns, self.turn)
+        end = {"outcome": self.outcome, "failure": self.failure, "rule": self.rule}
+        return replace(state, turns=turns, user=self.user, **end)
 
     @property
     def complete(self) -> bool:
-        """Whether nothing failed in it."""
+        """Whether no role failed in it."""
         return self.turn.scored and self.outcome != "error"
 
 
@@ -76,18 +71,17 @@ _ENTRY, _OPENING = TypeAdapter(Entry), TypeAdapter(Opening)
 
 
 class Journal:
-    """The journal of one collection; what an earlier process wrote there is read first."""
+    """The journal of one collection; an existing file is read first."""
 
     def __init__(self, file: Path | str, *others: Path | str) -> None:
-        """Opens it.
+        """Opens the journal.
 
         Args:
           file: where to write; it need not exist.
-          others: what other processes wrote of the same collection, when the run had another number of them.
+          others: files of the same collection by other processes, from a run with another number of them.
         """
-        self._target = as_path(file)
-        self._path = self._target
-        if in_bucket(file):  # objects do not grow: it is written here, and copied now and then
+        self._target = self._path = as_path(file)
+        if in_bucket(file):  # objects cannot be appended to: write a local file, and copy it now and then
             self._path = Path(tempfile.mkdtemp(prefix="mapo_jax.")) / self._target.name
             if self._target.exists():
                 self._path.write_bytes(self._target.read_bytes())
@@ -99,11 +93,11 @@ class Journal:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         data = self._path.read_bytes() if self._path.exists() else b""
         self._read(self._path, data)
-        # What follows must not continue a line that was torn by a kill.
+        # The next line must not continue one that a kill cut off.
         append_line(self._path, b"\n" if data and not data.endswith(b"\n") else b"")
 
     def opening(self, scenario: str, seed: int) -> str | None:
-        """The first message that was written for it."""
+        """The first message of a dialogue, if it was written."""
         return self._openings.get((scenario, seed))
 
     def note_opening(self, scenario: str, seed: int, message: str) -> None:
@@ -111,7 +105,7 @@ class Journal:
         self._write(asdict(Opening(scenario, seed, message)))
 
     def turns(self, state: DialogueState) -> Iterator[tuple[Entry, DialogueState]]:
-        """The finished turns that go on from a dialogue's opening, each with the dialogue after it."""
+        """The finished turns that follow a dialogue's opening, each with the dialogue after it."""
         entries = list(self._turns.get((state.scenario.id, state.seed), ()))
         while entries and not entries[-1].complete:
             entries.pop()
@@ -138,10 +132,7 @@ class Journal:
         self._write(asdict(entry))
 
     def close(self) -> None:
-        """Copies the file to its bucket, if it belongs into one."""
-        self._copy()
-
-    def _copy(self) -> None:
+        """Copies the file to its bucket, if the journal is in one."""
         if self._path != self._target:
             write_whole(self._target, self._path.read_bytes())
             self._copied = time.monotonic()
@@ -153,14 +144,14 @@ class Journal:
         self.close()
 
     def _read(self, file: Path, data: bytes) -> None:
-        """Takes up a journal's lines. The last one may be torn by a kill: that turn was not finished."""
+        """Reads a journal's lines. The last one may be cut off by a kill: that turn was not finished."""
         lines = data.splitlines(keepends=True)
         broken = [line for line in lines if line.strip() and not self._read_line(line)]
         if damaged := [line for line in broken if line is not lines[-1] or line.endswith(b"\n")]:
             LOG.warning("%s: lines left out because they are no finished turns: %d", file, len(damaged))
 
     def _read_line(self, line: bytes) -> bool:
-        """Whether it is a message or a turn."""
+        """Reads one line; False if it is neither a message nor a turn."""
         try:
             row = json.loads(line)
             if isinstance(row, dict) and "opening" in row:
@@ -170,19 +161,19 @@ class Journal:
             entry = _ENTRY.validate_python(row)
         except (ValueError, RecursionError):  # ValidationError is a ValueError
             return False
-        held = self._turns.setdefault((entry.scenario, entry.seed), [])
-        held[entry.index :] = [entry]  # a turn that was held anew replaces what followed the old one
+        turns = self._turns.setdefault((entry.scenario, entry.seed), [])
+        turns[entry.index :] = [entry]  # a repeated turn replaces the old one and all after it
         return True
 
     def _write(self, row: dict) -> None:
-        # One write, and so whole after a kill of the process; the disk itself is not waited for.
+        # One write, and so whole after a kill of the process; it is not synced to the disk.
         append_line(self._path, json.dumps(row).encode() + b"\n")
         if time.monotonic() - self._copied > COPIED_EVERY:
-            self._copy()
+            self.close()
 
 
 def journal_files(folder: Path | str, stream: str, step: int, part: str = "") -> list[Path]:
-    """Where a process keeps its part of a step's collection, and what others have left there.
+    """The journal file of a process for one collection, and the files of other processes.
 
     Args:
       stream: train or evaluation.
@@ -190,12 +181,12 @@ def journal_files(folder: Path | str, stream: str, step: int, part: str = "") ->
       part: of several processes: `files.part_name`.
     """
     whole = as_path(folder) / JOURNAL_FOLDER / f"{stream}_{step:06d}.jsonl"
-    own = part_of(whole, part)
-    return [own, *(file for file in sorted(whole.parent.glob(f"{whole.stem}*.jsonl")) if file != own)]
+    file = part_of(whole, part)
+    return [file, *(other for other in sorted(whole.parent.glob(f"{whole.stem}*.jsonl")) if other != file)]
 
 
 def prune(folder: Path | str, step: int) -> None:
-    """Removes the journals of steps that a whole checkpoint after `step` steps makes needless."""
+    """Removes the journals of steps before `step`, after which there is a whole checkpoint."""
     for file in (as_path(folder) / JOURNAL_FOLDER).glob("*_*.jsonl"):
         number = re.fullmatch(r"[a-z]+_(\d+)(-\d+-of-\d+)?\.jsonl", file.name)
         if number and int(number.group(1)) < step:

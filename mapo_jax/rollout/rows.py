@@ -1,8 +1,8 @@
-"""Token rows: how a dialogue becomes one growing row of ids, and the template that renders it again.
+"""Token rows: how a dialogue becomes one growing row of ids, and the template that renders the same row.
 
-Token in, token out. Every sampled id enters the row as it was sampled; only a new user message is rendered
-and tokenised; nothing is decoded and encoded again. So the row that is trained on is the row that the sampler
-saw. A row of a thinking family (Qwen3 with thinking off) and two turns, sampled tokens in brackets:
+Every sampled id enters the row as it was sampled; only a new user message is rendered and tokenised; nothing
+is decoded and encoded again. So the row that is trained on is the row that the sampler saw. A row of a
+thinking family (Qwen3 with thinking off) and two turns, sampled tokens in brackets:
 
     <|im_start|>user⏎ text <|im_end|>⏎<|im_start|>assistant⏎<think>⏎⏎</think>⏎⏎[reply <|im_end|>]
     ⏎<|im_start|>user⏎ text <|im_end|>⏎<|im_start|>assistant⏎<think>⏎⏎</think>⏎⏎[reply <|im_end|>]
@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING
 
 from mapo_jax.errors import UserError
@@ -31,96 +32,25 @@ START, END = "<|im_start|>", "<|im_end|>"
 ZERO_WIDTH_SPACE = "\u200b"
 _PROBE = "PROBE"
 
-# Both templates begin with this. Every message gets its text: null or missing content is empty, a list of
-# text parts is joined, as servers and their clients send them. What others say cannot spell a token, and a
-# system message is there if one belongs there. Upper-case names stand for literals, which ChatFormat puts in.
-_PREPARE_MESSAGES = """\
-{%- set kept = namespace(messages=[]) -%}
-{%- if SYSTEM and not (messages and messages[0].role in ['system', 'developer']) -%}
-    {%- set kept.messages = [{'role': 'system', 'content': SYSTEM}] -%}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- set role = 'system' if message.role == 'developer' else message.role -%}
-    {%- if role not in ['system', 'user', 'assistant', 'tool'] -%}
-        {{- raise_exception('the role of a message must be system, user, assistant or tool, not ' ~ role) -}}
-    {%- endif -%}
-    {%- if message.content is not defined or message.content is none -%}
-        {%- set parts = [] -%}
-    {%- elif message.content is string or message.content is mapping or message.content is not iterable -%}
-        {%- set parts = [message.content] -%}
-    {%- else -%}
-        {%- set parts = message.content -%}
-    {%- endif -%}
-    {%- set plain = namespace(text='') -%}
-    {%- for part in parts -%}
-        {%- if part is string -%}
-            {%- set plain.text = plain.text + part -%}
-        {%- elif part is mapping and part.text is string
-            and (part.type is not defined or part.type in ['text', 'input_text', 'output_text']) -%}
-            {%- set plain.text = plain.text + part.text -%}
-        {%- else -%}
-            {{- raise_exception('the content of a message must be text or a list of text parts') -}}
-        {%- endif -%}
-    {%- endfor -%}
-    {%- if role == 'assistant' -%}
-        {%- set kept.messages = kept.messages + [{
-            'role': role, 'content': plain.text,
-            'reasoning_content': message.reasoning_content, 'tool_calls': message.tool_calls}] -%}
-    {%- else -%}
-        {%- for marker in MARKERS -%}
-            {%- set plain.text = plain.text.replace(marker, marker[0] + '\\u200b' + marker[1:]) -%}
-        {%- endfor -%}
-        {%- set kept.messages = kept.messages + [{'role': role, 'content': plain.text}] -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- set messages = kept.messages -%}
-{%- set enable_thinking = false -%}
-"""
-
-# history=append. Unlike Qwen's own this writes the line break before each message but the first, not after
-# each, so that a finished dialogue ends with <|im_end|> as its row does. Calls of tools and their results are
-# written as the family writes them; reasoning is left out, since the policy was trained with an empty think
-# block. With history=per_turn the family's own follows instead.
-_APPEND_MESSAGES = """\
-{%- if tools -%}
-    {{- raise_exception('this model was trained without tools: leave out `tools`') -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- set results = message.role == 'tool' -%}
-    {%- if not (results and not loop.first and messages[loop.index0 - 1].role == 'tool') -%}
-        {{- '' if loop.first else '\\n' -}}
-        {{- '<|im_start|>' + ('user' if results else message.role) -}}
-    {%- endif -%}
-    {{- '\\n' -}}
-    {%- if results -%}
-        {{- '<tool_response>\\n' + message.content + '\\n</tool_response>' -}}
-    {%- else -%}
-        {{- (OPENING if message.role == 'assistant' else '') + message.content -}}
-    {%- endif -%}
-    {%- for called in message.tool_calls or [] -%}
-        {%- set call = called.function or called -%}
-        {{- '\\n' if message.content or not loop.first else '' -}}
-        {{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' -}}
-        {{- call.arguments if call.arguments is string else call.arguments | tojson -}}
-        {{- '}\\n</tool_call>' -}}
-    {%- endfor -%}
-    {%- if not (results and not loop.last and messages[loop.index0 + 1].role == 'tool') -%}
-        {{- '<|im_end|>' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '\\n<|im_start|>assistant\\n' + OPENING -}}
-{%- endif -%}
-"""
+# Both templates begin with `prepare.jinja`. It gives every message a text: null or missing content is empty,
+# a list of text parts is joined, as servers and their clients send them. It keeps other roles' texts from
+# spelling a control token, and adds the system message where one belongs. Upper-case names stand for
+# literals, which ChatFormat puts in.
+#
+# With history=append, `append.jinja` follows. Unlike Qwen's own it writes the line break before each message
+# but the first, not after each, so that a finished dialogue ends with <|im_end|> as its row does. Tool calls
+# and their results are written as the family writes them; reasoning is left out, since the policy was trained
+# with an empty think block. With history=per_turn the family's own template follows instead.
+_TEMPLATES = resources.files("mapo_jax.rollout") / "templates"
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of a dialogue, with what training needs to know of each; all four are equally long."""
+    """Tokens of a dialogue, with the training data of each; all four have the same length."""
 
     ids: tuple[int, ...] = ()
     sampled: tuple[bool, ...] = ()  # this policy sampled it in this dialogue: the loss mask
-    turn: tuple[int, ...] = ()  # whose reply it belongs to (an unsampled end of turn too); -1: no reply's
+    turn: tuple[int, ...] = ()  # turn of the reply it belongs to (an unsampled end of turn too); -1: none
     logprob: tuple[float, ...] = ()  # of the distribution it was sampled from (float32 values); else 0
 
     def __len__(self) -> int:
@@ -151,16 +81,16 @@ class Row:
 class ChatFormat:
     """Renders dialogues for one tokenizer of the Qwen family (ChatML).
 
-    What differs within the family is read off the tokenizer's own chat template by rendering a probe with
-    thinking switched off: the system message that it adds by itself (Qwen2.5's), and what it writes after
-    `<|im_start|>assistant`: an empty think block if the family thinks (Qwen3), nothing if it does not. A
+    The differences within the family are read from the tokenizer's own chat template by rendering a probe
+    with thinking switched off: the system message that it adds by itself (Qwen2.5's), and what it writes
+    after `<|im_start|>assistant`: an empty think block if the family thinks (Qwen3), else nothing. A
     tokenizer without a template gets plain ChatML.
 
-    User text cannot spell a control token: a zero-width space is put behind the first character of whatever
-    would be read as one. The template does the same, so the saved, unaltered text renders to the row.
+    User text cannot spell a control token: a zero-width space is inserted after the first character of each
+    one. The template does the same, so the saved, unaltered text renders to the row.
 
     Attributes:
-      opening: what stands between `<|im_start|>assistant` + line break and a reply.
+      opening: text between `<|im_start|>assistant` + line break and a reply.
       end_of_turn: ids that close a reply; appended unsampled when it was cut by its token limit.
       stop_ids: ids that end a reply when sampled.
       vocabulary_size: ids from here on have no text and must never be sampled.
@@ -173,7 +103,7 @@ class ChatFormat:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, history: str = "append", system_prompt: str | None = None
     ):
-        """Reads the format off `tokenizer`.
+        """Reads the format from `tokenizer`.
 
         Args:
           tokenizer: a Qwen-format tokenizer, with or without a chat template.
@@ -214,26 +144,26 @@ class ChatFormat:
         self.template = self._make_template()
 
     def start(self, first: str) -> tuple[int, ...]:
-        """Ids from the first one to the start of the first reply, for the user's first message."""
+        """Ids up to the start of the first reply, for the user's first message."""
         if self.history == "per_turn":
             return self.prompt([{"role": "user", "content": first}])
         return self._encode(self._system_text() + self._user_text(first))
 
     def next_user(self, text: str) -> tuple[int, ...]:
-        """Ids from behind a reply's closing `<|im_end|>` to the start of the next reply.
+        """Ids from after a reply's closing `<|im_end|>` to the start of the next reply.
 
         Raises:
           ValueError: with `history=per_turn`, where no row is continued (see `prompt`).
         """
         if self.history != "append":
             raise ValueError("history=per_turn renders every turn anew: use prompt(messages)")
-        # Tokenised behind the token it will follow, in case a tokenizer treats the start of a text specially.
+        # Tokenised after the token it will follow, since a tokenizer may treat the start of a text specially.
         ids = self._encode(END + "\n" + self._user_text(text))
         assert ids[0] == self.end_of_turn[0], "the tokenizer does not keep <|im_end|> whole"
         return ids[1:]
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Ids of a dialogue rendered whole, up to the start of the reply that is awaited."""
+        """Ids of a whole dialogue, up to the start of the next reply."""
         return self._encode(self._render(messages, self.template, add_generation_prompt=True))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -243,7 +173,7 @@ class ChatFormat:
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def plain(self, text: str) -> str:
-        """`text` with a zero-width space in whatever would be read as a control token."""
+        """`text` with a zero-width space inside every control token."""
         for marker in self._markers:
             text = text.replace(marker, marker[0] + ZERO_WIDTH_SPACE + marker[1:])
         return text
@@ -290,12 +220,13 @@ class ChatFormat:
     def _make_template(self) -> str:
         values = {"MARKERS": list(self._markers), "SYSTEM": self.system, "OPENING": self.opening}
 
-        def literals(source: str) -> str:  # a Python literal in ASCII is a jinja literal too
-            return re.sub(r"\b(MARKERS|SYSTEM|OPENING)\b", lambda name: ascii(values[name[1]]), source)
+        def read(name: str) -> str:  # a Python literal in ASCII is a jinja literal too
+            source = (_TEMPLATES / name).read_text("utf-8")
+            return re.sub(r"\b(MARKERS|SYSTEM|OPENING)\b", lambda match: ascii(values[match[1]]), source)
 
-        prepare = literals(_PREPARE_MESSAGES)
+        prepare = read("prepare.jinja")
         if self.history == "append":
-            return prepare + literals(_APPEND_MESSAGES)
+            return prepare + read("append.jinja")
         family = self.tokenizer.chat_template
         if family is None:
             raise UserError("`rollout.history=per_turn` needs a tokenizer with a chat template of its own")

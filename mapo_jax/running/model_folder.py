@@ -13,8 +13,9 @@ from pathlib import Path
 from mapo_jax.config import RolloutConfig
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
-from mapo_jax.model.huggingface import Reader, save_params, write_config
+from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import Params
+from mapo_jax.model.tensor_names import Reader
 from mapo_jax.running.metrics import full_disk_is_a_user_error
 from mapo_jax.running.policy import Policy
 from mapo_jax.tokenizer import write_tokenizer

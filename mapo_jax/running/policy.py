@@ -24,17 +24,12 @@ from mapo_jax.files import (
     local_folder,
     write_checksums,
 )
-from mapo_jax.model.huggingface import (
-    Reader,
-    check_weights,
-    load_params,
-    read_config,
-    write_config,
-)
+from mapo_jax.model.huggingface import check_weights, load_params, read_config, write_config
 from mapo_jax.model.lora import ADAPTERS, LoRA, join, low_rank, merge, split
 from mapo_jax.model.peft import base_folder, is_adapter, read_adapter_config, write_adapter_config
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
+from mapo_jax.model.tensor_names import Reader
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling

@@ -15,7 +15,7 @@ import jax
 
 from mapo_jax.config import Config
 from mapo_jax.model.qwen import QwenConfig
-from mapo_jax.rollout.engine import Counts
+from mapo_jax.rollout.requests import Counts
 
 _GIB = 2**30
 

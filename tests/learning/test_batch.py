@@ -222,7 +222,7 @@ def test_the_constant_length_is_the_most_loss_tokens_of_a_row(overrides, most, m
     given = {}
     monkeypatch.setattr(programs, "make_update", lambda scoring, *_, **options: given.update(options))
     monkeypatch.setattr(programs, "make_scorer", lambda scoring, **_: given.update(row=scoring.loss_tokens))
-    mesh = make_mesh(replace(config.mesh, fsdp=1))
-    fresh = replace(config.model.fresh, hidden=8, intermediate=8, layers=1)
+    mesh = make_mesh(config.mesh.model_copy(update={"fsdp": 1}))
+    fresh = config.model.fresh.model_copy(update={"hidden": 8, "intermediate": 8, "layers": 1})
     programs.make_programs(config, fresh_model(fresh, 300, 448), 300, mesh)
     assert given["constant_length"] == given["row"] == programs.loss_tokens(config) == most

@@ -26,9 +26,9 @@ from mapo_jax.learning.update import (
     make_supervised_update,
     make_update,
 )
-from mapo_jax.model.huggingface import to_huggingface
 from mapo_jax.model.lora import LoRA, join, merge, split
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
+from mapo_jax.model.tensor_names import to_huggingface
 from mapo_jax.running.metrics import CompileCounter
 
 CONFIG = QwenConfig(
@@ -350,7 +350,7 @@ def test_an_entropy_that_is_only_reported_is_not_differentiated(params):
     """Beside what the bonus adds to the loss itself, a handful, the update has a backward pass less."""
 
     def program(coefficient):
-        algorithm = dataclasses.replace(DEFAULT, entropy_coefficient=coefficient)
+        algorithm = DEFAULT.model_copy(update={"entropy_coefficient": coefficient})
         update = make_update(SCORING, DESCENT, algorithm)
         return str(jax.make_jaxpr(update)(state_of(params, DESCENT), make_rows())).count(" = ")
 

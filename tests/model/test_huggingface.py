@@ -17,19 +17,16 @@ from safetensors.numpy import load_file, save_file
 from mapo_jax.errors import UserError
 from mapo_jax.model import head, huggingface
 from mapo_jax.model.huggingface import (
-    EMBEDDING,
-    HEAD,
     INDEX,
     SINGLE,
     check_weights,
     load_params,
     read_config,
     save_params,
-    tensor_names,
-    to_huggingface,
     write_config,
 )
 from mapo_jax.model.qwen import QwenConfig, hidden_states, parameter_count, parameter_shapes
+from mapo_jax.model.tensor_names import EMBEDDING, HEAD, tensor_names, to_huggingface
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -465,7 +465,7 @@ def test_a_share_of_the_scenarios_is_held_as_in_the_whole(engine, chat):
     """The third scenario is the first one again: it has further rollouts, whoever holds it."""
     scenarios = [*SCENARIOS, SCENARIOS[0]]
     whole = hold(engine, chat, scenarios=scenarios)
-    shares = [hold(engine, chat, scenarios=scenarios, own=own) for own in (slice(0, 2), slice(2, 3))]
+    shares = [hold(engine, chat, scenarios=scenarios, share=share) for share in (slice(0, 2), slice(2, 3))]
     assert [group for share in shares for group in share] == whole
     assert whole[0] != whole[2]
-    assert hold(engine, chat, scenarios=scenarios, own=slice(1, 1)) == []
+    assert hold(engine, chat, scenarios=scenarios, share=slice(1, 1)) == []

@@ -10,7 +10,7 @@ import pytest
 from mapo_jax.environment.allowance import allow
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.rollout.completion import EngineModel
-from mapo_jax.rollout.engine import Reply
+from mapo_jax.rollout.requests import Reply
 from mapo_jax.rollout.rows import ChatFormat
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from mapo_jax.rollout.dispatch import Dispatcher
-from mapo_jax.rollout.engine import Reply, Request
+from mapo_jax.rollout.requests import Reply, Request
 
 
 @dataclass

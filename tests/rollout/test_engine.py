@@ -23,7 +23,8 @@ from mapo_jax.model.qwen import QwenConfig, hidden_states, init_cache, init_para
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.rollout.capacity import cache_bytes, cache_lengths
 from mapo_jax.rollout.decoding import generate, prefill
-from mapo_jax.rollout.engine import Engine, Request, StaleSlot
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.requests import Request, StaleSlot
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.metrics import CompileCounter
 

@@ -9,9 +9,10 @@ from safetensors.numpy import load_file, save_file
 
 from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
-from mapo_jax.model.huggingface import EMBEDDING, HEAD, SINGLE, save_params, write_config
+from mapo_jax.model.huggingface import SINGLE, save_params, write_config
 from mapo_jax.model.lora import LoRA
 from mapo_jax.model.qwen import QwenConfig, init_params
+from mapo_jax.model.tensor_names import EMBEDDING, HEAD
 from mapo_jax.running.forecast import forecast, model_shape
 from mapo_jax.running.policy import load_policy, read_policy, save_model_files
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer

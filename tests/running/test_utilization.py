@@ -9,7 +9,7 @@ import pytest
 
 from mapo_jax.config import load_config
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params, parameter_count
-from mapo_jax.rollout.engine import Counts
+from mapo_jax.rollout.requests import Counts
 from mapo_jax.running import utilization
 from mapo_jax.running.utilization import (
     forward_flops,
