@@ -44,8 +44,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, *, max_tokens: int) -
       max_tokens: longest text that the model is made for (`model_max_length`).
 
     Returns:
-      The tokenizer, with CHAT_TEMPLATE. Ids: the special tokens, then the bytes, then the merges by frequency. The same texts
-      give the same tokenizer.
+      The tokenizer, with CHAT_TEMPLATE. Ids: the special tokens, then the bytes, then the merges by
+      frequency. The same texts give the same tokenizer.
 
     Raises:
       UserError: the vocabulary has no room for the bytes.

@@ -13,7 +13,7 @@ from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.helper import hold_dialogue
 from mapo_jax.environment.state import Limits
 from mapo_jax.evaluate import main
-from mapo_jax.evaluation.conversations import Hearing, heard
+from mapo_jax.evaluation.conversations import ReasoningHidden, without_reasoning
 from mapo_jax.rollout.collect import derive_seed
 
 CARDS = load_scenarios(split="test")
@@ -178,14 +178,14 @@ def test_a_local_models_reasoning_is_neither_judged_nor_kept():
     thought = ["<think>Hm.</think>That must be hard.", "Hm.</think> What do you feel?", " Oh. "]
     said = ["That must be hard.", "What do you feel?", " Oh. "]
     listening = Listening()
-    hearing = Hearing(Roles(listening, listening, listening)).roles
-    assert heard(held(thought, hearing)) == held(said, scripted_roles(EnvironmentConfig()))
+    hearing = ReasoningHidden(Roles(listening, listening, listening)).roles
+    assert without_reasoning(held(thought, hearing)) == held(said, scripted_roles(EnvironmentConfig()))
     assert set(listening.told) == set(said)
 
     for replies in (["<think>Hm."], [said[0], "<think>Hm.</think>"], [said[0], said[1], "<think>"]):
         listening = Listening()
-        state = held(replies, Hearing(Roles(listening, listening, listening)).roles)
-        assert heard(state) is None and state.turns[-1].judgement is None
+        state = held(replies, ReasoningHidden(Roles(listening, listening, listening)).roles)
+        assert without_reasoning(state) is None and state.turns[-1].judgement is None
         assert not any("think" in told for told in listening.told)
 
 

@@ -166,7 +166,7 @@ def test_a_missing_empty_or_binary_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the chats .*nowhere"):
         read_chats(tmp_path / "nowhere")
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(UserError, match="chats .*empty are empty"):
+    with pytest.raises(UserError, match=r"chats .*empty are empty"):
         read_chats(tmp_path / "empty")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"binary, line 1: not UTF-8"):
@@ -175,7 +175,7 @@ def test_a_missing_empty_or_binary_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"mixed, line 2: not UTF-8"):
         read_chats(tmp_path / "mixed")
     (tmp_path / "nothing").write_bytes(b"")
-    with pytest.raises(UserError, match="chats .*nothing are empty"):
+    with pytest.raises(UserError, match=r"chats .*nothing are empty"):
         read_chats(tmp_path / "nothing")
 
 
