@@ -14,7 +14,6 @@ scored again without any model.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
-from rich.console import Console
+from rich.console import Console, Group
 
 from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_config, updated
@@ -32,7 +31,7 @@ from mapo_jax.environment.scenario import SPLITS, Scenario, load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation import conversations, tables, transcripts
 from mapo_jax.evaluation import judged_page as page
-from mapo_jax.evaluation.answers import ANSWERS, Folder, Prompt, ask
+from mapo_jax.evaluation.answers import ANSWERS, Folder, Prompt, ask, fingerprint
 from mapo_jax.evaluation.items import HOMES, find_items
 from mapo_jax.evaluation.subject import TRUST, Subject, add_options, find_subject
 from mapo_jax.files import encodable, write_whole
@@ -46,6 +45,7 @@ EQBENCH_TOKENS, EQBENCH_REVISION_TOKENS = 128, 1024
 EMOBENCH_TOKENS = 128
 
 SCORES, PAGE = "scores.json", "report.html"
+_NO_ANSWER = "empty, or reasoning alone: raise --max-tokens, or switch its reasoning off"
 
 # EMPA's own limits, unless a configuration sets others; replies and rows as in the published recipe.
 BENCHMARK_DIALOGUES = (
@@ -60,41 +60,36 @@ BENCHMARK_DIALOGUES = (
 def run_eqbench(options: argparse.Namespace, console: Console) -> None:
     """EQ-Bench v2: gets answers, or scores saved ones."""
     questions = eqbench.read_questions(find_items(options.questions, console.print))
-    if options.answers is not None:
-        answers, folder = eqbench.read_answers(options.answers), None
-        revision = options.revision or None
-    else:
-        revision = options.revision
+    revision = options.revision
+    prompts = []
+    if options.answers is None:  # saved answers are scored even if a prompt cannot be built
         prompts = [Prompt(one.id, one.prompt(revision), {"id": one.id}) for one in questions]
-        settings = {"benchmark": "eqbench", "revision": revision, "questions": _fingerprint(prompts)}
-        max_tokens = EQBENCH_REVISION_TOKENS if revision else EQBENCH_TOKENS
-        folder = _ask(options, console, prompts, settings, 0.0, max_tokens)
-        answers = eqbench.read_answers(folder.file)
+    settings = {"benchmark": "eqbench", "revision": revision, "questions": _fingerprint(prompts)}
+    max_tokens = EQBENCH_REVISION_TOKENS if revision else EQBENCH_TOKENS
+    file, folder = _answers(options, console, prompts, settings, 0.0, max_tokens)
+    answers = eqbench.read_answers(file)
+    if options.answers is not None:
+        revision = revision or None  # None: read from the answers
     scores = eqbench.score_answers(
         questions, answers, revision=revision, parsing=options.parsing, seed=options.seed
     )
-    _show(console, tables.eqbench_tables(scores))
+    console.print(Group(*tables.eqbench_tables(scores)))
     if scores["answered"] < scores["questions"]:
         console.print(f"only {scores['answered']} of {scores['questions']} questions have an answer")
-    _note_no_answer(console, scores["no_answer"], len(answers))
-    _write(options, folder, scores, console)
+    _write(options, console, folder, scores, answers=len(answers))
 
 
 def run_emobench(options: argparse.Namespace, console: Console) -> None:
     """EmoBench: gets answers, or scores saved ones."""
     items = emobench.read_items([find_items(source, console.print) for source in options.items])
-    if options.answers is not None:
-        answers, folder = emobench.read_answers(options.answers, items), None
-    else:
-        protocol = emobench.PROTOCOLS[options.protocol]
-        prompts = [_emobench_prompt(asking) for asking in emobench.askings(items, protocol)]
-        settings = {"benchmark": "emobench", "protocol": options.protocol, "items": _fingerprint(prompts)}
-        folder = _ask(options, console, prompts, settings, protocol.temperature, EMOBENCH_TOKENS)
-        answers = emobench.read_answers(folder.file, items)
+    protocol = emobench.PROTOCOLS[options.protocol]
+    prompts = [_emobench_prompt(asking) for asking in emobench.askings(items, protocol)]
+    settings = {"benchmark": "emobench", "protocol": options.protocol, "items": _fingerprint(prompts)}
+    file, folder = _answers(options, console, prompts, settings, protocol.temperature, EMOBENCH_TOKENS)
+    answers = emobench.read_answers(file, items)
     scores = emobench.score_answers(items, answers, seed=options.seed)
-    _show(console, tables.emobench_tables(scores))
-    _note_no_answer(console, scores["no_answer"], len(answers))
-    _write(options, folder, scores, console)
+    console.print(Group(*tables.emobench_tables(scores)))
+    _write(options, console, folder, scores, answers=len(answers))
 
 
 def _emobench_prompt(asking: emobench.Asking) -> Prompt:
@@ -102,15 +97,21 @@ def _emobench_prompt(asking: emobench.Asking) -> Prompt:
     return Prompt(asking.id, asking.prompt(), name | {"order": asking.order, "sample": asking.sample})
 
 
-def _ask(
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    return fingerprint([prompt.id, prompt.text] for prompt in prompts)
+
+
+def _answers(
     options: argparse.Namespace,
     console: Console,
     prompts: Sequence[Prompt],
     settings: Mapping[str, Any],
     temperature: float,
     max_tokens: int,
-) -> Folder:
-    """Gets every prompt answered; returns the folder with the answers."""
+) -> tuple[Path | str, Folder | None]:
+    """The file with the answers, and the folder of this evaluation; none for saved answers."""
+    if options.answers is not None:
+        return options.answers, None
     subject = find_subject(options)
     sampling = {
         "temperature": temperature if options.temperature is None else options.temperature,
@@ -127,7 +128,7 @@ def _ask(
     prepare_jax(subject.config.run.compilation_cache)
     with stoppable(folder) as check:
         ask(lambda: subject.answerer(options, console, **sampling), prompts, folder, settings, console, check)
-    return folder
+    return folder.file, folder
 
 
 def run_empa(options: argparse.Namespace, console: Console) -> None:
@@ -157,23 +158,12 @@ def run_empa(options: argparse.Namespace, console: Console) -> None:
             )
         cases = [empa.make_case(row, f"dialogue {row['case']}") for row in rows]
     models = empa.summarize_models(cases, seed=options.seed)
-    _show(console, tables.empa_tables(models))
+    console.print(Group(*tables.empa_tables(models)))
     if left_out := sum(case is None for case in cases):
         notes.insert(0, f"{left_out} dialogues left out: they ended in an error or have no scored turn")
     for note in notes:
         console.print(note, soft_wrap=True)
-    _write(options, folder, models, console)
-
-
-_NO_ANSWER = "empty, or reasoning alone: raise --max-tokens, or switch its reasoning off"
-
-
-def _note_no_answer(console: Console, count: int, total: int) -> None:
-    if count:
-        console.print(
-            f"{count} of {total} answers hold nothing ({_NO_ANSWER}); they count as unparseable",
-            soft_wrap=True,
-        )
+    _write(options, console, folder, models)
 
 
 def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, int, int]:
@@ -280,7 +270,9 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     folder = Folder(options.output or default, transcripts.JUDGED)
     settings = {
         "benchmark": "dialogues",
-        "transcripts": transcripts.fingerprint(chats),
+        "transcripts": fingerprint(
+            [chat.id, chat.turns, chat.scenario.id, chat.scenario.start] for chat in chats
+        ),
         **_flat("environment", config.environment),
     }
     with (
@@ -300,7 +292,7 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     models = empa.summarize_models(cases, seed=options.seed)
     worst = transcripts.worst_turns(rows, options.worst)
     title = f"{len(rows)} conversations of {Path(options.transcripts).name}, judged by {judge}"
-    _show(console, [*tables.empa_tables(models), tables.worst_table(worst)])
+    console.print(Group(*tables.empa_tables(models), tables.worst_table(worst)))
     unanswered = sum(failure == transcripts.NO_ANSWER for row in rows for failure in row["failures"])
     if unanswered:
         console.print(f"{unanswered} replies are no answers (null, or reasoning alone) and were not judged")
@@ -314,7 +306,7 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     (figures,) = models.values()
     write_whole(folder.path / PAGE, page.render_page(title, figures, rows, worst))
     console.print(f"page written to {folder.path / PAGE}", soft_wrap=True)
-    _write(options, folder, {**figures, "worst": worst}, console)
+    _write(options, console, folder, {**figures, "worst": worst})
 
 
 @contextmanager
@@ -351,19 +343,12 @@ def _flat(section: str, values: Any) -> dict[str, Any]:
     return {f"{section}.{name}": value for name, value in values.model_dump().items()}
 
 
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for prompt in prompts:
-        digest.update(json.dumps([prompt.id, prompt.text]).encode())
-    return digest.hexdigest()
-
-
-def _show(console: Console, shown: Sequence[Any]) -> None:
-    for table in shown:
-        console.print(table)
-
-
-def _write(options: argparse.Namespace, folder: Folder | None, scores: Any, console: Console) -> None:
+def _write(
+    options: argparse.Namespace, console: Console, folder: Folder | None, scores: Any, *, answers: int = 0
+) -> None:
+    if answers and scores["no_answer"]:
+        note = f"answers hold nothing ({_NO_ANSWER}); they count as unparseable"
+        console.print(f"{scores['no_answer']} of {answers} {note}", soft_wrap=True)
     content = json.dumps(encodable(scores), indent=1, ensure_ascii=False) + "\n"
     for file in (folder and folder.path / SCORES, options.json):
         if file:

@@ -378,8 +378,7 @@ def _key(config: Config) -> str:
 
 def _determinants(config: Config) -> dict[str, Any]:
     """Everything that determines the result, as JSON values: settings, texts, and the code that makes it."""
-    rollout, settings = config.rollout.model_dump(), config.warmstart.model_dump()
-    del settings["cache"], settings["min_naming_ratio"]
+    settings = config.warmstart.model_dump(exclude={"cache", "min_naming_ratio"})
     if settings["data"] is not None:
         settings["data"] = _digest([Path(settings["data"])])
     model = config.model.model_dump()
@@ -390,7 +389,7 @@ def _determinants(config: Config) -> dict[str, Any]:
     return {
         "model": model,
         "warmstart": settings,
-        "rollout": {name: rollout[name] for name in ("history", "system_prompt", "max_turns", "max_tokens")},
+        "rollout": config.rollout.model_dump(include={"history", "system_prompt", "max_turns", "max_tokens"}),
         "delayed_opening": config.environment.delayed_opening,
         "seed": config.training.seed,
         "cards": _digest(sorted(cards.glob("*.yaml")) if cards.is_dir() else [cards]),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,14 @@ def ask(
                     f"{error}; {len(folder.rows())} of {len(prompts)} answers are saved in {folder.file}, "
                     "and the same command goes on from there"
                 ) from error
+
+
+def fingerprint(items: Iterable[Any]) -> str:
+    """A short hash of JSON values."""
+    digest = hashlib.blake2b(digest_size=8)
+    for item in items:
+        digest.update(json.dumps(item).encode())
+    return digest.hexdigest()
 
 
 @contextmanager

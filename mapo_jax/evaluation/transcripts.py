@@ -8,8 +8,6 @@ start state. Without either the start state is UNKNOWN_START, the mean of the be
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,15 +149,6 @@ def _unknown_person(name: str, start: Mapping[str, int] | Sequence[int]) -> Scen
         value="",
         story=Story(unknown, (stage,) * 4, ("", ""), ("", ""), unknown, unknown),
     )
-
-
-def fingerprint(transcripts: Sequence[Transcript]) -> str:
-    """A hash of the conversations and their start states."""
-    digest = hashlib.blake2b(digest_size=8)
-    for transcript in transcripts:
-        known = [transcript.id, transcript.turns, transcript.scenario.id, transcript.scenario.start]
-        digest.update(json.dumps(known).encode())
-    return digest.hexdigest()
 
 
 async def judge_transcript(transcript: Transcript, judge: Judge) -> DialogueState:
