@@ -82,6 +82,11 @@ class Endpoint:
             try:
                 completion = await server.ask(messages, seed=seed % 2**31 if self.temperature > 0 else None)
             except RoleFailure as failure:
+                if getattr(
+                    failure, "answered", False
+                ):  # a completion without text is no answer, not a failure
+                    in_a_row = 0
+                    return Answer(None, False)
                 failed, in_a_row, reason = failed + 1, in_a_row + 1, str(failure)
                 if getattr(failure, "status", None) in HOPELESS or in_a_row >= PATIENCE:
                     raise error() from None
