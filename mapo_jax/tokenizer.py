@@ -60,6 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, *, max_tokens: int) -
         eos_token=END,
         pad_token=END_OF_TEXT,
         unk_token=None,
+        add_prefix_space=False,
         additional_special_tokens=[START, END],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
