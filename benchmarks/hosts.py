@@ -148,12 +148,12 @@ def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
     from mapo_jax.rollout.collect import collect
     from mapo_jax.rollout.rows import ChatFormat
     from mapo_jax.scores.figures import summarize
-    from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+    from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 
     cards = load_scenarios(None, "train")
     model = folder / f"tokenizer{hosts.index}"
-    tokenizer = train_tokenizer([c.story.stages[0].line[0] for c in cards], 2000)
-    save_tokenizer(model, tokenizer, max_tokens=512)
+    tokenizer = train_tokenizer([c.story.stages[0].line[0] for c in cards], 2000, max_tokens=512)
+    write_tokenizer(model, tokenizer)
     chat = ChatFormat(load_tokenizer(model))
     own = hosts.share(config.rollout.scenarios)
     engine = RandomEngine(

@@ -1,9 +1,9 @@
-"""Start states for cards that have none, estimated once by the configured judge's model.
+"""Estimates the start state of cards that have none, with the configured judge's model.
 
     python -m mapo_jax.rate CARDS --output FILE.jsonl --config configs/live.yaml [key=value ...]
 
-Writes every card with its start, and the evidence for each level beside it (FILE.evidence.jsonl). Estimates
-are cached beside the output, so that the same command goes on where it was stopped.
+Writes every card with its start, and the evidence for each level to FILE.evidence.jsonl. Estimates are cached
+beside the output, so that the same command continues after a stop.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from rich.progress import track
 
@@ -32,7 +33,7 @@ from mapo_jax.world import open_models
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.rate", description="Lets the judge's model estimate missing start states."
+        prog="python -m mapo_jax.rate", description="Estimates missing start states with the judge's model."
     )
     parser.add_argument("cards", type=Path, help="a file or a folder of cards")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
@@ -55,20 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             if callers["judge"] is None:
                 raise UserError("`environment.judge.model` is empty; name the model that is to estimate")
-            found = runner.run(_estimate(missing, callers["judge"], config.environment.concurrency))
-        failed = [f"{name}: {start}" for name, start in found.items() if isinstance(start, RoleFailure)]
+            starts = runner.run(_estimate(missing, callers["judge"], config.environment.concurrency))
+        failed = [f"{name}: {start}" for name, start in starts.items() if isinstance(start, RoleFailure)]
         if failed:
             raise UserError(
                 f"{len(failed)} of {len(scenarios)} cards could not be estimated ({failed[0]}); the others "
                 f"are cached in {folder}, and the same command asks for the missing ones again"
             )
-        cards = [card if card.start else replace(card, start=found[card.id].levels) for card in scenarios]
-        evidence = [{"id": card.id, **asdict(found[card.id])} for card in missing]
-        text = "".join(json.dumps(to_mapping(card), ensure_ascii=False) + "\n" for card in cards)
-        write_whole(options.output, text)
-        words = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evidence)
-        write_whole(options.output.with_suffix(".evidence.jsonl"), words)
-        print(f"{len(cards)} cards in {options.output}, {len(evidence)} start states estimated")
+        cards = [card if card.start else replace(card, start=starts[card.id].levels) for card in scenarios]
+        _write_rows(options.output, map(to_mapping, cards))
+        evidence = ({"id": card.id, **asdict(starts[card.id])} for card in missing)
+        _write_rows(options.output.with_suffix(".evidence.jsonl"), evidence)
+        print(f"{len(cards)} cards in {options.output}, {len(missing)} start states estimated")
 
     return run_command(command)
 
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _estimate(
     cards: Sequence[Scenario], judge: Complete, concurrency: int
 ) -> dict[str, StartState | RoleFailure]:
-    """The start state of each card by its id, or why there is none."""
+    """The start state of each card by its id, or the failure of its call."""
     free = asyncio.Semaphore(concurrency)
 
     async def estimate(card: Scenario) -> tuple[str, StartState | RoleFailure]:
@@ -87,8 +86,12 @@ async def _estimate(
                 return card.id, failure
 
     estimates = asyncio.as_completed([estimate(card) for card in cards])
-    found = dict([await each for each in track(estimates, "start states", total=len(cards))])
-    return {card.id: found[card.id] for card in cards}
+    starts = dict([await each for each in track(estimates, "start states", total=len(cards))])
+    return {card.id: starts[card.id] for card in cards}
+
+
+def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""A small tokenizer of our own in Qwen's format: byte-level BPE, built from the texts it will read.
+"""The tokenizer of a fresh model: byte-level BPE in Qwen2's format, trained on the texts that it will read.
 
-The folder that `save_tokenizer` writes is loaded by `transformers.AutoTokenizer` without a network, like any
-Qwen2 tokenizer's. As every byte is a token, no text is out of vocabulary.
+As every byte is a token, no text is out of vocabulary.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
@@ -24,22 +24,8 @@ END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, START, END)  # Qwen's: padding and end of text, and the two of ChatML
 BYTES = 256
 
-# Where a token may not cross: contractions; a word with the space before it; single digits; punctuation with
-# the space before it and the line breaks after it; white space. In words, Qwen2's own rule.
-_SPLIT = "|".join(
-    (
-        r"(?i:'(?:s|t|re|ve|m|ll|d))",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
-
 # Plain ChatML. What a run trains on may differ (a system prompt, user text that spells a control token):
-# the folders that leave a run carry `rollout.chat.ChatFormat.template` instead.
+# the folders that leave a run carry `rollout.rows.ChatFormat.template` instead.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}"
@@ -48,106 +34,69 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE over `texts`.
+def train_tokenizer(texts: Iterable[str], vocabulary: int, *, max_tokens: int) -> PreTrainedTokenizerBase:
+    """Trains byte-level BPE with Qwen2's normalisation and its rule for where a token must end.
 
     Args:
-      texts: what it should write briefly; control tokens are not part of it.
-      vocabulary: most tokens, the 256 bytes and the special tokens included. Few texts give fewer.
+      texts: training texts; control tokens are not part of them.
+      vocabulary: maximum number of tokens, including the 256 bytes and the special tokens. Few texts give
+        fewer tokens.
+      max_tokens: longest text that the model is made for (`model_max_length`).
 
     Returns:
-      The tokenizer; ids: the special tokens, then the bytes, then the merges by frequency. The same texts
-      give the same tokenizer.
+      The tokenizer, with CHAT_TEMPLATE. Ids: the special tokens, then the bytes, then the merges by
+      frequency. The same texts give the same tokenizer.
 
     Raises:
-      UserError: a vocabulary with no room for the bytes.
+      UserError: the vocabulary has no room for the bytes.
     """
     fewest = BYTES + len(SPECIAL_TOKENS)
     if vocabulary < fewest:
         raise UserError(f"`model.fresh.vocabulary` is {vocabulary}; it must be at least {fewest}")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    untrained = _import_transformers().Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate(SPECIAL_TOKENS)},
+        merges=[],
+        bos_token=None,
+        eos_token=END,
+        pad_token=END_OF_TEXT,
+        unk_token=None,
+        add_prefix_space=False,
+        additional_special_tokens=[START, END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        errors="replace",
+        model_max_length=max_tokens,
+        split_special_tokens=False,
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+    alphabet = sorted(ByteLevel.alphabet())
+    return untrained.train_new_from_iterator(
+        texts, vocabulary, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def save_tokenizer(
-    folder: str | Path, tokenizer: Tokenizer, *, max_tokens: int, chat_template: str = CHAT_TEMPLATE
-) -> None:
-    """Writes the files of a Qwen2 tokenizer: tokenizer.json, vocab.json, merges.txt, tokenizer_config.json.
-
-    Args:
-      max_tokens: longest text that the model is made for (`model_max_length`).
-      chat_template: jinja source.
-    """
-    folder = Path(folder)
-    content = json.loads(tokenizer.to_str())
-    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
-    write_whole(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False, indent=1))
-    write_whole(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    write_whole(folder / "merges.txt", "\n".join(lines) + "\n")
-    settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "bos_token": None,
-        "eos_token": END,
-        "pad_token": END_OF_TEXT,
-        "unk_token": None,
-        "additional_special_tokens": [START, END],
-        "added_tokens_decoder": {
-            str(number): {
-                name: getattr(token, name)
-                for name in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-            }
-            for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
-        },
-        "chat_template": chat_template,
-        "clean_up_tokenization_spaces": False,
-        "errors": "replace",
-        "model_max_length": max_tokens,
-        "split_special_tokens": False,
-    }
-    write_whole(folder / "tokenizer_config.json", json.dumps(settings, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_tokenizer(
     folder: str | Path, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> None:
-    """Writes a loaded tokenizer so that transformers 4 and 5 both read it.
+    """Writes a tokenizer's files so that transformers 4 and 5 both read them.
 
     Args:
       chat_template: jinja source; None for the tokenizer's own.
     """
-    own = tokenizer.chat_template
-    tokenizer.chat_template = chat_template or own
+    original = tokenizer.chat_template
+    tokenizer.chat_template = chat_template or original
     try:
         tokenizer.save_pretrained(folder)
     finally:
-        tokenizer.chat_template = own
+        tokenizer.chat_template = original
     file = Path(folder) / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
-    # Version 5 writes these for itself alone. Of the names and spellings that both know, it reads 4's.
+    # Version 5 writes these for itself alone. Where both versions know a setting, it reads version 4's name.
     for key in ("backend", "is_local", "local_files_only"):
         settings.pop(key, None)
     if settings["tokenizer_class"] == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for key in ("bos_token", "unk_token"):
-        settings.setdefault(key, None)  # left out, each version has a default of its own
+        settings.setdefault(key, None)  # if it is missing, each version has another default
     named = settings.pop("model_specific_special_tokens", {})
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
@@ -157,26 +106,31 @@ def write_tokenizer(
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; never asks the network.
+    """The tokenizer of a model folder; never uses the network.
 
     Raises:
-      UserError: no folder, or no tokenizer in it that transformers can read.
+      UserError: the folder does not exist, or has no tokenizer that transformers can read.
     """
-    # Both before the import: no notice that torch is missing, no worker threads inside one that forks.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
+    transformers = _import_transformers()
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the model folder {folder} does not exist; give a folder with a tokenizer")
     try:
-        # AutoTokenizer gives the same class, but imports torch, two seconds, on its way to it.
+        # AutoTokenizer returns the same class, but first imports torch, which takes two seconds.
         settings = folder / "tokenizer_config.json"
-        named = json.loads(settings.read_text()).get("tokenizer_class") if settings.exists() else None
-        qwen = named in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+        name = json.loads(settings.read_text()).get("tokenizer_class") if settings.exists() else None
+        qwen = name in ("Qwen2Tokenizer", "Qwen2TokenizerFast")
         loader = transformers.Qwen2Tokenizer if qwen else transformers.AutoTokenizer
         return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error
+
+
+def _import_transformers() -> ModuleType:
+    # Both before the import: no notice that torch is missing, no worker threads in a process that forks.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    return transformers

@@ -1,11 +1,11 @@
-"""The warm start: supervised training that gives reinforcement learning a policy which speaks.
+"""The warm start: supervised training of the policy that reinforcement learning starts from.
 
     python -m mapo_jax.warmstart [--config FILE] [key=value ...]
 
 Without `model.path` a small Qwen3 and its tokenizer are built; with it, that model folder is trained. Without
 `warmstart.data` the texts are synthetic dialogues of mixed quality with the scripted user. Afterwards the
-policy talks to the validation cards, and what came of it is shown and kept. The result is a Hugging Face
-folder in a cache, under a name that follows from everything that determines it: who asks again gets it so.
+policy holds dialogues on the validation cards; their figures are shown and saved. The result is a Hugging
+Face folder in a cache. Its name is a hash of everything that determines it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import asyncio
 import hashlib
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import tokenizers
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from mapo_jax.commands import Stopped, cache_folder, prepare_jax, run_command
@@ -52,16 +53,16 @@ from mapo_jax.running.model_folder import whole_folder, write_model_folder
 from mapo_jax.running.policy import Policy, load_policy, make_engine
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.scores.figures import summarize
-from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import train_tokenizer
 from mapo_jax.warmstarting.chats import Chat, read_chats, synthetic_chats
 from mapo_jax.warmstarting.induction import with_induction_heads
 from mapo_jax.warmstarting.packing import PackedRows, Renderer, batches, pack
 
-RECORD = "warmstart.json"  # in the result's folder: what it was made from, how it went, what it can do
-REPORT_EVERY = 10  # updates between looks at the loss: each look waits for the device
-MEASURE_STREAM = 2_000_003  # keeps the measurement's random numbers apart from training's and evaluation's
-TOKENIZER_CHATS = 1000  # chats that the tokenizer is built from: more change nothing but the time
-# Second moments over few updates: a short training of a small model moves too fast for long memories.
+RECORD = "warmstart.json"  # in the result's folder: determinants, loss curve, measurements
+REPORT_EVERY = 10  # updates between reads of the loss: each read waits for the device
+MEASURE_STREAM = 2_000_003  # added to the seed: no dialogue is also one of training or evaluation
+TOKENIZER_CHATS = 1000  # chats that the tokenizer is trained on: more only take more time
+# A short b2: over a short training of a small model, old second moments are no estimate of the present ones.
 OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0, b2=0.95)
 
 _PACKAGE = Path(__file__).parent
@@ -86,13 +87,13 @@ def run_warmstart(
     check: Callable[[], None] = lambda: None,
     mesh: Mesh | None = None,
 ) -> Path:
-    """Makes the warm start that `config` describes, or finds it finished, and checks that it is good enough.
+    """Makes the warm start of a configuration, or takes it from the cache, and checks that it is good enough.
 
     Args:
-      config: `model`, `warmstart`, `environment`, `rollout`, `mesh` and `training.seed` matter.
+      config: uses `model`, `warmstart`, `environment`, `rollout`, `mesh` and `training.seed`.
       console: where progress and figures are shown.
-      check: called at safe points; may raise to stop. Nothing is left behind then.
-      mesh: the devices that it is made on; None: all there are, as `config.mesh` says.
+      check: called at safe points; may raise to stop. Then no file is left.
+      mesh: the devices to train on; None: all devices, as `config.mesh` says.
 
     Returns:
       A Hugging Face folder with float32 weights and the record `warmstart.json`.
@@ -120,41 +121,37 @@ def run_warmstart(
 def _make(
     config: Config, folder: Path, console: Console, check: Callable[[], None], mesh: Mesh
 ) -> dict[str, Any]:
-    started = time.monotonic()
+    times = [time.monotonic()]
     chats = _chats(config, console)
     policy, params = _start(config, chats, mesh)
     rows = _rows(config, policy, chats)
     console.print(
-        f"warm start: {len(chats):,} dialogues in {len(rows):,} rows of {rows.tokens.shape[1]} tokens, "
-        f"{rows.fill:.0%} full; {policy.chat.vocabulary_size:,} tokens in the vocabulary",
+        f"warm start: {len(chats):,} dialogues in {len(rows):,} rows of "
+        f"{config.warmstart.row_tokens} tokens, {rows.fill:.0%} full; {policy.chat.vocabulary_size:,} tokens "
+        "in the vocabulary",
         soft_wrap=True,
     )
-    prepared = time.monotonic()
+    times.append(time.monotonic())
     params, curve, speed = _train(config, policy, params, rows, mesh, console, check)
-    trained = time.monotonic()
+    times.append(time.monotonic())
     measured = measure(config, policy, params, mesh, check)
-    ended = time.monotonic()
+    times.append(time.monotonic())
+    total = times[-1] - times[0]
+    seconds = zip(("prepare", "train", "measure"), np.diff(times).tolist(), strict=True)
     record = {
         "made_of": _determinants(config),
         "rows": len(rows),
         "loss": curve,
         "tokens_per_second": speed,
         "measured": measured,
-        "seconds": {
-            "prepare": prepared - started,
-            "train": trained - prepared,
-            "measure": ended - trained,
-            "total": ended - started,
-        },
+        "seconds": {**dict(seconds), "total": total},
     }
-    # Who asked for the same at the same time may have been faster; either result will do.
+    # Another process may have made the same warm start meanwhile; either result is good.
     with suppress(FileExistsError), whole_folder(folder) as temporary:
         write_model_folder(temporary, policy, params, config.rollout)
         write_whole(temporary / RECORD, json.dumps(record, indent=1) + "\n")
         write_checksums(temporary)
-    console.print(
-        f"warm start: {ended - started:.0f} s, {speed:,.0f} tokens/s; kept in {folder}", soft_wrap=True
-    )
+    console.print(f"warm start: {total:.0f} s, {speed:,.0f} tokens/s; saved in {folder}", soft_wrap=True)
     return record
 
 
@@ -175,22 +172,18 @@ def _chats(config: Config, console: Console) -> list[Chat]:
 
 
 def _start(config: Config, chats: Sequence[Chat], mesh: Mesh) -> tuple[Policy, Params]:
-    """The model that is trained: the folder `model.path`, or a fresh one with a tokenizer of its own."""
+    """The model to train: the folder `model.path`, or a fresh one with a tokenizer trained on the chats."""
     if config.model.path is not None:
         return load_policy(config.model.path, config.rollout, mesh=mesh)
     positions = max(config.rollout.max_tokens, config.warmstart.row_tokens)
     texts = (message["content"] for chat in chats[:TOKENIZER_CHATS] for message in chat)
-    with tempfile.TemporaryDirectory(prefix="mapo_jax_tokenizer.") as folder:
-        built = train_tokenizer(texts, config.model.fresh.vocabulary)
-        save_tokenizer(folder, built, max_tokens=positions)
-        tokenizer = load_tokenizer(folder)
+    tokenizer = train_tokenizer(texts, config.model.fresh.vocabulary, max_tokens=positions)
     chat = ChatFormat(tokenizer, config.rollout.history, config.rollout.system_prompt)
     model = fresh_model(config.model.fresh, chat.vocabulary_size, positions)
     seed = config.training.seed
     params = with_induction_heads(init_params(model, seed), model, seed)
-    return Policy(model, tokenizer, chat), jax.device_put(
-        params, param_shardings(parameter_shapes(model), mesh)
-    )
+    params = jax.device_put(params, param_shardings(parameter_shapes(model), mesh))
+    return Policy(model, tokenizer, chat), params
 
 
 def _rows(config: Config, policy: Policy, chats: Sequence[Chat]) -> PackedRows:
@@ -201,15 +194,12 @@ def _rows(config: Config, policy: Policy, chats: Sequence[Chat]) -> PackedRows:
             f"{policy.config.max_position_embeddings} positions"
         )
     renderer = Renderer(policy.tokenizer, config.rollout.history, config.rollout.system_prompt)
-    source = config.warmstart.data or "synthetic dialogues"
-    pieces = [
-        piece
+    source, turns = config.warmstart.data or "synthetic dialogues", config.warmstart.turns or None
+    pieces = (
+        renderer.pieces(chat, length, turns, f"{source}, dialogue {number}")
         for number, chat in enumerate(chats, start=1)
-        for piece in renderer.pieces(
-            chat, length, config.warmstart.turns or None, f"{source}, dialogue {number}"
-        )
-    ]
-    return pack(pieces, length)
+    )
+    return pack(list(chain.from_iterable(pieces)), length)
 
 
 # --- Training. ---
@@ -224,12 +214,12 @@ def _train(
     console: Console,
     check: Callable[[], None],
 ) -> tuple[Params, list[list[float]], float]:
-    """The trained weights, the loss curve as [update, loss] pairs, and tokens per second once compiled."""
+    """The trained weights, the loss curve as [update, loss] pairs, and tokens/s without compilation."""
     settings, shards = config.warmstart, mesh.shape["data"] * mesh.shape["fsdp"]
     if settings.rows % shards:
         raise UserError(
             f"`warmstart.rows` is {settings.rows}; it must be a multiple of the {shards} shards "
-            "(mesh.data x mesh.fsdp) that the rows are cut over"
+            "(mesh.data x mesh.fsdp) that the rows are split over"
         )
     optimizer = make_optimizer(updated(OPTIMIZER, {"learning_rate": settings.learning_rate}), settings.steps)
     scoring = Scoring(
@@ -237,30 +227,30 @@ def _train(
         vocabulary_size=policy.chat.vocabulary_size,
         dtype=config.model.dtype,
         remat=config.model.remat,
-        loss_tokens=int(rows.mask.sum(axis=1).max()),
+        loss_tokens=int(rows.batch.mask.sum(axis=1).max()),
         attention=row_attention(config.model.attention, mesh, policy.config, config.model.dtype, packed=True),
         mesh=mesh,
     )
     shardings = param_shardings(parameter_shapes(policy.config), mesh)
     update = make_supervised_update(scoring, optimizer, shardings=shardings)
     state = create_state(params, optimizer, shardings=shardings)
-    deck = batches(rows, settings.rows, config.training.seed)
+    batch = batches(rows, settings.rows, config.training.seed)
     curve: list[list[float]] = []
-    tokens = settings.rows * rows.tokens.shape[1]
+    tokens = settings.rows * settings.row_tokens
     began, speed = time.monotonic(), 0.0
+    live = config.logging.progress and console.is_terminal
     columns = (
-        TextColumn("{task.description}"),
+        "{task.description}",
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        "{task.fields[figures]}",
         TimeRemainingColumn(),
     )
-    live = config.logging.progress and console.is_terminal
     with Progress(*columns, console=console, disable=not live, transient=True) as progress:
         task = progress.add_task("warm start: compiling", total=settings.steps, figures="")
         for step in range(1, settings.steps + 1):
             check()
-            state, metrics = update(state, place(next(deck), mesh))
+            state, metrics = update(state, place(next(batch), mesh))
             if step > 1 and step % REPORT_EVERY and step != settings.steps:
                 continue
             loss = float(metrics["loss"])
@@ -270,7 +260,7 @@ def _train(
                     f"lower `warmstart.learning_rate` ({settings.learning_rate})"
                 )
             if step == 1:
-                began = time.monotonic()  # compilation is no training speed
+                began = time.monotonic()  # the first update includes the compilation
             else:
                 speed = (step - 1) * tokens / (time.monotonic() - began)
             curve.append([step, round(loss, 4)])
@@ -281,30 +271,30 @@ def _train(
     return state.params, curve, speed
 
 
-# --- What the result can do. ---
+# --- Measurement. ---
 
 
 def measure(
     config: Config, policy: Policy, params: Params, mesh: Mesh, check: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
-    """Holds dialogues with the validation cards and returns the figures of what came of them.
+    """Holds dialogues with the validation cards and returns their figures.
 
-    Twice as many dialogues as a training step has, in the sampler that training uses: enough turns for the
-    rarest kinds of reply to be seen.
+    It holds twice as many dialogues as a training step, with the sampler of training: enough turns for the
+    rarest kinds of reply to occur.
 
     Returns:
-      Those of `summarize` and `reading_metrics`, `truncated` (share of replies cut by the token limit), and
-      `act/KIND`: the share of replies that hold an act of this kind, every kind.
+      The figures of `summarize` and `reading_metrics`, `truncated` (share of replies cut by the token limit),
+      and for every kind `act/KIND`, the share of replies with an act of this kind.
     """
     rollout = config.rollout
-    dialogues_in_all = 2 * rollout.scenarios * rollout.rollouts
-    cards = load_scenarios(config.environment.scenarios, "validation")[:dialogues_in_all]
+    count = 2 * rollout.scenarios * rollout.rollouts
+    cards = load_scenarios(config.environment.scenarios, "validation")[:count]
     engine = make_engine(policy, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
     engine.load(params, 0)
-    dialogues = asyncio.run(
+    groups = asyncio.run(
         collect(
             cards,
-            dialogues_in_all // len(cards),
+            count // len(cards),
             engine,
             policy.chat,
             scripted_roles(config.environment),
@@ -315,19 +305,19 @@ def measure(
             on_turn=lambda turns: check(),
         )
     )
-    states = [dialogue.state for group in dialogues for dialogue in group]
+    states = [dialogue.state for group in groups for dialogue in group]
     turns = [turn for state in states for turn in state.turns]
     acts = [set(reading["acts"]) for reading in readings(states)]
     return {
         **summarize(states, config.algorithm.discount),
         **reading_metrics(states),
         "truncated": sum(turn.truncated for turn in turns) / len(turns),
-        **{f"act/{kind}": sum(kind in found for found in acts) / max(1, len(acts)) for kind in KINDS},
+        **{f"act/{kind}": sum(kind in reply for reply in acts) / max(1, len(acts)) for kind in KINDS},
     }
 
 
 def measurement_table(measured: Mapping[str, float]) -> Table:
-    """The figures a person asks for before reinforcement learning starts."""
+    """The figures to look at before reinforcement learning starts."""
     table = Table(title="the warm start with the validation cards", title_justify="left")
     for heading, justify in (("", "left"), ("", "right"), ("chance", "right")):
         table.add_column(heading, justify=justify)
@@ -351,13 +341,13 @@ def measurement_table(measured: Mapping[str, float]) -> Table:
 
 
 def gate(measured: Mapping[str, float], min_naming_ratio: float) -> None:
-    """Stops where reinforcement learning would flee to replies that name nothing.
+    """Refuses a policy with which reinforcement learning would collapse to replies that name nothing.
 
-    Situation and feeling must be named right `min_naming_ratio` times as often as by chance, and every
-    kind of reply must occur. A ratio of 0 lets everything through.
+    Situation and feeling must be named correctly `min_naming_ratio` times as often as by chance, and every
+    kind of reply must occur. A ratio of 0 disables the check.
 
     Raises:
-      UserError: says what is too weak and what to do.
+      UserError: the policy is too weak; names the figure and the remedy.
     """
     if min_naming_ratio == 0:
         return
@@ -366,11 +356,11 @@ def gate(measured: Mapping[str, float], min_naming_ratio: float) -> None:
         accuracy = measured.get(f"naming/{what}")
         if accuracy is None:
             raise UserError(f"the warm start is too weak: it never names the user's {what}; {remedy}")
-        wanted = min(1.0, min_naming_ratio * measured[f"naming/{what}_chance"])
-        if accuracy < wanted:
+        needed = min(1.0, min_naming_ratio * measured[f"naming/{what}_chance"])
+        if accuracy < needed:
             raise UserError(
                 f"the warm start is too weak: it names the user's {what} right {accuracy:.0%} of the time, "
-                f"where {wanted:.0%} ({min_naming_ratio:g} times chance) are asked for; {remedy}"
+                f"where {needed:.0%} ({min_naming_ratio:g} times chance) are needed; {remedy}"
             )
     missing = [kind for kind in KINDS if not measured.get(f"act/{kind}")]
     if missing:
@@ -379,7 +369,7 @@ def gate(measured: Mapping[str, float], min_naming_ratio: float) -> None:
         )
 
 
-# --- The name in the cache. ---
+# --- Cache key. ---
 
 
 def _key(config: Config) -> str:
@@ -388,9 +378,8 @@ def _key(config: Config) -> str:
 
 
 def _determinants(config: Config) -> dict[str, Any]:
-    """Everything that the result follows from, as JSON: settings, texts, and the code that makes it."""
-    rollout, settings = config.rollout.model_dump(), config.warmstart.model_dump()
-    del settings["cache"], settings["min_naming_ratio"]
+    """Everything that determines the result, as JSON values: settings, texts, and the code that makes it."""
+    settings = config.warmstart.model_dump(exclude={"cache", "min_naming_ratio"})
     if settings["data"] is not None:
         settings["data"] = _digest([Path(settings["data"])])
     model = config.model.model_dump()
@@ -401,20 +390,19 @@ def _determinants(config: Config) -> dict[str, Any]:
     return {
         "model": model,
         "warmstart": settings,
-        "rollout": {name: rollout[name] for name in ("history", "system_prompt", "max_turns", "max_tokens")},
+        "rollout": config.rollout.model_dump(include={"history", "system_prompt", "max_turns", "max_tokens"}),
         "delayed_opening": config.environment.delayed_opening,
         "seed": config.training.seed,
         "cards": _digest(sorted(cards.glob("*.yaml")) if cards.is_dir() else [cards]),
-        "code": _digest(
-            [
-                file
-                for source in _SOURCES
-                for file in sorted([_PACKAGE / source, *(_PACKAGE / source).rglob("*")])
-                if file.suffix in (".py", ".yaml")
-            ]
-        ),
+        "code": _digest(list(chain.from_iterable(map(_source_files, _SOURCES)))),
         "versions": {"jax": jax.__version__, "tokenizers": tokenizers.__version__},
     }
+
+
+def _source_files(source: str) -> list[Path]:
+    """A module, or the modules and tables of a package."""
+    path = _PACKAGE / source
+    return [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".py", ".yaml"))
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -429,7 +417,7 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def _listing(folder: Path) -> list[str]:
-    """Names, sizes and times of a model folder's files: reading gigabytes of weights would be too dear."""
+    """Names, sizes and times of a model folder's files: reading gigabytes of weights would take too long."""
     if not folder.is_dir():
         raise UserError(f"`model.path` is {folder}, which is no folder; give a model folder")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -437,7 +425,7 @@ def _listing(folder: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 bad input or too weak, 128 + n for signal n."""
+    """The command line; returns the exit status: 0 done, 2 bad input or too weak, 128 + n signal n."""
     parser = argparse.ArgumentParser(prog="python -m mapo_jax.warmstart", description=__doc__.split("\n")[0])
     parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. warmstart.steps=100")
@@ -450,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 run_warmstart(config, check=stop.check)
             except Interrupted as interruption:
-                message = f"stopped by {interruption}: nothing is kept of an unfinished warm start"
+                message = f"stopped by {interruption}: an unfinished warm start is not saved"
                 raise Stopped(str(interruption), message) from interruption
 
     return run_command(command)

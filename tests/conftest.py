@@ -247,15 +247,15 @@ def write_speaking_model(folder, lines, texts):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from mapo_jax.rollout.rows import ChatFormat
-    from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+    from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 
-    tokenizer = train_tokenizer(texts, 2000)
+    tokenizer = train_tokenizer(texts, 2000, max_tokens=8192)
     tokenizer.add_tokens(list(lines))
-    save_tokenizer(folder, tokenizer, max_tokens=8192)
+    write_tokenizer(folder, tokenizer)
     chat = ChatFormat(load_tokenizer(folder))
     last = chat.prompt([{"role": "user", "content": "Hello."}])[-1]
     config = Qwen3Config(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=1,
@@ -276,7 +276,7 @@ def write_speaking_model(folder, lines, texts):
         model.model.embed_tokens.weight.copy_(embedding)
         model.lm_head.weight.zero_()
         for line in lines:
-            token = tokenizer.token_to_id(line)
+            token = tokenizer.convert_tokens_to_ids(line)
             model.lm_head.weight[token] = 8 * embedding[last]
             model.lm_head.weight[chat.end_of_turn[0]] += 8 * embedding[token]
     # Without this a server takes the likeliest token, whatever temperature it is asked for.

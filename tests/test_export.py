@@ -25,7 +25,7 @@ from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.checkpoint import Checkpoints, save_base
 from mapo_jax.running.policy import Policy, load_policy, save_model_files
-from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 from mapo_jax.warmstarting.packing import Renderer
 
 ROLLOUT = RolloutConfig(max_tokens=96, max_reply_tokens=12, system_prompt="Be kind.", temperature=0.9)
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "mine"
     texts = [message["content"] for message in CHAT] * 4
     source = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(source, train_tokenizer(texts, 300), max_tokens=160)
+    write_tokenizer(source, train_tokenizer(texts, 300, max_tokens=160))
     tokenizer = load_tokenizer(source)
     config = QwenConfig(
         vocab_size=304,  # more rows than the tokenizer has tokens

@@ -22,7 +22,7 @@ from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.model_folder import write_model_folder
 from mapo_jax.running.policy import Policy
-from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 from mapo_jax.warmstarting.packing import Renderer
 
 pytestmark = pytest.mark.peer
@@ -50,7 +50,7 @@ def policy(request, tmp_path_factory):
     """Of a family that does not think, and of one whose own template drops earlier think blocks."""
     source = tmp_path_factory.mktemp("tokenizer")
     template = {"chat_template": THINKING} if request.param == "thinking" else {}
-    save_tokenizer(source, train_tokenizer(TALK * 4, 300), max_tokens=256, **template)
+    write_tokenizer(source, train_tokenizer(TALK * 4, 300, max_tokens=256), **template)
     tokenizer = load_tokenizer(source)
     config = QwenConfig(
         vocab_size=len(tokenizer),

@@ -24,7 +24,7 @@ from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.running.model_folder import write_model_folder
 from mapo_jax.running.policy import Policy
-from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer, write_tokenizer
+from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 
 pytestmark = pytest.mark.peer
 
@@ -119,12 +119,12 @@ def job(tmp_path_factory):
     """Folders as they leave a run: three kinds of tokenizers, two families of models, adapters."""
     root = tmp_path_factory.mktemp("exports")
     plain, foreign = root / "plain", root / "foreign"
-    built = train_tokenizer([*TEXTS, "assistant user system tool"] * 3, 330)
+    built = train_tokenizer([*TEXTS, "assistant user system tool"] * 3, 330, max_tokens=256)
     built.add_tokens([AddedToken(token, normalized=False) for token in ("<think>", "</think>", "<tool>")])
-    save_tokenizer(plain, built, max_tokens=256)
+    write_tokenizer(plain, built)
     # What was not of the Qwen2 class to begin with, and has a token with a name.
     PreTrainedTokenizerFast(
-        tokenizer_object=built,
+        tokenizer_object=built.backend_tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],

@@ -24,7 +24,7 @@ from mapo_jax.running import processes as hosts
 from mapo_jax.running.checkpoint import best_steps, checkpoint_folder, whole_steps
 from mapo_jax.running.metrics import METRICS_FILE
 from mapo_jax.running.processes import STATUS, join
-from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import train_tokenizer, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 10
@@ -35,10 +35,10 @@ def model_folder(tmp_path_factory):
     """A tiny untrained Qwen3 whose width eight devices can cut."""
     folder = tmp_path_factory.mktemp("model")
     texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
-    tokenizer = train_tokenizer(texts, 320)
-    save_tokenizer(folder, tokenizer, max_tokens=512)
+    tokenizer = train_tokenizer(texts, 320, max_tokens=512)
+    write_tokenizer(folder, tokenizer)
     config = QwenConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=24,
         num_layers=2,

@@ -23,9 +23,10 @@ def test_broken_files_are_named(tmp_path):
     file.write_text("\n")
     with pytest.raises(UserError, match="are empty"):
         list(read_rows(file, "rows"))
-    file.write_bytes(b"\xff")
-    with pytest.raises(UserError, match="not UTF-8"):
-        list(read_rows(file, "rows"))
+    file.write_bytes(b'{"a": 1}\n\xff')
+    for read in (read_json, lambda *arguments: list(read_rows(*arguments))):
+        with pytest.raises(UserError, match=r"rows.jsonl, line 2: not UTF-8"):
+            read(file, "rows")
     file.write_text('{"a": 1,\n "b": }')
     with pytest.raises(UserError, match=r"line 2, is not JSON"):
         read_json(file, "rows")

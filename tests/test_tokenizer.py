@@ -12,7 +12,6 @@ from mapo_jax.tokenizer import (
     SPECIAL_TOKENS,
     START,
     load_tokenizer,
-    save_tokenizer,
     train_tokenizer,
     write_tokenizer,
 )
@@ -28,7 +27,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder, train_tokenizer(TEXTS, 320), max_tokens=512)
+    write_tokenizer(folder, train_tokenizer(TEXTS, 320, max_tokens=512))
     return folder
 
 
@@ -72,26 +71,26 @@ def test_the_chat_template_is_chatml(tokenizer):
 
 
 def test_the_same_texts_give_the_same_files(folder, tmp_path):
-    save_tokenizer(tmp_path, train_tokenizer(TEXTS, 320), max_tokens=512)
-    for file in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
+    write_tokenizer(tmp_path, train_tokenizer(TEXTS, 320, max_tokens=512))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
 
 
 def test_merges_and_vocabulary_alone_give_the_same_tokens(folder, tokenizer):
-    """What tools read that take vocab.json and merges.txt instead of tokenizer.json."""
+    """Tools may take vocabulary and merges and build the tokenizer themselves."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    plain = Tokenizer(model)
+    content = json.loads((folder / "tokenizer.json").read_text())["model"]
+    plain = Tokenizer(models.BPE(content["vocab"], [tuple(merge) for merge in content["merges"]]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     text = TEXTS[0]
     assert plain.encode(text).ids == tokenizer.encode(text)
-    assert len(json.loads((folder / "vocab.json").read_text())) == 320
+    assert len(content["vocab"]) == 320
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused():
     with pytest.raises(UserError, match=r"vocabulary.*258.*at least 259"):
-        train_tokenizer(TEXTS, 258)
+        train_tokenizer(TEXTS, 258, max_tokens=512)
 
 
 def same_as_transformers_finds(folder):

@@ -31,7 +31,7 @@ from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.run import Position, begin, open_run, scenario_deck
 from mapo_jax.running.checkpoint import checkpoint_folder, whole_steps
 from mapo_jax.running.metrics import METRICS_FILE
-from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import train_tokenizer, write_tokenizer
 
 STEPS = 4
 
@@ -82,10 +82,10 @@ def model_folder(tmp_path_factory):
     """A tiny untrained Qwen3 with its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
-    tokenizer = train_tokenizer(texts, 320)
-    save_tokenizer(folder, tokenizer, max_tokens=512)
+    tokenizer = train_tokenizer(texts, 320, max_tokens=512)
+    write_tokenizer(folder, tokenizer)
     config = QwenConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=24,
         num_layers=2,

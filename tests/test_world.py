@@ -24,7 +24,7 @@ from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.run import Position
 from mapo_jax.running.phases import Phases
 from mapo_jax.running.processes import Hosts
-from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 from mapo_jax.world import _server, open_models, open_world
 
 KEY = "sk-live-0123456789abcdef"
@@ -70,7 +70,7 @@ class TalkingEngine:
 def chat(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [line for card in CARDS for stage in card.story.stages for line in stage.line]
-    save_tokenizer(folder, train_tokenizer(texts, 320), max_tokens=4096)
+    write_tokenizer(folder, train_tokenizer(texts, 320, max_tokens=4096))
     return ChatFormat(load_tokenizer(folder))
 
 

@@ -1,10 +1,11 @@
-"""Getting a benchmark's prompts answered, each answer saved as soon as it is there."""
+"""Getting a benchmark's prompts answered; each answer is saved as soon as it arrives."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import UnionType
 from typing import IO, Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from mapo_jax.config import GONE, differing_keys
 from mapo_jax.errors import UserError
@@ -29,45 +30,45 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to be asked."""
+    """One prompt of a benchmark."""
 
-    id: str  # unique; random numbers follow from it
+    id: str  # unique; determines the random numbers of the answer
     text: str
-    name: Mapping[str, Any]  # what names the answer in its saved row, such as {"id": "17"}
+    name: Mapping[str, Any]  # identifies the answer in its saved row, such as {"id": "17"}
 
     @property
     def messages(self) -> Messages:
-        """As a chat."""
+        """The prompt as a chat."""
         return [{"role": "user", "content": self.text}]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said."""
+    """What a model answered."""
 
-    text: str | None  # its content, reasoning in it included; None where a server sent none
+    text: str | None  # its content, including reasoning; None where a server sent none
     truncated: bool  # cut by its token limit
 
 
 class Answerer(Protocol):
-    """A model that can be asked many things at once."""
+    """A model that answers many prompts at once."""
 
     def answer(self, prompts: Sequence[Prompt], save: Callable[[Prompt, Answer], None]) -> None:
-        """Answers all prompts, and calls `save` for each as soon as it is answered, in any order.
+        """Answers all prompts, in any order, and calls `save` for each as soon as it is answered.
 
-        What `save` raises ends it.
+        An exception from `save` ends it.
 
         Raises:
-          UserError: it cannot go on; what was saved stays saved.
+          UserError: it cannot continue; saved answers stay saved.
         """
         ...
 
 
 class Folder:
-    """The folder of one evaluation: what is asked of whom (`settings.json`), and a file of finished rows.
+    """The folder of one evaluation: the settings that determine it (`settings.json`), and a file of rows.
 
-    A row is one line, written at once, so that a kill leaves whole lines and at most one torn last one, which
-    is cut off before the file is read again.
+    A row is one line in one write. So after a kill all lines are whole but perhaps the last, which is removed
+    before the file is read again.
     """
 
     def __init__(self, path: Path | str, file: str) -> None:
@@ -76,18 +77,18 @@ class Folder:
 
     @contextmanager
     def opened(self, settings: Mapping[str, Any]) -> Iterator[IO[bytes]]:
-        """Takes the folder for this process; yields the file, open for appending.
+        """Locks the folder for this process; yields the file, open for appending.
 
         Args:
-          settings: what determines the rows, as JSON values. A folder of other settings is refused.
+          settings: what determines the rows, as JSON values. A folder with other settings is refused.
 
         Raises:
-          UserError: other settings, or files of someone else, lie there; another process is at work in it;
-            the place cannot be written to.
+          UserError: the folder has other settings or files of another origin, another process uses it, or it
+            cannot be written to.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.file, "ab")  # noqa: SIM115  (held open below)
+            file = open(self.file, "ab")  # noqa: SIM115  (closed below)
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.path}: {error.strerror}; choose another --output"
@@ -104,15 +105,15 @@ class Folder:
             yield file
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        known = self.path / SETTINGS
-        if not self.file.stat().st_size:  # nothing is kept yet, whatever was meant to be
-            write_whole(known, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        file = self.path / SETTINGS
+        if not self.file.stat().st_size:  # without rows, older settings do not matter
+            write_whole(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
             return
-        if not known.exists():
+        if not file.exists():
             raise UserError(f"{self.file} is not ours (no {SETTINGS} beside it); choose another --output")
-        saved = read_json(known, "settings")
+        saved = read_json(file, "settings")
         if not isinstance(saved, dict):
-            raise UserError(f"{known} holds no settings; choose another --output")
+            raise UserError(f"{file} holds no settings; choose another --output")
         harmless = (*HARMLESS_KEYS, *GONE)
         keys = [key for key in differing_keys(saved, settings) if not key.startswith(harmless)]
         if keys:
@@ -121,20 +122,20 @@ class Folder:
                 f"{settings.get(keys[0])!r}; choose another --output"
             )
 
-    def rows(self, **needed: type | UnionType) -> list[dict[str, Any]]:
-        """The rows that are there.
+    def rows(self, **fields: type | UnionType) -> list[dict[str, Any]]:
+        """The saved rows.
 
         Args:
-          needed: what each row must hold, by name.
+          fields: names and types of the fields that each row must have.
 
         Raises:
-          UserError: the file cannot be read, or a row lacks what it must hold; names the line.
+          UserError: the file cannot be read, or a row lacks a field; names the line.
         """
         if not self.file.exists() or not self.file.stat().st_size:
             return []
         rows = []
         for place, row in read_rows(self.file, "saved rows"):
-            for name, kind in needed.items():
+            for name, kind in fields.items():
                 if not isinstance(row.get(name, ...), kind):
                     raise UserError(
                         f"{place}, is no saved row ({name!r} is missing or of another type); remove the "
@@ -145,10 +146,10 @@ class Folder:
 
 
 def append(file: IO[bytes], row: Mapping[str, Any]) -> None:
-    """Adds a row to an opened folder's file.
+    """Appends a row to an opened folder's file.
 
     Raises:
-      UserError: the disk is full; the rows before are whole.
+      UserError: the disk is full; earlier rows are whole.
     """
     with full_disk_is_a_user_error(Path(file.name)):
         file.write(json.dumps(encodable(row), ensure_ascii=False).encode() + b"\n")
@@ -156,10 +157,9 @@ def append(file: IO[bytes], row: Mapping[str, Any]) -> None:
 
 
 def _cut_torn_line(file: Path) -> None:
-    data = file.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with file.open("r+b") as torn:
-            torn.truncate(data.rfind(b"\n") + 1)
+    content = file.read_bytes()
+    with file.open("r+b") as torn:
+        torn.truncate(content.rfind(b"\n") + 1)
 
 
 def ask(
@@ -170,22 +170,26 @@ def ask(
     console: Console,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Asks what was not asked before; afterwards every prompt has its row in the folder's file.
+    """Gets the missing answers; afterwards every prompt has its row in the folder's file.
 
-    A row has the prompt's name, `answer` (null where the model gave none), and `truncated`.
+    A row has the fields of the prompt's name, `answer` (null if the model gave none), and `truncated`.
 
     Args:
-      make_answerer: called only if something is left to be asked.
-      settings: what determines the answers; a folder of other settings is refused.
+      make_answerer: called only if an answer is missing.
+      settings: what determines the answers; a folder with other settings is refused.
       check: called after every answer; may raise to stop.
 
     Raises:
-      UserError: the folder cannot be used (see `Folder.opened`), the answerer cannot go on, or an answer is
-        neither text nor a list of text parts; such a one is not saved.
+      UserError: the folder cannot be used (see `Folder.opened`), the answerer cannot continue, or an answer
+        is neither text nor a list of text parts; such an answer is not saved.
     """
+
+    def key(row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(field)) for field in prompts[0].name)
+
     with folder.opened(settings) as file:
-        done = {_key(row, prompts[0].name) for row in folder.rows()} if prompts else set()
-        missing = [prompt for prompt in prompts if _key(prompt.name, prompt.name) not in done]
+        done = {key(row) for row in folder.rows()} if prompts else set()
+        missing = [prompt for prompt in prompts if key(prompt.name) not in done]
         if missing and done:
             console.print(f"{len(prompts) - len(missing)} of {len(prompts)} answers are there already")
         if not missing:
@@ -208,21 +212,24 @@ def ask(
                 if unusable:
                     raise UserError(f"{len(unusable)} answers cannot be used (the last: {unusable[-1]})")
             except UserError as error:
-                saved = len(folder.rows())
                 raise UserError(
-                    f"{error}; {saved} of {len(prompts)} answers are saved in {folder.file}, and the same "
-                    "command goes on from there"
+                    f"{error}; {len(folder.rows())} of {len(prompts)} answers are saved in {folder.file}, "
+                    "and the same command goes on from there"
                 ) from error
 
 
-def _key(row: Mapping[str, Any], name: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row.get(part)) for part in name)
+def fingerprint(items: Iterable[Any]) -> str:
+    """A short hash of JSON values."""
+    digest = hashlib.blake2b(digest_size=8)
+    for item in items:
+        digest.update(json.dumps(item).encode())
+    return digest.hexdigest()
 
 
 @contextmanager
 def progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line at every tenth elsewhere; yields what to call with the number done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """A bar on a terminal, else a line at every tenth; yields a function to call with the number finished."""
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=total)
         done = 0

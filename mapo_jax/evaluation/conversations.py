@@ -1,11 +1,12 @@
-"""EMPA's dialogues: a model under evaluation with the world on every card, each kept when it has ended."""
+"""EMPA's dialogues of a model under evaluation with the world, on every card; saved one by one."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import IO, Any, TypeVar
 
 from rich.console import Console
@@ -16,9 +17,8 @@ from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
 from mapo_jax.evaluation.answers import Answer, Folder, append, progress
-from mapo_jax.evaluation.endpoint import Calls, Endpoint, together
+from mapo_jax.evaluation.endpoint import Endpoint, for_each
 from mapo_jax.evaluation.local import LocalModel
-from mapo_jax.evaluation.role_loop import RoleLoop
 from mapo_jax.rollout.collect import Dialogue, derive_seed, finished_groups
 from mapo_jax.scores.speech import spoken, text_of
 
@@ -29,19 +29,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Session:
-    """The dialogues of one evaluation: who talks to whom, and where they are kept."""
+    """Dialogues to hold: who takes part, under which settings, and where they are saved."""
 
-    model: str  # its name, in the rows
+    model: str  # its name in the rows
     cards: Sequence[Scenario]
-    rollouts: int  # dialogues with each card
-    world: RoleLoop
-    limits: Limits
+    roles: Roles
+    run: Callable[[Coroutine[Any, Any, int], Callable[[], None]], int]  # awaits on the roles' event loop
+    config: Config  # uses `evaluation`, `rollout`, `environment.concurrency` and the success tolerance
     seed: int
-    temperature: float
-    folder: Folder
-    settings: Mapping[str, Any]  # what determines the dialogues; a folder of others is refused
+    file: IO[bytes]  # of an opened folder
     console: Console
     check: Callable[[], None] = lambda: None  # called after every turn; may raise to stop
+
+    @property
+    def dialogues(self) -> int:
+        """How many there are."""
+        return len(self.cards) * self.config.evaluation.rollouts
+
+    def save(self, state: DialogueState, rollout: int) -> None:
+        """Saves a dialogue, except one whose user or director failed: the next run tries it again."""
+        if state.outcome != "error":
+            append(self.file, to_row(state, self.model, rollout))
 
 
 def limits_of(config: Config) -> Limits:
@@ -50,29 +58,25 @@ def limits_of(config: Config) -> Limits:
 
 
 def to_row(state: DialogueState, model: str, rollout: int) -> dict[str, Any]:
-    """A finished dialogue as one line: what `empa.make_case` scores, and what was said and found."""
+    """A finished dialogue as one row: what `empa.make_case` scores, the messages and the judgements."""
+    judgements = [turn.judgement for turn in state.turns]
     return {
         "model": model,
         "case": state.scenario.id,
         "rollout": rollout,
         "domain": state.scenario.domain,
         "start": list(state.scenario.start_position),
-        "levels": [list(turn.judgement.levels) if turn.judgement else None for turn in state.turns],
+        "levels": [judgement and list(judgement.levels) for judgement in judgements],
         "outcome": state.outcome,
         "rule": state.rule,
         "truncated": [turn.truncated for turn in state.turns],
         "failures": [turn.failure for turn in state.turns],
         "messages": state.messages,
-        "judgements": [
-            {"evidence": turn.judgement.evidence, "reasons": turn.judgement.reasons}
-            if turn.judgement
-            else None
-            for turn in state.turns
-        ],
+        "judgements": [j and {"evidence": j.evidence, "reasons": j.reasons} for j in judgements],
     }
 
 
-def heard(state: DialogueState) -> DialogueState | None:
+def without_reasoning(state: DialogueState) -> DialogueState | None:
     """A dialogue without the reasoning in its replies; None if a reply holds nothing else."""
     replies = [spoken(turn.reply) for turn in state.turns]
     if None in replies:
@@ -82,13 +86,13 @@ def heard(state: DialogueState) -> DialogueState | None:
 
 
 @dataclass(frozen=True)
-class Hearing:
-    """Roles that hear what a policy says, and not its reasoning.
+class ReasoningHidden:
+    """Roles that see a policy's replies without the reasoning in them.
 
-    Reasoning alone is judged by nobody, and ends the dialogue with outcome `error`.
+    A reply of reasoning alone is not judged, and ends the dialogue with outcome `error`.
     """
 
-    behind: Roles
+    inner: Roles
 
     @property
     def roles(self) -> Roles:
@@ -97,164 +101,138 @@ class Hearing:
 
     async def open(self, scenario: Scenario, seed: int) -> str:
         """See User."""
-        return await self.behind.user.open(scenario, seed)
+        return await self.inner.user.open(scenario, seed)
 
     async def reply(self, state: DialogueState) -> str:
         """See User."""
-        return await self.behind.user.reply(_answered(heard(state)))
+        return await self.inner.user.reply(_required(without_reasoning(state)))
 
     async def score(self, state: DialogueState, reply: str) -> Judgement:
         """See Judge."""
-        return await self.behind.judge.score(_answered(heard(state)), _answered(spoken(reply)))
+        return await self.inner.judge.score(_required(without_reasoning(state)), _required(spoken(reply)))
 
     async def act(self, state: DialogueState) -> Action:
         """See Director."""
-        return await self.behind.director.act(_answered(heard(state)))
+        return await self.inner.director.act(_required(without_reasoning(state)))
 
 
-def _answered(said: T | None) -> T:
-    if said is None:
+def _required(visible: T | None) -> T:
+    if visible is None:
         raise RoleFailure("malformed", "the reply holds reasoning alone")
-    return said
+    return visible
 
 
-def hold_locally(session: Session, load: Callable[[], LocalModel], config: Config, *, slots: int) -> int:
-    """Holds what is missing of a session's dialogues on our engine; a card's are kept when all have ended.
+def hold_locally(session: Session, model: LocalModel, *, slots: int) -> int:
+    """Holds a session's dialogues on our engine; a card's dialogues are saved when all of them have ended.
 
     Args:
-      load: makes the model; called only if something is missing.
-      config: of `rollout` the longest reply and the longest dialogue matter; the latter is cut to what the
-        model was made for.
-      slots: dialogues at a time.
+      model: dialogues are limited to its positions.
+      slots: dialogues at once.
 
     Returns:
-      How many dialogues broke off because a reply held reasoning alone.
+      How many dialogues ended because a reply held reasoning alone.
 
     Raises:
-      UserError: the folder cannot be used, or a card's first message leaves no room for a reply.
+      UserError: a card's first message leaves no room for a reply.
     """
-    console = session.console
-    with session.folder.opened(session.settings) as file:
-        missing = _missing(session)
-        if not missing:
-            return 0
-        model = load()
-        positions = model.policy.config.max_position_embeddings
-        length = min(config.rollout.max_tokens, positions)
-        if length < config.rollout.max_tokens:
-            console.print(f"dialogues of up to {length} tokens, the positions of the model", soft_wrap=True)
-        dialogues = len(missing) * session.rollouts
-        engine = model.engine(
-            slots=min(slots, dialogues),
-            length=length,
-            max_reply_tokens=config.rollout.max_reply_tokens,
-            temperature=session.temperature,
+    config = session.config
+    length = min(config.rollout.max_tokens, model.policy.config.max_position_embeddings)
+    if length < config.rollout.max_tokens:
+        session.console.print(
+            f"dialogues of up to {length} tokens, the positions of the model", soft_wrap=True
         )
-        with progress(console, "dialogues", dialogues) as advance:
-            groups = finished_groups(
-                missing,
-                session.rollouts,
-                engine,
-                model.policy.chat,
-                Hearing(session.world.roles).roles,
-                session.limits,
-                seed=session.seed,
-                step=0,
-                concurrency=config.environment.concurrency,
-                on_turn=lambda turns: session.check(),
-            )
-            return session.world.run(_keep_groups(session, groups, file, advance), session.check)
+    engine = model.engine(
+        slots=min(slots, session.dialogues),
+        length=length,
+        max_reply_tokens=config.rollout.max_reply_tokens,
+        temperature=config.evaluation.temperature,
+    )
+    groups = finished_groups(
+        session.cards,
+        config.evaluation.rollouts,
+        engine,
+        model.policy.chat,
+        ReasoningHidden(session.roles).roles,
+        limits_of(config),
+        seed=session.seed,
+        step=0,
+        concurrency=config.environment.concurrency,
+        on_turn=lambda turns: session.check(),
+    )
+    return session.run(_save_groups(session, groups), session.check)
 
 
-async def _keep_groups(
-    session: Session,
-    groups: AsyncGenerator[list[Dialogue]],
-    file: IO[bytes],
-    advance: Callable[[int], None],
-) -> int:
+async def _save_groups(session: Session, groups: AsyncGenerator[list[Dialogue]]) -> int:
     unanswered = 0
-    async with aclosing(groups):
-        async for group in groups:
-            for dialogue in group:
-                state = heard(dialogue.state)
-                if state is None:
-                    unanswered += 1
-                else:
-                    _keep(file, session, state, dialogue.rollout)
-            advance(len(group))
+    with progress(session.console, "dialogues", session.dialogues) as advance:
+        async with aclosing(groups):
+            async for group in groups:
+                for dialogue in group:
+                    state = without_reasoning(dialogue.state)
+                    if state is None:
+                        unanswered += 1
+                    else:
+                        session.save(state, dialogue.rollout)
+                advance(len(group))
     return unanswered
 
 
 def hold_remotely(session: Session, endpoint: Endpoint) -> int:
-    """Holds what is missing of a session's dialogues with a model behind an endpoint, several at once.
+    """Holds a session's dialogues with a model behind an endpoint, several at once.
 
-    The model's history holds what it said, without its reasoning.
+    The model sees its earlier replies without their reasoning.
 
     Returns:
-      How many dialogues broke off because an answer was empty, held reasoning alone, or was no text.
+      How many dialogues ended because an answer was empty, held reasoning alone, or was not text.
 
     Raises:
-      UserError: the folder cannot be used, or the endpoint failed; what had ended is saved.
+      UserError: the endpoint failed; finished dialogues are saved.
     """
-    with session.folder.opened(session.settings) as file:
-        missing = _missing(session)
-        if not missing:
-            return 0
-        with progress(session.console, "dialogues", len(missing) * session.rollouts) as advance:
-            return session.world.run(_hold_remotely(session, missing, endpoint, file, advance), session.check)
+    return session.run(_hold_remotely(session, endpoint), session.check)
 
 
-async def _hold_remotely(
-    session: Session,
-    cards: Sequence[Scenario],
-    endpoint: Endpoint,
-    file: IO[bytes],
-    advance: Callable[[int], None],
-) -> int:
-    calls = Calls(endpoint)
+async def _hold_remotely(session: Session, endpoint: Endpoint) -> int:
+    roles, limits = session.roles, limits_of(session.config)
+    rollouts = range(session.config.evaluation.rollouts)
+    openings: dict[str, asyncio.Task[str]] = {}  # by card, shared by its rollouts
     unanswered = 0
-    openings: dict[str, asyncio.Task[str]] = {}
-    waiting = iter([(card, rollout) for card in cards for rollout in range(session.rollouts)])
 
     async def hold(card: Scenario, rollout: int) -> DialogueState | None:
         nonlocal unanswered
         seed = derive_seed(session.seed, 0, card.id, rollout)
         if card.id not in openings:
             opening = derive_seed(session.seed, 0, card.id, "opening", 0)
-            openings[card.id] = asyncio.ensure_future(open_dialogue(card, opening, session.world.roles))
+            openings[card.id] = asyncio.ensure_future(open_dialogue(card, opening, roles))
         try:
             state = DialogueState(card, seed, (), await openings[card.id])
         except RoleFailure as failure:
             return DialogueState(card, seed, (), "", outcome="error", failure=failure.kind)
         while state.outcome is None:
-            answer = await calls.ask(state.messages, derive_seed(seed, state.turn_count))
+            answer = await ask(state.messages, derive_seed(seed, state.turn_count))
             if answer is None:
                 return None
-            reply = _speech(answer)
+            reply = _reply(answer)
             if not reply:
                 unanswered += 1
                 return None
-            state = await take_turn(
-                state, reply, session.world.roles, session.limits, truncated=answer.truncated
-            )
+            state = await take_turn(state, reply, roles, limits, truncated=answer.truncated)
             session.check()
         return state
 
-    async def work() -> None:
-        for card, rollout in waiting:
-            state = await hold(card, rollout)
-            if state is not None:
-                _keep(file, session, state, rollout)
-                advance(1)
+    async def work(dialogue: tuple[Scenario, int]) -> None:
+        state = await hold(*dialogue)
+        if state is not None:
+            session.save(state, dialogue[1])
+            advance(1)
 
-    async with endpoint.connected() as calls.client:
-        await together([work() for _ in range(min(endpoint.concurrency, len(cards) * session.rollouts))])
-    calls.conclude()
+    with progress(session.console, "dialogues", session.dialogues) as advance:
+        async with endpoint.connected() as ask:
+            await for_each(product(session.cards, rollouts), work, endpoint.concurrency)
     return unanswered
 
 
-def _speech(answer: Answer) -> str:
-    """What an answer says; empty where it says nothing."""
+def _reply(answer: Answer) -> str:
+    """The text of an answer without reasoning; empty if there is none."""
     try:
         reply = spoken(text_of(answer.text)) or ""
     except ValueError:
@@ -262,29 +240,13 @@ def _speech(answer: Answer) -> str:
     return "" if reply.isspace() else reply
 
 
-def _keep(file: IO[bytes], session: Session, state: DialogueState, rollout: int) -> None:
-    if state.outcome != "error":  # the user or director failed: tried again when the command is
-        append(file, to_row(state, session.model, rollout))
-
-
 def missing_cards(folder: Folder, cards: Sequence[Scenario], rollouts: int) -> list[Scenario]:
     """Cards of which not every dialogue is saved. A card's dialogues are held together."""
-    saved = {(row["case"], row["rollout"]) for row in folder.rows(**_NEEDED)}
-    return [card for card in cards if not {(card.id, rollout) for rollout in range(rollouts)} <= saved]
-
-
-def _missing(session: Session) -> list[Scenario]:
-    missing = missing_cards(session.folder, session.cards, session.rollouts)
-    if 0 < len(missing) < len(session.cards):
-        session.console.print(
-            f"{len(session.cards) - len(missing)} of {len(session.cards)} cards are there already"
-        )
-    return missing
+    saved = {(row["case"], row["rollout"]) for row in saved_rows(folder)}
+    return [card for card in cards if not saved.issuperset(product([card.id], range(rollouts)))]
 
 
 def saved_rows(folder: Folder) -> list[dict[str, Any]]:
     """The saved dialogues, one row for each card and rollout."""
-    return list({(row["case"], row["rollout"]): row for row in folder.rows(**_NEEDED)}.values())
-
-
-_NEEDED = {"case": str, "rollout": int, "rule": str | None}
+    rows = folder.rows(case=str, rollout=int, rule=str | None)
+    return list({(row["case"], row["rollout"]): row for row in rows}.values())

@@ -1,11 +1,12 @@
-"""A model behind an OpenAI-compatible server, asked with bounded concurrency, time and patience."""
+"""A model behind an OpenAI-compatible server, called with bounded concurrency, timeouts and retries."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
 from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
@@ -15,118 +16,105 @@ from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Answer, Messages, Prompt
 from mapo_jax.rollout.collect import derive_seed
 
-if TYPE_CHECKING:
-    from mapo_jax.environment.live.client import Server
+KEY = "OPENAI_API_KEY"  # the environment variable with the server's key, if it needs one
+PATIENCE = 5  # consecutive failed calls after which the evaluation ends
+HOPELESS = (401, 403, 404)  # HTTP status with which every later call would fail too
 
-KEY = "OPENAI_API_KEY"  # the environment variable with the server's key, if it wants one
-PATIENCE = 5  # calls running that fail for good before the rest is given up
-HOPELESS = (401, 403, 404)  # no later call would fare better
+T = TypeVar("T")
+Ask = Callable[[Messages, int], Awaitable[Answer | None]]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server's model and how it is asked. The key is that of the environment's OPENAI_API_KEY, if any."""
+    """A server's model and how it is called. The key is that of the environment's OPENAI_API_KEY, if any."""
 
     url: str  # of the API, up to and including /v1
-    model: str  # as the server calls it
+    model: str  # its name on the server
     temperature: float
     max_tokens: int  # of an answer
     seed: int
-    concurrency: int = 8  # calls under way at once
-    timeout: float = 120.0  # seconds for one try of a call
-    retries: int = 3  # further tries of a call that failed in a way that may pass
+    concurrency: int = 8  # calls at once
+    timeout: float = 120.0  # seconds for one attempt of a call
+    retries: int = 3  # further attempts after a failure that may be temporary
 
     def answer(self, prompts: Sequence[Prompt], save: Callable[[Prompt, Answer], None]) -> None:
         """See `Answerer`.
 
         Raises:
-          UserError: several calls running failed for good, or some did and the others are answered.
+          UserError: as of `connected`.
         """
         asyncio.run(self._answer(prompts, save))
 
     async def _answer(self, prompts: Sequence[Prompt], save: Callable[[Prompt, Answer], None]) -> None:
-        waiting = iter(prompts)
-        calls = Calls(self)
+        async with self.connected() as ask:
 
-        async def work() -> None:
-            for prompt in waiting:
-                answer = await calls.ask(prompt.messages, derive_seed(self.seed, prompt.id))
+            async def work(prompt: Prompt) -> None:
+                answer = await ask(prompt.messages, derive_seed(self.seed, prompt.id))
                 if answer is not None:
                     save(prompt, answer)
 
-        async with self.connected() as calls.client:
-            await together([work() for _ in range(min(self.concurrency, len(prompts)))])
-        calls.conclude()
+            await for_each(prompts, work, self.concurrency)
 
-    def connected(self) -> Server:
-        """A client, to be closed by its context.
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[Ask]:
+        """Connects; yields a function of messages and seed that returns the answer, or None after a failure.
 
         Raises:
-          UserError: the key or the URL cannot be one, or the process may not open so many connections.
+          UserError: the key or the URL is invalid, the process may not open so many connections, PATIENCE
+            calls in a row failed, or one with a status in HOPELESS; at the end, if any call failed.
         """
-        from mapo_jax.environment.live.client import Server  # imports that a local model need not pay
+        from mapo_jax.environment.live.client import Server  # slow imports, not needed for a local model
 
         allow_connections(self.concurrency, "--concurrency")
-        return Server(
-            RoleConfig(
-                url=self.url, model=self.model, temperature=self.temperature, max_tokens=self.max_tokens
-            ),
+        role = RoleConfig(
+            url=self.url, model=self.model, temperature=self.temperature, max_tokens=self.max_tokens
+        )
+        failed = in_a_row = 0
+        reason = ""
+
+        def error() -> UserError:
+            return UserError(
+                f"the endpoint {self.url} failed {failed} calls to {self.model} (last: {reason})"
+            )
+
+        async def ask(messages: Messages, seed: int) -> Answer | None:
+            nonlocal failed, in_a_row, reason
+            try:
+                completion = await server.ask(messages, seed=seed % 2**31 if self.temperature > 0 else None)
+            except RoleFailure as failure:
+                if getattr(
+                    failure, "answered", False
+                ):  # a completion without text is no answer, not a failure
+                    in_a_row = 0
+                    return Answer(None, False)
+                failed, in_a_row, reason = failed + 1, in_a_row + 1, str(failure)
+                if getattr(failure, "status", None) in HOPELESS or in_a_row >= PATIENCE:
+                    raise error() from None
+                return None
+            in_a_row = 0
+            return Answer(completion.text, completion.cut)
+
+        async with Server(
+            role,
             key=read_key(KEY),
             call_seconds=self.timeout,
             concurrency=self.concurrency,
             attempts=self.retries + 1,
-        )
-
-    async def complete(self, client: Server, messages: Messages, seed: int) -> Answer:
-        """One answer. Raises RoleFailure when the tries are used up."""
-        said = await client.ask(messages, seed=seed % 2**31 if self.temperature > 0 else None)
-        return Answer(said.text, said.cut)
+        ) as server:
+            yield ask
+        if failed:
+            raise error()
 
 
-@dataclass
-class Calls:
-    """The calls of one evaluation: counts those that failed, and gives up when going on is pointless."""
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], concurrency: int) -> None:
+    """Awaits `work` for every item, `concurrency` at once; the first error cancels the rest and is raised."""
+    waiting = iter(items)
 
-    endpoint: Endpoint
-    client: Server | None = None
-    failed: int = 0
-    running: int = 0  # failures since the last answer
-    reason: str = ""
+    async def worker() -> None:
+        for item in waiting:
+            await work(item)
 
-    async def ask(self, messages: Messages, seed: int) -> Answer | None:
-        """An answer, or None where there was none to be had.
-
-        Raises:
-          UserError: too many calls running failed, or one in a way that all will.
-        """
-        assert self.client is not None
-        try:
-            answer = await self.endpoint.complete(self.client, messages, seed)
-        except RoleFailure as failure:
-            self.failed += 1
-            self.running += 1
-            self.reason = str(failure)
-            if getattr(failure, "status", None) in HOPELESS or self.running >= PATIENCE:
-                raise self._error() from None
-            return None
-        self.running = 0
-        return answer
-
-    def conclude(self) -> None:
-        """Raises UserError if any call failed."""
-        if self.failed:
-            raise self._error()
-
-    def _error(self) -> UserError:
-        return UserError(
-            f"the endpoint {self.endpoint.url} failed {self.failed} calls to {self.endpoint.model} "
-            f"(last: {self.reason})"
-        )
-
-
-async def together(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Awaits all; if one fails, the others are cancelled and its own error is raised."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
+    tasks = [asyncio.ensure_future(worker()) for _ in range(concurrency)]
     try:
         await asyncio.gather(*tasks)
     finally:
@@ -139,25 +127,24 @@ def only_model(url: str) -> str:
     """The name of the one model that a server offers.
 
     Raises:
-      UserError: it cannot be reached, or offers none or several, or the key cannot be one.
+      UserError: the server cannot be reached, or offers no or several models, or the key is invalid.
     """
     from mapo_jax.environment.live.client import CallFailed, Server
 
-    async def names() -> list[str]:
-        async with Server(
-            RoleConfig(url=url), key=read_key(KEY), call_seconds=10, concurrency=1, attempts=2
-        ) as server:
+    async def offered() -> list[str]:
+        role = RoleConfig(url=url)
+        async with Server(role, key=read_key(KEY), call_seconds=10, concurrency=1, attempts=2) as server:
             return await server.models()
 
     try:
-        found = asyncio.run(names())
+        names = asyncio.run(offered())
     except CallFailed as failure:
         raise UserError(
             f"the endpoint {url} does not say which models it has ({failure}); is the server up, and does "
             "the URL end with /v1? Name one with --endpoint-model"
         ) from None
-    if len(found) != 1:
+    if len(names) != 1:
         raise UserError(
-            f"the endpoint {url} offers {', '.join(found) or 'no model'}; choose by --endpoint-model"
+            f"the endpoint {url} offers {', '.join(names) or 'no model'}; choose by --endpoint-model"
         )
-    return found[0]
+    return names[0]

@@ -1,9 +1,7 @@
-"""Where a benchmark's items come from: a file, or their public home by name."""
+"""Finds a benchmark's items: a file, or a name whose file is downloaded from its authors."""
 
 from __future__ import annotations
 
-import os
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -21,17 +19,20 @@ HOMES = {
     "emobench-ea": f"{_EMOBENCH}/EA.jsonl",
     "emobench-eu": f"{_EMOBENCH}/EU.jsonl",
 }
-"""Items that are fetched by name; both benchmarks are under the MIT licence of their authors."""
+"""Files that can be fetched by name. Both benchmarks are under the MIT licence of their authors."""
 
-TIMEOUT = 30.0  # seconds without a byte
-MOST_BYTES = 50_000_000
+TIMEOUT = 30.0  # seconds without data
+MAX_BYTES = 50_000_000
 
 
-def find_items(source: str, say: Callable[[str], None] = lambda text: None) -> Path:
+def find_items(source: str, note: Callable[[str], None] = lambda text: None) -> Path:
     """A file with the items: `source` itself, or one of HOMES, fetched once into the user's cache.
 
+    Args:
+      note: called with a message before a download.
+
     Raises:
-      UserError: neither a file nor a known name, or the home cannot be reached.
+      UserError: neither a file nor a known name, or the download failed.
     """
     if Path(source).is_file():
         return Path(source)
@@ -41,19 +42,19 @@ def find_items(source: str, say: Callable[[str], None] = lambda text: None) -> P
             f"there is no file {source}; give a file, or one of the names that are fetched: {known}"
         )
     url = HOMES[source]
-    file = cache_folder("items") / os.path.basename(url)
+    file = cache_folder("items") / Path(url).name
     if not file.is_file():
-        say(f"fetching {url}")
+        note(f"fetching {url}")
         write_whole(file, _fetch(url))
     return file
 
 
 def _fetch(url: str) -> bytes:
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            content = answer.read(MOST_BYTES + 1)
-    except (OSError, urllib.error.URLError) as error:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            content = response.read(MAX_BYTES + 1)
+    except OSError as error:
         raise UserError(f"cannot fetch {url} ({error}); fetch it elsewhere and give the file") from error
-    if len(content) > MOST_BYTES:
-        raise UserError(f"{url} holds more than {MOST_BYTES:,} bytes, so it is not what was expected")
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{url} holds more than {MAX_BYTES:,} bytes, so it is not what was expected")
     return content

@@ -1,4 +1,4 @@
-"""Judged conversations as one page: the scores, the worst turns, every conversation in full."""
+"""Judged conversations as one HTML page: the scores, the worst turns, every conversation in full."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from mapo_jax.algorithm.rewards import distance
-from mapo_jax.environment import state as calculator
+from mapo_jax.evaluation.transcripts import distances
 from mapo_jax.scores import empa
 
 
@@ -22,37 +21,33 @@ def render_page(
     """The page's HTML.
 
     Args:
-      title: what was judged, by whom.
+      title: the file and the judge.
       figures: of `empa.summarize_cases`.
-      rows: of `transcripts.judge_all`.
+      rows: of `transcripts.saved_rows`.
       worst: of `transcripts.worst_turns`.
     """
     conversations = []
     for row in rows:
-        increments = [None if turn is None else calculator.points(turn) for turn in row["levels"]]
-        distances = distance(calculator.trajectory(row["start"], increments)).tolist()
+        reached = distances(row)
         scores = empa.score_case(row["start"], row["levels"])
         exchanges = [
             {
                 "user": row["messages"][2 * index]["content"],
                 "reply": row["messages"][2 * index + 1]["content"],
                 "levels": levels,
-                "reward": None if levels is None else distances[index] - distances[index + 1],
+                "reward": None if levels is None else reached[index] - reached[index + 1],
                 "failure": row["failures"][index],
             }
             for index, levels in enumerate(row["levels"])
         ]
-        conversations.append({**row, "exchanges": exchanges, "epm_q": scores["epm_q"], "end": distances[-1]})
+        conversations.append({**row, "exchanges": exchanges, "epm_q": scores["epm_q"], "end": reached[-1]})
     conversations.sort(key=lambda conversation: conversation["epm_q"])
     source = (Path(__file__).parent / "judged_page.html").read_text(encoding="utf-8")
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(source)
-        .render(
-            title=title,
-            figures=figures,
-            parts={"outcome": empa.OUTCOME, "efficiency": empa.EFFICIENCY, "stability": empa.STABILITY},
-            worst=worst,
-            conversations=conversations,
-        )
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source).render(
+        title=title,
+        figures=figures,
+        parts={"outcome": empa.OUTCOME, "efficiency": empa.EFFICIENCY, "stability": empa.STABILITY},
+        worst=worst,
+        conversations=conversations,
     )

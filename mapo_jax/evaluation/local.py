@@ -1,7 +1,4 @@
-"""A model on our own engine: loaded from a Hugging Face folder or a run, asked in batches.
-
-The one place where the evaluations meet `rollout.engine`.
-"""
+"""A model on our own engine: loaded from a Hugging Face folder or a run; answers prompts in batches."""
 
 from __future__ import annotations
 
@@ -24,14 +21,14 @@ from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.policy import Policy, load_policy
 
-SLOTS = 32  # prompts at a time
-CHUNK = 128  # prompts are long: more tokens for each prefill program than a dialogue's turns need
+SLOTS = 32  # prompts at once
+CHUNK = 128  # tokens of a prefill program; prompts are longer than the turns of a dialogue
 LENGTH_STEP = 64  # cache lengths are multiples of it, so that other prompts reuse compiled programs
 
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A policy with its weights on their devices."""
+    """A policy with its weights on the devices."""
 
     policy: Policy
     params: Params
@@ -39,7 +36,7 @@ class LocalModel:
     dtype: str
 
     def engine(self, *, slots: int, length: int, max_reply_tokens: int, temperature: float) -> Engine:
-        """A sampler with these weights. Rows may exceed the positions that the model was made for."""
+        """A sampler with these weights. Rows may be longer than the model's trained positions."""
         config = self.policy.config
         if length > config.max_position_embeddings:
             config = replace(config, max_position_embeddings=length)
@@ -64,23 +61,23 @@ def load_model(path: Path | str, config: Config, *, step: int | None = None) -> 
     """Loads a Hugging Face folder, or a run's checkpoint.
 
     Args:
-      config: `mesh`, `model.dtype`, and of `rollout` the history and the system prompt matter.
-      step: of a run: which checkpoint; the latest by default.
+      config: uses `mesh`, `model.dtype`, `rollout.history` and `rollout.system_prompt`.
+      step: checkpoint of a run; the latest by default.
 
     Raises:
       UserError: neither kind of folder, or one that cannot be read.
     """
     mesh = make_mesh(config.mesh)
-    # Whether rows fit the model is known when they are: prompts here, dialogues in the engine.
+    # Lengths are checked later, when the prompts or dialogues are known.
     rollout = updated(config.rollout, {"max_reply_tokens": 1, "max_tokens": 2})
     policy, params = load_policy(path, rollout, mesh=mesh, step=step)
-    policy.tokenizer.model_max_length = sys.maxsize  # else it warns of every long prompt
+    policy.tokenizer.model_max_length = sys.maxsize  # else it warns about every long prompt
     return LocalModel(policy, params, mesh, config.model.dtype)
 
 
 @dataclass(frozen=True)
 class EngineAnswerer:
-    """Answers prompts, those of like length together, some at a time."""
+    """Answers prompts with the engine, the longest first."""
 
     model: LocalModel
     temperature: float
@@ -90,19 +87,18 @@ class EngineAnswerer:
     slots: int = SLOTS
 
     def answer(self, prompts: Sequence[Prompt], save: Callable[[Prompt, Answer], None]) -> None:
-        """See `Answerer`. What is sampled depends on the seed and the prompt alone, not on its neighbours."""
+        """See `Answerer`. A sample depends on the seed and the prompt alone, not on the other prompts."""
         chat = self.model.policy.chat
         rows = [(chat.prompt(prompt.messages), prompt) for prompt in prompts]
-        # The longest first: the cache then has its final length from the start, and programs are compiled
-        # for that one only.
+        # Longest first: the cache has its final length at once, and programs are compiled only for that.
         rows.sort(key=lambda row: (-len(row[0]), row[1].id))
         longest = len(rows[0][0]) + self.max_tokens
         positions = self.model.policy.config.max_position_embeddings
-        beyond = sum(len(ids) + self.max_tokens > positions for ids, _ in rows)
-        if beyond:
+        too_long = sum(len(ids) + self.max_tokens > positions for ids, _ in rows)
+        if too_long:
             self.console.print(
-                f"note: {beyond} of {len(rows)} prompts may exceed the {positions} positions that the model "
-                "was made for; it reads on beyond them",
+                f"note: {too_long} of {len(rows)} prompts may exceed the {positions} positions that the "
+                "model was made for; they are answered all the same",
                 soft_wrap=True,
             )
         engine = self.model.engine(
@@ -112,15 +108,15 @@ class EngineAnswerer:
             temperature=self.temperature,
         )
         waiting, free = iter(rows), list(range(engine.slots))
-        asked: dict[int, Prompt] = {}  # by slot
+        running: dict[int, Prompt] = {}  # by slot
         while True:
             for ids, prompt in itertools.islice(waiting, len(free)):
                 slot = free.pop()
-                asked[slot] = prompt
+                running[slot] = prompt
                 key = (self.seed % 2**32, 0, derive_seed(prompt.id))
                 engine.submit(Request(slot, ids, key=key, turn=0, start=True))
-            if not asked:
+            if not running:
                 return
             for slot, reply in engine.advance().items():
-                save(asked.pop(slot), Answer(chat.decode(reply.ids), reply.truncated))
+                save(running.pop(slot), Answer(chat.decode(reply.ids), reply.truncated))
                 free.append(slot)

@@ -1,4 +1,4 @@
-"""Who is evaluated: a model folder, a run's checkpoint, or an endpoint, as the options say."""
+"""The model under evaluation: a model folder, a run's checkpoint, or an endpoint."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ class Subject:
     """A model under evaluation, not loaded yet."""
 
     name: str  # in tables and scores
-    identity: dict[str, Any]  # what saved answers are tied to
-    home: Path  # below which results go by default
-    suffix: str  # of the default folder's name
+    identity: dict[str, Any]  # identifies the model in the settings of saved answers
+    home: Path  # default folder of results
     config: Config
-    path: str | None  # of a local model
-    step: int | None
-    endpoint: str | None
-    unused_world: str | None = None  # the live roles that a run's own configuration names, where not trusted
+    suffix: str = ""  # of the default folder's name
+    path: str | None = None  # of a local model
+    step: int | None = None
+    endpoint: str | None = None
+    unused_world: str | None = None  # the live roles in a run's own configuration, if it is not trusted
 
     def output(self, benchmark: str) -> Path:
-        """Where results go by default."""
+        """The default folder of a benchmark's results."""
         return self.home / f"{benchmark}{self.suffix}"
 
     def load(self) -> LocalModel:
-        """A local model. Raises UserError as `load_model` does."""
+        """Loads a local model. Raises UserError as `load_model` does."""
         assert self.path is not None, "an endpoint is not loaded"
         return load_model(self.path, self.config, step=self.step)
 
-    def reached(self, options: argparse.Namespace, *, temperature: float, max_tokens: int) -> Endpoint:
-        """An endpoint."""
+    def connection(self, options: argparse.Namespace, temperature: float, max_tokens: int) -> Endpoint:
+        """The endpoint with its sampling settings."""
         assert self.endpoint is not None, "a local model has no endpoint"
         return Endpoint(
             self.endpoint,
@@ -58,11 +58,11 @@ class Subject:
         )
 
     def answerer(
-        self, options: argparse.Namespace, console: Console, *, temperature: float, max_tokens: int
+        self, options: argparse.Namespace, console: Console, temperature: float, max_tokens: int
     ) -> Answerer:
-        """What answers prompts."""
+        """Answers prompts, whatever kind of model it is."""
         if self.endpoint is not None:
-            return self.reached(options, temperature=temperature, max_tokens=max_tokens)
+            return self.connection(options, temperature, max_tokens)
         return EngineAnswerer(
             self.load(), temperature, max_tokens, options.seed, console, slots=options.concurrency
         )
@@ -73,76 +73,74 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
 
     Args:
       options: `model` and `step`, or `endpoint` and `endpoint_model`; `config` and `overrides`.
-      defaults: overrides that hold where no file says otherwise.
+      defaults: overrides of the defaults; a configuration file takes precedence.
 
     Raises:
       UserError: no such folder, run or step, an endpoint that does not answer, or a bad configuration.
     """
-    if options.trust_run_world and not (
-        options.model is not None and (Path(options.model) / CHECKPOINTS_FOLDER).is_dir()
-    ):
+    run = options.endpoint is None and (Path(options.model) / CHECKPOINTS_FOLDER).is_dir()
+    if options.trust_run_world and not run:
         raise UserError(f"{TRUST} is for --model RUN, whose own configuration it trusts; leave it out")
+    if run:
+        return _run_subject(Path(options.model), options)
+    overrides = options.overrides if options.config else (*defaults, *options.overrides)
     if options.endpoint is not None:
-        config = load_config(options.config, (*(() if options.config else defaults), *options.overrides))
+        config = load_config(options.config, overrides)
         name = options.endpoint_model or only_model(options.endpoint)
         identity = {"endpoint": options.endpoint, "model": name}
         home = Path("evaluations") / _folder_name(name)
-        return Subject(name, identity, home, "", config, None, None, options.endpoint)
+        return Subject(name, identity, home, config, endpoint=options.endpoint)
     path = Path(options.model)
     if not path.is_dir():
         raise UserError(f"there is no model folder or run {path}")
     identity = {"model": str(path.resolve())}
-    if not (path / CHECKPOINTS_FOLDER).is_dir():
-        if is_adapter(path):
-            identity["base"] = str(base_folder(path).resolve())
-        elif not (path / "config.json").is_file():
-            raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run")
-        if options.step is not None:
-            raise UserError(
-                f"{path} is no run, so it has no checkpoint of step {options.step}; leave out --step"
-            )
-        config = load_config(options.config, (*(() if options.config else defaults), *options.overrides))
-        name = path.resolve().name
-        return Subject(name, identity, Path("evaluations") / name, "", config, str(path), None, None)
-    own = path / CONFIG_FILE
-    if not own.is_file():
-        raise UserError(f"the run {path} is half written: it has no {CONFIG_FILE}")
-    if not (path / MODEL_FOLDER / "config.json").is_file():
-        raise UserError(f"the run {path} is half written: it has no {MODEL_FOLDER}/config.json")
-    config, unused_world = _run_config(own, options)
+    if is_adapter(path):
+        identity["base"] = str(base_folder(path).resolve())
+    elif not (path / "config.json").is_file():
+        raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run")
+    if options.step is not None:
+        raise UserError(f"{path} is no run, so it has no checkpoint of step {options.step}; leave out --step")
+    name = path.resolve().name
+    config = load_config(options.config, overrides)
+    return Subject(name, identity, Path("evaluations") / name, config, path=str(path))
+
+
+def _run_subject(path: Path, options: argparse.Namespace) -> Subject:
+    for file in (CONFIG_FILE, f"{MODEL_FOLDER}/config.json"):
+        if not (path / file).is_file():
+            raise UserError(f"the run {path} is half written: it has no {file}")
+    config, unused_world = _run_config(path / CONFIG_FILE, options)
     step = int(checkpoint_folder(path, options.step).name)
-    name, suffix = f"{path.resolve().name} step {step}", f"_step_{step:06d}"
     return Subject(
-        name,
-        identity | {"step": step},
+        f"{path.resolve().name} step {step}",
+        {"model": str(path.resolve()), "step": step},
         path / "evaluations",
-        suffix,
         config,
-        str(path),
-        step,
-        None,
-        unused_world,
+        suffix=f"_step_{step:06d}",
+        path=str(path),
+        step=step,
+        unused_world=unused_world,
     )
 
 
 def _folder_name(model: str) -> str:
-    """A model's name, which a server chose, as that of a folder right here."""
+    """A model's name, which a server chose, as the name of one folder."""
     name = printable(encodable(model)).strip("/").replace("/", "_").replace("\n", "_")[:100]
     return name if name.strip(".") else "_"
 
 
 TRUST = "--trust-run-world"
 
-# Of a run's own configuration, which may be somebody else's: who plays the world would be sent requests and
-# keys, or be imported; a folder of compiled programs holds machine code.
+# Keys of a run's own configuration that are not trusted, as somebody else may have written it: servers would
+# get requests and keys, classes would be imported; a folder of compiled programs holds machine code.
 _ROLE_KEYS = tuple(f"environment.{role}" for role in (*ROLES, HELD_OUT))
 _CODE_KEYS = ("run.compilation_cache",)
 
 
-def _run_config(own: Path, options: argparse.Namespace) -> tuple[Config, str | None]:
-    """The configuration for a run, and who plays its live world, where they are not asked.
+def _run_config(file: Path, options: argparse.Namespace) -> tuple[Config, str | None]:
+    """The configuration for a run, and the live roles in its own file that are not used.
 
-    What `--config` names is the user's word. Of the run's own file live roles count only under
+    A file given by `--config` is trusted. Live roles in the run's own file are used only with
     `--trust-run-world`.
     """
     if options.config is not None:
@@ -152,53 +150,44 @@ def _run_config(own: Path, options: argparse.Namespace) -> tuple[Config, str | N
             )
         return load_config(options.config, options.overrides), None
     if options.trust_run_world:
-        return load_config(own, options.overrides, without=_CODE_KEYS), None
-    roles = _live_roles(load_config(own, without=_CODE_KEYS))
-    if roles is None:
-        return load_config(own, options.overrides, without=(*_CODE_KEYS, *_ROLE_KEYS)), None
-    without = (*_CODE_KEYS, *_ROLE_KEYS, "environment.family")
+        return load_config(file, options.overrides, without=_CODE_KEYS), None
+    roles = _live_roles(load_config(file, without=_CODE_KEYS))
+    without = (*_CODE_KEYS, *_ROLE_KEYS, *(["environment.family"] if roles else []))
     try:
-        return load_config(own, options.overrides, without=without), roles
+        return load_config(file, options.overrides, without=without), roles
     except UserError as error:
-        if not any(override.startswith("environment.") for override in options.overrides):
+        if roles is None or not any(override.startswith("environment.") for override in options.overrides):
             raise
-        raise UserError(f"{error} (those that {own} names count only with {TRUST})") from error
+        raise UserError(f"{error} (those that {file} names count only with {TRUST})") from error
 
 
 def _live_roles(config: Config) -> str | None:
-    """Who plays the live world of a configuration; None for the scripted one."""
+    """The roles of a configuration's live world; None for the scripted world."""
     if config.environment.family != "live":
         return None
-    named = []
-    for name in (*ROLES, HELD_OUT):
-        role = getattr(config.environment, name)
-        if who := role.implementation or role.model:
-            where = f" at {role.url}" if role.url else ""
-            named.append(f"{name.replace('_', ' ')} {who}{where}")
-    return ", ".join(named)
+    roles = {name.replace("_", " "): getattr(config.environment, name) for name in (*ROLES, HELD_OUT)}
+    return ", ".join(
+        f"{name} {player}" + (f" at {role.url}" if role.url else "")
+        for name, role in roles.items()
+        if (player := role.implementation or role.model)
+    )
 
 
-def add_options(parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup) -> None:
-    """The options that `find_subject` and `Subject` read; `source` takes those that exclude each other."""
+def add_options(parser: argparse.ArgumentParser, saved: str, help: str) -> None:
+    """Adds the options that `find_subject` and `Subject` read, and `saved`, the one for saved results."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(saved, metavar="FILE", help=help)
     source.add_argument(
         "--model", metavar="FOLDER|RUN", help="Hugging Face folder, PEFT adapters, or a run's folder"
     )
     source.add_argument(
         "--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://HOST:PORT/v1"
     )
-    parser.add_argument(
-        "--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)"
-    )
-    parser.add_argument("--endpoint-model", metavar="NAME", help="which of the server's models")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="for a call (default: 120)")
-    parser.add_argument(
-        "--concurrency", type=int, default=32, metavar="N", help="prompts or calls at once (default: 32)"
-    )
-    parser.add_argument("--temperature", type=float, metavar="T", help="of sampling; 0 is greedy")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of an answer")
-    parser.add_argument("--output", metavar="FOLDER", help="for answers and scores; the same one goes on")
-    parser.add_argument(
-        "--config", metavar="FILE", help="configuration (default: a run's own, else the defaults)"
-    )
-    parser.set_defaults(trust_run_world=False)  # only where a world is needed there is the option
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.dtype=bfloat16")
+    option = parser.add_argument
+    option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
+    option("--endpoint-model", metavar="NAME", help="which of the server's models")
+    option("--timeout", type=float, default=120.0, metavar="S", help="of a call (default: 120)")
+    option("--concurrency", type=int, default=32, metavar="N", help="prompts or calls at once (default: 32)")
+    option("--temperature", type=float, metavar="T", help="of sampling; 0 is greedy")
+    option("--max-tokens", type=int, metavar="N", help="maximum tokens of an answer")
+    parser.set_defaults(trust_run_world=False)  # an option only where a world is needed

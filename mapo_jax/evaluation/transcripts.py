@@ -1,16 +1,13 @@
-"""Real conversations, judged turn by turn as in training: the same indices, and the worst turns first.
+"""Real conversations, judged turn by turn as in training: EMPA's indices, and the worst turns.
 
-A transcript is one line of JSON with `messages` (role and content). What the judge needs beyond the words
-comes beside them: `scenario`, the id of a card, where the conversation was held with one; else `start`, the
-nine levels of the start state. Without either the person is unknown, and lacks what the middle one of the
-benchmark's people lacks.
+A transcript is one line of JSON with `messages` (role and content). The judge also needs the person's state:
+`scenario`, the id of a card, if the conversation was held with one; else `start`, the nine levels of the
+start state. Without either the start state is UNKNOWN_START, the mean of the benchmark's cases.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,21 +18,13 @@ from rich.console import Console
 from mapo_jax.algorithm.rewards import distance
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.card_schema import INDICATORS
-from mapo_jax.environment.dialogue import (
-    LEVEL_NAMES,
-    Action,
-    DialogueState,
-    Judgement,
-    RoleFailure,
-    Turn,
-)
+from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState, RoleFailure, Turn
 from mapo_jax.environment.roles import Judge
 from mapo_jax.environment.scenario import Person, Scenario, Stage, Story, start_position
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Folder, append, progress
 from mapo_jax.evaluation.conversations import to_row
-from mapo_jax.evaluation.endpoint import together
-from mapo_jax.evaluation.role_loop import RoleLoop
+from mapo_jax.evaluation.endpoint import for_each
 from mapo_jax.json_files import read_rows
 from mapo_jax.rollout.collect import derive_seed
 from mapo_jax.scores.speech import spoken, text_of
@@ -52,24 +41,22 @@ class Transcript:
     """A conversation to be judged."""
 
     id: str
-    turns: tuple[
-        tuple[str, str | None], ...
-    ]  # what the user said, and the reply; None: none, or reasoning alone
+    turns: tuple[tuple[str, str | None], ...]  # user message, reply; None: no reply, or reasoning alone
     scenario: Scenario
-    given: str  # where the start state comes from: card, row or unknown
+    given: str  # source of the start state: card, row or unknown
 
 
 def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: bool) -> list[Transcript]:
     """Reads conversations from JSON lines.
 
-    A content is text or a list of text parts (`speech.text_of`); the assistant's reasoning is left out, and a
-    reply of null or of reasoning alone is no answer. System messages are passed over, neighbouring messages
-    of one side are one message. A greeting, before the user has spoken, is not judged, nor is a last message
+    Content is text or a list of text parts (`speech.text_of`). The assistant's reasoning is removed; a reply
+    of null or of reasoning alone is no answer. System messages are skipped, consecutive messages of one role
+    are joined. Assistant messages before the first user message are not judged, nor is a last user message
     without a reply.
 
     Args:
       cards: known by their ids.
-      need_card: whether a conversation without `scenario` is refused, as the judge knows cards only.
+      need_card: refuse a conversation without `scenario`, as the judge knows cards only.
 
     Raises:
       UserError: the file cannot be read, or a line is no conversation; names the line.
@@ -81,29 +68,34 @@ def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: 
         if name in transcripts:
             raise UserError(f"{place}: the id {name} occurs a second time")
         turns = _turns(row.get("messages"), place)
-        if "scenario" in row:
-            if not isinstance(row["scenario"], str) or row["scenario"] not in by_id:
-                raise UserError(
-                    f"{place}: there is no card {row['scenario']!r}; give the cards with "
-                    "environment.scenarios=PATH"
-                )
-            scenario, given = by_id[row["scenario"]], "card"
-        elif need_card:
-            raise UserError(
-                f"{place}: names no `scenario`; the scripted judge knows the people on cards only, others "
-                "need a judge played by a language model"
-            )
-        else:
-            given = "row" if "start" in row else "unknown"
-            try:
-                at_rest = not any(start_position(row.get("start", UNKNOWN_START)))
-            except (UserError, TypeError) as error:
-                raise UserError(f"{place}: `start`: {error}") from error
-            if at_rest:
-                raise UserError(f"{place}: `start`: at least one level must be above 0")
-            scenario = _unknown_person(f"transcript-{name}", row.get("start", UNKNOWN_START))
-        transcripts[name] = Transcript(name, turns, scenario, given)
+        transcripts[name] = Transcript(name, turns, *_scenario(row, name, place, by_id, need_card))
     return list(transcripts.values())
+
+
+def _scenario(
+    row: Mapping[str, Any], name: str, place: str, by_id: Mapping[str, Scenario], need_card: bool
+) -> tuple[Scenario, str]:
+    """The card of a conversation, and the source of its start state."""
+    if "scenario" in row:
+        if not isinstance(row["scenario"], str) or row["scenario"] not in by_id:
+            raise UserError(
+                f"{place}: there is no card {row['scenario']!r}; give the cards with "
+                "environment.scenarios=PATH"
+            )
+        return by_id[row["scenario"]], "card"
+    if need_card:
+        raise UserError(
+            f"{place}: names no `scenario`; the scripted judge knows the people on cards only, others "
+            "need a judge played by a language model"
+        )
+    start = row.get("start", UNKNOWN_START)
+    try:
+        at_rest = not any(start_position(start))
+    except (UserError, TypeError) as error:
+        raise UserError(f"{place}: `start`: {error}") from error
+    if at_rest:
+        raise UserError(f"{place}: `start`: at least one level must be above 0")
+    return _unknown_person(f"transcript-{name}", start), "row" if "start" in row else "unknown"
 
 
 def _turns(messages: Any, place: str) -> tuple[tuple[str, str | None], ...]:
@@ -129,15 +121,15 @@ def _turns(messages: Any, place: str) -> tuple[tuple[str, str | None], ...]:
             content = spoken(content)
         if content is not None:
             merged[-1][1].append(content)
-    said = ["\n".join(texts) if texts else None for _, texts in merged]
-    turns = tuple(zip(said[::2], said[1::2], strict=False))
+    texts = ["\n".join(contents) if contents else None for _, contents in merged]
+    turns = tuple(zip(texts[::2], texts[1::2], strict=False))
     if not turns:
         raise UserError(f"{place}: there is no reply to a user in it")
     return turns
 
 
 def _unknown_person(name: str, start: Mapping[str, int] | Sequence[int]) -> Scenario:
-    """A card that says of its person only that nothing is known."""
+    """A card with a start state and nothing else about the person."""
     levels = [start[key] for key in INDICATORS] if isinstance(start, Mapping) else list(start)
     unknown = "Not known; judge by the conversation alone."
     stage = Stage(unknown, ("", ""), ("", ""), "", "")
@@ -160,118 +152,99 @@ def _unknown_person(name: str, start: Mapping[str, int] | Sequence[int]) -> Scen
     )
 
 
-def fingerprint(transcripts: Sequence[Transcript]) -> str:
-    """Tells these conversations from others."""
-    digest = hashlib.blake2b(digest_size=8)
-    for transcript in transcripts:
-        known = [transcript.id, transcript.turns, transcript.scenario.id, transcript.scenario.start]
-        digest.update(json.dumps(known).encode())
-    return digest.hexdigest()
-
-
 async def judge_transcript(transcript: Transcript, judge: Judge) -> DialogueState:
-    """The conversation as a dialogue whose every turn is judged.
+    """The conversation as a dialogue with a judgement of every turn.
 
     A failed call leaves its turn unscored, and so does a reply that is no answer (failure NO_ANSWER).
     """
     seed = derive_seed("transcript", transcript.id)
     state = DialogueState(transcript.scenario, seed, (), "")
     for user, reply in transcript.turns:
-        asked = replace(state, user=user)
-        judgement: Judgement | None = None
-        failure = None
-        position = state.position
-        try:
-            if reply is None:
-                failure = NO_ANSWER
-            else:
-                judgement = await judge.score(asked, reply)
+        judgement, failure, position = None, NO_ANSWER, state.position
+        if reply is not None:
+            try:
+                judgement = await judge.score(replace(state, user=user), reply)
                 position = calculator.move(position, calculator.points(judgement.levels))
-        except RoleFailure as problem:
-            failure = problem.kind
+                failure = None
+            except RoleFailure as problem:
+                failure = problem.kind
         turn = Turn(user, reply or "", judgement, failure, position, Action("continue"))
         state = replace(state, turns=(*state.turns, turn))
     return state
 
 
-def judge_all(
+async def judge_all(
     transcripts: Sequence[Transcript],
-    world: RoleLoop,
-    folder: Folder,
-    settings: Mapping[str, Any],
+    judge: Judge,
+    file: IO[bytes],
     console: Console,
-    *,
     concurrency: int,
     check: Callable[[], None] = lambda: None,
-) -> list[dict[str, Any]]:
-    """Judges what is not judged yet, several conversations at once, each kept when it is whole.
+) -> None:
+    """Judges conversations, several at once, and saves each when it is whole.
 
-    Returns:
-      A row for each conversation, in their order, as `conversations.to_row` makes it, with `given`. One of
-      which every judgement failed is not kept: the same command tries it again.
+    A row is that of `conversations.to_row`, with `given`. A conversation of which every judgement failed is
+    not saved: the same command tries it again.
 
-    Raises:
-      UserError: the folder cannot be used.
+    Args:
+      file: of an opened folder.
+      check: called after every conversation; may raise to stop.
     """
-    with folder.opened(settings) as file:
-        done = {row["case"] for row in folder.rows(**_NEEDED)}
-        waiting = iter([t for t in transcripts if t.id not in done])
-        missing = len(transcripts) - len(done)
-        if missing:
-            with progress(console, "conversations", missing) as advance:
-                world.run(_judge_all(waiting, world.roles.judge, file, concurrency, advance, check), check)
-        rows = {row["case"]: row for row in folder.rows(**_NEEDED)}
-    return [rows[t.id] for t in transcripts if t.id in rows]
+
+    async def work(transcript: Transcript) -> None:
+        state = await judge_transcript(transcript, judge)
+        if any(turn.scored for turn in state.turns):
+            row = to_row(state, "transcripts", 0)
+            append(file, {**row, "case": transcript.id, "domain": None, "given": transcript.given})
+        advance(1)
+        check()
+        await asyncio.sleep(0)  # lets the other workers run even if the judge never waits
+
+    with progress(console, "conversations", len(transcripts)) as advance:
+        await for_each(transcripts, work, concurrency)
 
 
-_NEEDED = dict(case=str, start=list, levels=list, messages=list, failures=list, judgements=list)
+def saved_rows(folder: Folder) -> list[dict[str, Any]]:
+    """The rows of judged conversations. Raises UserError if one lacks a field."""
+    return folder.rows(case=str, start=list, levels=list, messages=list, failures=list, judgements=list)
 
 
-async def _judge_all(waiting, judge, file: IO[bytes], concurrency: int, advance, check) -> None:
-    async def work() -> None:
-        for transcript in waiting:
-            state = await judge_transcript(transcript, judge)
-            if any(turn.scored for turn in state.turns):
-                row = to_row(state, "transcripts", 0)
-                append(file, {**row, "case": transcript.id, "domain": None, "given": transcript.given})
-            advance(1)
-            check()
-            await asyncio.sleep(0)  # a judge that never waits must not keep the others from their turn
-
-    await together([work() for _ in range(concurrency)])
+def distances(row: Mapping[str, Any]) -> list[float]:
+    """`D(P_0) .. D(P_T)` of a saved row: before the first turn, and after each."""
+    increments = [None if levels is None else calculator.points(levels) for levels in row["levels"]]
+    return distance(calculator.trajectory(row["start"], increments)).tolist()
 
 
 def worst_turns(rows: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:
-    """The turns that took the person furthest away, the worst first.
+    """The turns with the lowest rewards, the worst first.
 
     Args:
-      rows: of `judge_all`.
+      rows: of `saved_rows`.
       most: how many.
 
     Returns:
       Mappings with `case`, `turn` (from 1), `reward` (incremental distance, in points), `levels`, `user`,
-      `reply`, and `findings`: `(level's name, level, evidence, reason)` of what was harm, or, without any, of
-      every level.
+      `reply`, and `findings`: `(level's name, level, evidence, reason)` of every level of harm, or, without
+      any, of all levels.
     """
     turns = []
     for row in rows:
-        increments = [None if turn is None else calculator.points(turn) for turn in row["levels"]]
-        distances = distance(calculator.trajectory(row["start"], increments)).tolist()
+        reached = distances(row)
         for index, levels in enumerate(row["levels"]):
             if levels is None:
                 continue
             judged = row["judgements"][index]
-            found = list(zip(LEVEL_NAMES, levels, judged["evidence"], judged["reasons"], strict=True))
+            findings = list(zip(LEVEL_NAMES, levels, judged["evidence"], judged["reasons"], strict=True))
             turns.append(
                 {
                     "case": row["case"],
                     "turn": index + 1,
-                    "reward": distances[index] - distances[index + 1],
+                    "reward": reached[index] - reached[index + 1],
                     "levels": levels,
                     "user": row["messages"][2 * index]["content"],
                     "reply": row["messages"][2 * index + 1]["content"],
-                    "findings": [one for one in found if one[1] < 0] or found,
+                    "findings": [finding for finding in findings if finding[1] < 0] or findings,
                 }
             )
-    # Among equals the one with more harm; then as they stand in the file.
+    # Ties: more harm first, then the order of the file.
     return sorted(turns, key=lambda turn: (turn["reward"], sum(turn["levels"][1::2])))[:most]

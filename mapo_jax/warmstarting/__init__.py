@@ -1,1 +1,1 @@
-"""The parts of the supervised warm start: its texts, its rows, and the fresh model's first weights."""
+"""Parts of the supervised warm start: its chats, its packed rows, and the fresh model's initial weights."""

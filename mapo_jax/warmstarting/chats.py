@@ -14,85 +14,68 @@ from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.helper import synthetic_dialogue
 from mapo_jax.environment.scripted.imagine import imagined_scenario
 from mapo_jax.errors import UserError
+from mapo_jax.files import encodable
+from mapo_jax.json_files import read_values
 from mapo_jax.tokenizer import END, END_OF_TEXT, START
 
-# Messages with `role` and `content`, as in data for fine-tuning; a reply with `weight` 0 is not learnt.
+# Messages with `role` and `content`, as in data for fine-tuning; a reply with `weight` 0 has no loss.
 Chat = list[dict[str, Any]]
 
-IMAGINED_SHARE = 0.9  # of the synthetic dialogues; the others are held with the training cards
+IMAGINED_SHARE = 0.9  # share of the synthetic dialogues with imagined cards; the rest use the training cards
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
-_THOUGHTS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+_THINK_BLOCK = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _CONTROL = (START, END, END_OF_TEXT, "<think>", "</think>")
 
 
 def read_chats(path: str | Path, note: Callable[[str], None] = lambda text: None) -> list[Chat]:
     """Reads a JSONL file with `{"messages": [{"role": ..., "content": ...}, ...]}` on every line.
 
-    A chat may open with a system message; then user and assistant take turns, the user first, and at least
-    one reply is there to learn from. A reply with `"weight": 0` is read and not learnt. Content is text, or a
-    list of text parts, which are joined. Reasoning is left out (a think block that a reply begins with, and
-    `reasoning_content`), as Qwen3's template leaves it out of a dialogue with thinking off: behind its empty
-    think block stands the answer alone. Other keys are ignored, and so are empty lines.
+    A chat may begin with a system message; then user and assistant take turns, the user first, with at least
+    one reply to learn from. A reply with `"weight": 0` is context without loss. Content is text, or a list of
+    text parts, which are joined. Reasoning is removed (a think block at the start of a reply, and
+    `reasoning_content`), as Qwen3's template removes it from a dialogue with thinking off: after its empty
+    think block stands the answer alone. Other keys and empty lines are ignored.
 
     Args:
-      note: is told how many replies had reasoning.
+      note: called with a message if replies had reasoning.
 
     Raises:
       UserError: the file cannot be read or holds no chats, or a line breaks these rules; names the line.
     """
-    path = Path(path)
-    chats, reasoned = [], 0
-    try:
-        # What is not UTF-8 becomes surrogates, which no line of UTF-8 has: so the line can be named.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    chat, more = _parse(line, f"{path}, line {number}")
-                    chats.append(chat)
-                    reasoned += more
-    except OSError as error:
-        raise UserError(f"cannot read the chats {path}: {error.strerror}") from error
-    if not chats:
-        raise UserError(f"{path} holds no chats; it needs a line of JSON with `messages` for each")
-    if reasoned:
+    values = read_values(path, "chats", convert=lambda value: value)  # keeps surrogates, which are refused
+    parsed = [_parse(row, place) for place, row in values]
+    if reasoned := sum(count for _, count in parsed):
         note(f"{path}: {reasoned:,} replies have think blocks, which are left out; their answers are learnt")
-    return chats
+    return [chat for chat, _ in parsed]
 
 
-def _parse(line: str, where: str) -> tuple[Chat, int]:
+def _parse(row: Any, where: str) -> tuple[Chat, int]:
     """The chat of a line, and how many of its replies had reasoning."""
-    if not _is_text(line):
-        raise UserError(f"{where}: not UTF-8 text; save the file as UTF-8")
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: brackets are nested too deep for a chat") from error
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: `messages` must be a list of messages with `role` and `content`")
-    chat = [_message(message, f"{where}, message {i + 1}") for i, message in enumerate(messages)]
+    places = [f"{where}, message {number}" for number in range(1, len(messages) + 1)]
+    chat = [_message(message, place) for message, place in zip(messages, places, strict=True)]
     first = 1 if chat[0]["role"] == "system" else 0
     for i, message in enumerate(chat[first:]):
         expected = ("user", "assistant")[i % 2]
         if message["role"] != expected:
             raise UserError(
-                f"{where}, message {first + i + 1}: the role is {message['role']!r}, but it must be "
-                f"{expected!r}: after an optional system message, user and assistant take turns"
+                f"{places[first + i]}: the role is {message['role']!r}, but it must be {expected!r}: after "
+                "an optional system message, user and assistant take turns"
             )
-    if len(chat) - first < 2:
+    replies = range(first + 1, len(chat), 2)
+    if not replies:
         raise UserError(f"{where}: there is no reply by the assistant to learn from")
-    if all(message.get("weight") == 0 for message in chat[first + 1 :: 2]):
+    if all(chat[i].get("weight") == 0 for i in replies):
         raise UserError(
             f"{where}: every reply has `weight` 0, so there is nothing to learn; leave the line out"
         )
     reasoned = 0
-    for i, message in enumerate(chat):
-        if message["role"] == "assistant":
-            answer = _answer(message["content"], f"{where}, message {i + 1}")
-            reasoned += answer != message["content"] or bool(messages[i].get("reasoning_content"))
-            message["content"] = answer
+    for i in replies:
+        answer = _answer(chat[i]["content"], places[i])
+        reasoned += answer != chat[i]["content"] or bool(messages[i].get("reasoning_content"))
+        chat[i]["content"] = answer
     return chat, reasoned
 
 
@@ -103,7 +86,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     for key, value in read.items():
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: `{key}` must be text, not {reprlib.repr(message.get(key))}")
-        if not _is_text(value):
+        if encodable(value) != value:
             raise UserError(f"{where}: `{key}` holds half a surrogate pair, which is no character")
     if read["role"] not in ("system", "user", "assistant"):
         raise UserError(
@@ -112,14 +95,13 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     for key in ("tool_calls", "function_call"):
         if message.get(key):
             raise UserError(f"{where}: `{key}` cannot be learnt; leave it or the chat out")
-    weight = message.get("weight")
+    weight, reply = message.get("weight"), read["role"] == "assistant"
     if weight is None:
         return read
-    learnt = (0, 1) if read["role"] == "assistant" else (0,)
-    if isinstance(weight, bool) or weight not in learnt:
-        rule = "be 0 (not learnt) or 1" if len(learnt) == 2 else "be 0, as replies alone are learnt"
-        raise UserError(f"{where}: `weight` is {reprlib.repr(weight)}; it must {rule}")
-    return read | {"weight": 0} if learnt == (0, 1) and weight == 0 else read
+    if isinstance(weight, bool) or weight not in ((0, 1) if reply else (0,)):
+        rule = "0 (no loss) or 1" if reply else "0, as replies alone are learnt"
+        raise UserError(f"{where}: `weight` is {reprlib.repr(weight)}; it must be {rule}")
+    return read | {"weight": 0} if reply and weight == 0 else read
 
 
 def _joined(content: Any) -> Any:
@@ -134,26 +116,16 @@ def _joined(content: Any) -> Any:
 
 
 def _answer(reply: str, where: str) -> str:
-    """A reply without the think block that it begins with."""
-    answer = _THOUGHTS.sub("", reply, count=1) if _THOUGHTS.match(reply) else reply
+    """A reply without the think block at its start."""
+    block = _THINK_BLOCK.match(reply)
+    answer = reply[block.end() :] if block else reply
     if not answer.strip():
         raise UserError(
             f"{where}: the reply ends with its think block; give it an answer or leave the chat out"
         )
-    for token in _CONTROL:
-        if token in answer:
-            raise UserError(
-                f"{where}: the reply holds {token}, which would be learnt as mangled text; remove it"
-            )
+    if token := next((token for token in _CONTROL if token in answer), None):
+        raise UserError(f"{where}: the reply holds {token}, which would be learnt as altered text; remove it")
     return answer
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # surrogates
-        return False
-    return True
 
 
 def write_chats(path: str | Path, chats: Sequence[Sequence[Mapping[str, str]]]) -> None:
@@ -167,14 +139,14 @@ def synthetic_chats(
 ) -> list[Chat]:
     """Dialogues of mixed quality with the scripted user: every kind of reply, good timing and bad.
 
-    Most are held with imagined cards. A model that has read the phrases of a few dozen cards knows these by
-    heart; one that has read thousands takes what it names from the user's message.
+    Most use imagined cards. A model that has read the phrases of a few dozen cards memorises these; one that
+    has read thousands copies what it names from the user's message.
 
     Args:
       cards: training cards.
-      count: dialogues. The i-th depends on the seed and i alone.
+      count: number of dialogues. The i-th depends on the seed and i alone.
       turns: turns of each.
-      delayed_opening: the world's switch.
+      delayed_opening: as `environment.delayed_opening`.
     """
     chats = []
     for index in range(count):

@@ -1,20 +1,20 @@
-"""First weights that can copy: an induction circuit written into the first two layers of a fresh model.
+"""Initial weights that can copy: an induction circuit in the first two layers of a fresh model.
 
-To name what a user has said, a model must find the last place where the word before stood and take the word
-that followed: an induction head (Olsson et al. 2022, "In-context learning and induction heads",
-arXiv:2209.11895). Training finds this circuit late, after far more tokens than a warm start on a laptop has.
-So a fresh model begins with it. Training is free to bend or to drop it.
+To name what a user has said, a model must find the last occurrence of the current token and copy the token
+that followed it: an induction head (Olsson et al. 2022, "In-context learning and induction heads",
+arXiv:2209.11895). Training finds this circuit only after far more tokens than a warm start on a laptop sees.
+So a fresh model starts with it. Training may change it freely.
 
 - Layer 0, *previous token*: queries and keys read one constant coordinate of the embedding, so that scores
-  depend on distance alone; the query is turned back by one position in the fast rotary pairs, so the score
+  depend on distance alone; the query is rotated back by one position in the fast rotary pairs, so the score
   peaks one token back. The value is the token's embedding in one subspace ("what"); the output writes it into
   another ("what came before").
 - Layer 1, *induction*: the query reads "what" of the current token, the key "what came before" of an earlier
-  one, in the slow rotary pairs, which distance hardly turns. The value is the embedding at that place, the
-  output adds it to the residual, and the tied head reads it as the next token.
+  one, in the slow rotary pairs, which distance hardly rotates. The value is the embedding at that position;
+  the output adds it to the residual, and the tied head reads it as the next token.
 
-Only Qwen3 (with its query and key norms) is served; every group of key/value heads gets the circuit, for the
-first of its query heads.
+Only Qwen3 (with its query and key norms) is supported. Every group of key/value heads gets the circuit, in
+the first of its query heads.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ import numpy as np
 
 from mapo_jax.model.qwen import Params, QwenConfig
 
-# Chosen by loss and by naming after a minute of training, and by copying of random rows before any.
-EMBEDDING_SCALE = 0.1  # deviation of the embedding: with a tied head also the sharpness of the first logits
-CONSTANT = 4.0  # the constant coordinate, in deviations
-OTHERS = 0.2  # factor on the output of all heads, so that the untrained ones do not drown the circuit
-WRITE_BEFORE = 2.0  # gain with which "what came before" is written, in deviations
+# Tuned on loss and naming after a minute of training, and on copying of random rows before training.
+EMBEDDING_SCALE = 0.1  # standard deviation of the embedding; with a tied head it also scales the first logits
+CONSTANT = 4.0  # the constant coordinate, in standard deviations
+OTHERS = 0.2  # factor on the output of all heads, so that the untrained ones do not mask the circuit
+WRITE_BEFORE = 2.0  # gain with which "what came before" is written, in standard deviations
 WRITE_NEXT = 12.0  # gain with which the copied embedding is written
 SHARPNESS = 2.0  # scale of query and key norms in both layers
-# Radians per token: rotary pairs above FAST tell neighbours apart, those below SLOW bear content.
+# Radians per token: rotary pairs above FAST distinguish neighbours, those below SLOW carry content.
 FAST, SLOW = 0.15, 0.02
 
 
 def with_induction_heads(params: Params, config: QwenConfig, seed: int) -> Params:
-    """Fresh weights with the circuit written into them; unchanged where the architecture has no room for it.
+    """Fresh weights with the circuit written into them; unchanged if the architecture has no room for it.
 
-    Room: Qwen3 norms, tied embedding, two layers, rotary pairs of both kinds, and a model width of at least
-    twice the slow pairs' coordinates for every group of heads.
+    It needs Qwen3 norms, a tied embedding, two layers, rotary pairs of both kinds, and a model width of at
+    least twice the slow pairs' coordinates for every group of heads.
 
     Args:
-      params: from `init_params`; left as they are.
+      params: from `init_params`; not modified.
       seed: of the subspaces.
     """
     width, size, groups = config.hidden_size, config.head_dim, config.num_kv_heads
     frequencies = config.rope_theta ** (-np.arange(0, size, 2) / size)
     fast, slow = (frequencies > FAST).astype(float), np.tile(frequencies < SLOW, 2)
-    content = int(slow.sum())  # coordinates that bear content, in each of two subspaces per group
+    content = int(slow.sum())  # coordinates that carry content, in each of two subspaces per group
     room = 2 * groups * content <= width - 1 and content > 0 and size <= width - 1
     if not (config.qk_norm and config.tie_word_embeddings and config.num_layers >= 2 and room):
         return params
@@ -64,7 +64,7 @@ def with_induction_heads(params: Params, config: QwenConfig, seed: int) -> Param
         attention[name]["scale"][:2] = SHARPNESS
 
     def orthonormal(columns: int) -> np.ndarray:
-        """[D, columns], none of which reads the constant coordinate."""
+        """Orthonormal columns [D, columns] that do not read the constant coordinate."""
         basis, _ = np.linalg.qr(rng.standard_normal((width - 1, columns)))
         return np.concatenate([np.zeros((1, columns)), basis])
 

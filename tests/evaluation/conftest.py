@@ -12,7 +12,7 @@ from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.running.model_folder import write_model_folder
 from mapo_jax.running.policy import Policy
-from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 
 TEXTS = ["I keep thinking about the night shifts.", "You sound tired. Which feeling is it: joy or anger?"]
 
@@ -21,7 +21,7 @@ TEXTS = ["I keep thinking about the night shifts.", "You sound tired. Which feel
 def model_folder(tmp_path_factory):
     """A random model of two layers in a Hugging Face folder."""
     source = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(source, train_tokenizer(TEXTS * 4, 300), max_tokens=96)
+    write_tokenizer(source, train_tokenizer(TEXTS * 4, 300, max_tokens=96))
     tokenizer = load_tokenizer(source)
     config = QwenConfig(
         vocab_size=304,

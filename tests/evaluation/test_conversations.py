@@ -13,7 +13,7 @@ from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.helper import hold_dialogue
 from mapo_jax.environment.state import Limits
 from mapo_jax.evaluate import main
-from mapo_jax.evaluation.conversations import Hearing, heard
+from mapo_jax.evaluation.conversations import ReasoningHidden, without_reasoning
 from mapo_jax.rollout.collect import derive_seed
 
 CARDS = load_scenarios(split="test")
@@ -120,27 +120,40 @@ def test_a_remote_models_reasoning_is_neither_judged_nor_kept(server, tmp_path):
     assert not any("think>" in json.dumps(request) for request in server.requests)
 
 
-@pytest.mark.parametrize("silence", [None, "", " \n", "<think>I wonder", "<think>Hm.</think>", 7])
+@pytest.mark.parametrize("silence", [None, "", " \n", "<think>I wonder", "<think>Hm.</think>"])
 def test_a_reply_that_says_nothing_breaks_a_dialogue_off_and_is_not_judged(server, tmp_path, capsys, silence):
-    if isinstance(silence, int):  # no status, but a content
-        silence = [{"type": "image_url"}]
+    command = break_one_dialogue_off(server, tmp_path, silence)
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert f"1 of {len(CARDS)} dialogues broke off, as in 1 the model gave no answer" in shown
+    assert_all_others_are_saved_and_it_is_tried_again(server, command, tmp_path / "out")
+
+
+def test_a_reply_that_is_no_text_is_a_failed_call(server, tmp_path, capsys):
+    command = break_one_dialogue_off(server, tmp_path, [{"type": "image_url"}])
+    assert main(command) == 2
+    assert "failed 1 calls to house-model (last: malformed" in capsys.readouterr().err
+    assert_all_others_are_saved_and_it_is_tried_again(server, command, tmp_path / "out")
+
+
+def break_one_dialogue_off(server, folder, content):
+    """Has the server send `content` as the second reply of one dialogue; returns the command."""
     first = {}
 
     def reply(request):
         messages = request["messages"]
         opening = first.setdefault("opening", messages[0]["content"])
-        return silence if messages[0]["content"] == opening and len(messages) > 1 else say(messages)
+        return content if messages[0]["content"] == opening and len(messages) > 1 else say(messages)
 
     server.reply = reply
-    command = ["empa", "--endpoint", server.url, *SHORT, "evaluation.rollouts=1"]
-    command += ["--output", str(tmp_path / "out")]
-    assert main(command) == 0
-    shown = capsys.readouterr().out
-    assert f"1 of {len(CARDS)} dialogues broke off, as in 1 the model gave no answer" in shown
-    assert len(rows(tmp_path / "out")) == len(CARDS) - 1
+    return ["empa", "--endpoint", server.url, *SHORT, "evaluation.rollouts=1", "--output", f"{folder}/out"]
+
+
+def assert_all_others_are_saved_and_it_is_tried_again(server, command, folder):
+    assert len(rows(folder)) == len(CARDS) - 1
     server.reply = lambda request: say(request["messages"])
     assert main(command) == 0
-    assert len(rows(tmp_path / "out")) == len(CARDS)
+    assert len(rows(folder)) == len(CARDS)
 
 
 class Listening:
@@ -178,14 +191,14 @@ def test_a_local_models_reasoning_is_neither_judged_nor_kept():
     thought = ["<think>Hm.</think>That must be hard.", "Hm.</think> What do you feel?", " Oh. "]
     said = ["That must be hard.", "What do you feel?", " Oh. "]
     listening = Listening()
-    hearing = Hearing(Roles(listening, listening, listening)).roles
-    assert heard(held(thought, hearing)) == held(said, scripted_roles(EnvironmentConfig()))
+    hearing = ReasoningHidden(Roles(listening, listening, listening)).roles
+    assert without_reasoning(held(thought, hearing)) == held(said, scripted_roles(EnvironmentConfig()))
     assert set(listening.told) == set(said)
 
     for replies in (["<think>Hm."], [said[0], "<think>Hm.</think>"], [said[0], said[1], "<think>"]):
         listening = Listening()
-        state = held(replies, Hearing(Roles(listening, listening, listening)).roles)
-        assert heard(state) is None and state.turns[-1].judgement is None
+        state = held(replies, ReasoningHidden(Roles(listening, listening, listening)).roles)
+        assert without_reasoning(state) is None and state.turns[-1].judgement is None
         assert not any("think" in told for told in listening.told)
 
 

@@ -203,12 +203,23 @@ def test_contents_that_hold_text_are_answers(server, content, text):
 
 
 @pytest.mark.parametrize(
+    "message",
+    [
+        {"content": None},
+        {"content": None, "reasoning_content": "Hm."},
+        {"content": "", "reasoning": "Hm."},
+        {"content": [{"type": "thinking", "thinking": "Hm."}]},
+    ],
+)
+def test_a_completion_without_text_is_no_answer_and_no_failed_call(server, message):
+    server.reply = lambda request: message
+    found, error = collect(endpoint(server.url))
+    assert found == {prompt.id: None for prompt in PROMPTS} and error is None
+
+
+@pytest.mark.parametrize(
     ("message", "why"),
     [
-        ({"content": None}, "no text"),
-        ({"content": None, "reasoning_content": "Hm."}, "reasoning alone"),
-        ({"content": "", "reasoning": "Hm."}, "reasoning alone"),
-        ({"content": [{"type": "thinking", "thinking": "Hm."}]}, "reasoning alone"),
         ({"content": [{"type": "image_url", "image_url": {}}]}, "content is no text"),
         ({"content": [{"type": "text"}]}, "content is no text"),
         ({"content": [{"type": "text", "text": 5}]}, "content is no text"),
@@ -217,7 +228,7 @@ def test_contents_that_hold_text_are_answers(server, content, text):
         ({"content": True}, "content is no text"),
     ],
 )
-def test_contents_without_text_are_failed_calls(server, message, why):
+def test_contents_that_are_no_text_are_failed_calls(server, message, why):
     server.reply = lambda request: message
     found, error = collect(endpoint(server.url), PROMPTS[:1])
     assert found == {} and "failed 1 calls" in error and why in error

@@ -112,7 +112,7 @@ def test_cards_that_the_scripted_world_cannot_play_are_refused(run, tmp_path, ca
     (tmp_path / "cards.jsonl").write_text(json.dumps(card))
     assert empa(run, tmp_path, environment__scenarios=str(tmp_path / "cards.jsonl")) == 2
     error = capsys.readouterr().err
-    assert "asked only with --trust-run-world or by --config" in error and "has no phrases" in error
+    assert "used only with --trust-run-world or --config" in error and "has no phrases" in error
     assert untouched(run, tmp_path)
 
 

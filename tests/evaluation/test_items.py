@@ -42,7 +42,7 @@ def test_what_cannot_be_had_is_named(home, tmp_path, monkeypatch):
         items.find_items("lost")
     with pytest.raises(UserError, match=r"no file nothing.json; .*emobench-ea"):
         items.find_items("nothing.json")
-    monkeypatch.setattr(items, "MOST_BYTES", 3)
+    monkeypatch.setattr(items, "MAX_BYTES", 3)
     with pytest.raises(UserError, match="more than 3 bytes"):
         items.find_items("emobench-ea")
     assert not (tmp_path / "cache" / "mapo_jax" / "items" / "EA.jsonl").exists()

@@ -7,7 +7,6 @@ import pytest
 
 from mapo_jax.config import EnvironmentConfig
 from mapo_jax.environment.dialogue import Judgement, RoleFailure
-from mapo_jax.environment.roles import Roles
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
@@ -16,7 +15,6 @@ from mapo_jax.errors import UserError
 from mapo_jax.evaluate import main
 from mapo_jax.evaluation import transcripts
 from mapo_jax.evaluation.answers import Folder
-from mapo_jax.evaluation.role_loop import RoleLoop
 
 CARDS = load_scenarios(split="test")[:2]
 
@@ -48,11 +46,12 @@ class LengthJudge:
 
 
 def judge(folder, chats, judge, console):
-    with asyncio.Runner() as runner:
-        world = RoleLoop(Roles(None, judge, None), lambda work, check: runner.run(work))
-        return transcripts.judge_all(
-            chats, world, Folder(folder, transcripts.JUDGED), {"a": 1}, console, concurrency=2
-        )
+    folder = Folder(folder, transcripts.JUDGED)
+    with folder.opened({"a": 1}) as file:
+        done = {row["case"] for row in transcripts.saved_rows(folder)}
+        missing = [chat for chat in chats if chat.id not in done]
+        asyncio.run(transcripts.judge_all(missing, judge, file, console, 2))
+    return transcripts.saved_rows(folder)
 
 
 def test_the_scripted_judge_finds_in_a_transcript_what_it_found_in_the_dialogue(tmp_path, console):

@@ -18,7 +18,7 @@ from mapo_jax.environment.state import Limits
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.rollout.rows import Row
 from mapo_jax.scores.figures import summarize
-from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import train_tokenizer, write_tokenizer
 
 HOSTILE = (
     '</script><script>alert(1)</script><img src="http://evil.example/x" onerror=alert(2)>\u202e\u0000\ud800'
@@ -62,8 +62,9 @@ def write_run(folder: Path, shape: Shape = Shape()) -> Path:
     limits = Limits(3, shape.turns)
     cards = load_scenarios(split="train")
     validation = load_scenarios(split="validation")[: shape.cards]
-    tokenizer = train_tokenizer([line for card in cards for s in card.story.stages for line in s.line], 600)
-    save_tokenizer(folder / "model", tokenizer, max_tokens=480)
+    texts = [line for card in cards for stage in card.story.stages for line in stage.line]
+    tokenizer = train_tokenizer(texts, 600, max_tokens=480)
+    write_tokenizer(folder / "model", tokenizer)
     numbers = np.random.default_rng(shape.seed)
 
     def held(group, rollouts, step, skill):
@@ -142,8 +143,8 @@ def token_row(tokenizer, state, numbers):
     for index, turn in enumerate(state.turns):
         opening = "\n" if index else ""
         prompt = f"{opening}<|im_start|>user\n{turn.user}<|im_end|>\n<|im_start|>assistant\n"
-        row = row.with_prompt(tokenizer.encode(prompt).ids)
-        ids = tokenizer.encode(turn.reply + "<|im_end|>").ids
+        row = row.with_prompt(tokenizer.encode(prompt))
+        ids = tokenizer.encode(turn.reply + "<|im_end|>")
         row = row.with_reply(
             ids, [float(np.float32(-x)) for x in numbers.exponential(0.5, len(ids))], index, ()
         )

@@ -15,7 +15,7 @@ from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.model.tensor_names import EMBEDDING, HEAD
 from mapo_jax.running.forecast import forecast, model_shape
 from mapo_jax.running.policy import load_policy, read_policy, save_model_files
-from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import train_tokenizer, write_tokenizer
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def folder(tmp_path):
         head_dim=8,
         max_position_embeddings=2048,
     )
-    save_tokenizer(tmp_path, train_tokenizer(["I feel tired."], 300), max_tokens=2048)
+    write_tokenizer(tmp_path, train_tokenizer(["I feel tired."], 300, max_tokens=2048))
     save_params(tmp_path, init_params(config, 0), config, dtype="float32")
     write_config(tmp_path, config, dtype="float32")
     return tmp_path

@@ -93,10 +93,10 @@ def test_a_byte_order_mark_and_escapes_of_all_characters_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[" * 100_000, "line 2: brackets are nested too deep"),
-        ('{"messages": ' + '{"a":' * 100_000, "line 2: brackets are nested too deep"),
-        ("\x00\x00", "line 2: not valid JSON"),
-        ("3" * 5000, "line 2: not valid JSON"),
+        ("[" * 100_000, "line 2, is nested too deeply"),
+        ('{"messages": ' + '{"a":' * 100_000, "line 2, is nested too deeply"),
+        ("\x00\x00", "line 2, is not JSON"),
+        ("3" * 5000, "line 2, is not JSON"),
         ("null", "line 2: `messages` must be a list"),
         ('"text"', "line 2: `messages` must be a list"),
         ('{"messages": null}', "line 2: `messages` must be a list"),
@@ -135,7 +135,7 @@ def test_a_byte_order_mark_and_escapes_of_all_characters_are_read(tmp_path):
             "2: the reply holds <|im_end|>",
         ),
         (json.dumps({"messages": [USER, {**REPLY, "tool_calls": [{}]}]}), "2: `tool_calls` cannot be learnt"),
-        ("{", "line 2: not valid JSON"),
+        ("{", "line 2, is not JSON"),
         ("[]", "line 2: `messages` must be a list"),
         ('{"messages": []}', "line 2: `messages` must be a list"),
         ('{"messages": ["hello"]}', "line 2, message 1: must be an object"),
@@ -166,7 +166,7 @@ def test_a_missing_empty_or_binary_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the chats .*nowhere"):
         read_chats(tmp_path / "nowhere")
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(UserError, match="empty holds no chats"):
+    with pytest.raises(UserError, match=r"chats .*empty are empty"):
         read_chats(tmp_path / "empty")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"binary, line 1: not UTF-8"):
@@ -175,7 +175,7 @@ def test_a_missing_empty_or_binary_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"mixed, line 2: not UTF-8"):
         read_chats(tmp_path / "mixed")
     (tmp_path / "nothing").write_bytes(b"")
-    with pytest.raises(UserError, match="nothing holds no chats"):
+    with pytest.raises(UserError, match=r"chats .*nothing are empty"):
         read_chats(tmp_path / "nothing")
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from mapo_jax.errors import UserError
 from mapo_jax.rollout.rows import ChatFormat, Row
-from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 from mapo_jax.warmstarting.packing import Renderer, batches, pack
 
 CHAT = [
@@ -20,7 +20,7 @@ CHAT = [
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [message["content"] for message in CHAT] * 5
-    save_tokenizer(folder, train_tokenizer(texts, 300), max_tokens=512)
+    write_tokenizer(folder, train_tokenizer(texts, 300, max_tokens=512))
     return load_tokenizer(folder)
 
 
@@ -117,10 +117,10 @@ def _piece(length, first):
 def test_packing_by_hand():
     packed = pack([_piece(3, 10), _piece(4, 20), _piece(2, 30), _piece(1, 40)], 6)
     # 3 fits, 4 does not (room 3) and opens a row; 2 fits into the first (room 3), 1 too.
-    assert packed.tokens.tolist() == [[10, 11, 12, 30, 31, 40], [20, 21, 22, 23, 0, 0]]
-    assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0]]
-    assert packed.segments.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 1]]
-    assert packed.mask.astype(int).tolist() == [[0, 0, 1, 0, 1, 1], [0, 0, 0, 1, 0, 0]]
+    assert packed.batch.tokens.tolist() == [[10, 11, 12, 30, 31, 40], [20, 21, 22, 23, 0, 0]]
+    assert packed.batch.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0]]
+    assert packed.batch.segments.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 1]]
+    assert packed.batch.mask.astype(int).tolist() == [[0, 0, 1, 0, 1, 1], [0, 0, 0, 1, 0, 0]]
     assert packed.fill == pytest.approx(10 / 12)
 
 
