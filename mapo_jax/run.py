@@ -52,7 +52,7 @@ from mapo_jax.running.policy import (
     read_policy,
     save_model_files,
 )
-from mapo_jax.running.processes import Hosts, rollout_mesh, rollout_weights, share_of
+from mapo_jax.running.processes import Processes, rollout_mesh, rollout_weights, share_of
 from mapo_jax.running.processes import join as join_processes
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.warmstart import run_warmstart
@@ -73,7 +73,7 @@ class Run:
     """What stays as it is while a run goes on."""
 
     config: Config
-    hosts: Hosts  # the processes that hold it together
+    processes: Processes
     folder: Path
     mesh: Mesh
     policy: Policy
@@ -108,7 +108,7 @@ class Run:
         save(self, at)
         self.checkpoints.wait()
         saved = f"{self.folder} is saved after step {at.step} of {self.config.training.steps}"
-        _end(self.hosts, interruption, f": {saved}; the same command goes on from there")
+        _end(self.processes, interruption, f": {saved}; the same command goes on from there")
 
 
 @contextmanager
@@ -119,25 +119,27 @@ def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
       UserError: bad input; nothing is written then.
       Stopped: a signal came before the first step.
     """
-    with join_processes(config) as hosts, ExitStack() as stack, hosts.speaking(), machine_errors():
-        console = console or Console(highlight=False, markup=False, quiet=not hosts.first)
-        stop = stack.enter_context(StopRequest(config.run.deadline_minutes, hosts.peers))
+    with join_processes(config) as processes, ExitStack() as stack, processes.speaking(), machine_errors():
+        console = console or Console(highlight=False, markup=False, quiet=not processes.first)
+        stop = stack.enter_context(StopRequest(config.run.deadline_minutes, processes.peers))
         try:
-            run = prepare(config, stack, stop, console, hosts)
+            run = prepare(config, stack, stop, console, processes)
         except Interrupted as interruption:
-            _end(hosts, interruption, " before the first step; the same command starts again")
+            _end(processes, interruption, " before the first step; the same command starts again")
         yield run
-        hosts.part()
+        processes.part()
 
 
-def _end(hosts: Hosts, interruption: Interrupted, where: str) -> NoReturn:
-    hosts.part()
+def _end(processes: Processes, interruption: Interrupted, where: str) -> NoReturn:
+    processes.part()
     if isinstance(interruption.__cause__, UserError):
         raise interruption.__cause__ from None
     raise Stopped(str(interruption), f"stopped by {interruption}{where}") from interruption
 
 
-def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Console, hosts: Hosts) -> Run:
+def prepare(
+    config: Config, stack: ExitStack, stop: StopRequest, console: Console, processes: Processes
+) -> Run:
     """Everything that a run needs; bad input is refused before anything is written."""
     folder = as_path(config.run.directory)
     compiles, phases = stack.enter_context(CompileCounter()), Phases()
@@ -149,23 +151,23 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
             f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
             "training scenarios there are"
         )
-    share_of(config.rollout, hosts.count)  # before anything is read
+    share_of(config.rollout, processes.count)  # before anything is read
     mesh = make_mesh(config.mesh)
-    sampling_mesh = rollout_mesh(mesh, hosts)
-    claim_together(config, folder, hosts, stack)
+    sampling_mesh = rollout_mesh(mesh, processes)
+    claim_together(config, folder, processes, stack)
     world = stack.enter_context(
         open_world(
             config,
             cache_folder("runs") / str(folder).replace("/", "-") if in_bucket(folder) else folder,
             sampling_mesh,
             run_folder=folder,
-            part=part_name(hosts.index, hosts.count),
-            count=hosts.count,
+            part=part_name(processes.index, processes.count),
+            count=processes.count,
         )
     )
-    policy, params = starting_policy(config, folder, mesh, stop, console, hosts)
+    policy, params = starting_policy(config, folder, mesh, stop, console, processes)
     programs = make_programs(config, policy.config, policy.chat.vocabulary_size, mesh)
-    placed = dict(dtype=config.model.dtype, mesh=sampling_mesh, processes=hosts.count)
+    placed = dict(dtype=config.model.dtype, mesh=sampling_mesh, processes=processes.count)
     engine = make_engine(policy, config.rollout, config.rollout.temperature, **placed)
     evaluator = (
         engine
@@ -175,7 +177,7 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
     display = Display(
         f"{config.algorithm.estimator} · {folder}",
         config.training.steps,
-        live=config.logging.progress and hosts.first,
+        live=config.logging.progress and processes.first,
         console=console,
     )
     checkpoints = stack.enter_context(
@@ -183,13 +185,13 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
     )
     # Before anything is appended: what was written after the newest whole checkpoint is written again.
     done = max(checkpoints.steps, default=-1)
-    if hosts.first:
+    if processes.first:
         for lost in cut_back(folder, done):
             display.note(lost)
-    hosts.exchange("cut back", None)
+    processes.exchange("cut back", None)
     run = Run(
         config=config,
-        hosts=hosts,
+        processes=processes,
         folder=folder,
         mesh=mesh,
         policy=policy,
@@ -200,7 +202,7 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
         validation=validation,
         engine=engine,
         evaluator=evaluator,
-        sampling_weights=rollout_weights(policy.config, mesh, hosts, config.model.dtype),
+        sampling_weights=rollout_weights(policy.config, mesh, processes, config.model.dtype),
         start=params,
         update=programs.update,
         scorer=programs.scorer,
@@ -212,7 +214,7 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
                 folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb, after=done
             )
         )
-        if hosts.first
+        if processes.first
         else None,
         display=stack.enter_context(display),
         compiles=compiles,
@@ -222,29 +224,29 @@ def prepare(config: Config, stack: ExitStack, stop: StopRequest, console: Consol
     return run
 
 
-def claim_together(config: Config, folder: Path, hosts: Hosts, stack: ExitStack) -> None:
+def claim_together(config: Config, folder: Path, processes: Processes, stack: ExitStack) -> None:
     """The first process takes the run folder for all; the others see whether it is the same one."""
-    if hosts.first:
+    if processes.first:
         stack.enter_context(claim(folder, config))
-    hosts.exchange("claimed", None)
+    processes.exchange("claimed", None)
     if not (folder / CONFIG_FILE).exists():
         raise UserError(
-            f"process {hosts.index} does not see what process 0 wrote to `run.directory` {folder}; it must "
-            "be on storage that all hosts share, or a bucket"
+            f"process {processes.index} does not see what process 0 wrote to `run.directory` {folder}; it "
+            "must be on storage that all hosts share, or a bucket"
         )
 
 
 def starting_policy(
-    config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console, hosts: Hosts
+    config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console, processes: Processes
 ) -> tuple[Policy, Params | None]:
     """The policy that the run starts from; its model files go into the run folder."""
-    if hosts.exchange("begun", bool(whole_steps(folder)))[0]:
+    if processes.exchange("begun", bool(whole_steps(folder)))[0]:
         # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
         policy = read_policy(folder, config.rollout)
         check_memory(config, policy.config, mesh)  # it may go on with fewer devices
         return policy, None
     refuse_lost_checkpoints(folder, config)
-    path = config.model.path or warm_start(config, mesh, stop, console, hosts)
+    path = config.model.path or warm_start(config, mesh, stop, console, processes)
     check_memory(config, model_shape(config), mesh)
     lora = adapters(config.lora)
     dtype = "float32" if lora is None else config.model.dtype
@@ -253,24 +255,24 @@ def starting_policy(
         policy = replace(policy, config=replace(policy.config, lora=lora))
         save_base(folder, params)
         params = join(params, init_adapters(policy.config, config.training.seed, mesh))
-    if hosts.first:
+    if processes.first:
         save_model_files(folder, policy)
     return policy, params
 
 
-def warm_start(config: Config, mesh: Mesh, stop: StopRequest, console: Console, hosts: Hosts) -> Path:
+def warm_start(config: Config, mesh: Mesh, stop: StopRequest, console: Console, processes: Processes) -> Path:
     """The folder of the warm start: every process makes it for itself on its own devices, or has it already.
 
     Raises:
       UserError: it is too weak, or not the same in all processes.
     """
-    own = rollout_mesh(mesh, hosts)
+    own = rollout_mesh(mesh, processes)
     make = partial(run_warmstart, config, console=console, check=stop.check, mesh=own)
-    folder = hosts.together("warm start", make)
+    folder = processes.together("warm start", make)
     digest = blake2b()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.read_bytes())
-    if len(set(hosts.exchange("warm starts", digest.hexdigest()))) > 1:
+    if len(set(processes.exchange("warm starts", digest.hexdigest()))) > 1:
         raise UserError(
             "the warm starts of the processes differ, as on machines of different kinds; make one with "
             "python -m mapo_jax.warmstart, and begin a new run with its folder as `model.path` on every host"
@@ -291,7 +293,7 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
     if template.base is not None:
         state = replace(state, base=restore_base(run.folder, template.base))
     deck.set_state(reached["deck"])
-    if not run.hosts.first:
+    if not run.processes.first:
         pass
     elif reached["step"] == run.config.training.steps:
         run.display.note(f"the run in {run.folder} is finished; for another choose another run.directory")

@@ -48,7 +48,7 @@ def warm_up(run: Run, at: Position) -> None:
             engine.load(run.sampling_weights(at.state.weights), -1)
             engine.warm_up()
             engine.unload()  # the host holds the weights of one engine at a time
-            run.hosts.together("compiling", run.stop.check)
+            run.processes.together("compiling", run.stop.check)
         check_update(run.update, at.state, run.config, run.mesh)
     finished = run.writer and run.writer.last("timing_s/unix")
     if finished is not None:  # what an interruption cost: since the end of the step that the run goes on from
@@ -110,11 +110,11 @@ def converse(
 
     `patient` and errors are those of `World.hold`; a world that fails one process fails all.
     """
-    own = run.hosts.share(len(scenarios))
+    own = run.processes.share(len(scenarios))
     total = (own.stop - own.start) * rollouts * run.limits.max_turns
     training = seed == run.config.training.seed
     name = "dialogues" if training else "validation"
-    if run.hosts.count == 1:  # all processes save together, but each one pauses alone
+    if run.processes.count == 1:  # all processes save together, but each one pauses alone
         run.world.on_pause = partial(save, run, at)
 
     def progress(turns: int) -> None:
@@ -145,7 +145,7 @@ def converse(
             check=run.stop.check,
             note=run.display.note,
             patient=patient,
-            hosts=run.hosts,
+            processes=run.processes,
         )
     finally:
         engine.unload()  # the update needs the memory
@@ -160,7 +160,7 @@ def measure(
     process's part, the others get nothing.
     """
     held = [(dialogue.scenario, facts(dialogue.state)) for group in dialogues for dialogue in group]
-    parts = run.hosts.report("figures", {"dialogues": held, "calls": run.world.drain(), **own})
+    parts = run.processes.report("figures", {"dialogues": held, "calls": run.world.drain(), **own})
     if parts is None:
         return {}, None
     states = [from_facts(scenarios[s], what) for part in parts for s, what in part["dialogues"]]
@@ -174,7 +174,7 @@ def write_dialogues(run: Run, file: Path, dialogues: Dialogues) -> None:
     Each process writes its own dialogues, with several into a file of its own: step_000010-00001-of-00004.
     """
     lines = [json.dumps(dialogue.to_json()) for group in dialogues for dialogue in group]
-    file = part_of(file, part_name(run.hosts.index, run.hosts.count))
+    file = part_of(file, part_name(run.processes.index, run.processes.count))
     write_whole(file, "".join(f"{line}\n" for line in lines))
 
 
@@ -187,7 +187,7 @@ def lay_out_cells(run: Run, dialogues: Dialogues) -> Cells:
     cells = make_cells(
         dialogues, config.rollout.max_turns, max_failed_share=config.environment.max_failed_share
     )
-    return Cells(*run.hosts.gather((cells.positions, cells.valid, cells.scored)))
+    return Cells(*run.processes.gather((cells.positions, cells.valid, cells.scored)))
 
 
 def lay_out_rows(
@@ -197,8 +197,8 @@ def lay_out_rows(
     scored: Bool[np.ndarray, "S R T"],
 ) -> Batch:
     """The token rows of the step, `[B, L]`, of all processes' dialogues, with each token's advantage."""
-    own = run.hosts.share(run.config.rollout.scenarios)
-    length = max(run.hosts.exchange("rows", row_length(dialogues, run.row_lengths)))
+    own = run.processes.share(run.config.rollout.scenarios)
+    length = max(run.processes.exchange("rows", row_length(dialogues, run.row_lengths)))
     batch = make_batch(
         dialogues,
         np.asarray(advantages)[own],
@@ -206,7 +206,7 @@ def lay_out_rows(
         length,
         rows_per_dialogue=rows_per_dialogue(run.config),
     )
-    return run.hosts.gather(batch)
+    return run.processes.gather(batch)
 
 
 # --- The update. ---
@@ -228,7 +228,7 @@ def rescore(run: Run, state: TrainState, rows: Batch) -> Batch:
     if run.config.algorithm.old_logprobs == "sampler":
         return rows
     logprobs = run.scorer(state.weights, place(rows, run.mesh))
-    return replace(rows, old_logprobs=run.hosts.whole(logprobs))
+    return replace(rows, old_logprobs=run.processes.whole(logprobs))
 
 
 def finish_update(
@@ -291,7 +291,7 @@ def record(run: Run, at: Position, dialogues: Dialogues, figures: dict[str, floa
         }
     )
     write_dialogues(run, run.folder / "dialogues" / f"step_{at.step:06d}.jsonl", dialogues)
-    if not run.hosts.first:
+    if not run.processes.first:
         return
     devices = run.mesh.devices
     peak = peak_flops(devices.flat[0], run.config.logging.peak_flops)

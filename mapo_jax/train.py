@@ -94,7 +94,7 @@ def train(config: Config, console: Console | None = None) -> None:
                 record(run, at, dialogues, figures, started)
                 if checkpoint_due(config, at.step):
                     save(run, at)
-                run.hosts.together("the end of a step", run.stop.check)
+                run.processes.together("the end of a step", run.stop.check)
                 if evaluation_due(config, at.step):
                     validate(run, at)
         except Interrupted as interruption:

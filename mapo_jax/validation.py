@@ -36,7 +36,7 @@ def evaluate(run: Run, at: Position) -> None:
     Once training has begun, a live world that fails here costs this evaluation and no more.
     """
     file = run.folder / "evaluations" / f"step_{at.step:06d}.json"
-    if run.hosts.exchange("before an evaluation", read_object(file) is not None)[0]:
+    if run.processes.exchange("before an evaluation", read_object(file) is not None)[0]:
         return
     config = run.config
     run.evaluator.load(run.sampling_weights(at.state.weights), at.step)
@@ -50,7 +50,7 @@ def evaluate(run: Run, at: Position) -> None:
         return
     metrics, _ = measure(run, run.validation, dialogues)
     write_dialogues(run, file.with_suffix(".jsonl"), dialogues)
-    if not run.hosts.first:
+    if not run.processes.first:
         return
     run.writer.write(at.step, {f"evaluation/{name}": value for name, value in metrics.items()})
     write_whole(file, json.dumps(metrics, indent=1))
@@ -61,7 +61,7 @@ def evaluate(run: Run, at: Position) -> None:
 
 def write_lost_calls(run: Run, step: int) -> None:
     """Writes what the calls of an abandoned evaluation cost, or the next step would count them."""
-    calls = run.hosts.report("calls", run.world.drain())
+    calls = run.processes.report("calls", run.world.drain())
     if calls is not None:
         run.writer.write(step, {f"evaluation/{name}": x for name, x in run.world.metrics(calls).items()})
 
@@ -75,9 +75,11 @@ def inspect_judge(run: Run, step: int) -> None:
     file = folder / f"step_{step:06d}_judge.json"
     if not run.world.live:
         return
-    if run.hosts.exchange("before the judge's inspection", read_object(file) is not None)[0]:
+    if run.processes.exchange("before the judge's inspection", read_object(file) is not None)[0]:
         return
-    run.hosts.together("the judge's inspection", lambda: run.hosts.first and _score_judge(run, folder, step))
+    run.processes.together(
+        "the judge's inspection", lambda: run.processes.first and _score_judge(run, folder, step)
+    )
 
 
 def _score_judge(run: Run, folder: Path, step: int) -> None:
@@ -97,7 +99,7 @@ def conclude(run: Run) -> None:
     """Prints what was learnt, against where it started and the good helper, and where everything lies."""
     run.checkpoints.wait()
     run.display.close()
-    if not run.hosts.first:
+    if not run.processes.first:
         return
     console = run.display.console
     files = [run.folder / "evaluations" / f"step_{step:06d}.json" for step in (0, run.config.training.steps)]

@@ -56,7 +56,7 @@ from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.checkpoint import whole_steps
 from mapo_jax.running.metrics import full_disk_is_a_user_error
 from mapo_jax.running.policy import load_policy
-from mapo_jax.running.processes import Hosts
+from mapo_jax.running.processes import Processes
 
 if TYPE_CHECKING:
     from mapo_jax.environment.live.client import Connections, Server
@@ -125,7 +125,7 @@ class World:
         check: Callable[[], None],
         note: Callable[[str], None],
         patient: bool = True,
-        hosts: Hosts | None = None,
+        processes: Processes | None = None,
     ) -> list[list[T]]:
         """Holds a step's dialogues, in the live world through pauses and with a journal.
 
@@ -139,23 +139,23 @@ class World:
           check: raises to end it all.
           note: told of pauses.
           patient: whether a failing world is waited for.
-          hosts: the processes of the run, each of which holds its own dialogues; None for this one alone.
+          processes: the processes of the run, each of which holds its own dialogues; None for this one alone.
 
         Raises:
           WorldFailing: the world failed, and was not to be waited for; in all processes.
           UserError: the world kept failing through all pauses. `on_pause` was called; nothing is lost.
           Interrupted: it was ended in another process.
         """
-        hosts = hosts or Hosts()
+        processes = processes or Processes()
         if not self.live:
-            return hosts.together("dialogues", lambda: self.run(collection(None), check))
+            return processes.together("dialogues", lambda: self.run(collection(None), check))
         pause = self._pausing(stream, check, note) if patient else None
         while True:
             attempts = partial(self._attempts, collection, stream, step, check, pause)
-            dialogues, failing = hosts.together("dialogues", attempts)
+            dialogues, failing = processes.together("dialogues", attempts)
             flat = [dialogue for group in dialogues for dialogue in group]
             usable = any(dialogue.usable(self._config.max_failed_share) for dialogue in flat)
-            said = hosts.exchange("the world", [failing, usable, len(flat)])
+            said = processes.exchange("the world", [failing, usable, len(flat)])
             failing = next((words for words, _, _ in said if words), None)
             if failing is None and any(usable for _, usable, _ in said):
                 return dialogues
@@ -163,7 +163,7 @@ class World:
             failing = failing or f"none of the {total} dialogues has enough scored turns and a proper end"
             if pause is None:
                 raise WorldFailing(failing)
-            hosts.together("a pause", partial(pause, failing))
+            processes.together("a pause", partial(pause, failing))
 
     def _attempts(
         self,

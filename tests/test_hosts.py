@@ -20,7 +20,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.run import cards, scenario_deck
-from mapo_jax.running import processes as hosts
+from mapo_jax.running import processes
 from mapo_jax.running.checkpoint import best_steps, checkpoint_folder, whole_steps
 from mapo_jax.running.metrics import METRICS_FILE
 from mapo_jax.running.processes import STATUS, join
@@ -401,12 +401,12 @@ from mapo_jax.config import load_config
 from mapo_jax.running.processes import join
 config = load_config(None, sys.argv[1:])
 def command():
-    with join(config) as hosts:
-        print(hosts.count, hosts.exchange("joined", hosts.index), flush=True)
+    with join(config) as processes:
+        print(processes.count, processes.exchange("joined", processes.index), flush=True)
         if config.run.deadline_minutes:  # stands for being killed: in process 0
-            hosts.first and os.kill(os.getpid(), signal.SIGKILL)
+            processes.first and os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
-        hosts.part()
+        processes.part()
 sys.exit(run_command(command))
 """
 
@@ -513,9 +513,11 @@ def test_variables_that_make_no_sense_are_named(changes, said, monkeypatch):
 def test_process_0_listens_at_its_own_address_alone(monkeypatch):
     """Without this a stranger on any network of the machine could speak to it."""
     heard = []
-    monkeypatch.setattr(hosts, "Peers", lambda where, *rest: heard.append(where.getsockname()) or FakePeers())
+    monkeypatch.setattr(
+        processes, "Peers", lambda where, *rest: heard.append(where.getsockname()) or FakePeers()
+    )
     monkeypatch.setattr(jax.distributed, "initialize", lambda *where, **options: heard.append(options))
-    monkeypatch.setattr(hosts.Sentinel, "post", lambda sentence: None)
+    monkeypatch.setattr(processes.Sentinel, "post", lambda sentence: None)
     port = free_port()
     for name, value in named(0, port).items():
         monkeypatch.setenv(name, value)

@@ -65,7 +65,7 @@ def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
         evaluator=Engine(),
         sampling_weights=sampling_weights,
         display=SimpleNamespace(phase=lambda name: None),
-        hosts=SimpleNamespace(together=lambda name, check: check()),
+        processes=SimpleNamespace(together=lambda name, check: check()),
         stop=SimpleNamespace(check=lambda: None),
         phases=lambda name: contextlib.nullcontext(),
         update=None,

@@ -23,7 +23,7 @@ from mapo_jax.rollout.engine import Reply
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.run import Position
 from mapo_jax.running.phases import Phases
-from mapo_jax.running.processes import Hosts
+from mapo_jax.running.processes import Processes
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from mapo_jax.world import _server, open_models, open_world
 
@@ -250,7 +250,7 @@ def test_a_step_without_a_usable_dialogue_is_no_step(serve, well_formed, chat, t
 
 
 @dataclass(frozen=True)
-class Two(Hosts):
+class Two(Processes):
     """This process, and what another one says: why the world failed, whether it has any usable, how many."""
 
     count: int = 2
@@ -272,12 +272,12 @@ def test_a_step_is_judged_on_the_dialogues_of_all_processes(serve, well_formed, 
     config = configure(server.url, environment__failure_share=1.0, environment__pause_minutes=0)
     with open_world(config, tmp_path, None) as world:
         server.answer = lambda request, number: "no judgement"
-        hosts = Two()
-        dialogues = flat(hold(world, chat, config, cards=cards, hosts=hosts))
+        processes = Two()
+        dialogues = flat(hold(world, chat, config, cards=cards, processes=processes))
         assert len(dialogues) == 3 * len(cards) and not any(d.usable(0.5) for d in dialogues)
-        assert hosts.places == ["dialogues", "the world"]
+        assert processes.places == ["dialogues", "the world"]
         with pytest.raises(UserError, match=f"none of the {3 * len(cards) + 4} dialogues"):
-            hold(world, chat, config, cards=cards, hosts=Two(other=(None, False, 4)))
+            hold(world, chat, config, cards=cards, processes=Two(other=(None, False, 4)))
 
 
 def test_processes_pause_together_where_none_has_a_usable_dialogue(serve, well_formed, chat, tmp_path):
@@ -289,19 +289,19 @@ def test_processes_pause_together_where_none_has_a_usable_dialogue(serve, well_f
             super().exchange(what, value)
             return [value, list(next(said))]
 
-    hosts = Recovering()
+    processes = Recovering()
     with open_world(config, tmp_path, None) as world:
         server.answer = lambda request, number: "no judgement"
-        hold(world, chat, config, hosts=hosts, notes=notes)
+        hold(world, chat, config, processes=processes, notes=notes)
     assert ["pause 1 of 5" in notes[0], "pause 2 of 5" in notes[1], len(notes)] == [True, True, 2]
-    assert hosts.places == ["dialogues", "the world", "a pause"] * 2 + ["dialogues", "the world"]
+    assert processes.places == ["dialogues", "the world", "a pause"] * 2 + ["dialogues", "the world"]
 
 
 def test_an_evaluation_that_fails_in_another_process_fails_here(serve, well_formed, chat, tmp_path):
     config = configure(serve(well_formed).url)
-    hosts = Two(other=("HTTP 500", False, 0))
+    processes = Two(other=("HTTP 500", False, 0))
     with open_world(config, tmp_path, None) as world, pytest.raises(WorldFailing, match=r"^HTTP 500$"):
-        hold(world, chat, config, hosts=hosts, patient=False)
+        hold(world, chat, config, processes=processes, patient=False)
 
 
 @pytest.mark.parametrize(("count", "share"), [(1, (9, 100, 0)), (2, (4, 50, 0)), (64, (1, 1, 0))])
@@ -680,7 +680,7 @@ def test_an_evaluation_that_is_left_out_keeps_its_calls_from_the_next_step(
 
         monkeypatch.setattr(validation, "converse", converse)
         run = SimpleNamespace(
-            hosts=Hosts(),
+            processes=Processes(),
             folder=tmp_path,
             config=config,
             phases=Phases(),

@@ -38,7 +38,7 @@ from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import RULES, param_shardings, row_shards
 from mapo_jax.rollout.capacity import cache_bytes, copies_weights
 from mapo_jax.running.processes import (
-    Hosts,
+    Processes,
     abstract_rollout_weights,
     process_count,
     rollout_mesh,
@@ -116,8 +116,8 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
 
 def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
     """While dialogues are held: each process holds its share on its own devices."""
-    hosts = Hosts(0, process_count(mesh))
-    share, own_mesh = share_of(config.rollout, hosts.count), rollout_mesh(mesh, hosts)
+    processes = Processes(0, process_count(mesh))
+    share, own_mesh = share_of(config.rollout, processes.count), rollout_mesh(mesh, processes)
     dtype = config.model.dtype
     dialogues = share.scenarios * share.rollouts
     resident = min(share.slots or dialogues, dialogues)
@@ -128,7 +128,7 @@ def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> 
         "logits of the lanes": 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary,
     }
     whole = 0
-    if hosts.count > 1:
+    if processes.count > 1:
         weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
         whole = _bytes(weights)
     if not copies_weights(share.copy_weights, own_mesh):

@@ -46,7 +46,7 @@ _NO_CLUSTER = ("coordinator_address should be defined", "must be called before a
 
 
 @dataclass(frozen=True)
-class Hosts:
+class Processes:
     """The processes of a run, seen from one of them; a context manager that leaves them in the end."""
 
     index: int = 0
@@ -128,7 +128,7 @@ class Hosts:
             self.exchange("the end", None)
             self.peers.leave()
 
-    def __enter__(self) -> Hosts:
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(
@@ -139,7 +139,7 @@ class Hosts:
             Sentinel.dismiss()
 
 
-def join(config: Config) -> Hosts:
+def join(config: Config) -> Processes:
     """Makes this process one of a run's, before anything touches a device.
 
     It is one of several if `JAX_COORDINATOR_ADDRESS` (HOST:PORT of process 0), `JAX_NUM_PROCESSES` and
@@ -153,7 +153,7 @@ def join(config: Config) -> Hosts:
     jax.config.update("jax_enable_preemption_service", False)  # signals are heard by interruption.StopRequest
     named = any(map(os.environ.get, (ADDRESS, COUNT, INDEX)))
     peers = _join_named(config) if named else _join_cluster(config)
-    return Hosts() if peers is None else Hosts(peers.index, peers.count, peers)
+    return Processes() if peers is None else Processes(peers.index, peers.count, peers)
 
 
 def _join_named(config: Config) -> Peers | None:
@@ -336,7 +336,7 @@ def process_count(mesh: Mesh) -> int:
     return len({device.process_index for device in mesh.devices.flat})
 
 
-def rollout_mesh(mesh: Mesh, hosts: Hosts) -> Mesh:
+def rollout_mesh(mesh: Mesh, processes: Processes) -> Mesh:
     """The mesh that this process samples on: its own devices, cut over `tensor` as in training.
 
     A single process samples on the training mesh itself.
@@ -344,13 +344,13 @@ def rollout_mesh(mesh: Mesh, hosts: Hosts) -> Mesh:
     Raises:
       UserError: a `tensor` group of the mesh lies on several processes.
     """
-    if hosts.count == 1:
+    if processes.count == 1:
         return mesh
     tensor = mesh.shape["tensor"]
     groups = mesh.devices.reshape(-1, tensor)
-    own = [group for group in groups if group[0].process_index == hosts.index]
+    own = [group for group in groups if group[0].process_index == processes.index]
     if any(device.process_index != group[0].process_index for group in groups for device in group):
-        local = sum(device.process_index == hosts.index for device in mesh.devices.flat)
+        local = sum(device.process_index == processes.index for device in mesh.devices.flat)
         raise UserError(
             f"`mesh.tensor` is {tensor}; it must divide the {local} devices of one process, which holds "
             "dialogues on its own devices"
@@ -359,15 +359,17 @@ def rollout_mesh(mesh: Mesh, hosts: Hosts) -> Mesh:
     return Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
 
 
-def rollout_weights(config: QwenConfig, mesh: Mesh, hosts: Hosts, dtype: str) -> Callable[[Params], Params]:
+def rollout_weights(
+    config: QwenConfig, mesh: Mesh, processes: Processes, dtype: str
+) -> Callable[[Params], Params]:
     """The weights as this process samples with them: on its `rollout_mesh`, in the compute dtype.
 
     One program on the whole mesh gathers what `fsdp` has cut, cast before it travels; norms keep float32, in
     which they are computed. A single process takes the training weights as they are.
     """
-    if hosts.count == 1:
+    if processes.count == 1:
         return lambda params: params
-    local = param_shardings(parameter_shapes(config), rollout_mesh(mesh, hosts), ROLLOUT_RULES)
+    local = param_shardings(parameter_shapes(config), rollout_mesh(mesh, processes), ROLLOUT_RULES)
     cut = param_shardings(parameter_shapes(config), mesh)
 
     gathered = jax.jit(
