@@ -45,10 +45,11 @@ from mapo_jax.model.huggingface import (
 )
 from mapo_jax.model.lora import split
 from mapo_jax.model.qwen import hidden_states, parameter_count, parameter_shapes
-from mapo_jax.running.checkpoint import CONFIG_FILE, checkpoint_folder, open_base, open_params
+from mapo_jax.running.checkpoint import open_params
 from mapo_jax.running.metrics import METRICS_FILE, read_rows
 from mapo_jax.running.model_folder import whole_folder, write_model_folder
 from mapo_jax.running.policy import Policy, load_policy, open_weights, read_policy
+from mapo_jax.running.run_folder import BASE_FOLDER, CONFIG_FILE, checkpoint_folder
 from mapo_jax.tokenizer import write_tokenizer
 from mapo_jax.warmstarting.packing import Renderer
 
@@ -110,7 +111,7 @@ def export(
                 _write_adapters(temporary, run, policy, config, step)
             else:
                 if part == "base":
-                    read = open_base(run, parameter_shapes(plain.config))
+                    read = open_params(run / BASE_FOLDER, parameter_shapes(plain.config))
                 else:
                     read = open_weights(run, policy.config, step=step)
                 write_model_folder(
@@ -134,7 +135,7 @@ def export(
 
 def _write_adapters(folder: Path, run: Path, policy: Policy, config: Config, step: int) -> None:
     """The adapters as PEFT has them, read again and compared, and the tokenizer with the rows' template."""
-    read = open_params(run, split(parameter_shapes(policy.config))[0], step=step)
+    read = open_params(checkpoint_folder(run, step), split(parameter_shapes(policy.config))[0])
     tensors = adapter_tensors(read, policy.config)
     peft.write_adapter_config(folder, policy.config.lora, config.model.path and Path(config.model.path).name)
     save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""A run and what it is made of: set up from its configuration, begun or continued, saved, and left."""
+"""A run: built from its configuration, started or continued, saved and ended."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from mapo_jax.config import Config, to_yaml
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.files import as_path, in_bucket, part_name
-from mapo_jax.learning.batch import row_lengths
+from mapo_jax.files import as_path, in_bucket
 from mapo_jax.learning.optimizer import Optimizer
 from mapo_jax.learning.programs import make_programs
 from mapo_jax.learning.train_state import TrainState, abstract_state, create_state
@@ -29,16 +28,7 @@ from mapo_jax.model.lora import join
 from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.engine import Engine
-from mapo_jax.running.checkpoint import (
-    CONFIG_FILE,
-    Checkpoints,
-    claim,
-    cut_back,
-    refuse_lost_checkpoints,
-    restore_base,
-    save_base,
-    whole_steps,
-)
+from mapo_jax.running.checkpoint import Checkpoints, restore_params, save_base
 from mapo_jax.running.display import Display
 from mapo_jax.running.forecast import check_memory, model_shape
 from mapo_jax.running.heartbeat import Heartbeat
@@ -54,6 +44,14 @@ from mapo_jax.running.policy import (
 )
 from mapo_jax.running.processes import Processes, rollout_mesh, rollout_weights, share_of
 from mapo_jax.running.processes import join as join_processes
+from mapo_jax.running.run_folder import (
+    BASE_FOLDER,
+    CONFIG_FILE,
+    claim,
+    cut_back,
+    refuse_lost_checkpoints,
+    whole_steps,
+)
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.warmstart import run_warmstart
 from mapo_jax.world import World, open_world
@@ -61,48 +59,45 @@ from mapo_jax.world import World, open_world
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: all that changes from step to step."""
+    """The state of a run that changes from step to step."""
 
     step: int  # finished steps
     state: TrainState
-    deck: dict[str, Any]  # the scenario deck's own position
+    deck: dict[str, Any]  # position of the scenario deck
 
 
 @dataclass(frozen=True)
 class Run:
-    """What stays as it is while a run goes on."""
+    """The parts of a run that stay the same from step to step."""
 
     config: Config
     processes: Processes
     folder: Path
     mesh: Mesh
     policy: Policy
-    start: (
-        Params | None
-    )  # weights it starts from; None where it continues from a checkpoint; donated by `begin`
+    start: Params | None  # start weights, donated by `begin`; None if a checkpoint is continued
     world: World
     limits: Limits
     validation: list[Scenario]
     engine: Engine  # samples for training
     evaluator: Engine  # samples for evaluation
-    sampling_weights: Callable[[Params], Params]  # the weights as the engines take them
+    sampling_weights: Callable[[Params], Params]  # from training weights to those of the engines
     update: Update
-    scorer: Callable[..., Any]  # the trainer's own log-probabilities
+    scorer: Callable[..., Any]  # the trainer's log-probabilities
     optimizer: Optimizer
-    row_lengths: tuple[int, ...]
     checkpoints: Checkpoints
-    writer: MetricWriter | None  # of the first process
+    writer: MetricWriter | None  # in process 0
     display: Display
     compiles: CompileCounter
     phases: Phases
     stop: StopRequest
-    compiled_lengths: set[int] = field(default_factory=set)  # row lengths that an update is compiled for
+    compiled_lengths: set[int] = field(default_factory=set)  # row lengths with a compiled update
 
     def leave(self, interruption: Interrupted, at: Position) -> NoReturn:
         """Saves an interrupted run and ends it.
 
         Raises:
-          UserError: the error that interrupted it, if one did.
+          UserError: the error in this process that interrupted it, if any.
           Stopped: otherwise.
         """
         save(self, at)
@@ -113,11 +108,11 @@ class Run:
 
 @contextmanager
 def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
-    """A run, built from its configuration by all of its processes; closed at the end of the context.
+    """A run in all of its processes, built from its configuration; closed at the end of the context.
 
     Raises:
-      UserError: bad input; nothing is written then.
-      Stopped: a signal came before the first step.
+      UserError: bad input; nothing was written.
+      Stopped: a stop request before the first step.
     """
     with join_processes(config) as processes, ExitStack() as stack, processes.speaking(), machine_errors():
         console = console or Console(highlight=False, markup=False, quiet=not processes.first)
@@ -140,7 +135,7 @@ def _end(processes: Processes, interruption: Interrupted, where: str) -> NoRetur
 def prepare(
     config: Config, stack: ExitStack, stop: StopRequest, console: Console, processes: Processes
 ) -> Run:
-    """Everything that a run needs; bad input is refused before anything is written."""
+    """Builds a run; refuses bad input before anything is written."""
     folder = as_path(config.run.directory)
     compiles, phases = stack.enter_context(CompileCounter()), Phases()
     stack.enter_context(Heartbeat(phases))
@@ -151,7 +146,7 @@ def prepare(
             f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
             "training scenarios there are"
         )
-    share_of(config.rollout, processes.count)  # before anything is read
+    share = share_of(config.rollout, processes.count)  # may raise, so before anything is read
     mesh = make_mesh(config.mesh)
     sampling_mesh = rollout_mesh(mesh, processes)
     claim_together(config, folder, processes, stack)
@@ -161,19 +156,17 @@ def prepare(
             cache_folder("runs") / str(folder).replace("/", "-") if in_bucket(folder) else folder,
             sampling_mesh,
             run_folder=folder,
-            part=part_name(processes.index, processes.count),
-            count=processes.count,
+            processes=processes,
         )
     )
     policy, params = starting_policy(config, folder, mesh, stop, console, processes)
-    programs = make_programs(config, policy.config, policy.chat.vocabulary_size, mesh)
-    placed = dict(dtype=config.model.dtype, mesh=sampling_mesh, processes=processes.count)
-    engine = make_engine(policy, config.rollout, config.rollout.temperature, **placed)
-    evaluator = (
-        engine
-        if config.evaluation.temperature == config.rollout.temperature
-        else make_engine(policy, config.rollout, config.evaluation.temperature, **placed)
-    )
+    chat = policy.chat
+    programs = make_programs(config, policy.config, chat.vocabulary_size, mesh)
+    model = policy.config, chat.stop_ids, chat.vocabulary_size
+    sampler = partial(make_engine, *model, share, dtype=config.model.dtype, mesh=sampling_mesh)
+    engine = evaluator = sampler(config.rollout.temperature)
+    if config.evaluation.temperature != config.rollout.temperature:
+        evaluator = sampler(config.evaluation.temperature)
     display = Display(
         f"{config.algorithm.estimator} · {folder}",
         config.training.steps,
@@ -183,13 +176,16 @@ def prepare(
     checkpoints = stack.enter_context(
         Checkpoints(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
     )
-    # Before anything is appended: what was written after the newest whole checkpoint is written again.
+    # Before anything is appended: files after the newest whole checkpoint will be written again.
     done = max(checkpoints.steps, default=-1)
+    writer = None
     if processes.first:
-        for lost in cut_back(folder, done):
-            display.note(lost)
+        for problem in cut_back(folder, done):
+            display.note(problem)
+        logging = dict(tensorboard=config.logging.tensorboard, wandb=config.logging.wandb)
+        writer = stack.enter_context(MetricWriter(folder, **logging, after=done))
     processes.exchange("cut back", None)
-    run = Run(
+    return Run(
         config=config,
         processes=processes,
         folder=folder,
@@ -207,25 +203,17 @@ def prepare(
         update=programs.update,
         scorer=programs.scorer,
         optimizer=programs.optimizer,
-        row_lengths=row_lengths(config.rollout.max_tokens),
         checkpoints=checkpoints,
-        writer=stack.enter_context(
-            MetricWriter(
-                folder, tensorboard=config.logging.tensorboard, wandb=config.logging.wandb, after=done
-            )
-        )
-        if processes.first
-        else None,
+        writer=writer,
         display=stack.enter_context(display),
         compiles=compiles,
         phases=phases,
         stop=stop,
     )
-    return run
 
 
 def claim_together(config: Config, folder: Path, processes: Processes, stack: ExitStack) -> None:
-    """The first process takes the run folder for all; the others see whether it is the same one."""
+    """Process 0 claims the run folder for all; the others check that they see the same folder."""
     if processes.first:
         stack.enter_context(claim(folder, config))
     processes.exchange("claimed", None)
@@ -239,11 +227,11 @@ def claim_together(config: Config, folder: Path, processes: Processes, stack: Ex
 def starting_policy(
     config: Config, folder: Path, mesh: Mesh, stop: StopRequest, console: Console, processes: Processes
 ) -> tuple[Policy, Params | None]:
-    """The policy that the run starts from; its model files go into the run folder."""
+    """The policy and the start weights (None to continue); writes its model files into the run folder."""
     if processes.exchange("begun", bool(whole_steps(folder)))[0]:
-        # The run has begun: it needs nothing from outside any more, and its weights come with its moments.
+        # The run folder has everything; weights are restored with the optimizer's state, in `begin`.
         policy = read_policy(folder, config.rollout)
-        check_memory(config, policy.config, mesh)  # it may go on with fewer devices
+        check_memory(config, policy.config, mesh)  # there may be fewer devices than before
         return policy, None
     refuse_lost_checkpoints(folder, config)
     path = config.model.path or warm_start(config, mesh, stop, console, processes)
@@ -261,13 +249,13 @@ def starting_policy(
 
 
 def warm_start(config: Config, mesh: Mesh, stop: StopRequest, console: Console, processes: Processes) -> Path:
-    """The folder of the warm start: every process makes it for itself on its own devices, or has it already.
+    """The folder of the warm start, which every process trains on its own devices unless it is cached.
 
     Raises:
-      UserError: it is too weak, or not the same in all processes.
+      UserError: it is too weak, or differs between processes.
     """
-    own = rollout_mesh(mesh, processes)
-    make = partial(run_warmstart, config, console=console, check=stop.check, mesh=own)
+    local_mesh = rollout_mesh(mesh, processes)
+    make = partial(run_warmstart, config, console=console, check=stop.check, mesh=local_mesh)
     folder = processes.together("warm start", make)
     digest = blake2b()
     for file in sorted(folder.glob("*.safetensors")):
@@ -281,7 +269,7 @@ def warm_start(config: Config, mesh: Mesh, stop: StopRequest, console: Console, 
 
 
 def begin(run: Run, deck: grain.DatasetIterator) -> Position:
-    """Where the run begins, or its newest whole checkpoint; the deck is put there as well."""
+    """The start of the run, or its newest whole checkpoint; sets the position of the deck."""
     shardings = param_shardings(parameter_shapes(run.policy.config), run.mesh)
     reference = run.config.algorithm.kl_coefficient > 0
     if run.start is not None:
@@ -289,21 +277,21 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
         return Position(0, state, deck.get_state())
     shapes = parameter_shapes(run.policy.config, run.config.model.dtype)
     template = abstract_state(shapes, run.optimizer, shardings=shardings, reference=reference)
-    state, reached = run.checkpoints.restore_latest(template)
+    state, progress = run.checkpoints.restore_latest(template)
     if template.base is not None:
-        state = replace(state, base=restore_base(run.folder, template.base))
-    deck.set_state(reached["deck"])
-    if not run.processes.first:
-        pass
-    elif reached["step"] == run.config.training.steps:
-        run.display.note(f"the run in {run.folder} is finished; for another choose another run.directory")
-    else:
-        run.display.note(f"continuing {run.folder} after step {reached['step']}")
-    return Position(reached["step"], state, deck.get_state())
+        state = replace(state, base=restore_params(run.folder / BASE_FOLDER, template.base))
+    deck.set_state(progress["deck"])
+    step = progress["step"]
+    note = f"continuing {run.folder} after step {step}"
+    if step == run.config.training.steps:
+        note = f"the run in {run.folder} is finished; for another choose another run.directory"
+    if run.processes.first:
+        run.display.note(note)
+    return Position(step, state, deck.get_state())
 
 
 def save(run: Run, at: Position) -> None:
-    """Starts to save a checkpoint; every random number follows from the seed and the step."""
+    """Starts to save a checkpoint. It needs no random state: numbers follow from the seed and the step."""
     progress = {
         "deck": at.deck,
         "seed": run.config.training.seed,
@@ -319,18 +307,18 @@ def evaluation_due(config: Config, step: int) -> bool:
 
 
 def checkpoint_due(config: Config, step: int) -> bool:
-    """Whether to save after `step` steps: regularly, before every evaluation, and at the end."""
+    """Whether to save after `step` steps: at intervals, before every evaluation, and at the end."""
     return step % config.checkpoint.every == 0 or evaluation_due(config, step)
 
 
 def cards(config: Config, split: str) -> list[Scenario]:
-    """The cards of a split that this run's world can play. Raises as `load_scenarios` does."""
+    """The scenario cards of a split for this run's world. Raises as `load_scenarios` does."""
     scripted = config.environment.family == "scripted"
     return load_scenarios(config.environment.scenarios, split, scripted=scripted)
 
 
 def scenario_deck(config: Config) -> grain.DatasetIterator:
-    """Endless batches of S training scenarios, reshuffled every epoch; its position can be saved."""
+    """An endless iterator over batches of S training scenarios, reshuffled every epoch; it has a state."""
     return iter(
         grain.MapDataset.source(cards(config, "train"))
         .seed(config.training.seed)

@@ -298,7 +298,8 @@ def measure(
     rollout = config.rollout
     dialogues_in_all = 2 * rollout.scenarios * rollout.rollouts
     cards = load_scenarios(config.environment.scenarios, "validation")[:dialogues_in_all]
-    engine = make_engine(policy, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
+    model = policy.config, policy.chat.stop_ids, policy.chat.vocabulary_size
+    engine = make_engine(*model, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
     engine.load(params, 0)
     dialogues = asyncio.run(
         collect(

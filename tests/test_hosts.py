@@ -21,9 +21,9 @@ from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.run import cards, scenario_deck
 from mapo_jax.running import processes
-from mapo_jax.running.checkpoint import best_steps, checkpoint_folder, whole_steps
 from mapo_jax.running.metrics import METRICS_FILE
 from mapo_jax.running.processes import STATUS, join
+from mapo_jax.running.run_folder import best_steps, checkpoint_folder, whole_steps
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

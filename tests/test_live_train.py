@@ -20,7 +20,8 @@ from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.model.huggingface import read_config, save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params, parameter_shapes
 from mapo_jax.rollout.collect import Dialogue
-from mapo_jax.running.checkpoint import read_progress, whole_steps
+from mapo_jax.running.checkpoint import read_progress
+from mapo_jax.running.run_folder import whole_steps
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

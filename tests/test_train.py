@@ -29,8 +29,8 @@ from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.run import Position, begin, open_run, scenario_deck
-from mapo_jax.running.checkpoint import checkpoint_folder, whole_steps
 from mapo_jax.running.metrics import METRICS_FILE
+from mapo_jax.running.run_folder import checkpoint_folder, whole_steps
 from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 
 STEPS = 4

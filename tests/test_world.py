@@ -18,14 +18,15 @@ from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.files import part_name
+from mapo_jax.role_models import _server, open_models
 from mapo_jax.rollout.collect import collect, derive_seed
 from mapo_jax.rollout.engine import Reply
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.run import Position
 from mapo_jax.running.phases import Phases
-from mapo_jax.running.processes import Processes
+from mapo_jax.running.processes import SINGLE, Processes
 from mapo_jax.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from mapo_jax.world import _server, open_models, open_world
+from mapo_jax.world import open_world
 
 KEY = "sk-live-0123456789abcdef"
 CARDS = load_scenarios(split="train")[:2]
@@ -82,8 +83,11 @@ def configure(url, **changes):
     return load_config(None, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
-def hold(world, chat, config, *, step=0, engine=None, cards=CARDS, rollouts=ROLLOUTS, notes=None, **options):
-    engine = engine or TalkingEngine()
+def hold(
+    world, chat, config, *, step=0, engine=None, cards=CARDS, rollouts=ROLLOUTS, notes=None,
+    processes=SINGLE, **options,
+):  # fmt: skip
+    engine, world.processes = engine or TalkingEngine(), processes
     engine.end = chat.end_of_turn[0]
     return world.hold(
         lambda journal: collect(
@@ -316,8 +320,8 @@ def test_processes_share_what_is_limited(serve, well_formed, tmp_path, count, sh
         return _server(name, role, environment, log)
 
     with (
-        mock.patch("mapo_jax.world._server", server),
-        open_world(config, tmp_path, None, count=count) as world,
+        mock.patch("mapo_jax.role_models._server", server),
+        open_world(config, tmp_path, None, processes=Processes(0, count)) as world,
     ):
         assert world.concurrency == share[0]
     assert made == [share] * 3
@@ -397,8 +401,8 @@ def test_roles_of_one_model_share_an_engine_with_room_for_the_longest_answer(mon
             super().submit(request)
 
     policy = SimpleNamespace(config=None, chat=chat)
-    monkeypatch.setattr("mapo_jax.world.Engine", Engine)
-    monkeypatch.setattr("mapo_jax.world.load_policy", lambda *args, **options: (policy, None))
+    monkeypatch.setattr("mapo_jax.role_models.Engine", Engine)
+    monkeypatch.setattr("mapo_jax.role_models.load_policy", lambda *args, **options: (policy, None))
     changes = {f"environment__{role}__model": "engine:x" for role in ROLES}
     changes |= {f"environment__{role}__url": None for role in ROLES}
     lengths = {"user": 50, "judge": 700, "director": 90}
@@ -423,7 +427,7 @@ def test_what_is_wrong_with_a_roles_engine_is_said_in_the_roles_own_keys(monkeyp
     def load(*args, **options):
         raise UserError("`rollout.max_tokens` is 4096; it must be at most the 512 positions of the model x")
 
-    monkeypatch.setattr("mapo_jax.world.load_policy", load)
+    monkeypatch.setattr("mapo_jax.role_models.load_policy", load)
     config = configure("http://127.0.0.1:9/v1", environment__judge__model="engine:x")
     with (
         asyncio.Runner() as runner,
@@ -533,8 +537,8 @@ def test_processes_that_share_a_folder_have_caches_of_their_own(serve, well_form
     """SQLite's write-ahead log must not be opened from two machines."""
     config = configure(serve(well_formed).url)
     parts = [part_name(index, 2) for index in range(2)]
-    with open_world(config, tmp_path, None, part=parts[0], count=2):  # noqa: SIM117
-        with open_world(config, tmp_path, None, part=parts[1], count=2) as world:
+    with open_world(config, tmp_path, None, processes=Processes(0, 2)):  # noqa: SIM117
+        with open_world(config, tmp_path, None, processes=Processes(1, 2)) as world:
             world.run(world.roles.user.open(CARDS[0], 1))
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"calls{part}.sqlite" for part in parts]
 

@@ -54,7 +54,7 @@ from mapo_jax.model.sharding import (
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.running.forecast import memory_table
 from mapo_jax.running.memory import forecast_memory
-from mapo_jax.running.policy import engine_for
+from mapo_jax.running.policy import make_engine
 from mapo_jax.running.processes import (
     Processes,
     abstract_rollout_weights,
@@ -91,7 +91,7 @@ class Job:
     def engine(self) -> Engine:
         """The sampler of one process, with its share of the dialogues on its own devices."""
         rollout = share_of(self.config.rollout, self.processes.count)
-        return engine_for(
+        return make_engine(
             self.model,
             STOP_IDS,
             TOKENIZER_IDS,

@@ -27,8 +27,8 @@ class CallCache:
         """Opens or creates the file, which must be this machine's alone.
 
         Write-ahead logs need memory that all who open the file share. So where the processes of a run, or
-        its hosts, share a folder, each must have a file of its own (`files.part_of`), as `world.open_models`
-        gives it.
+        its hosts, share a folder, each must have a file of its own (`files.part_of`), as
+        `role_models.open_models` gives it.
 
         Raises:
           UserError: it is no such cache, or cannot be written.
