@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import secrets
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -67,17 +66,8 @@ def encodable(value: Any) -> Any:
 
     JSON can spell a lone surrogate ("\\ud83d"); no file, terminal or request can hold one.
     """
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return value
-    if isinstance(value, dict):
-        return {encodable(name): encodable(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [encodable(inner) for inner in value]
-    return value
+    text = json.dumps(value, ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def read_object(path: Path | str) -> dict[str, Any] | None:
@@ -287,10 +277,6 @@ def local_folder(folder: Path | str) -> Iterator[Path]:
 
 def copy_files(source: Path, target: Path) -> None:
     """Copies the files of a flat folder, if it exists, each atomically; either may be in a bucket."""
-    if not source.is_dir():
-        return
-    for file in source.iterdir():
-        if not in_bucket(file) and not in_bucket(target):
-            shutil.copyfile(file, target / file.name)
-        else:
+    if source.is_dir():
+        for file in source.iterdir():
             write_whole(target / file.name, file.read_bytes())

@@ -182,8 +182,9 @@ def prepare(
     if processes.first:
         for problem in cut_back(folder, done):
             display.note(problem)
-        logging = dict(tensorboard=config.logging.tensorboard, wandb=config.logging.wandb)
-        writer = stack.enter_context(MetricWriter(folder, **logging, after=done))
+        logging = config.logging
+        options = dict(tensorboard=logging.tensorboard, wandb=logging.wandb, after=done)
+        writer = stack.enter_context(MetricWriter(folder, configuration=config.model_dump(), **options))
     processes.exchange("cut back", None)
     return Run(
         config=config,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -62,7 +61,6 @@ class Display:
         self._live = live and self.console.is_terminal
         self._returns: list[float] = []
         self._last = ""
-        self._started = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         )
