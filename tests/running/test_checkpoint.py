@@ -549,7 +549,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path):
         writer.write(5, {"reward/mean": 0.0})
         with pytest.raises(UserError, match=r"up to step 5, but no whole checkpoint is left in checkpoints/"):
             refuse_lost_checkpoints(tmp_path, config)
-    rarer = replace(config, checkpoint=replace(config.checkpoint, every=10))
+    rarer = updated(config, {"checkpoint.every": 10})
     refuse_lost_checkpoints(tmp_path, rarer)  # as it may have been when the steps were taken
 
 
