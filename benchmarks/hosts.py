@@ -129,7 +129,7 @@ def work(options: argparse.Namespace, folder: Path) -> None:
 
     with join(config) as processes:
         figures = steps(config, processes, folder, options.steps)
-        processes.part()
+        processes.finish()
     print(json.dumps(figures), flush=True)
 
 

@@ -114,7 +114,12 @@ def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
       UserError: bad input; nothing was written.
       Stopped: a stop request before the first step.
     """
-    with join_processes(config) as processes, ExitStack() as stack, processes.speaking(), machine_errors():
+    with (
+        join_processes(config) as processes,
+        ExitStack() as stack,
+        processes.exit_on_error(),
+        machine_errors(),
+    ):
         console = console or Console(highlight=False, markup=False, quiet=not processes.first)
         stop = stack.enter_context(StopRequest(config.run.deadline_minutes, processes.peers))
         try:
@@ -122,11 +127,11 @@ def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
         except Interrupted as interruption:
             _end(processes, interruption, " before the first step; the same command starts again")
         yield run
-        processes.part()
+        processes.finish()
 
 
 def _end(processes: Processes, interruption: Interrupted, where: str) -> NoReturn:
-    processes.part()
+    processes.finish()
     if isinstance(interruption.__cause__, UserError):
         raise interruption.__cause__ from None
     raise Stopped(str(interruption), f"stopped by {interruption}{where}") from interruption

@@ -15,41 +15,15 @@ import numpy as np
 import pytest
 
 from mapo_jax.config import load_config
-from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
-from mapo_jax.model.huggingface import save_params, write_config
-from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.run import cards, scenario_deck
 from mapo_jax.running import processes
 from mapo_jax.running.metrics import METRICS_FILE
 from mapo_jax.running.processes import STATUS, join
 from mapo_jax.running.run_folder import best_steps, checkpoint_folder, whole_steps
-from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A tiny untrained Qwen3 whose width eight devices can cut."""
-    folder = tmp_path_factory.mktemp("model")
-    texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
-    tokenizer = train_tokenizer(texts, 320)
-    save_tokenizer(folder, tokenizer, max_tokens=512)
-    config = QwenConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-    )
-    save_params(folder, init_params(config, seed=3), config, dtype="float32")
-    write_config(folder, config)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +215,7 @@ def test_a_run_that_loses_a_process_goes_on_with_others(one, settings, tmp_path)
     assert status == STATUS, errors
     assert "process 1 of 2 is gone (its connection closed" in errors
     assert "start the same command on every host again" in errors
-    assert "process 1 of 2 ended without a word of its own: it was killed" in last
+    assert "process 1 of 2 was killed, or aborted because process 0 is gone" in last
 
     kept = max(whole_steps(folder), default=0)
     held = max(int(file.name[5:11]) for file in (folder / "dialogues").iterdir())
@@ -406,7 +380,7 @@ def command():
         if config.run.deadline_minutes:  # stands for being killed: in process 0
             processes.first and os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
-        processes.part()
+        processes.finish()
 sys.exit(run_command(command))
 """
 
@@ -477,11 +451,11 @@ def test_a_cluster_whose_processes_do_not_come_is_said_in_a_sentence():
 
 def test_a_killed_process_0_ends_the_others_with_a_sentence():
     (first, _, last), (status, _, errors) = joined(named, "run.deadline_minutes=1")
-    assert first == -signal.SIGKILL and "process 0 of 2 ended without a word of its own: it was" in last
+    assert first == -signal.SIGKILL and "process 0 of 2 was killed, or aborted" in last
     # Which is first, our connection or the one of jax, which aborts; in both cases there is a sentence.
     assert status in (STATUS, -signal.SIGABRT)
     assert (
-        "process 0 of 2 is gone (its connection closed" in errors or "1 of 2 ended without a word" in errors
+        "process 0 of 2 is gone (its connection closed" in errors or "1 of 2 was killed, or aborted" in errors
     )
 
 

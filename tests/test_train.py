@@ -21,17 +21,13 @@ from safetensors.numpy import load_file, save_file
 
 from mapo_jax import stages, train, validation
 from mapo_jax.config import load_config
-from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.learning.batch import minibatches
 from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
 from mapo_jax.learning.update import place
-from mapo_jax.model.huggingface import save_params, write_config
-from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.run import Position, begin, open_run, scenario_deck
 from mapo_jax.running.metrics import METRICS_FILE
 from mapo_jax.running.run_folder import checkpoint_folder, whole_steps
-from mapo_jax.tokenizer import save_tokenizer, train_tokenizer
 
 STEPS = 4
 
@@ -75,28 +71,6 @@ def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
     )
     stages.warm_up(run, Position(0, SimpleNamespace(weights=None), {}))
     assert not alive
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A tiny untrained Qwen3 with its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
-    tokenizer = train_tokenizer(texts, 320)
-    save_tokenizer(folder, tokenizer, max_tokens=512)
-    config = QwenConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-    )
-    save_params(folder, init_params(config, seed=3), config, dtype="float32")
-    write_config(folder, config)
-    return folder
 
 
 def overrides(model_folder, folder, cache, **changes):

@@ -104,7 +104,7 @@ class Processes:
         return np.asarray(array) if self.count == 1 else multihost_utils.process_allgather(array, tiled=True)
 
     @contextmanager
-    def speaking(self) -> Iterator[None]:
+    def exit_on_error(self) -> Iterator[None]:
         """On an error in this process, notifies the other processes and exits at once.
 
         Otherwise this process and the others would wait for each other.
@@ -123,7 +123,7 @@ class Processes:
             self.peers.leave(reason)
             exit_now(2 if bad_input else 1)
 
-    def part(self) -> None:
+    def finish(self) -> None:
         """The final barrier; afterwards each process may exit at any time."""
         if self.peers is not None and not self.peers.over:
             self.exchange("the end", None)
@@ -233,10 +233,7 @@ def _meet(config: Config, where: socket.socket | tuple[str, int], count: int, in
             f"of {count}; start the same command there, and see that the port is open"
         ) from error
     agree(peers, _about(config))
-    Sentinel.post(
-        f"process {index} of {count} ended without a word of its own: it was killed, or process 0, on which "
-        f"all others depend, is gone; {AGAIN}"
-    )
+    Sentinel.post(f"process {index} of {count} was killed, or aborted because process 0 is gone; {AGAIN}")
     return peers
 
 
