@@ -315,9 +315,9 @@ def test_processes_share_what_is_limited(serve, well_formed, tmp_path, count, sh
     config = configure(serve(well_formed).url, environment__concurrency=9, **limits)
     made = []
 
-    def server(name, role, environment, log):
+    def server(name, role, environment, connections, log):
         made.append((environment.concurrency, role.requests_per_minute, role.tokens_per_minute))
-        return _server(name, role, environment, log)
+        return _server(name, role, environment, connections, log)
 
     with (
         mock.patch("mapo_jax.role_models._server", server),
