@@ -28,6 +28,7 @@ from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.forms import excerpt, whole_characters
 from mapo_jax.environment.live.keys import scrubber
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
+from mapo_jax.environment.roles import Completion
 from mapo_jax.errors import UserError
 
 ATTEMPTS = 4
@@ -161,7 +162,7 @@ class Server:
 
     async def __call__(
         self, messages: Messages, *, seed: int, schema: Mapping[str, Any] | None
-    ) -> ChatCompletion:
+    ) -> Completion:
         """The model's answer, whole.
 
         Args:
@@ -177,7 +178,7 @@ class Server:
         if said.cut:
             detail = f"the answer was cut at max_tokens={self._config.max_tokens}"
             raise CallFailed("malformed", detail, said.text, answered=True)
-        return ChatCompletion(said.text, said.input_tokens, said.output_tokens)
+        return Completion(said.text, said.input_tokens, said.output_tokens)
 
     async def ask(
         self, messages: Messages, *, seed: int | None, schema: Mapping[str, Any] | None = None
