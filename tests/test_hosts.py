@@ -1,4 +1,4 @@
-"""Two processes of four devices each hold one run: it is the run of one process with eight."""
+"""Two processes of four devices each give the same run as one process of eight."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(model_folder, cache):
-    """Dialogues end at different turns: the room for tokens is short, and users speak at different length."""
+    """Dialogues end at different turns: rows are short, and messages of users differ in length."""
     return {
         "run.compilation_cache": cache,
         "run.join_seconds": 120,
@@ -204,7 +204,7 @@ def test_only_the_first_process_speaks_and_writes_what_there_is_one_of(two):
 
 
 def test_a_run_that_loses_a_process_goes_on_with_others(one, settings, tmp_path):
-    """Killed in one of two processes; told to stop in one of two on another mesh; ended by one alone."""
+    """Kills one of two processes, stops one of two on another mesh, and finishes with one process."""
     folder = tmp_path / "moved"
     processes = launch(settings, folder)
     until(lambda: (folder / "dialogues" / "step_000002-00001-of-00002.jsonl").exists())
@@ -295,7 +295,7 @@ def test_what_processes_cannot_share_is_one_sentence_each(settings, tmp_path):
 
 
 def live(url):
-    """A live world that pauses for nothing: whoever takes a loss for an outage stops at once."""
+    """A live world without pauses: a loss that counted as an outage would end the run at once."""
     roles = {f"environment__{role}__url": url for role in ("user", "judge", "director")}
     roles |= {f"environment__{role}__model": "m" for role in ("user", "judge", "director")}
     return roles | {
@@ -316,7 +316,7 @@ def live(url):
 
 
 def without_judgement(well_formed, *names):
-    """A server whose judge can make nothing of these persons."""
+    """A server whose judge gives no valid answer about these persons."""
 
     def answer(request, number):
         lost = "C_progress" in str(request.get("response_format")) and any(
@@ -328,7 +328,7 @@ def without_judgement(well_formed, *names):
 
 
 def names_of(settings, **changes):
-    """Of the first step's persons, and of those of evaluations."""
+    """The persons of the first step, and those of evaluations."""
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     config = load_config(None, [f"{key}={value}" for key, value in (settings | changes).items()])
     persons = next(scenario_deck(config)), cards(config, "validation")
@@ -357,7 +357,7 @@ def test_a_process_without_a_usable_dialogue_is_no_outage(serve, well_formed, se
 
 
 def test_a_step_that_all_processes_lose_is_an_outage_in_all(serve, well_formed, settings, tmp_path):
-    """They pause together and give up together, with the sentence of a single process."""
+    """They pause together and fail together, with the error of a single process."""
     folder, world = tmp_path / "run", live("http://127.0.0.1:9/v1")
     server = serve(without_judgement(well_formed, *names_of(settings, **world)[0]))
     world = live(server.url) | {"environment__pause_minutes": 0.02}
@@ -485,7 +485,7 @@ def test_variables_that_make_no_sense_are_named(changes, said, monkeypatch):
 
 
 def test_process_0_listens_at_its_own_address_alone(monkeypatch):
-    """Without this a stranger on any network of the machine could speak to it."""
+    """Otherwise programs in all networks of the machine could connect."""
     heard = []
     monkeypatch.setattr(
         processes, "Peers", lambda where, *rest: heard.append(where.getsockname()) or FakePeers()

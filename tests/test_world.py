@@ -1,4 +1,4 @@
-"""The live world without a model of its own: pauses, journal, keys, classes of one's own, many dialogues."""
+"""The live world: pauses, journal, keys, custom classes, and many dialogues at once."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ ROLLOUTS = 3
 
 @dataclass
 class TalkingEngine:
-    """Stands for the policy's engine: what it says follows from the request's key alone."""
+    """Stands for the policy's engine; its replies depend on the request's key only."""
 
     slots: int = 64
     length: int = 4096
@@ -111,7 +111,7 @@ def hold(
 
 
 def asked(requests):
-    """What tells a call from any other."""
+    """Identifies each call."""
     return [json.dumps([request["messages"], request["seed"]]) for request in requests]
 
 
@@ -138,7 +138,7 @@ def test_dialogues_with_well_formed_roles(serve, well_formed, chat, tmp_path):
 
 
 def test_a_second_process_repeats_no_call_and_no_turn(serve, well_formed, chat, tmp_path):
-    """What a kill leaves is the journal and the cache; here the first world is simply dropped in mid-step."""
+    """A kill leaves the journal and the cache; here the first world is dropped in the middle of a step."""
     server = serve(well_formed)
     config = configure(server.url)
 
@@ -255,7 +255,7 @@ def test_a_step_without_a_usable_dialogue_is_no_step(serve, well_formed, chat, t
 
 @dataclass(frozen=True)
 class Two(Processes):
-    """This process, and what another one says: why the world failed, whether it has any usable, how many."""
+    """This process, and the values of another: its failure, whether a dialogue is usable, how many it has."""
 
     count: int = 2
     other: tuple = (None, True, 6)
@@ -310,7 +310,7 @@ def test_an_evaluation_that_fails_in_another_process_fails_here(serve, well_form
 
 @pytest.mark.parametrize(("count", "share"), [(1, (9, 100, 0)), (2, (4, 50, 0)), (64, (1, 1, 0))])
 def test_processes_share_what_is_limited(serve, well_formed, tmp_path, count, share):
-    """Together they never go beyond it, but for one each; what has no limit keeps none."""
+    """The shares sum to at most the limit, but each is at least one; no limit stays no limit."""
     limits = {f"environment__{role}__requests_per_minute": 100 for role in ROLES}
     config = configure(serve(well_formed).url, environment__concurrency=9, **limits)
     made = []
@@ -339,7 +339,7 @@ def test_processes_share_what_is_limited(serve, well_formed, tmp_path, count, sh
 def test_a_hanging_judge_costs_its_dialogues_and_no_more_time(
     serve, well_formed, chat, tmp_path, limits, which
 ):
-    """The judge never answers about one of two persons; no failure is borne, and still nothing pauses."""
+    """The judge hangs for one of two persons; no failure is allowed, and still nothing pauses."""
     hanging = CARDS[0].person.name
 
     def answer(request, number):
@@ -383,7 +383,7 @@ def test_several_samples_of_the_judge_are_one_judgement_with_a_spread(serve, jud
 
 
 def test_roles_of_one_model_share_an_engine_with_room_for_the_longest_answer(monkeypatch, chat):
-    """Each role keeps its own limit, and none is cut at another one's."""
+    """Each role keeps its max_tokens; no answer is cut at another role's."""
     made = []
 
     class Engine(TalkingEngine):
@@ -452,7 +452,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(serve, well_formed, tmp_p
 
 
 def test_the_key_is_found_nowhere(serve, well_formed, chat, tmp_path, monkeypatch, capfd):
-    """A server that does its worst: it echoes the key in errors, in answers, and in headers' place."""
+    """A hostile server: it echoes the key in errors, in answers and in place of headers."""
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
     def answer(request, number):

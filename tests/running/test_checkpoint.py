@@ -43,7 +43,7 @@ PROGRESS = {"seed": 7, "data": {"next_index": 5, "epoch": [1, 2]}, "configuratio
 
 
 def make_state(seed=0, *, updates=2, reference=True) -> TrainState:
-    """A state with moments that are not zero, and values that only their own bits spell."""
+    """A state with non-zero moments and random values."""
     random = np.random.default_rng(seed)
     params = {
         "embed": {"embedding": random.normal(size=(5, 3)).astype(np.float32)},
@@ -391,19 +391,19 @@ def test_a_run_continues_with_what_errors_tell_to_change(tmp_path, advised):
         assert continues
 
 
-# Said before anything is written, or of folders and servers of the user's own.
-SAID_IN_TIME = {
+# Raised before anything is written, or about folders and servers of the user.
+RAISED_EARLY = {
     "capacity.py": {
         "lower `rollout.max_tokens`",
         "lower `rollout.max_reply_tokens` or raise `rollout.max_tokens`",
     },
-    "engine.py": {"raise `rollout.max_tokens` or shorten the prompt"},  # of prompts that are no dialogue's
+    "engine.py": {"raise `rollout.max_tokens` or shorten the prompt"},  # about prompts outside of dialogues
     "role_models.py": {"check environment..url, .model and .key_variable"},
 }
 
 
 def advice():
-    """What errors in a run tell to do, after the semicolon: (file, words)."""
+    """The remedies in the errors of a run, after the semicolon: (file, words)."""
     package = Path(checkpoint.__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         if file.relative_to(package).parts[0] not in (
@@ -438,7 +438,7 @@ def test_errors_advise_what_a_run_may_change_or_a_new_run():
             key for key in named if re.search(rf"\b{re.escape(key)}\b", before if new_run else words)
             and not key.startswith(HARMLESS_KEYS)
         }  # fmt: skip
-        assert not fixed or words in SAID_IN_TIME.get(file, ()), (file, words)
+        assert not fixed or words in RAISED_EARLY.get(file, ()), (file, words)
     assert {"model.remat", "rollout.copy_weights", "training.microbatch_tokens", "rollout.max_tokens"} <= seen
 
 
@@ -484,7 +484,7 @@ def test_a_run_folder_belongs_to_one_process_and_a_killed_one_frees_it(tmp_path)
 
 
 def write_run(folder):
-    """Steps 0 to 3, then what a kill leaves half written."""
+    """Steps 0 to 3, and the half-written files of a kill."""
     with MetricWriter(folder, tensorboard=False) as writer:
         for step in range(4):
             writer.write(step, {"reward/mean": step / 2})

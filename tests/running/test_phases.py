@@ -1,4 +1,4 @@
-"""Seconds go to the innermost phase, and add up."""
+"""Time counts for the innermost phase, and adds up."""
 
 import pytest
 
