@@ -127,17 +127,17 @@ def work(options: argparse.Namespace, folder: Path) -> None:
     config = load_config(None, [f"rollout.scenarios={scenarios}", f"rollout.rollouts={ROLLOUTS}"])
     from mapo_jax.running.processes import join
 
-    with join(config) as hosts:
-        figures = steps(config, hosts, folder, options.steps)
-        hosts.part()
+    with join(config) as processes:
+        figures = steps(config, processes, folder, options.steps)
+        processes.finish()
     print(json.dumps(figures), flush=True)
 
 
-def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
+def steps(config, processes, folder: Path, counted: int) -> dict[str, float]:
     """CPU milliseconds a step."""
     import numpy as np
 
-    from mapo_jax.environment.dialogue import facts, from_facts
+    from mapo_jax.environment.dialogue import from_stripped, strip_texts
     from mapo_jax.environment.scenario import load_scenarios
     from mapo_jax.environment.scripted import scripted_roles
     from mapo_jax.environment.scripted.readings import reading_metrics
@@ -151,11 +151,11 @@ def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
     from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 
     cards = load_scenarios(None, "train")
-    model = folder / f"tokenizer{hosts.index}"
+    model = folder / f"tokenizer{processes.index}"
     tokenizer = train_tokenizer([c.story.stages[0].line[0] for c in cards], 2000, max_tokens=512)
     write_tokenizer(model, tokenizer)
     chat = ChatFormat(load_tokenizer(model))
-    own = hosts.share(config.rollout.scenarios)
+    own = processes.share(config.rollout.scenarios)
     engine = RandomEngine(
         (own.stop - own.start) * ROLLOUTS,
         config.rollout.max_tokens,
@@ -176,7 +176,7 @@ def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
 
     for step in range(counted + 1):
         scenarios = [cards[(step + s) % len(cards)] for s in range(config.rollout.scenarios)]
-        hosts.exchange("step", step)
+        processes.exchange("step", step)
         lap("waiting", step)
         dialogues = asyncio.run(
             collect(
@@ -184,9 +184,9 @@ def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
             )
         )
         lap("dialogues", step)
-        hosts.exchange("held", None)
+        processes.exchange("held", None)
         cells = rows.make_cells(dialogues, config.rollout.max_turns)
-        cells = rows.Cells(*hosts.gather((cells.positions, cells.valid, cells.scored)))
+        cells = rows.Cells(*processes.gather((cells.positions, cells.valid, cells.scored)))
         rewards = turn_rewards(cells.positions, cells.scored, algorithm=algorithm)
         returns = turn_returns(rewards, cells.valid, cells.scored, algorithm=algorithm)
         advantages = turn_advantages(rewards, returns, cells.valid, cells.scored, algorithm=algorithm)
@@ -194,17 +194,17 @@ def steps(config, hosts, folder: Path, counted: int) -> dict[str, float]:
             dialogues, np.asarray(advantages)[own], cells.scored[own], config.rollout.max_tokens
         )
         lap("rows", step)
-        batch = hosts.gather(batch)
+        batch = processes.gather(batch)
         for chosen in rows.scenario_order(0, step, 0, config.rollout.scenarios, 2):
             rows.take_scenarios(batch, chosen, ROLLOUTS)
         lap("gathering", step)
-        held = [(dialogue.scenario, facts(dialogue.state)) for group in dialogues for dialogue in group]
-        if (parts := hosts.report("figures", held)) is not None:
-            states = [from_facts(scenarios[s], what) for part in parts for s, what in part]
+        held = [(dialogue.scenario, strip_texts(dialogue.state)) for group in dialogues for dialogue in group]
+        if (parts := processes.report("figures", held)) is not None:
+            states = [from_stripped(scenarios[s], what) for part in parts for s, what in part]
             summarize(states, 0.85), reading_metrics(states)
         lap("figures", step)
         lines = [json.dumps(dialogue.to_json()) for group in dialogues for dialogue in group]
-        file = part_of(folder / f"step_{step:06d}.jsonl", part_name(hosts.index, hosts.count))
+        file = part_of(folder / f"step_{step:06d}.jsonl", part_name(processes.index, processes.count))
         write_whole(file, "\n".join(lines))
         lap("files", step)
     return spent | {"all": sum(spent.values())}

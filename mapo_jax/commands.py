@@ -1,8 +1,7 @@
-"""What the commands share: one clear sentence and an exit status instead of a traceback."""
+"""Shared by all commands: exit statuses, one-sentence errors, and settings of the process."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
 import io
@@ -28,7 +27,7 @@ _HUGE_PAGES_FOR, _PAGE = 2**30, 2**21  # bytes
 
 
 class Stopped(Exception):
-    """The command was asked to stop, by a signal or what `reason` says, and has left everything whole."""
+    """The command was stopped, by a signal or for another `reason`; all its files are whole."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -36,19 +35,19 @@ class Stopped(Exception):
 
     @property
     def status(self) -> int:
-        """128 + n for signal n; 124, as of the command `timeout`, for any other reason."""
-        known = signal.Signals.__members__
-        return 128 + known[self.reason] if self.reason in known else 124
+        """128 + n for signal n; 124, as the command `timeout` exits, for any other reason."""
+        signals = signal.Signals.__members__
+        return 128 + signals[self.reason] if self.reason in signals else 124
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Runs a command's body and returns its exit status.
+    """Runs a command and returns its exit status.
 
-    0: done. 2: bad input, or a machine that cannot do it (`machine_errors`); the sentence goes to standard
-    error. 3: another process of the run is gone (`running/processes.py`). 124: stopped by its deadline.
-    128 + n: stopped by signal n. Anything else is a defect of ours and keeps its traceback.
+    0: success. 2: bad input or a failing machine (`machine_errors`), with one sentence on standard error.
+    3: another process of the run is gone (`running/processes.py`). 124: stopped by its deadline. 128 + n:
+    stopped by signal n. Any other exception is a bug of this package and keeps its traceback.
 
-    Standard output gets a `?` for every character that its encoding does not have.
+    Standard output gets a `?` for every character that its encoding lacks.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -70,7 +69,7 @@ def run_command(command: Callable[[], None]) -> int:
 
 
 def _drop_output() -> None:
-    """What cannot be printed any more is not tried again at the interpreter's end, which would say so."""
+    """Discards unprintable output, which the interpreter would otherwise report again at its exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -80,20 +79,20 @@ def _drop_output() -> None:
 
 @contextmanager
 def machine_errors() -> Iterator[None]:
-    """Turns what this machine lacks into UserErrors: room and rights on its disks, and devices.
+    """Turns errors of this machine into UserErrors.
 
     Raises:
       UserError: a disk is full, read-only or failing, a path cannot be used, or jax finds no device of the
-        platform that it was told to use.
+        requested platform.
     """
     try:
         yield
     except OSError as error:
-        if (words := storage_problem(error)) is None:
+        if (sentence := storage_problem(error)) is None:
             raise
-        raise UserError(words) from error
+        raise UserError(sentence) from error
     except sqlite3.OperationalError as error:
-        if not any(words in str(error) for words in ("disk", "readonly", "unable to open")):
+        if not any(word in str(error) for word in ("disk", "readonly", "unable to open")):
             raise
         raise UserError(f"a database could not be written ({error}); free or repair the disk") from error
     except (RuntimeError, AssertionError) as error:
@@ -115,34 +114,34 @@ def _without_device(reason: str) -> str:
 
 
 class Sentinel:
-    """A shell that prints a sentence if this process ends without one of its own.
+    """A shell that prints a sentence if this process is killed or aborted.
 
     JAX's coordination service aborts a process with a stack trace when process 0 is gone, and the system
-    kills one that takes too much memory: neither leaves room for a sentence.
+    kills one that takes too much memory; the process itself can print nothing then.
     """
 
     _shell: subprocess.Popen | None = None
 
     @classmethod
     def post(cls, sentence: str) -> None:
-        """`sentence` is printed to standard error if this process ends before `dismiss`."""
+        """Starts the shell, which prints `sentence` to standard error unless `dismiss` is called."""
         cls.dismiss()
-        script = 'read word; [ "$word" = dismissed ] || echo "error: $0" >&2'
+        script = 'read line; [ "$line" = dismissed ] || echo "error: $0" >&2'
         cls._shell = subprocess.Popen(
             ["sh", "-c", script, sentence], stdin=subprocess.PIPE, start_new_session=True
         )
 
     @classmethod
     def dismiss(cls) -> None:
-        """Sends it away."""
+        """Ends the shell without a sentence."""
         if cls._shell is not None:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 cls._shell.communicate(b"dismissed\n", timeout=5)
             cls._shell = None
 
 
 def exit_now(status: int) -> NoReturn:
-    """Ends this process from any thread, whatever it waits for."""
+    """Exits this process at once, from any thread."""
     Sentinel.dismiss()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -150,7 +149,7 @@ def exit_now(status: int) -> NoReturn:
 
 
 def printable(text: str) -> str:
-    """`text` for a terminal: what would steer it, or turn the reading direction, is shown as an escape."""
+    """`text` for a terminal: control characters and changes of reading direction become escapes."""
     return "".join(
         character
         if character == "\n" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -160,17 +159,17 @@ def printable(text: str) -> str:
 
 
 def cache_folder(name: str) -> Path:
-    """The user's cache folder for one kind of thing: $XDG_CACHE_HOME/mapo_jax/NAME, or below ~/.cache."""
+    """The user's cache folder NAME: $XDG_CACHE_HOME/mapo_jax/NAME, by default ~/.cache/mapo_jax/NAME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mapo_jax" / name
 
 
 def prepare_jax(compilation_cache: str | None = None) -> None:
-    """Settings of the process for running programs; call it before the first one.
+    """Settings of jax and of this process; call it before the first compiled program.
 
-    Compiled programs are kept on the disk, so that the next run of the same shapes starts faster. Where there
-    is no accelerator, the memory that programs work in is kept as well: XLA takes it anew for every program,
-    by default glibc asks the system for each large piece and gives it back at once, and the system clears
-    every page again, a third of an update of the small model.
+    Compiled programs are cached on disk, so that the next run of the same shapes starts faster. Without an
+    accelerator, freed memory stays with the process. XLA allocates work memory for every program; by default
+    glibc returns large blocks to the system, which clears every page again: a third of the time of an update
+    of the small model.
 
     Args:
       compilation_cache: the folder of compiled programs; None for the user's cache folder.
@@ -181,22 +180,20 @@ def prepare_jax(compilation_cache: str | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     accelerated = any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
     if platform.libc_ver()[0] == "glibc" and (not accelerated or os.environ.get("JAX_PLATFORMS") == "cpu"):
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # another thread has no such memory
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # other threads have other heaps
         _keep_memory()
 
 
 def _keep_memory() -> None:
-    """Has glibc take memory from its heap alone, which never shrinks, and asks for huge pages below it."""
+    """Lets glibc allocate from its heap only, which never shrinks, with huge pages."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes, libc.madvise.argtypes = (
-        [ctypes.c_void_p],
-        [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int],
-    )
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.mallopt(_MMAP_MAX, 0)
     libc.mallopt(_TRIM_THRESHOLD, -1)
-    # The advice holds for addresses: take a piece of the heap, untouched, and give it back to the heap.
-    if piece := libc.malloc(_HUGE_PAGES_FOR):
-        start = -(-piece // _PAGE) * _PAGE
-        libc.madvise(start, (piece + _HUGE_PAGES_FOR - start) // _PAGE * _PAGE, _MADV_HUGEPAGE)
-        libc.free(piece)
+    # madvise works on addresses: allocate a block of the heap, do not touch it, and free it again.
+    if block := libc.malloc(_HUGE_PAGES_FOR):
+        start = -(-block // _PAGE) * _PAGE
+        libc.madvise(start, (block + _HUGE_PAGES_FOR - start) // _PAGE * _PAGE, _MADV_HUGEPAGE)
+        libc.free(block)

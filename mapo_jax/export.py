@@ -38,10 +38,11 @@ from mapo_jax.model.lora import split
 from mapo_jax.model.qwen import hidden_states, parameter_shapes
 from mapo_jax.model.tensor_names import Reader
 from mapo_jax.reporting.model_card import CURVE_FILE, draw_curve, model_card
-from mapo_jax.running.checkpoint import CONFIG_FILE, checkpoint_folder, open_base, open_params
+from mapo_jax.running.checkpoint import open_params
 from mapo_jax.running.metrics import METRICS_FILE
 from mapo_jax.running.model_folder import whole_folder, write_model_folder
 from mapo_jax.running.policy import Policy, load_policy, open_weights, read_policy
+from mapo_jax.running.run_folder import BASE_FOLDER, CONFIG_FILE, checkpoint_folder
 from mapo_jax.tokenizer import write_tokenizer
 from mapo_jax.warmstarting.packing import Renderer
 
@@ -100,11 +101,10 @@ def export(
             if part == "adapters":
                 _write_adapters(temporary, run, policy, config, step)
             else:
-                read = (
-                    open_base(run, parameter_shapes(plain.config))
-                    if part == "base"
-                    else open_weights(run, policy.config, step=step)
-                )
+                if part == "base":
+                    read = open_params(run / BASE_FOLDER, parameter_shapes(plain.config))
+                else:
+                    read = open_weights(run, policy.config, step=step)
                 write_model_folder(
                     temporary, plain, read, config.rollout, dtype=dtype, max_shard_bytes=max_shard_bytes
                 )
@@ -130,7 +130,7 @@ def _write_card(
 
 def _write_adapters(folder: Path, run: Path, policy: Policy, config: Config, step: int) -> None:
     """Writes adapters in PEFT's format, reads them again and compares; and the tokenizer."""
-    read = open_params(run, split(parameter_shapes(policy.config))[0], step=step)
+    read = open_params(checkpoint_folder(run, step), split(parameter_shapes(policy.config))[0])
     tensors = peft.adapter_tensors(read, policy.config)
     peft.write_adapter_config(folder, policy.config.lora, config.model.path and Path(config.model.path).name)
     save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, on a disk or in a bucket."""
+"""Files that are either whole or absent, on a disk or in a bucket; errors of disks as one sentence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import secrets
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -15,13 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mapo_jax.errors import UserError
+
 CHECKSUMS_FILE = "checksums.json"
-_PIECE = 2**24  # bytes read at once
-_READERS = 8  # files read at once; CRC-32 is computed without the interpreter's lock
+_CHUNK_BYTES = 2**24  # read at once
+_READERS = 8  # files read in parallel; CRC-32 is computed without the interpreter's lock
 
 
 def as_path(path: Path | str) -> Path:
-    """`path` as a Path; for `gs://...` and the like an `etils.epath` one, which is used the same way."""
+    """`path` as a Path; a URL such as `gs://...` as an `etils.epath` path, which has the same methods."""
     if "://" not in str(path):
         return Path(path)
     from etils import epath
@@ -30,20 +31,19 @@ def as_path(path: Path | str) -> Path:
 
 
 def in_bucket(path: Path | str) -> bool:
-    """Whether it is an object's name and not a file of this machine's."""
+    """Whether `path` is a URL of a bucket and not a path on this machine."""
     return "://" in str(path)
 
 
 def write_whole(path: Path | str, content: str | bytes) -> None:
-    """Writes `content` under a temporary name beside `path`, syncs it, and renames it into place.
+    """Writes a file atomically: to a temporary name beside `path`, synced, and renamed.
 
-    A reader, or a run that was killed, sees the old file or the new one, never a part. In a bucket every
-    object is written so, and nothing is renamed.
-    Raises OSError as the file system does; the old file is then untouched.
+    A reader sees the old file or the new one, also after a kill. A bucket writes every object atomically.
+    Raises OSError as the file system does; the old file is then unchanged.
     """
     path = as_path(path)
     data = content.encode() if isinstance(content, str) else content
-    with _about(path):
+    with _errors_name(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if in_bucket(path):
             path.write_bytes(data)
@@ -56,31 +56,22 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            with suppress(OSError):  # the first error is the one to tell
+            with suppress(OSError):  # report the first error
                 temporary.unlink(missing_ok=True)
             raise
 
 
 def encodable(value: Any) -> Any:
-    """A JSON value whose texts can be written as UTF-8: U+FFFD replaces each half of a surrogate pair.
+    """A JSON value whose strings can be encoded as UTF-8: U+FFFD replaces each lone surrogate.
 
-    JSON can spell such a half alone ("\\ud83d"); neither a file, a terminal nor a request can hold it.
+    JSON can spell a lone surrogate ("\\ud83d"); no file, terminal or request can hold one.
     """
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return value
-    if isinstance(value, dict):
-        return {encodable(name): encodable(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [encodable(inner) for inner in value]
-    return value
+    text = json.dumps(value, ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def read_object(path: Path | str) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no file, or none that holds an object (it may be cut)."""
+    """The JSON object in a file; None if the file is missing, truncated, or holds something else."""
     try:
         value = json.loads(as_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -89,15 +80,15 @@ def read_object(path: Path | str) -> dict[str, Any] | None:
 
 
 def append_line(path: Path | str, line: bytes) -> None:
-    """Appends a line in one write; after an error the file is as it was.
+    """Appends a line in one write; after an error the file is unchanged.
 
-    An object in a bucket cannot grow: it is read, and written again with the line.
+    An object in a bucket cannot grow: it is read and written again with the line.
     """
     path = as_path(path)
     if in_bucket(path):
         path.write_bytes((path.read_bytes() if path.exists() else b"") + line)
         return
-    with _about(path), path.open("ab", buffering=0) as file:
+    with _errors_name(path), path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             if os.write(file.fileno(), line) < len(line):  # the disk filled up in the middle of the line
@@ -108,9 +99,8 @@ def append_line(path: Path | str, line: bytes) -> None:
 
 
 @contextmanager
-def _about(path: Path) -> Iterator[None]:
-    """Errors of the system name `path`: what is written to an open file names none, and a temporary name
-    says nothing."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """Sets the file name of OSErrors: a write to an open file names none, or the temporary one."""
     try:
         yield
     except OSError as error:
@@ -122,15 +112,15 @@ def storage_problem(error: OSError, path: Path | str | None = None) -> str | Non
     """One sentence about a disk that is full, read-only or failing, or a path that cannot be used.
 
     Args:
-      path: what was being written, where it says more than the file that the error names.
+      path: the file or folder to name; by default the file that the error names.
 
     Returns:
-      The sentence, with the file and the remedy; None for any other error.
+      The sentence, with the remedy; None for any other error.
     """
-    words = _STORAGE.get(error.errno)
+    sentence = _STORAGE.get(error.errno)
     if path is None:
         path = "a file or standard output" if error.filename is None else os.fsdecode(error.filename)
-    return words and words.format(path)
+    return sentence and sentence.format(path)
 
 
 _STORAGE = {
@@ -148,18 +138,31 @@ _STORAGE = {
     errno.EISDIR: "{} is a folder, where a file is wanted; give another path",
     errno.ENAMETOOLONG: "{} is too long a name for that disk; give another path",
 }
+_LIBRARY_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)  # known by their text
 
 
-def library_storage_problem(error: BaseException | None, path: Path | str) -> str | None:
-    """`storage_problem` of what a library raised, which wraps the system's error or carries only its text."""
-    while error is not None:
-        if isinstance(error, OSError) and (words := storage_problem(error, path)):
-            return words
-        for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
-            if os.strerror(code) in str(error):
-                return _STORAGE[code].format(path)
-        error = error.__cause__ or error.__context__
-    return None
+@contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Raises UserError that names `path` where a disk is full, read-only or failing.
+
+    A library may wrap the system's error or give only its text. Other errors pass through. Files that were
+    saved before are whole: the same command continues from them.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            sentence = storage_problem(cause, path) if isinstance(cause, OSError) else None
+            codes = (code for code in _LIBRARY_CODES if os.strerror(code) in str(cause))
+            if sentence is None and (code := next(codes, None)) is not None:
+                sentence = _STORAGE[code].format(path)
+            if sentence is not None:
+                raise UserError(sentence) from error
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 # --- Checksums. ---
@@ -168,32 +171,32 @@ def library_storage_problem(error: BaseException | None, path: Path | str) -> st
 def checksums(
     folder: Path, known: Mapping[str, list[int]] | None = None, without: str | None = None
 ) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file below `folder`, by its path from there, but of CHECKSUMS_FILE.
+    """Size and CRC-32 of every file below `folder` except CHECKSUMS_FILE, by its relative path.
 
     Args:
-      known: those that need not be computed again.
+      known: checksums that are already computed.
       without: a file to leave out.
     """
     known = known or {}
     names = sorted({*_files(folder)} - {CHECKSUMS_FILE, without, *known})
     with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda name: _checksum(folder / name), names)
-        return {**known, **dict(zip(names, found, strict=True))}
+        values = pool.map(lambda name: _checksum(folder / name), names)
+        return {**known, **dict(zip(names, values, strict=True))}
 
 
 def write_checksums(
     folder: Path, known: Mapping[str, list[int]] | None = None, without: str | None = None
 ) -> None:
     """Writes CHECKSUMS_FILE into `folder`; arguments as of `checksums`."""
-    found = checksums(folder, known, without)
-    write_whole(folder / CHECKSUMS_FILE, json.dumps({"files": found, "crc32": _crc_of(found)}, indent=1))
+    files = checksums(folder, known, without)
+    write_whole(folder / CHECKSUMS_FILE, json.dumps({"files": files, "crc32": _crc_of(files)}, indent=1))
 
 
 def read_checksums(folder: Path) -> dict[str, list[int]] | None:
-    """What `write_checksums` wrote; None if there is no such file.
+    """What `write_checksums` wrote; None without the file.
 
     Raises:
-      ValueError: it is damaged itself.
+      ValueError: the file is damaged.
     """
     file = folder / CHECKSUMS_FILE
     if not file.exists():
@@ -205,9 +208,9 @@ def read_checksums(folder: Path) -> dict[str, list[int]] | None:
 
 
 def damaged_file(folder: Path) -> str | None:
-    """The first file below `folder` that is not as it was when its checksums were written; None if all are.
+    """The first file below `folder` that differs from its checksum; None if there is none.
 
-    A folder without checksums counts as sound; files that came later do too.
+    Files without a checksum are not compared, nor is a folder without CHECKSUMS_FILE.
     """
     try:
         known = read_checksums(folder) or {}
@@ -217,10 +220,10 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def differing(folder: Path, known: Mapping[str, list[int]]) -> Iterator[str]:
-    """Those of the files that are missing or have another size or checksum."""
+    """The files that are missing or have another size or checksum."""
     with ThreadPoolExecutor(_READERS) as pool:
-        now = pool.map(lambda name: _checksum(folder / name), known)
-        yield from (name for name, found in zip(known, now, strict=True) if found != known[name])
+        values = pool.map(lambda name: _checksum(folder / name), known)
+        yield from (name for name, value in zip(known, values, strict=True) if value != known[name])
 
 
 def _files(folder: Path, above: str = "") -> Iterator[str]:
@@ -236,33 +239,33 @@ def _checksum(file: Path) -> list[int] | None:
     size = value = 0
     try:
         with file.open("rb") as content:
-            while piece := content.read(_PIECE):
-                size, value = size + len(piece), zlib.crc32(piece, value)
+            while chunk := content.read(_CHUNK_BYTES):
+                size, value = size + len(chunk), zlib.crc32(chunk, value)
     except FileNotFoundError:
         return None
     return [size, value]
 
 
-def _crc_of(found: Any) -> int:
-    return zlib.crc32(json.dumps(found, sort_keys=True).encode())
+def _crc_of(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 # --- Parts, folders. ---
 
 
 def part_name(index: int, count: int) -> str:
-    """What a process adds to the name of its part of a file; nothing if it is the only one."""
+    """What a process appends to the names of its files; nothing for a single process."""
     return "" if count == 1 else f"-{index:05d}-of-{count:05d}"
 
 
 def part_of(file: Path, part: str) -> Path:
-    """The file of one process's part: step_000010.jsonl -> step_000010-00001-of-00004.jsonl."""
+    """The file of one process: step_000010.jsonl -> step_000010-00001-of-00004.jsonl."""
     return file.with_name(f"{file.stem}{part}{file.suffix}")
 
 
 @contextmanager
 def local_folder(folder: Path | str) -> Iterator[Path]:
-    """A flat folder as one of this machine's, a copy if need be: for libraries that know no buckets."""
+    """A flat folder on this machine's disk, a copy of one in a bucket: for libraries without buckets."""
     folder = as_path(folder)
     if not in_bucket(folder):
         yield folder
@@ -273,11 +276,7 @@ def local_folder(folder: Path | str) -> Iterator[Path]:
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copies the files of a flat folder, if there is one, each whole; either may be in a bucket."""
-    if not source.is_dir():
-        return
-    for file in source.iterdir():
-        if not in_bucket(file) and not in_bucket(target):
-            shutil.copyfile(file, target / file.name)
-        else:
+    """Copies the files of a flat folder, if it exists, each atomically; either may be in a bucket."""
+    if source.is_dir():
+        for file in source.iterdir():
             write_whole(target / file.name, file.read_bytes())

@@ -1,9 +1,8 @@
-"""Messages between the processes of one run: who has come, short values, requests to stop, failures.
+"""Messages between the processes of one run: joining, short values, stop requests, failures.
 
-Every process has one TCP connection to process 0. JAX's coordination service cannot do this: it ends a
-process with a stack trace where another is missing or has died, and has no public way to exchange values
-(docs/design.md, "Several hosts"). Arrays travel by collectives (`running/processes.py`). Nothing here knows
-of devices.
+Every process has one TCP connection to process 0. JAX's coordination service cannot do this: when a process
+is missing or dies, it aborts the others with a stack trace, and it has no public call to exchange values
+(docs/design.md, "Several hosts"). Arrays are exchanged by collectives (`running/processes.py`).
 """
 
 from __future__ import annotations
@@ -24,29 +23,29 @@ End, Address = Callable[[str], None], socket.socket | tuple[str, int]
 
 
 class Peers:
-    """The other processes of a run. A thread of its own, with an event loop, sends and receives.
+    """Connections to the other processes of a run, served by an event loop in a background thread.
 
-    Every process makes the same calls of `exchange` in the same order. If a process dies, falls silent or
-    leaves with last words, the others must exit: they may be in a collective, which cannot be cancelled.
+    Every process makes the same calls of `exchange` in the same order. If a process dies, stops responding or
+    leaves with an error, the others must exit: they may be in a collective, which cannot be cancelled.
 
     Attributes:
-      stop_reason: the first request to stop, of any process; None to go on.
+      stop_reason: the first stop request of any process; None without one.
       over: whether this process has left.
     """
 
     def __init__(self, address: Address, count: int, index: int, join: float, silent: float, end: End):
-        """Waits until all processes have come.
+        """Waits until all processes have joined.
 
         Args:
-          address: where process 0 listens; in process 0 the listening socket, which is closed in the end.
-          count: processes, this one included.
-          index: of this one, from 0.
+          address: of process 0; in process 0 the listening socket, which is closed at the end.
+          count: number of processes.
+          index: of this process, from 0.
           join: seconds to wait for the others.
-          silent: a process of which nothing was heard for so many seconds is taken for dead.
-          end: called with a sentence when another process is gone; it must end this one.
+          silent: seconds without a message after which a process counts as dead.
+          end: called with a sentence when another process is gone; it must exit this process.
 
         Raises:
-          UserError: processes are missing, or two have one number; every one that has come says the same.
+          UserError: processes are missing, or two have the same index; the same error in all that joined.
           TimeoutError: process 0 could not be reached.
         """
         self.index, self.count, self._silent, self._end = index, count, silent, end
@@ -61,28 +60,28 @@ class Peers:
             raise UserError(refusal)
 
     def exchange(self, what: str, value: object, *, everybody: bool = True) -> list | None:
-        """All processes' values (JSON) in their order; `what` names the place in the program.
+        """All processes' values (JSON) in their order; `what` names the call.
 
-        Unless `everybody` gets them, only process 0 waits for them, and the others return None at once.
+        If not `everybody`, only process 0 gets them, and the others return None without waiting.
         """
         return asyncio.run_coroutine_threadsafe(self._meet(what, value, everybody), self._loop).result()
 
     def ask_to_stop(self, reason: str) -> None:
-        """Sets everybody's `stop_reason`, if there is none yet. Does not wait; may be called in a handler."""
+        """Sets `stop_reason` in all processes unless it is set. Does not wait; safe in a signal handler."""
         self._loop.call_soon_threadsafe(self._stop, reason)
 
-    def leave(self, last_words: str | None = None) -> None:
-        """Ends this process's part; with last words, the other processes end as well."""
-        asyncio.run_coroutine_threadsafe(self._depart(last_words), self._loop).result()
+    def leave(self, reason: str | None = None) -> None:
+        """Leaves the run; with a reason, the other processes exit as well."""
+        asyncio.run_coroutine_threadsafe(self._depart(reason), self._loop).result()
 
-    # --- In the thread of the event loop. ---
+    # --- The methods below run in the thread of the event loop. ---
 
     async def _gather(self, listener: socket.socket, seconds: float) -> str | None:
         server = await asyncio.start_server(self._greet, sock=listener, limit=2**30)
         refusal, deadline = None, self._loop.time() + seconds
         while refusal is None and (missing := sorted({*range(1, self.count)} - self._links.keys())):
-            if (twice := -min(self._links, default=0)) > 0:
-                refusal = f"two processes call themselves process {twice} of {self.count}"
+            if (repeated := -min(self._links, default=0)) > 0:
+                refusal = f"two processes call themselves process {repeated} of {self.count}"
             elif self._loop.time() > deadline:
                 refusal = (
                     f"only {self.count - len(missing)} of {self.count} processes joined within {seconds:g} s;"
@@ -97,7 +96,7 @@ class Peers:
         return refusal
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # of strangers
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # from other programs
             async with asyncio.timeout(10):
                 word, other = json.loads(await reader.readline())
             if word == "mapo_jax" and 0 < other < self.count > len(self._links) + 1:
@@ -108,13 +107,13 @@ class Peers:
     async def _reach(self, address: tuple[str, int], seconds: float) -> str | None:
         async with asyncio.timeout(seconds):
             while 0 not in self._links:
-                with contextlib.suppress(OSError):  # nobody is there yet, or a stranger
+                with contextlib.suppress(OSError):  # process 0 does not listen yet
                     reader, writer = await asyncio.open_connection(*address, limit=2**30)
                     writer.write(json.dumps(["mapo_jax", self.index]).encode() + b"\n")
                     if await reader.readline() == _HELLO:
                         self._add(0, reader, writer)
                 await asyncio.sleep(0.1)
-        return (await self._inbox[0].get())[0]  # process 0 gives up in time, and knows who is missing
+        return (await self._inbox[0].get())[0]  # process 0 has a time limit, and names missing processes
 
     def _add(self, other: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._links[other] = writer, self._loop.create_task(self._listen(other, reader))
@@ -139,10 +138,10 @@ class Peers:
         if self.index != 0:
             self._spread("value", what, value)
             return (await self._inbox[0].get())[0] if everybody else None
-        met = [[what, value], *[await self._inbox[other].get() for other in range(1, self.count)]]
-        if len(places := {place for place, _ in met}) > 1:
+        messages = [[what, value], *[await self._inbox[other].get() for other in range(1, self.count)]]
+        if len(places := {place for place, _ in messages}) > 1:
             self._all_end(0, f"the processes are at different places: {', '.join(sorted(places))}")
-        values = [value for _, value in met]
+        values = [value for _, value in messages]
         if everybody:
             self._spread("value", values)
         return values
@@ -164,12 +163,12 @@ class Peers:
             end = f"so process {self.index} ends; {AGAIN}"
             self._end(f"process {other} of {self.count} is gone ({why}), {end}")
 
-    async def _depart(self, last_words: str | None) -> None:
+    async def _depart(self, reason: str | None) -> None:
         self.over = True
-        self._spread("left", self.index, last_words)
+        self._spread("left", self.index, reason)
         for writer, _ in self._links.values():
             writer.write_eof()
-        if last_words is not None:  # until the others have heard it
+        if reason is not None:  # give the others time to receive it
             await asyncio.wait([task for _, task in self._links.values()], timeout=1)
 
     def _spread(self, *message: object) -> None:

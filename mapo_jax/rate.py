@@ -27,7 +27,7 @@ from mapo_jax.environment.scenario import Scenario, read_cards, to_mapping
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.sharding import make_mesh
-from mapo_jax.world import open_models
+from mapo_jax.role_models import open_models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""The stages of one step, each over all processes of a run: what the loop of `train.py` names.
+"""The stages of one step, which the loop of `train.py` calls, over all processes of a run.
 
-Every process holds its own share of the dialogues. From the cells on, all have the whole step.
+Each process holds its share of the dialogues. From the cells on, each has the data of the whole step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.readings import reading_metrics
 from mapo_jax.errors import UserError
 from mapo_jax.files import part_name, part_of, write_whole
-from mapo_jax.learning.batch import Batch, Cells, make_batch, make_cells, row_length
+from mapo_jax.learning.batch import Batch, Cells, make_batch, make_cells, row_length, row_lengths
 from mapo_jax.learning.programs import rows_per_dialogue
 from mapo_jax.learning.train_state import TrainState
 from mapo_jax.learning.update import fetch, place
@@ -39,20 +39,20 @@ Dialogues = list[list[Dialogue]]  # [S][R], of this process's scenarios
 
 
 def warm_up(run: Run, at: Position) -> None:
-    """Compiles the sampler's programs before the first dialogue, and on an accelerator the longest update.
+    """Compiles the sampler's programs, and on an accelerator the longest update, before the first dialogue.
 
-    So no step waits for the former, and an update that does not fit costs no dialogue.
+    So no step waits for the sampler, and an update that does not fit is found at once.
     """
     with run.phases("warm_up"):
         for engine in dict.fromkeys((run.engine, run.evaluator)):
             run.display.phase("compiling")
             engine.load(run.sampling_weights(at.state.weights), -1)
             engine.warm_up()
-            engine.unload()  # the host holds the weights of one engine at a time
-            run.hosts.together("compiling", run.stop.check)
+            engine.unload()  # one engine at a time has weights
+            run.processes.together("compiling", run.stop.check)
         check_update(run.update, at.state, run.config, run.mesh)
     finished = run.writer and run.writer.last("timing_s/unix")
-    if finished is not None:  # what an interruption cost: since the end of the step that the run goes on from
+    if finished is not None:  # time since the end of the last finished step
         run.phases.add("lost", max(0.0, time.time() - finished))
 
 
@@ -60,7 +60,7 @@ def warm_up(run: Run, at: Position) -> None:
 
 
 def hold_dialogues(run: Run, at: Position, scenarios: list[Scenario]) -> tuple[Dialogues, dict[str, float]]:
-    """The policy as it stands holds R dialogues in each scenario: dialogues [S][R], and their figures."""
+    """Holds R dialogues in each scenario with the current policy: dialogues [S][R], and their metrics."""
     started, before = time.monotonic(), replace(run.engine.counts)
     run.engine.load(run.sampling_weights(at.state.weights), at.step)
     dialogues = converse(
@@ -68,7 +68,7 @@ def hold_dialogues(run: Run, at: Position, scenarios: list[Scenario]) -> tuple[D
     )
     seconds, work = time.monotonic() - started, run.engine.counts.since(before)
     rows = [row for group in dialogues for dialogue in group for row in dialogue.rows]
-    figures, parts = measure(
+    metrics, reports = measure(
         run,
         scenarios,
         dialogues,
@@ -77,21 +77,22 @@ def hold_dialogues(run: Run, at: Position, scenarios: list[Scenario]) -> tuple[D
         sizes=[len(row) for row in rows],
         work=asdict(work),
     )
-    return dialogues, figures | (_rollout_figures(run, parts) if parts else {})
+    return dialogues, metrics | (_rollout_metrics(run, reports) if reports else {})
 
 
-def _rollout_figures(run: Run, parts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Tokens, time and work of a step's dialogues, from what each process measured."""
-    sampled = sum(part["tokens"] for part in parts)
-    sizes = [size for part in parts for size in part["sizes"]]
-    cut = [turn["truncated"] for part in parts for _, held in part["dialogues"] for turn in held["turns"]]
-    work = Counts(**{name: sum(part["work"][name] for part in parts) for name in parts[0]["work"]})
-    waited = max(part["seconds"] - part["work"]["seconds"] for part in parts)
+def _rollout_metrics(run: Run, reports: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Tokens, time and work of a step's dialogues, from the measurements of each process."""
+    sampled = sum(report["tokens"] for report in reports)
+    sizes = [size for report in reports for size in report["sizes"]]
+    turns = [turn for report in reports for _, dialogue in report["dialogues"] for turn in dialogue["turns"]]
+    truncated = sum(turn["truncated"] for turn in turns)
+    work = Counts(**{name: sum(report["work"][name] for report in reports) for name in reports[0]["work"]})
+    waited = max(report["seconds"] - report["work"]["seconds"] for report in reports)
     return step_work(run.policy.config, run.config, sizes, sampled, work) | {
-        "response_length/mean": sampled / max(1, len(cut)),
-        "response_length/truncated": sum(cut) / max(1, len(cut)),
+        "response_length/mean": sampled / max(1, len(turns)),
+        "response_length/truncated": truncated / max(1, len(turns)),
         "timing_s/environment": max(0.0, waited),
-        "perf/tokens_per_second": sampled / max(part["seconds"] for part in parts),
+        "perf/tokens_per_second": sampled / max(report["seconds"] for report in reports),
         "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
         "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
     }
@@ -109,13 +110,13 @@ def converse(
 ) -> Dialogues:
     """This process's share of the dialogues of the policy with the world, [S / processes][rollouts].
 
-    `patient` and errors are those of `World.hold`; a world that fails one process fails all.
+    `patient` and errors as of `World.hold`; a world that fails in one process fails in all.
     """
-    own = run.hosts.share(len(scenarios))
-    total = (own.stop - own.start) * rollouts * run.limits.max_turns
+    share = run.processes.share(len(scenarios))
+    total = (share.stop - share.start) * rollouts * run.limits.max_turns
     training = seed == run.config.training.seed
     name = "dialogues" if training else "validation"
-    if run.hosts.count == 1:  # all processes save together, but each one pauses alone
+    if run.processes.count == 1:  # of several each pauses alone, and cannot save alone
         run.world.on_pause = partial(save, run, at)
 
     def progress(turns: int) -> None:
@@ -133,7 +134,7 @@ def converse(
             seed=seed,
             step=step,
             concurrency=run.world.concurrency,
-            share=own,
+            share=share,
             on_turn=progress,
             journal=journal,
         )
@@ -146,36 +147,35 @@ def converse(
             check=run.stop.check,
             note=run.display.note,
             patient=patient,
-            hosts=run.hosts,
         )
     finally:
         engine.unload()  # the update needs the memory
 
 
 def measure(
-    run: Run, scenarios: Sequence[Scenario], dialogues: Dialogues, **own: Any
+    run: Run, scenarios: Sequence[Scenario], dialogues: Dialogues, **measurements: Any
 ) -> tuple[dict[str, float], list[dict[str, Any]] | None]:
-    """The figures of all processes' dialogues: rewards, returns, kinds of replies, cost of calls.
+    """Metrics of all processes' dialogues: rewards, returns, kinds of replies, cost of calls.
 
-    No text of a dialogue travels between processes. `own` is sent with it; the first process also gets every
-    process's part, the others get nothing.
+    Each process reports numbers and labels of its dialogues, without text, and its `measurements`. Process 0
+    gets the metrics and all reports; the others get ({}, None).
     """
-    held = [(dialogue.scenario, strip_texts(dialogue.state)) for group in dialogues for dialogue in group]
-    parts = run.hosts.report("figures", {"dialogues": held, "calls": run.world.drain(), **own})
-    if parts is None:
+    states = [(dialogue.scenario, strip_texts(dialogue.state)) for group in dialogues for dialogue in group]
+    report = {"dialogues": states, "calls": run.world.drain(), **measurements}
+    if (reports := run.processes.report("figures", report)) is None:
         return {}, None
-    states = [from_stripped(scenarios[s], what) for part in parts for s, what in part["dialogues"]]
-    calls = run.world.metrics([part["calls"] for part in parts])
-    return summarize(states, run.config.algorithm.discount) | reading_metrics(states) | calls, parts
+    states = [from_stripped(scenarios[s], state) for each in reports for s, state in each["dialogues"]]
+    calls = run.world.metrics([each["calls"] for each in reports])
+    return summarize(states, run.config.algorithm.discount) | reading_metrics(states) | calls, reports
 
 
 def write_dialogues(run: Run, file: Path, dialogues: Dialogues) -> None:
-    """One JSON row per dialogue: enough to read it, score it again, or replay its update.
+    """Writes one JSON row per dialogue: enough to read it, score it again, or replay its update.
 
-    Each process writes its own dialogues, with several into a file of its own: step_000010-00001-of-00004.
+    Each of several processes writes a file of its share: step_000010-00001-of-00004.jsonl.
     """
     lines = [json.dumps(dialogue.to_json()) for group in dialogues for dialogue in group]
-    file = part_of(file, part_name(run.hosts.index, run.hosts.count))
+    file = part_of(file, part_name(run.processes.index, run.processes.count))
     write_whole(file, "".join(f"{line}\n" for line in lines))
 
 
@@ -184,11 +184,9 @@ def write_dialogues(run: Run, file: Path, dialogues: Dialogues) -> None:
 
 def lay_out_cells(run: Run, dialogues: Dialogues) -> Cells:
     """Positions and masks of every turn of the step, `[S, R, T]`, of all processes' dialogues."""
-    config = run.config
-    cells = make_cells(
-        dialogues, config.rollout.max_turns, max_failed_share=config.environment.max_failed_share
-    )
-    return Cells(*run.hosts.gather((cells.positions, cells.valid, cells.scored)))
+    max_failed_share = run.config.environment.max_failed_share
+    cells = make_cells(dialogues, run.config.rollout.max_turns, max_failed_share=max_failed_share)
+    return Cells(*run.processes.gather((cells.positions, cells.valid, cells.scored)))
 
 
 def lay_out_rows(
@@ -198,25 +196,27 @@ def lay_out_rows(
     scored: Bool[np.ndarray, "S R T"],
 ) -> Batch:
     """The token rows of the step, `[B, L]`, of all processes' dialogues, with each token's advantage."""
-    own = run.hosts.share(run.config.rollout.scenarios)
-    length = max(run.hosts.exchange("rows", row_length(dialogues, run.row_lengths)))
+    share = run.processes.share(run.config.rollout.scenarios)
+    length = max(
+        run.processes.exchange("rows", row_length(dialogues, row_lengths(run.config.rollout.max_tokens)))
+    )
     batch = make_batch(
         dialogues,
-        np.asarray(advantages)[own],
-        scored[own],
+        np.asarray(advantages)[share],
+        scored[share],
         length,
         rows_per_dialogue=rows_per_dialogue(run.config),
     )
-    return run.hosts.gather(batch)
+    return run.processes.gather(batch)
 
 
 # --- The update. ---
 
 
 def save_before_compiling(run: Run, at: Position, rows: Batch) -> None:
-    """Saves what is unsaved where an update is compiled for rows of a new length.
+    """Saves the run before an update is compiled for rows of a new length.
 
-    Compilation hears no signal, and may outlast the preemption notice.
+    Compilation cannot be interrupted, and may outlast the preemption notice.
     """
     length = rows.tokens.shape[1]
     if length not in run.compiled_lengths and at.step:
@@ -225,11 +225,11 @@ def save_before_compiling(run: Run, at: Position, rows: Batch) -> None:
 
 
 def rescore(run: Run, state: TrainState, rows: Batch) -> Batch:
-    """The rows with the denominator of the ratio: the sampler's log-probabilities, or the trainer's own."""
+    """The rows with the old log-probabilities of the ratio: the sampler's, or computed by the trainer."""
     if run.config.algorithm.old_logprobs == "sampler":
         return rows
     logprobs = run.scorer(state.weights, place(rows, run.mesh))
-    return replace(rows, old_logprobs=run.hosts.whole(logprobs))
+    return replace(rows, old_logprobs=run.processes.whole(logprobs))
 
 
 def finish_update(
@@ -239,27 +239,23 @@ def finish_update(
     advantages: Float[Array, "S R T"],
     scored: Bool[np.ndarray, "S R T"],
 ) -> dict[str, float]:
-    """The figures of a step's updates and advantages; waits for the device.
+    """Metrics of a step's updates and advantages; waits for the device.
 
     Raises:
-      UserError: a loss or gradient was not finite. The weights are those of before.
+      UserError: a loss or gradient was not finite. That update was not applied.
     """
-    figures = fetch(updates)
-    if figures["actor/skipped"]:
+    metrics = fetch(updates)
+    if metrics["actor/skipped"]:
         raise UserError(not_finite(run, at.step, float(updates[0]["actor/skipped"]) > 0))
     values = np.asarray(advantages)[scored] if scored.any() else np.zeros(1)
-    return figures | {
-        "advantages/mean": float(values.mean()),
-        "advantages/std": float(values.std()),
-        "advantages/min": float(values.min()),
-        "advantages/max": float(values.max()),
-    }
+    statistics = ("mean", "std", "min", "max")
+    return metrics | {f"advantages/{name}": float(getattr(values, name)()) for name in statistics}
 
 
-def not_finite(run: Run, step: int, at_once: bool) -> str:
-    """What to do about an update that is not finite; `at_once`: it is the first of its step."""
+def not_finite(run: Run, step: int, first_update: bool) -> str:
+    """The error message about an update that is not finite; `first_update`: it is the first of its step."""
     what = f"the loss or gradient of step {step + 1} is not finite, so its update was not applied; "
-    if step == 0 and at_once:
+    if step == 0 and first_update:
         start = run.config.model.path or "the warm start"
         return (
             f"{what}no update came before it, so the start weights are the reason: {start} overflows in "
@@ -273,29 +269,26 @@ def not_finite(run: Run, step: int, at_once: bool) -> str:
     )
 
 
-def record(run: Run, at: Position, dialogues: Dialogues, figures: dict[str, float], started: float) -> None:
+def record(run: Run, at: Position, dialogues: Dialogues, metrics: dict[str, float], started: float) -> None:
     """Writes a finished step to the disk and the display.
 
     Args:
-      at: where the run stands after the step.
-      figures: of its dialogues and updates.
-      started: when the step began, by `time.monotonic`.
+      at: after the step.
+      metrics: of its dialogues and updates.
+      started: the start of the step, by `time.monotonic`.
     """
-    figures = (
-        figures
-        | run.phases.take()
-        | {
-            "timing_s/step": time.monotonic() - started,
-            "timing_s/compile": run.compiles.take_seconds(),
-            "timing_s/unix": time.time(),
-            "perf/compiled_programs": float(run.compiles.count),
-        }
-    )
+    times = {
+        "timing_s/step": time.monotonic() - started,
+        "timing_s/compile": run.compiles.take_seconds(),
+        "timing_s/unix": time.time(),
+        "perf/compiled_programs": float(run.compiles.count),
+    }
+    metrics = metrics | run.phases.take() | times
     write_dialogues(run, run.folder / "dialogues" / f"step_{at.step:06d}.jsonl", dialogues)
-    if not run.hosts.first:
+    if not run.processes.first:
         return
     devices = run.mesh.devices
     peak = peak_flops(devices.flat[0], run.config.logging.peak_flops)
-    figures |= utilization(figures, devices=devices.size, peak=peak) | memory()
-    run.writer.write(at.step, figures)
-    run.display.step(at.step, figures)
+    metrics |= utilization(metrics, devices=devices.size, peak=peak) | memory()
+    run.writer.write(at.step, metrics)
+    run.display.step(at.step, metrics)

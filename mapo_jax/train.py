@@ -1,8 +1,8 @@
-"""The main job: MAPO. Hold dialogues, give every turn its credit, move the weights, and again.
+"""The training loop of MAPO: hold dialogues, assign credit to every turn, update the weights.
 
     python -m mapo_jax.train [--config configs/NAME.yaml] [key=value ...] [--dry-run]
 
-The loop of `train` is the method. Each stage is one call; S scenarios, R rollouts of each, T turns:
+The loop in `train` is the method. Each stage is one call; S scenarios, R rollouts of each, T turns:
 
     dialogues   [S][R]        the policy talks with a simulated user, a judge scores every turn
     rewards     [S, R, T]     decrease of the empathetic distance (algorithm/rewards.py)
@@ -45,12 +45,11 @@ from mapo_jax.validation import conclude, validate
 
 
 def train(config: Config, console: Console | None = None) -> None:
-    """Makes, or continues, the run that `config` describes; all it writes is below `run.directory`.
+    """Starts or continues the run of `config`; it writes below `run.directory` only.
 
     Raises:
-      UserError: bad input, a disk or device that fails, an update that is not finite; what was saved stays
-        whole.
-      Stopped: a signal came; the last finished step is saved.
+      UserError: bad input, a failing disk or device, or an update that is not finite. Saved files stay whole.
+      Stopped: a stop request; the last finished step is saved.
     """
     prepare_jax(config.run.compilation_cache)
     algorithm, training = config.algorithm, config.training
@@ -65,7 +64,7 @@ def train(config: Config, console: Console | None = None) -> None:
             while at.step < training.steps:
                 started = time.monotonic()
                 with run.phases("rollout"):
-                    dialogues, figures = hold_dialogues(run, at, next(deck))
+                    dialogues, metrics = hold_dialogues(run, at, next(deck))
 
                 with run.phases("update"):
                     cells = lay_out_cells(run, dialogues)
@@ -86,15 +85,15 @@ def train(config: Config, console: Console | None = None) -> None:
                         scenarios=config.rollout.scenarios,
                         minibatch_scenarios=training.minibatch_scenarios,
                     ):
-                        state, metrics = run.update(state, place(minibatch, run.mesh))
-                        updates.append(metrics)
-                    figures |= finish_update(run, at, updates, advantages, scored)
+                        state, update = run.update(state, place(minibatch, run.mesh))
+                        updates.append(update)
+                    metrics |= finish_update(run, at, updates, advantages, scored)
 
                 at = Position(at.step + 1, state, deck.get_state())
-                record(run, at, dialogues, figures, started)
+                record(run, at, dialogues, metrics, started)
                 if checkpoint_due(config, at.step):
                     save(run, at)
-                run.hosts.together("the end of a step", run.stop.check)
+                run.processes.together("the end of a step", run.stop.check)
                 if evaluation_due(config, at.step):
                     validate(run, at)
         except Interrupted as interruption:

@@ -1,8 +1,9 @@
-"""Validation: dialogues with cards that a run never trains on, the judge's health, and the verdict."""
+"""Validation: dialogues with held-out cards, tests of a live judge, and the final comparison."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from mapo_jax.commands import printable
@@ -18,11 +19,11 @@ from mapo_jax.running.display import results_table, transcript
 from mapo_jax.scores.figures import summarize
 from mapo_jax.stages import converse, measure, write_dialogues
 
-EVALUATION_STREAM = 1_000_003  # added to the seed: evaluation's dialogues are never training's
+EVALUATION_STREAM = 1_000_003  # added to the seed, so that no dialogue repeats one of training
 
 
 def validate(run: Run, at: Position) -> None:
-    """Evaluates the weights as they stand, and a live judge with them."""
+    """Evaluates the current weights, and tests a live judge."""
     with run.phases("evaluation"):
         evaluate(run, at)
     with run.phases("calibration"):
@@ -30,13 +31,13 @@ def validate(run: Run, at: Position) -> None:
 
 
 def evaluate(run: Run, at: Position) -> None:
-    """Holds the validation dialogues with the weights as they stand; the same seeds every time.
+    """Holds the validation dialogues with the current weights, with the same seeds every time.
 
-    Written whole to evaluations/step_N.json, so that a run which is killed here repeats or skips it exactly.
-    Once training has begun, a live world that fails here costs this evaluation and no more.
+    Writes evaluations/step_N.json atomically, so that a killed run repeats or skips it exactly. If a live
+    world fails after the first step, this evaluation is left out and training continues.
     """
     file = run.folder / "evaluations" / f"step_{at.step:06d}.json"
-    if run.hosts.exchange("before an evaluation", read_object(file) is not None)[0]:
+    if run.processes.exchange("before an evaluation", read_object(file) is not None)[0]:
         return
     config = run.config
     run.evaluator.load(run.sampling_weights(at.state.weights), at.step)
@@ -44,44 +45,50 @@ def evaluate(run: Run, at: Position) -> None:
     rollouts, patient = config.evaluation.rollouts, at.step == 0
     try:
         dialogues = converse(run, at, run.evaluator, run.validation, rollouts, seed, 0, patient=patient)
-    except WorldFailing as failing:  # training can do without, and waits for its own world if it must
+    except WorldFailing as failing:
         run.display.note(f"validation after {at.step} steps is left out: {printable(str(failing))}")
         write_lost_calls(run, at.step)
         return
     metrics, _ = measure(run, run.validation, dialogues)
     write_dialogues(run, file.with_suffix(".jsonl"), dialogues)
-    if not run.hosts.first:
+    if not run.processes.first:
         return
-    run.writer.write(at.step, {f"evaluation/{name}": value for name, value in metrics.items()})
+    _write(run, at.step, metrics)
     write_whole(file, json.dumps(metrics, indent=1))
     run.display.evaluation(at.step, metrics)
     if dialogues and at.step in (0, config.training.steps):
         run.display.note(transcript(dialogues[0][0].state, "before" if at.step == 0 else "after"))
 
 
+def _write(run: Run, step: int, metrics: Mapping[str, float]) -> None:
+    run.writer.write(step, {f"evaluation/{name}": value for name, value in metrics.items()})
+
+
 def write_lost_calls(run: Run, step: int) -> None:
-    """Writes what the calls of an abandoned evaluation cost, or the next step would count them."""
-    calls = run.hosts.report("calls", run.world.drain())
+    """Writes the cost of an abandoned evaluation's calls, so that the next step does not count them."""
+    calls = run.processes.report("calls", run.world.drain())
     if calls is not None:
-        run.writer.write(step, {f"evaluation/{name}": x for name, x in run.world.metrics(calls).items()})
+        _write(run, step, run.world.metrics(calls))
 
 
 def inspect_judge(run: Run, step: int) -> None:
-    """Scores the fixed calibration replies and probes with a live judge; warns of what a policy would learn.
+    """Scores fixed calibration replies and probes with a live judge; warns if it rewards the wrong replies.
 
-    Written whole to evaluations/step_N_judge.json, as an evaluation is.
+    Writes evaluations/step_N_judge.json atomically.
     """
     folder = run.folder / "evaluations"
     file = folder / f"step_{step:06d}_judge.json"
     if not run.world.live:
         return
-    if run.hosts.exchange("before the judge's inspection", read_object(file) is not None)[0]:
+    if run.processes.exchange("before the judge's inspection", read_object(file) is not None)[0]:
         return
-    run.hosts.together("the judge's inspection", lambda: run.hosts.first and _score_judge(run, folder, step))
+    run.processes.together(
+        "the judge's inspection", lambda: run.processes.first and _score_judge(run, folder, step)
+    )
 
 
 def _score_judge(run: Run, folder: Path, step: int) -> None:
-    """The first process's part of `inspect_judge`."""
+    """Process 0's work in `inspect_judge`."""
     file = folder / f"step_{step:06d}_judge.json"
     run.display.phase("judge")
     levels = run.world.score_calibration(run.config.training.seed + EVALUATION_STREAM + step, run.stop.check)
@@ -94,10 +101,10 @@ def _score_judge(run: Run, folder: Path, step: int) -> None:
 
 
 def conclude(run: Run) -> None:
-    """Prints what was learnt, against where it started and the good helper, and where everything lies."""
+    """Prints validation before and after training beside the good helper, and where the files are."""
     run.checkpoints.wait()
     run.display.close()
-    if not run.hosts.first:
+    if not run.processes.first:
         return
     console = run.display.console
     files = [run.folder / "evaluations" / f"step_{step:06d}.json" for step in (0, run.config.training.steps)]
@@ -105,7 +112,7 @@ def conclude(run: Run) -> None:
         hold_dialogue(scenario, seed, good_helper, run.world.roles, run.limits)
         for scenario in run.validation
         for seed in range(run.config.evaluation.rollouts)
-        if not run.world.live  # the helper speaks the scripted world's language
+        if not run.world.live  # the helper works in the scripted world only
     ]
     helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
     write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
@@ -119,10 +126,10 @@ def conclude(run: Run) -> None:
     try:
         if in_bucket(run.folder):
             raise UserError("it lies in a bucket; copy the folder to a disk")
-        said = f"what it learnt to do, as a page for the browser: {write_report([run.folder])}"
-    except Exception as error:  # the run is finished and whole; a page can be had later
-        said = f"no report was written ({error}); try python -m mapo_jax.report --run {run.folder}"
-    console.print(said, markup=False, soft_wrap=True)
+        line = f"what it learnt to do, as a page for the browser: {write_report([run.folder])}"
+    except Exception as error:  # the run itself is finished; the report can be written later
+        line = f"no report was written ({error}); try python -m mapo_jax.report --run {run.folder}"
+    console.print(line, markup=False, soft_wrap=True)
     console.print(f"everything lies in {run.folder}/: metrics.jsonl, tensorboard/, dialogues/, evaluations/,")
     console.print("checkpoints/. Take the weights along with:")
     console.print(f"  python -m mapo_jax.export --run {run.folder} --output FOLDER", markup=False)

@@ -289,7 +289,8 @@ def measure(
     rollout = config.rollout
     count = 2 * rollout.scenarios * rollout.rollouts
     cards = load_scenarios(config.environment.scenarios, "validation")[:count]
-    engine = make_engine(policy, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
+    model = policy.config, policy.chat.stop_ids, policy.chat.vocabulary_size
+    engine = make_engine(*model, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
     engine.load(params, 0)
     groups = asyncio.run(
         collect(

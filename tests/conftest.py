@@ -1,4 +1,4 @@
-"""What tests share: third-party data where it is present, and a scripted OpenAI-compatible server."""
+"""Shared by tests: third-party data where it is present, a scripted server, and a tiny model."""
 
 import asyncio
 import contextlib
@@ -306,3 +306,30 @@ def speaking_models(tmp_path_factory):
     return {
         role: write_speaking_model(tmp_path_factory.mktemp(role), said, texts) for role, said in lines.items()
     }
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny untrained Qwen3 with its tokenizer; eight devices can shard its width."""
+    from mapo_jax.environment.scenario import load_scenarios
+    from mapo_jax.model.huggingface import save_params, write_config
+    from mapo_jax.model.qwen import QwenConfig, init_params
+    from mapo_jax.tokenizer import train_tokenizer, write_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
+    tokenizer = train_tokenizer(texts, 320)
+    write_tokenizer(folder, tokenizer)
+    config = QwenConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+    )
+    save_params(folder, init_params(config, seed=3), config, dtype="float32")
+    write_config(folder, config)
+    return folder

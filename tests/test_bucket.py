@@ -15,8 +15,8 @@ from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import append_line, as_path, copy_files, in_bucket, local_folder, write_whole
 from mapo_jax.running import metrics
-from mapo_jax.running.checkpoint import best_steps, claim, cut_back, whole_steps
 from mapo_jax.running.metrics import MetricWriter
+from mapo_jax.running.run_folder import best_steps, claim, cut_back, whole_steps
 
 
 class Bucket(backend._OsPathBackend):

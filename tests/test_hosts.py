@@ -1,4 +1,4 @@
-"""Two processes of four devices each hold one run: it is the run of one process with eight."""
+"""Two processes of four devices each give the same run as one process of eight."""
 
 import json
 import os
@@ -15,41 +15,15 @@ import numpy as np
 import pytest
 
 from mapo_jax.config import load_config
-from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
-from mapo_jax.model.huggingface import save_params, write_config
-from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.run import cards, scenario_deck
-from mapo_jax.running import processes as hosts
-from mapo_jax.running.checkpoint import best_steps, checkpoint_folder, whole_steps
+from mapo_jax.running import processes
 from mapo_jax.running.metrics import METRICS_FILE
 from mapo_jax.running.processes import STATUS, join
-from mapo_jax.tokenizer import train_tokenizer, write_tokenizer
+from mapo_jax.running.run_folder import best_steps, checkpoint_folder, whole_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A tiny untrained Qwen3 whose width eight devices can cut."""
-    folder = tmp_path_factory.mktemp("model")
-    texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
-    tokenizer = train_tokenizer(texts, 320, max_tokens=512)
-    write_tokenizer(folder, tokenizer)
-    config = QwenConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-    )
-    save_params(folder, init_params(config, seed=3), config, dtype="float32")
-    write_config(folder, config)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +33,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(model_folder, cache):
-    """Dialogues end at different turns: the room for tokens is short, and users speak at different length."""
+    """Dialogues end at different turns: rows are short, and messages of users differ in length."""
     return {
         "run.compilation_cache": cache,
         "run.join_seconds": 120,
@@ -230,7 +204,7 @@ def test_only_the_first_process_speaks_and_writes_what_there_is_one_of(two):
 
 
 def test_a_run_that_loses_a_process_goes_on_with_others(one, settings, tmp_path):
-    """Killed in one of two processes; told to stop in one of two on another mesh; ended by one alone."""
+    """Kills one of two processes, stops one of two on another mesh, and finishes with one process."""
     folder = tmp_path / "moved"
     processes = launch(settings, folder)
     until(lambda: (folder / "dialogues" / "step_000002-00001-of-00002.jsonl").exists())
@@ -241,7 +215,7 @@ def test_a_run_that_loses_a_process_goes_on_with_others(one, settings, tmp_path)
     assert status == STATUS, errors
     assert "process 1 of 2 is gone (its connection closed" in errors
     assert "start the same command on every host again" in errors
-    assert "process 1 of 2 ended without a word of its own: it was killed" in last
+    assert "process 1 of 2 was killed, or aborted because process 0 is gone" in last
 
     kept = max(whole_steps(folder), default=0)
     held = max(int(file.name[5:11]) for file in (folder / "dialogues").iterdir())
@@ -321,7 +295,7 @@ def test_what_processes_cannot_share_is_one_sentence_each(settings, tmp_path):
 
 
 def live(url):
-    """A live world that pauses for nothing: whoever takes a loss for an outage stops at once."""
+    """A live world without pauses: a loss that counted as an outage would end the run at once."""
     roles = {f"environment__{role}__url": url for role in ("user", "judge", "director")}
     roles |= {f"environment__{role}__model": "m" for role in ("user", "judge", "director")}
     return roles | {
@@ -342,7 +316,7 @@ def live(url):
 
 
 def without_judgement(well_formed, *names):
-    """A server whose judge can make nothing of these persons."""
+    """A server whose judge gives no valid answer about these persons."""
 
     def answer(request, number):
         lost = "C_progress" in str(request.get("response_format")) and any(
@@ -354,7 +328,7 @@ def without_judgement(well_formed, *names):
 
 
 def names_of(settings, **changes):
-    """Of the first step's persons, and of those of evaluations."""
+    """The persons of the first step, and those of evaluations."""
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     config = load_config(None, [f"{key}={value}" for key, value in (settings | changes).items()])
     persons = next(scenario_deck(config)), cards(config, "validation")
@@ -383,7 +357,7 @@ def test_a_process_without_a_usable_dialogue_is_no_outage(serve, well_formed, se
 
 
 def test_a_step_that_all_processes_lose_is_an_outage_in_all(serve, well_formed, settings, tmp_path):
-    """They pause together and give up together, with the sentence of a single process."""
+    """They pause together and fail together, with the error of a single process."""
     folder, world = tmp_path / "run", live("http://127.0.0.1:9/v1")
     server = serve(without_judgement(well_formed, *names_of(settings, **world)[0]))
     world = live(server.url) | {"environment__pause_minutes": 0.02}
@@ -401,12 +375,12 @@ from mapo_jax.config import load_config
 from mapo_jax.running.processes import join
 config = load_config(None, sys.argv[1:])
 def command():
-    with join(config) as hosts:
-        print(hosts.count, hosts.exchange("joined", hosts.index), flush=True)
+    with join(config) as processes:
+        print(processes.count, processes.exchange("joined", processes.index), flush=True)
         if config.run.deadline_minutes:  # stands for being killed: in process 0
-            hosts.first and os.kill(os.getpid(), signal.SIGKILL)
+            processes.first and os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
-        hosts.part()
+        processes.finish()
 sys.exit(run_command(command))
 """
 
@@ -477,11 +451,11 @@ def test_a_cluster_whose_processes_do_not_come_is_said_in_a_sentence():
 
 def test_a_killed_process_0_ends_the_others_with_a_sentence():
     (first, _, last), (status, _, errors) = joined(named, "run.deadline_minutes=1")
-    assert first == -signal.SIGKILL and "process 0 of 2 ended without a word of its own: it was" in last
+    assert first == -signal.SIGKILL and "process 0 of 2 was killed, or aborted" in last
     # Which is first, our connection or the one of jax, which aborts; in both cases there is a sentence.
     assert status in (STATUS, -signal.SIGABRT)
     assert (
-        "process 0 of 2 is gone (its connection closed" in errors or "1 of 2 ended without a word" in errors
+        "process 0 of 2 is gone (its connection closed" in errors or "1 of 2 was killed, or aborted" in errors
     )
 
 
@@ -511,11 +485,13 @@ def test_variables_that_make_no_sense_are_named(changes, said, monkeypatch):
 
 
 def test_process_0_listens_at_its_own_address_alone(monkeypatch):
-    """Without this a stranger on any network of the machine could speak to it."""
+    """Otherwise programs in all networks of the machine could connect."""
     heard = []
-    monkeypatch.setattr(hosts, "Peers", lambda where, *rest: heard.append(where.getsockname()) or FakePeers())
+    monkeypatch.setattr(
+        processes, "Peers", lambda where, *rest: heard.append(where.getsockname()) or FakePeers()
+    )
     monkeypatch.setattr(jax.distributed, "initialize", lambda *where, **options: heard.append(options))
-    monkeypatch.setattr(hosts.Sentinel, "post", lambda sentence: None)
+    monkeypatch.setattr(processes.Sentinel, "post", lambda sentence: None)
     port = free_port()
     for name, value in named(0, port).items():
         monkeypatch.setenv(name, value)

@@ -16,38 +16,15 @@ import pytest
 
 from mapo_jax import train
 from mapo_jax.algorithm.rewards import distance
-from mapo_jax.environment.scenario import load_scenarios
-from mapo_jax.model.huggingface import read_config, save_params, write_config
-from mapo_jax.model.qwen import QwenConfig, init_params, parameter_shapes
+from mapo_jax.model.huggingface import read_config
+from mapo_jax.model.qwen import parameter_shapes
 from mapo_jax.rollout.collect import Dialogue
-from mapo_jax.running.checkpoint import read_progress, whole_steps
-from mapo_jax.tokenizer import train_tokenizer, write_tokenizer
+from mapo_jax.running.checkpoint import read_progress
+from mapo_jax.running.run_folder import whole_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-live-0123456789abcdef"
 STEPS, SCENARIOS, ROLLOUTS, TURNS, DISCOUNT, WEIGHT = 10, 2, 3, 3, 0.85, 1 / 3
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A tiny untrained policy."""
-    folder = tmp_path_factory.mktemp("model")
-    texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
-    tokenizer = train_tokenizer(texts, 320, max_tokens=512)
-    write_tokenizer(folder, tokenizer)
-    config = QwenConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-    )
-    save_params(folder, init_params(config, seed=3), config, dtype="float32")
-    write_config(folder, config)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Peers: joining, meeting, dying. Threads stand for processes, but where one is killed."""
+"""Peers: joining, exchanging values, failures. Threads stand for processes, except where one is killed."""
 
 import contextlib
 import socket
@@ -25,7 +25,7 @@ def at(port, index):
 
 
 def star(count, ends=None, join=10, silent=10, present=None):
-    """Peers (or what they raised) of each process, made at the same time."""
+    """The Peers of each process, or the error it raised, created at the same time."""
     port = free_port()
     made = [None] * count
 
@@ -158,7 +158,7 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("words", STRANGERS.values(), ids=STRANGERS)
-def test_a_stranger_at_the_port_disturbs_nobody(words):
+def test_other_programs_at_the_port_are_disconnected(words):
     listener, made, ends = socket.create_server(("127.0.0.1", 0)), {}, []
     address = listener.getsockname()
 
@@ -180,7 +180,7 @@ def test_a_stranger_at_the_port_disturbs_nobody(words):
     assert not ends
 
 
-def test_last_words_end_the_others():
+def test_leaving_with_a_reason_ends_the_others():
     ends = [[], [], []]
     peers = star(3, ends=ends)
     peers[1].leave("the disk is full")
@@ -192,7 +192,7 @@ def test_last_words_end_the_others():
     assert not ends[1]
 
 
-def test_who_leaves_in_peace_ends_nobody():
+def test_leaving_without_a_reason_ends_no_other_process():
     ends = [[], []]
     peers = star(2, ends=ends)
     peers[0].leave()

@@ -1,4 +1,4 @@
-"""The main job as a whole: it runs, it survives every kind of death, and it refuses bad input."""
+"""Whole training runs: their results, interruptions at every point, and bad input."""
 
 import contextlib
 import json
@@ -21,23 +21,19 @@ from safetensors.numpy import load_file, save_file
 
 from mapo_jax import stages, train, validation
 from mapo_jax.config import load_config
-from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.learning.batch import minibatches
 from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
 from mapo_jax.learning.update import place
-from mapo_jax.model.huggingface import save_params, write_config
-from mapo_jax.model.qwen import QwenConfig, init_params
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.run import Position, begin, open_run, scenario_deck
-from mapo_jax.running.checkpoint import checkpoint_folder, whole_steps
 from mapo_jax.running.metrics import METRICS_FILE
-from mapo_jax.tokenizer import train_tokenizer, write_tokenizer
+from mapo_jax.running.run_folder import checkpoint_folder, whole_steps
 
 STEPS = 4
 
 
 def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
-    """The engines of a 32B model sample at two temperatures, and a host has no room for its weights twice."""
+    """With two temperatures there are two engines, and a host has no memory for a 32B model twice."""
 
     class Weights:
         pass
@@ -65,7 +61,7 @@ def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
         evaluator=Engine(),
         sampling_weights=sampling_weights,
         display=SimpleNamespace(phase=lambda name: None),
-        hosts=SimpleNamespace(together=lambda name, check: check()),
+        processes=SimpleNamespace(together=lambda name, check: check()),
         stop=SimpleNamespace(check=lambda: None),
         phases=lambda name: contextlib.nullcontext(),
         update=None,
@@ -75,28 +71,6 @@ def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
     )
     stages.warm_up(run, Position(0, SimpleNamespace(weights=None), {}))
     assert not alive
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A tiny untrained Qwen3 with its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
-    tokenizer = train_tokenizer(texts, 320, max_tokens=512)
-    write_tokenizer(folder, tokenizer)
-    config = QwenConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-    )
-    save_params(folder, init_params(config, seed=3), config, dtype="float32")
-    write_config(folder, config)
-    return folder
 
 
 def overrides(model_folder, folder, cache, **changes):
@@ -245,7 +219,7 @@ def test_a_run_leaves_everything_that_the_design_promises(undisturbed):
 
 
 def test_a_saved_step_replays_to_the_same_weights(undisturbed, tmp_path):
-    """The dialogues on the disk are enough: with the checkpoint before, they give the one after."""
+    """The saved dialogues and the checkpoint before a step reproduce the checkpoint after it."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -333,7 +307,7 @@ def test_a_deadline_saves_and_the_same_command_goes_on(undisturbed, model_folder
 
 
 def test_an_update_of_a_new_length_is_compiled_only_after_a_save(undisturbed, model_folder, cache, tmp_path):
-    """Compiling may outlast the grace of a machine that is taken away; so nothing is unsaved then."""
+    """Compilation may outlast the preemption notice, so everything is saved before it."""
     folder = tmp_path / "lengths"
     arguments = overrides(
         model_folder, folder, cache, checkpoint__every=4, evaluation__every=4, checkpoint__keep=9
@@ -346,7 +320,7 @@ def test_an_update_of_a_new_length_is_compiled_only_after_a_save(undisturbed, mo
 
 
 def soak(arguments, folder, kills, seed):
-    """Ends a run at random moments, by SIGKILL or SIGTERM; returns how often it was caught at work."""
+    """Ends a run at random moments by SIGKILL or SIGTERM; returns how often it was still running."""
     random, caught = np.random.default_rng(seed), 0
 
     def written():
@@ -401,7 +375,7 @@ def test_stopped_twenty_times_at_random_moments_it_ends_the_same(model_folder, c
 
 
 def test_with_one_row_per_turn_every_turn_is_trained_on(model_folder, cache, tmp_path):
-    """history=per_turn: a dialogue is as many rows as turns, and all of them count."""
+    """history=per_turn: a dialogue has as many rows as turns, and all are trained on."""
     folder = tmp_path / "per_turn"
     changes = {"rollout.history": "per_turn", "training.steps": 2, "environment.fault_rate": 0.0}
     result = run(overrides(model_folder, folder, cache, **changes))
@@ -458,7 +432,7 @@ def test_a_run_that_lacks_a_part_is_refused_and_not_begun_again(
 
 @pytest.mark.parametrize("size", ["20k", "140k"])
 def test_a_full_disk_is_one_sentence(model_folder, cache, tmp_path, size):
-    """Full when the model's files are written, and when the first dialogues are."""
+    """The disk is full when the model's files are written, or when the first dialogues are."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]

@@ -1,4 +1,4 @@
-"""The live world without a model of its own: pauses, journal, keys, classes of one's own, many dialogues."""
+"""The live world: pauses, journal, keys, custom classes, and many dialogues at once."""
 
 import asyncio
 import json
@@ -18,14 +18,15 @@ from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.files import part_name
+from mapo_jax.role_models import _server, open_models
 from mapo_jax.rollout.collect import collect, derive_seed
 from mapo_jax.rollout.requests import Reply
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.run import Position
 from mapo_jax.running.phases import Phases
-from mapo_jax.running.processes import Hosts
-from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
-from mapo_jax.world import _server, open_models, open_world
+from mapo_jax.running.processes import SINGLE, Processes
+from mapo_jax.tokenizer import load_tokenizer, train_tokenizer
+from mapo_jax.world import open_world
 
 KEY = "sk-live-0123456789abcdef"
 CARDS = load_scenarios(split="train")[:2]
@@ -35,7 +36,7 @@ ROLLOUTS = 3
 
 @dataclass
 class TalkingEngine:
-    """Stands for the policy's engine: what it says follows from the request's key alone."""
+    """Stands for the policy's engine; its replies depend on the request's key only."""
 
     slots: int = 64
     length: int = 4096
@@ -82,8 +83,11 @@ def configure(url, **changes):
     return load_config(None, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
-def hold(world, chat, config, *, step=0, engine=None, cards=CARDS, rollouts=ROLLOUTS, notes=None, **options):
-    engine = engine or TalkingEngine()
+def hold(
+    world, chat, config, *, step=0, engine=None, cards=CARDS, rollouts=ROLLOUTS, notes=None,
+    processes=SINGLE, **options,
+):  # fmt: skip
+    engine, world.processes = engine or TalkingEngine(), processes
     engine.end = chat.end_of_turn[0]
     return world.hold(
         lambda journal: collect(
@@ -107,7 +111,7 @@ def hold(world, chat, config, *, step=0, engine=None, cards=CARDS, rollouts=ROLL
 
 
 def asked(requests):
-    """What tells a call from any other."""
+    """Identifies each call."""
     return [json.dumps([request["messages"], request["seed"]]) for request in requests]
 
 
@@ -134,7 +138,7 @@ def test_dialogues_with_well_formed_roles(serve, well_formed, chat, tmp_path):
 
 
 def test_a_second_process_repeats_no_call_and_no_turn(serve, well_formed, chat, tmp_path):
-    """What a kill leaves is the journal and the cache; here the first world is simply dropped in mid-step."""
+    """A kill leaves the journal and the cache; here the first world is dropped in the middle of a step."""
     server = serve(well_formed)
     config = configure(server.url)
 
@@ -250,8 +254,8 @@ def test_a_step_without_a_usable_dialogue_is_no_step(serve, well_formed, chat, t
 
 
 @dataclass(frozen=True)
-class Two(Hosts):
-    """This process, and what another one says: why the world failed, whether it has any usable, how many."""
+class Two(Processes):
+    """This process, and the values of another: its failure, whether a dialogue is usable, how many it has."""
 
     count: int = 2
     other: tuple = (None, True, 6)
@@ -272,12 +276,12 @@ def test_a_step_is_judged_on_the_dialogues_of_all_processes(serve, well_formed, 
     config = configure(server.url, environment__failure_share=1.0, environment__pause_minutes=0)
     with open_world(config, tmp_path, None) as world:
         server.answer = lambda request, number: "no judgement"
-        hosts = Two()
-        dialogues = flat(hold(world, chat, config, cards=cards, hosts=hosts))
+        processes = Two()
+        dialogues = flat(hold(world, chat, config, cards=cards, processes=processes))
         assert len(dialogues) == 3 * len(cards) and not any(d.usable(0.5) for d in dialogues)
-        assert hosts.places == ["dialogues", "the world"]
+        assert processes.places == ["dialogues", "the world"]
         with pytest.raises(UserError, match=f"none of the {3 * len(cards) + 4} dialogues"):
-            hold(world, chat, config, cards=cards, hosts=Two(other=(None, False, 4)))
+            hold(world, chat, config, cards=cards, processes=Two(other=(None, False, 4)))
 
 
 def test_processes_pause_together_where_none_has_a_usable_dialogue(serve, well_formed, chat, tmp_path):
@@ -289,35 +293,35 @@ def test_processes_pause_together_where_none_has_a_usable_dialogue(serve, well_f
             super().exchange(what, value)
             return [value, list(next(said))]
 
-    hosts = Recovering()
+    processes = Recovering()
     with open_world(config, tmp_path, None) as world:
         server.answer = lambda request, number: "no judgement"
-        hold(world, chat, config, hosts=hosts, notes=notes)
+        hold(world, chat, config, processes=processes, notes=notes)
     assert ["pause 1 of 5" in notes[0], "pause 2 of 5" in notes[1], len(notes)] == [True, True, 2]
-    assert hosts.places == ["dialogues", "the world", "a pause"] * 2 + ["dialogues", "the world"]
+    assert processes.places == ["dialogues", "the world", "a pause"] * 2 + ["dialogues", "the world"]
 
 
 def test_an_evaluation_that_fails_in_another_process_fails_here(serve, well_formed, chat, tmp_path):
     config = configure(serve(well_formed).url)
-    hosts = Two(other=("HTTP 500", False, 0))
+    processes = Two(other=("HTTP 500", False, 0))
     with open_world(config, tmp_path, None) as world, pytest.raises(WorldFailing, match=r"^HTTP 500$"):
-        hold(world, chat, config, hosts=hosts, patient=False)
+        hold(world, chat, config, processes=processes, patient=False)
 
 
 @pytest.mark.parametrize(("count", "share"), [(1, (9, 100, 0)), (2, (4, 50, 0)), (64, (1, 1, 0))])
 def test_processes_share_what_is_limited(serve, well_formed, tmp_path, count, share):
-    """Together they never go beyond it, but for one each; what has no limit keeps none."""
+    """The shares sum to at most the limit, but each is at least one; no limit stays no limit."""
     limits = {f"environment__{role}__requests_per_minute": 100 for role in ROLES}
     config = configure(serve(well_formed).url, environment__concurrency=9, **limits)
     made = []
 
-    def server(name, role, environment, log):
+    def server(name, role, environment, connections, log):
         made.append((environment.concurrency, role.requests_per_minute, role.tokens_per_minute))
-        return _server(name, role, environment, log)
+        return _server(name, role, environment, connections, log)
 
     with (
-        mock.patch("mapo_jax.world._server", server),
-        open_world(config, tmp_path, None, count=count) as world,
+        mock.patch("mapo_jax.role_models._server", server),
+        open_world(config, tmp_path, None, processes=Processes(0, count)) as world,
     ):
         assert world.concurrency == share[0]
     assert made == [share] * 3
@@ -335,7 +339,7 @@ def test_processes_share_what_is_limited(serve, well_formed, tmp_path, count, sh
 def test_a_hanging_judge_costs_its_dialogues_and_no_more_time(
     serve, well_formed, chat, tmp_path, limits, which
 ):
-    """The judge never answers about one of two persons; no failure is borne, and still nothing pauses."""
+    """The judge hangs for one of two persons; no failure is allowed, and still nothing pauses."""
     hanging = CARDS[0].person.name
 
     def answer(request, number):
@@ -379,7 +383,7 @@ def test_several_samples_of_the_judge_are_one_judgement_with_a_spread(serve, jud
 
 
 def test_roles_of_one_model_share_an_engine_with_room_for_the_longest_answer(monkeypatch, chat):
-    """Each role keeps its own limit, and none is cut at another one's."""
+    """Each role keeps its max_tokens; no answer is cut at another role's."""
     made = []
 
     class Engine(TalkingEngine):
@@ -397,8 +401,8 @@ def test_roles_of_one_model_share_an_engine_with_room_for_the_longest_answer(mon
             super().submit(request)
 
     policy = SimpleNamespace(config=None, chat=chat)
-    monkeypatch.setattr("mapo_jax.world.Engine", Engine)
-    monkeypatch.setattr("mapo_jax.world.load_policy", lambda *args, **options: (policy, None))
+    monkeypatch.setattr("mapo_jax.role_models.Engine", Engine)
+    monkeypatch.setattr("mapo_jax.role_models.load_policy", lambda *args, **options: (policy, None))
     changes = {f"environment__{role}__model": "engine:x" for role in ROLES}
     changes |= {f"environment__{role}__url": None for role in ROLES}
     lengths = {"user": 50, "judge": 700, "director": 90}
@@ -423,7 +427,7 @@ def test_what_is_wrong_with_a_roles_engine_is_said_in_the_roles_own_keys(monkeyp
     def load(*args, **options):
         raise UserError("`rollout.max_tokens` is 4096; it must be at most the 512 positions of the model x")
 
-    monkeypatch.setattr("mapo_jax.world.load_policy", load)
+    monkeypatch.setattr("mapo_jax.role_models.load_policy", load)
     config = configure("http://127.0.0.1:9/v1", environment__judge__model="engine:x")
     with (
         asyncio.Runner() as runner,
@@ -448,7 +452,7 @@ def test_a_server_that_is_not_there_is_one_clear_error(serve, well_formed, tmp_p
 
 
 def test_the_key_is_found_nowhere(serve, well_formed, chat, tmp_path, monkeypatch, capfd):
-    """A server that does its worst: it echoes the key in errors, in answers, and in headers' place."""
+    """A hostile server: it echoes the key in errors, in answers and in place of headers."""
     monkeypatch.setenv("JUDGE_KEY", KEY)
 
     def answer(request, number):
@@ -533,8 +537,8 @@ def test_processes_that_share_a_folder_have_caches_of_their_own(serve, well_form
     """SQLite's write-ahead log must not be opened from two machines."""
     config = configure(serve(well_formed).url)
     parts = [part_name(index, 2) for index in range(2)]
-    with open_world(config, tmp_path, None, part=parts[0], count=2):  # noqa: SIM117
-        with open_world(config, tmp_path, None, part=parts[1], count=2) as world:
+    with open_world(config, tmp_path, None, processes=Processes(0, 2)):  # noqa: SIM117
+        with open_world(config, tmp_path, None, processes=Processes(1, 2)) as world:
             world.run(world.roles.user.open(CARDS[0], 1))
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"calls{part}.sqlite" for part in parts]
 
@@ -680,7 +684,7 @@ def test_an_evaluation_that_is_left_out_keeps_its_calls_from_the_next_step(
 
         monkeypatch.setattr(validation, "converse", converse)
         run = SimpleNamespace(
-            hosts=Hosts(),
+            processes=Processes(),
             folder=tmp_path,
             config=config,
             phases=Phases(),

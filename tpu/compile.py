@@ -54,9 +54,9 @@ from mapo_jax.model.sharding import (
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.running.forecast import memory_table
 from mapo_jax.running.memory import forecast_memory
-from mapo_jax.running.policy import engine_for
+from mapo_jax.running.policy import make_engine
 from mapo_jax.running.processes import (
-    Hosts,
+    Processes,
     abstract_rollout_weights,
     process_count,
     rollout_mesh,
@@ -83,15 +83,15 @@ class Job:
     mesh: Mesh
 
     @functools.cached_property
-    def hosts(self) -> Hosts:
+    def processes(self) -> Processes:
         """The first of the slice's processes."""
-        return Hosts(0, process_count(self.mesh))
+        return Processes(0, process_count(self.mesh))
 
     @functools.cached_property
     def engine(self) -> Engine:
         """The sampler of one process, with its share of the dialogues on its own devices."""
-        rollout = share_of(self.config.rollout, self.hosts.count)
-        return engine_for(
+        rollout = share_of(self.config.rollout, self.processes.count)
+        return make_engine(
             self.model,
             STOP_IDS,
             TOKENIZER_IDS,
@@ -104,8 +104,8 @@ class Job:
     @functools.cached_property
     def sampling_mesh(self) -> Mesh:
         """What one process samples on: a slice of one host, since libtpu compiles for whole slices alone."""
-        mesh = rollout_mesh(self.mesh, self.hosts)
-        if self.hosts.count == 1:
+        mesh = rollout_mesh(self.mesh, self.processes)
+        if self.processes.count == 1:
             return mesh
         host = host_order(slice_devices(ONE_HOST[self.slice.split("-")[0]]))
         return Mesh(np.asarray(host).reshape(mesh.devices.shape), MESH_AXES, axis_types=mesh.axis_types)
@@ -153,8 +153,8 @@ def make_job(config: Config, slice_name: str, layers: int | None = None) -> Job:
     model = model_shape(config, layers)
     mesh = make_mesh(config.mesh, slice_devices(slice_name))
     job = Job(config, model, slice_name, mesh)
-    share_of(config.rollout, job.hosts.count)  # these two refuse what a run on the slice would
-    rollout_mesh(mesh, job.hosts)
+    share_of(config.rollout, job.processes.count)  # these two refuse what a run on the slice would
+    rollout_mesh(mesh, job.processes)
     return job
 
 
@@ -215,12 +215,12 @@ def _programs(job: Job) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, int],
     }
     found = {"train": (programs.update, (state, batch), held | {"batch": _bytes(batch)}, {})}
     weights = state.weights
-    if job.hosts.count > 1:
+    if job.processes.count > 1:
         weights = abstract_rollout_weights(weights, model, job.sampling_mesh, config.model.dtype)
     for name, (function, arguments) in job.engine.abstract_programs(weights).items():
         kinds = {"cache": _bytes(arguments[1])}
         beside = held
-        if job.engine.copy_weights or job.hosts.count > 1:
+        if job.engine.copy_weights or job.processes.count > 1:
             kinds["copy of the weights"] = _bytes(arguments[0])
         else:
             kinds["weights"] = held["weights"]

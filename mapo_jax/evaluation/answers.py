@@ -17,10 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from mapo_jax.config import GONE, differing_keys
 from mapo_jax.errors import UserError
-from mapo_jax.files import encodable, write_whole
+from mapo_jax.files import disk_errors, encodable, write_whole
 from mapo_jax.json_files import read_json, read_rows
-from mapo_jax.running.checkpoint import HARMLESS_KEYS
-from mapo_jax.running.metrics import full_disk_is_a_user_error
+from mapo_jax.running.run_folder import HARMLESS_KEYS
 from mapo_jax.scores.speech import text_of
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
@@ -151,7 +150,7 @@ def append(file: IO[bytes], row: Mapping[str, Any]) -> None:
     Raises:
       UserError: the disk is full; earlier rows are whole.
     """
-    with full_disk_is_a_user_error(Path(file.name)):
+    with disk_errors(Path(file.name)):
         file.write(json.dumps(encodable(row), ensure_ascii=False).encode() + b"\n")
         file.flush()
 

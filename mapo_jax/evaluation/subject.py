@@ -17,8 +17,8 @@ from mapo_jax.evaluation.endpoint import Endpoint, only_model
 from mapo_jax.evaluation.local import EngineAnswerer, LocalModel, load_model
 from mapo_jax.files import encodable
 from mapo_jax.model.peft import base_folder, is_adapter
-from mapo_jax.running.checkpoint import CHECKPOINTS_FOLDER, CONFIG_FILE, checkpoint_folder
 from mapo_jax.running.policy import MODEL_FOLDER
+from mapo_jax.running.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, checkpoint_folder
 
 
 @dataclass(frozen=True)

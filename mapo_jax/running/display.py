@@ -1,10 +1,8 @@
-"""What a person sees while a run goes on: a live panel on a terminal, one line per step elsewhere."""
+"""The progress of a run: a live panel on a terminal, one line per step elsewhere."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
 import numpy as np
 from rich.console import Console, Group
@@ -23,10 +21,9 @@ _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # a braille ce
 
 
 def plot(values: Sequence[float], width: int = 60, height: int = 6) -> str:
-    """Draws a curve in braille dots, `height` lines of `width` characters with the range at the left.
+    """A curve in braille dots: `height` lines of `width` characters, with the range at the left.
 
-    Non-finite values are left out. More values than dots are averaged into
-    bins, fewer are joined by straight lines.
+    Non-finite values are left out. More values than dots are averaged in bins; fewer are interpolated.
     """
     points = np.asarray([value for value in values if np.isfinite(value)], float)
     if points.size == 0:
@@ -54,8 +51,8 @@ def plot(values: Sequence[float], width: int = 60, height: int = 6) -> str:
 class Display:
     """Shows a run's progress; a context manager.
 
-    On a terminal: a panel with the phase, the steps done and the curve of the mean return. Elsewhere (a log
-    file, `progress=False`): one plain line per step, so that logs stay readable.
+    On a terminal: a panel with the phase, the finished steps and the curve of the mean return. Elsewhere (a
+    log file, `progress=False`): one plain line per step.
     """
 
     def __init__(self, title: str, steps: int, *, live: bool, console: Console | None = None):
@@ -64,7 +61,6 @@ class Display:
         self._live = live and self.console.is_terminal
         self._returns: list[float] = []
         self._last = ""
-        self._started = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         )
@@ -77,35 +73,33 @@ class Display:
             self._screen.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Takes the live panel off; its last state stays on the screen."""
+        """Stops the live panel; its last state stays on the screen."""
         if self._live:
             self._screen.stop()
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
-        """Names what is going on, with how much of it is done."""
+        """Shows the current phase and its progress."""
         self._progress.update(self._phase_task, description=name, completed=done, total=total)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records a finished step."""
+        """Shows a finished step."""
         self._returns.append(metrics["return/mean"])
         self._progress.update(self._step_task, completed=step)
         self._last = (
             f"step {step:>4}/{self._steps}  return {metrics['return/mean']:+7.3f}  "
             f"reward {metrics['reward/mean']:+6.3f}  turns {metrics['turns/mean']:4.1f}  "
             f"entropy {metrics['actor/entropy']:5.3f}  grad {metrics['actor/grad_norm']:6.3f}  "
-            f"{metrics['timing_s/step']:5.1f} s{_where_it_went(metrics)}"
+            f"{metrics['timing_s/step']:5.1f} s{_time_by_phase(metrics)}"
         )
         if not self._live:
             self.console.print(self._last, markup=False, soft_wrap=True)
 
     def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Says what the validation dialogues came to."""
+        """Shows the results of the validation dialogues."""
         self.note(
             f"validation after {done:>4} steps: return {metrics['return/mean']:+7.3f}  "
             f"reward {metrics['reward/mean']:+6.3f}  EPM-Q {metrics['epm_q']:5.1f}  "
@@ -123,8 +117,8 @@ class Display:
         return Panel(Group(*parts), title=escape(self._title))
 
 
-def _where_it_went(metrics: Mapping[str, float]) -> str:
-    """The parts of a step's time, and how much of the devices it used, as far as known."""
+def _time_by_phase(metrics: Mapping[str, float]) -> str:
+    """The times of a step's phases and its MFU, if known."""
     parts = [
         f"{label} {metrics[name]:.1f}"
         for label, name in (
@@ -139,7 +133,7 @@ def _where_it_went(metrics: Mapping[str, float]) -> str:
 
 
 def transcript(state: DialogueState, label: str) -> str:
-    """A dialogue as text, with what the judge made of each reply."""
+    """A dialogue as text, with the reward of each reply."""
     lines = [f"--- {label}: {state.scenario.id} ({state.scenario.topic}) ---"]
     for turn, reward in zip(state.turns, dialogue_rewards(state), strict=True):
         score = "unscored" if reward is None else f"{reward:+.2f}"
@@ -147,7 +141,7 @@ def transcript(state: DialogueState, label: str) -> str:
     return printable("\n".join([*lines, f"  ({state.outcome} after {state.turn_count} turns)"]))
 
 
-_RESULTS = (  # what a person asks first: label, metric, format
+_RESULTS = (  # label, metric, format
     ("return of a dialogue", "return/mean", "{:+.2f}"),
     ("reward per turn", "reward/mean", "{:+.2f}"),
     ("EPM-Q", "epm_q", "{:.1f}"),
@@ -158,7 +152,7 @@ _RESULTS = (  # what a person asks first: label, metric, format
 def results_table(
     first: Mapping[str, float], last: Mapping[str, float], helper: Mapping[str, float]
 ) -> Table:
-    """Validation before and after training beside the good helper: the way made is after minus before."""
+    """Validation before and after training beside the good helper; "way made" is the share of that gap."""
     table = Table(title="validation dialogues", title_justify="left")
     for heading in ("", "before", "after", "good helper", "way made"):
         table.add_column(heading, justify="left" if not heading else "right")

@@ -1,9 +1,8 @@
-"""What a run would be, before anything is spent: shape, memory, tokens and calls."""
+"""The forecast of a run (`--dry-run`): shape, memory, tokens and calls; and checks of memory."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -13,12 +12,10 @@ from mapo_jax.errors import UserError
 from mapo_jax.learning.programs import abstract_batch, check_rows
 from mapo_jax.learning.train_state import TrainState
 from mapo_jax.model.huggingface import read_config
-from mapo_jax.model.peft import base_folder, is_adapter
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, sharding_table
-from mapo_jax.running.checkpoint import CHECKPOINTS_FOLDER
 from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory
-from mapo_jax.running.policy import MODEL_FOLDER, adapters, check_policy
+from mapo_jax.running.policy import adapters, check_policy, model_files
 
 FRESH_ROPE_THETA = 10_000.0  # base of the small model's rotary frequencies
 
@@ -39,12 +36,10 @@ def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> Qw
 
 
 def forecast(config: Config) -> str:
-    """The resolved configuration, the mesh, and what a step holds, samples and calls. Nothing is written.
-
-    Memory is that of the update and that of the rollout, each at its worst moment (`memory.py`).
+    """The resolved configuration, the mesh, peak memory (`memory.py`), and the size of a step, as text.
 
     Raises:
-      UserError: the model folder is one that a run would refuse, or the mesh does not fit the devices.
+      UserError: a run would refuse the model folder, or the mesh does not fit the devices.
     """
     mesh = make_mesh(config.mesh)
     model = model_shape(config)
@@ -62,7 +57,7 @@ def forecast(config: Config) -> str:
         trained -= parameter_count(replace(model, lora=None))
     updates = training.epochs * rollout.scenarios // training.minibatch_scenarios
     world = "scripted: free of charge" if config.environment.family == "scripted" else "live: see below"
-    most = "" if config.model.path else "at most "  # the tokenizer may find fewer tokens than it may have
+    most = "" if config.model.path else "at most "  # training the tokenizer may give fewer tokens
     lines = [
         to_yaml(config),
         f"devices   {mesh.size} x {mesh.devices.flat[0].device_kind}: "
@@ -87,7 +82,7 @@ def forecast(config: Config) -> str:
 
 
 def memory_table(memory: Forecast) -> list[str]:
-    """A line for each kind, and one for the sum."""
+    """A line for each kind of memory, and one for the sums."""
 
     def line(kind: str, *sizes: float | None) -> str:
         cells = ("" if size is None else f"{size / GIB:.3f}" for size in sizes)
@@ -103,13 +98,13 @@ def memory_table(memory: Forecast) -> list[str]:
 
 
 def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
-    """Stops where a device is too small for what is certain.
+    """Refuses devices that are too small for the part of the memory that is certain.
 
-    That is what is held all the time, and on top of it the gradient, or the sampler's weights and caches. The
-    rest is a forecast, and the compiler has the last word.
+    That is the memory of the whole run with the gradient, or with the sampler's weights and caches. The rest
+    depends on the compiler (`check_update`).
 
     Raises:
-      UserError: the figures, and what to change.
+      UserError: with the sizes and what to change.
     """
     limit = device_memory(mesh)
     if limit is None:
@@ -135,36 +130,36 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
 
 
 def check_update(update: jax.stages.Wrapped, state: TrainState, config: Config, mesh: Mesh) -> None:
-    """Compiles the update of the longest rows where memory is the device's own: before any dialogue is held.
+    """Compiles the update of the longest rows on an accelerator, before any dialogue is held.
 
-    The first update finds it in the compilation cache.
+    The first update takes it from the compilation cache.
 
     Raises:
-      UserError: it does not fit; the compiler's figures, and what to change.
+      UserError: it does not fit; with the compiler's sizes and what to change.
     """
     if mesh.devices.flat[0].platform == "cpu":
         return
     batch, limit = abstract_batch(config, mesh), device_memory(mesh)
     try:
         memory = update.lower(state, batch).compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler says it itself
+    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler raises it
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
     else:
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         if limit is None or needed <= limit:
             return
-        found = f"it needs {needed / GIB:.1f} GiB of {limit / GIB:.1f}"
+        reason = f"it needs {needed / GIB:.1f} GiB of {limit / GIB:.1f}"
     raise UserError(
-        f"an update of rows of {batch.tokens.shape[1]} tokens does not fit a device: {found}; lower "
+        f"an update of rows of {batch.tokens.shape[1]} tokens does not fit a device: {reason}; lower "
         "training.microbatch_tokens, set model.remat=block, use more devices, or begin a new run with a "
         "lower rollout.max_tokens"
     )
 
 
 def model_shape(config: Config) -> QwenConfig:
-    """The shape of the model that a run would train, adapters included, from its folder or the settings.
+    """The shape of the model that a run would train, with adapters, from its folder or the configuration.
 
     Raises:
       UserError: there is no such folder, or its configuration cannot be read.
@@ -173,11 +168,7 @@ def model_shape(config: Config) -> QwenConfig:
     if config.model.path is None:
         fresh = config.model.fresh
         return replace(fresh_model(fresh, fresh.vocabulary, config.rollout.max_tokens), lora=lora)
-    path = Path(config.model.path)
-    if (path / CHECKPOINTS_FOLDER).is_dir():
-        folder = path / MODEL_FOLDER
-    else:
-        folder = base_folder(path) if is_adapter(path) else path
+    folder = model_files(config.model.path)
     if not folder.is_dir():
         raise UserError(f"`model.path` is {config.model.path!r}; there is no such folder")
     return replace(read_config(folder), lora=lora)

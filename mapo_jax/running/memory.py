@@ -1,17 +1,17 @@
-"""Bytes of each device by kind, forecast from shapes alone: for updates, and while dialogues are held.
+"""A forecast of each device's memory by kind, from shapes: during updates, and while dialogues are held.
 
-What lies in memory for the whole run is counted from the arrays' shapes and shardings. What an update needs
-on top is worked out per device from its micro-batch:
+Arrays that live for the whole run are counted from their shapes and shardings. An update's additional memory
+is computed per device from its micro-batch:
 
-- kept for the backward pass: what `jax.vjp` of one layer keeps under the remat policy, for every layer;
-- one layer's work: what it keeps without remat, two blocks of attention scores, its weights whole and their
-  gradient, and a few hidden states;
-- or, if that is more, the head's: its matrix whole and the gradient of that, and a chunk's logits four times.
+- residuals of the backward pass: what `jax.vjp` of one layer keeps under the remat policy, for every layer;
+- the work of one layer: its residuals without remat, two blocks of attention scores, its gathered weights and
+  their gradient, and a few hidden states;
+- or, if larger, the work of the head: its gathered matrix and gradient, and four times a chunk's logits.
 
-The compiler reuses memory in its own order, so this is near its figure, not equal to it: within 10 % on a CPU
-(tests/learning/test_scale.py), and for the updates that were compiled for TPU slices (tests/tpu/
-test_compile.py). The TPU's compiler keeps more alive than the above. How much more is fitted to those
-updates, and leaves at most 9 % of any of them.
+The compiler orders its buffers differently, so its figure differs: by at most 10 % on a CPU
+(tests/learning/test_scale.py), and by at most 9 % for the updates that were compiled for TPU slices
+(tests/tpu/test_compile.py). The TPU's compiler keeps more alive; factors fitted to those updates account for
+that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import RULES, param_shardings, row_shards
 from mapo_jax.rollout.capacity import cache_bytes, copies_weights
 from mapo_jax.running.processes import (
-    Hosts,
+    Processes,
     abstract_rollout_weights,
     process_count,
     rollout_mesh,
@@ -46,31 +46,31 @@ from mapo_jax.running.processes import (
 )
 
 GIB = 2**30
-# On a TPU so many times the gradient, a layer's work, and the head's float32 gradient.
+# Factors on a TPU: of the gradient, of a layer's work, and of the head's float32 gradient.
 TPU_GRADIENT, TPU_WORK, TPU_HEAD = 2.0, 1.2, 1.27
-BATCH_BYTES = 4 + 4 + 1 + 4 + 4 + 4  # a token of `batch.Batch`
+BATCH_BYTES = 4 + 4 + 1 + 4 + 4 + 4  # per token of `batch.Batch`
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Kind -> bytes of each device; a kind that is not there needs nothing."""
+    """Bytes of each device by kind; kinds without memory are absent."""
 
-    held: dict[str, float]  # all the time
-    update: dict[str, float]  # on top while weights are updated
-    rollout: dict[str, float]  # on top while dialogues are held
+    held: dict[str, float]  # during the whole run
+    update: dict[str, float]  # in addition, during updates
+    rollout: dict[str, float]  # in addition, while dialogues are held
 
     @property
     def most(self) -> float:
-        """At the worst moment."""
+        """The peak."""
         return sum(self.held.values()) + max(sum(self.update.values()), sum(self.rollout.values()))
 
 
 def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: int | None = None) -> Forecast:
-    """What a run will need.
+    """The memory that a run will need.
 
     Args:
-      model: the shape, with adapters if there are any.
-      length: of the rows; None: the longest.
+      model: its shape, with adapters if any.
+      length: of the rows; by default the longest.
     """
     length = length or row_lengths(config.rollout.max_tokens)[-1]
     dtype = config.model.dtype
@@ -89,15 +89,15 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
     }
     total, shards = minibatch_rows(config), row_shards(mesh)
     rows = microbatch_rows(total, length, config.training.microbatch_tokens, shards)
-    own = _own_part(model, mesh)
+    share = _device_share(model, mesh)
     microbatch = _Microbatch(
-        own, rows // shards, length, dtype, attention_name(config.model.attention, mesh, model, dtype)
+        share, rows // shards, length, dtype, attention_name(config.model.attention, mesh, model, dtype)
     )
     work = max(_layer_work(microbatch), _head_work(config, microbatch, model, mesh))
     gradient = trained if rows == total else 2 * trained
     if mesh.devices.flat[0].platform == "tpu":
         gradient *= TPU_GRADIENT
-        head_gradient = 0 if model.lora else 4 * own.vocab_size * own.hidden_size
+        head_gradient = 0 if model.lora else 4 * share.vocab_size * share.hidden_size
         work = TPU_WORK * _layer_work(microbatch) + TPU_HEAD * head_gradient
     update = {
         "rows of a mini-batch": BATCH_BYTES * total // shards * length,
@@ -108,39 +108,39 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
     }
     return Forecast(
         *(
-            {kind: size for kind, size in part.items() if size}
-            for part in (held, update, _rollout(config, model, mesh, state.weights))
+            {kind: size for kind, size in sizes.items() if size}
+            for sizes in (held, update, _rollout(config, model, mesh, state.weights))
         )
     )
 
 
 def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
-    """While dialogues are held: each process holds its share on its own devices."""
-    hosts = Hosts(0, process_count(mesh))
-    share, own_mesh = share_of(config.rollout, hosts.count), rollout_mesh(mesh, hosts)
+    """Memory while dialogues are held: each process has its share of them on its devices."""
+    processes = Processes(0, process_count(mesh))
+    share, own_mesh = share_of(config.rollout, processes.count), rollout_mesh(mesh, processes)
     dtype = config.model.dtype
     dialogues = share.scenarios * share.rollouts
     resident = min(share.slots or dialogues, dialogues)
-    vocabulary = _own_part(model, mesh).vocab_size
-    found = {
+    vocabulary = _device_share(model, mesh).vocab_size
+    sizes = {
         f"KV caches ({dtype})": cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(dtype))
         / own_mesh.size,
         "logits of the lanes": 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary,
     }
     whole = 0
-    if hosts.count > 1:
+    if processes.count > 1:
         weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
         whole = _bytes(weights)
     if not copies_weights(share.copy_weights, own_mesh):
-        return {f"weights of a host ({dtype})": whole} | found
+        return {f"weights of a host ({dtype})": whole} | sizes
     copy = abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
-    # What was gathered is let go before there are caches.
-    more = max(0, whole - sum(found.values()))
-    return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | found
+    # The gathered weights are freed before caches are allocated.
+    more = max(0, whole - sum(sizes.values()))
+    return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | sizes
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that each device has; None where it does not say (one that is only compiled for)."""
+    """Memory of each device in bytes; None if unknown (a device that is only compiled for)."""
     devices = list(mesh.devices.flat)
     try:
         limit = (devices[0].memory_stats() or {}).get("bytes_limit")
@@ -152,15 +152,15 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 def _bytes(tree: Any) -> int:
-    """Of a tree of abstract arrays, on one device."""
+    """Bytes of a tree of abstract arrays on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def _own_part(model: QwenConfig, mesh: Mesh) -> QwenConfig:
-    """The model as one device computes it: with its part of the heads, of the MLP and of the vocabulary."""
+def _device_share(model: QwenConfig, mesh: Mesh) -> QwenConfig:
+    """The model with one device's share of the heads, of the MLP and of the vocabulary."""
     tensor = mesh.shape["tensor"]
     return replace(
         model,
@@ -173,9 +173,9 @@ def _own_part(model: QwenConfig, mesh: Mesh) -> QwenConfig:
 
 @dataclass(frozen=True)
 class _Microbatch:
-    """What one device computes at a time."""
+    """The rows that one device computes at a time."""
 
-    model: QwenConfig  # its own part
+    model: QwenConfig  # with the device's share
     rows: int
     length: int
     dtype: str
@@ -189,9 +189,9 @@ class _Microbatch:
 
 @functools.lru_cache(maxsize=64)
 def _kept(batch: _Microbatch, remat: str) -> int:
-    """Bytes that the backward pass of one layer needs of its forward pass, weights not counted."""
+    """Bytes of one layer's residuals: what its backward pass needs of its forward pass, without weights."""
     config, dtype = batch.model, jnp.dtype(batch.dtype)
-    # A fused kernel keeps its inputs and its output, but no scores.
+    # A fused kernel keeps its inputs and output, but no scores.
     attend = causal_attention if batch.attention == "xla" else jax.checkpoint(causal_attention)
 
     def layer(x, weights, rotary):
@@ -210,7 +210,7 @@ def _kept(batch: _Microbatch, remat: str) -> int:
     positions = jax.ShapeDtypeStruct((batch.rows, batch.length), jnp.int32)
     rotary = jax.eval_shape(lambda at: rotary_angles(at, config.head_dim, config.rope_theta), positions)
     kept = jax.tree.leaves(jax.eval_shape(layer, x, weights, rotary))
-    # Weights, and what comes from positions alone, lie there anyway.
+    # Weights and rotary angles are counted elsewhere.
     elsewhere = {(leaf.shape, leaf.dtype) for leaf in (*jax.tree.leaves(weights), *rotary)}
     size = sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize
@@ -223,19 +223,21 @@ def _kept(batch: _Microbatch, remat: str) -> int:
 
 
 def _layer_work(batch: _Microbatch) -> int:
-    own, length = batch.model, batch.length
-    scores = batch.rows * own.num_heads * query_block(length) * length * 4 if batch.attention == "xla" else 0
-    layers = parameter_shapes(own, batch.dtype)["layers"]
+    model, length = batch.model, batch.length
+    scores = (
+        batch.rows * model.num_heads * query_block(length) * length * 4 if batch.attention == "xla" else 0
+    )
+    layers = parameter_shapes(model, batch.dtype)["layers"]
     weights = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
     return _kept(batch, "none") + 2 * scores + 2 * weights + 3 * batch.hidden
 
 
 def _head_work(config: Config, batch: _Microbatch, model: QwenConfig, mesh: Mesh) -> int:
-    own = batch.model
-    matrix = own.vocab_size * own.hidden_size
+    share = batch.model
+    matrix = share.vocab_size * share.hidden_size
     gathered = mesh.shape["fsdp"] > 1 or batch.dtype != "float32"
     scored = batch.rows * min(loss_tokens(config), batch.length)
-    logits = min(head.head_chunk(model.vocab_size), scored) * own.vocab_size * 4
+    logits = min(head.head_chunk(model.vocab_size), scored) * share.vocab_size * 4
     frozen = model.lora is not None
     return (
         gathered * matrix * jnp.dtype(batch.dtype).itemsize

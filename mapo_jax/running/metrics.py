@@ -1,7 +1,7 @@
-"""What a run writes about itself: one JSON line per step, event files, and the count of compiled programs.
+"""Metrics of a run: one JSON line per step, TensorBoard event files, and the count of compiled programs.
 
-Metric names are the field's own (docs list them): `reward/*`, `actor/*`, `sampler/*`, `advantages/*`,
-`response_length/*`, `turns/*`, `timing_s/*`, `perf/*`, `judge/*`.
+docs/metrics.md lists the metrics. Their names follow the field: `reward/*`, `actor/*`, `sampler/*`,
+`advantages/*`, `response_length/*`, `turns/*`, `timing_s/*`, `perf/*`, `judge/*`.
 """
 
 from __future__ import annotations
@@ -19,32 +19,16 @@ from typing import Any
 import jax
 
 from mapo_jax.errors import UserError
-from mapo_jax.files import append_line, as_path, copy_files, in_bucket, library_storage_problem
+from mapo_jax.files import append_line, as_path, copy_files, disk_errors, in_bucket
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
-EVENTS_COPIED_EVERY = 60.0  # seconds; to a bucket only
+EVENTS_COPIED_EVERY = 60.0  # seconds; only for a bucket
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
-@contextmanager
-def full_disk_is_a_user_error(path: Path | str) -> Iterator[None]:
-    """Turns a full, read-only or failing disk into a UserError that names `path`; other errors pass through.
-
-    What was saved before is whole: the same command goes on from there.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if (words := library_storage_problem(error, path)) is None:
-            raise
-        raise UserError(words) from error
-
-
 def to_json_line(step: int, metrics: Mapping[str, Any]) -> str:
-    """One strict JSON line: `step` first, then the metrics; what is not finite becomes null."""
+    """One strict JSON line: `step` first, then the metrics; values that are not finite become null."""
     row: dict[str, Any] = {"step": int(step)}
     for name, value in metrics.items():
         if not isinstance(value, (str, bool)) and value is not None:
@@ -56,7 +40,7 @@ def to_json_line(step: int, metrics: Mapping[str, Any]) -> str:
 
 
 def read_row(line: str | bytes) -> dict[str, Any] | None:
-    """A row of `metrics.jsonl`; None for a line that is none."""
+    """A row of `metrics.jsonl`; None for an invalid line."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -65,16 +49,16 @@ def read_row(line: str | bytes) -> dict[str, Any] | None:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl` in their order, without lines that are none; empty without the file."""
+    """The rows of `metrics.jsonl` in order, without invalid lines; empty without the file."""
     lines = file.read_bytes().splitlines() if file.exists() else ()
     return [row for line in lines if (row := read_row(line)) is not None]
 
 
 class MetricWriter:
-    """Appends each step's metrics to `metrics.jsonl`, and to event files and Weights & Biases if asked for.
+    """Appends each step's metrics to `metrics.jsonl`, and optionally to event files and Weights & Biases.
 
-    A step's row is one `write`, so that a kill leaves whole lines and at most one torn last one, which
-    `checkpoint.cut_back` removes.
+    A row is one system call, so a kill leaves at most one incomplete line at the end, which
+    `run_folder.cut_back` removes.
     """
 
     def __init__(
@@ -93,8 +77,8 @@ class MetricWriter:
           tensorboard: write event files below `tensorboard/`.
           wandb: log to Weights & Biases as well.
           configuration: what Weights & Biases shows as the run's configuration.
-          after: the finished step that the run goes on from. TensorBoard is told to forget what event files
-            hold from there on, and gets that step's rows again from `metrics.jsonl`.
+          after: the finished step that the run continues from. TensorBoard purges later steps from event
+            files, and gets that step's rows again from `metrics.jsonl`.
 
         Raises:
           UserError: `wandb` without the package; the disk is full.
@@ -107,12 +91,12 @@ class MetricWriter:
             self._target = folder / EVENTS_FOLDER
             self._local = Path(tempfile.mkdtemp(prefix="mapo_jax.")) if in_bucket(folder) else self._target
             self._copied = time.monotonic()
-            with full_disk_is_a_user_error(self._target):
+            with disk_errors(self._target):
                 self._open_events(after)
 
     def _open_events(self, after: int) -> None:
-        # The package's SummaryWriter writes from a thread of its own, whose queue `flush` does not wait for
-        # and whose errors nobody hears. Half a second of import that a run without it need not pay.
+        # SummaryWriter of the package writes in a thread: `flush` does not wait for it, and its errors are
+        # lost. The import takes half a second.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -128,7 +112,7 @@ class MetricWriter:
         self._events.flush()
 
     def _write_event(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """All figures of a row as one record, which is there whole or not at all."""
+        """Writes all metrics of a row as one record, which is whole or absent."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
@@ -139,15 +123,14 @@ class MetricWriter:
         self._events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one step's metrics everywhere.
+        """Writes one step's metrics.
 
-        A row equal to the file's last one is not written again: that is an evaluation repeated because the
-        run was killed right behind it.
+        A row equal to the last one of the file is skipped: a killed run repeats its last evaluation.
 
         Raises:
           UserError: the disk is full. Rows written before are whole.
         """
-        with full_disk_is_a_user_error(self._path):
+        with disk_errors(self._path):
             line = to_json_line(step, metrics).encode()
             if _ends_with_line(self._path, line):
                 return
@@ -161,21 +144,21 @@ class MetricWriter:
             self._wandb.log(dict(metrics), step=step)
 
     def last(self, name: str) -> float | None:
-        """The last value that the file holds of a metric; None if it has none."""
+        """The last value of a metric in the file; None without one."""
         rows = reversed(read_rows(self._path))
         return next((row[name] for row in rows if isinstance(row.get(name), (int, float))), None)
 
     def close(self) -> None:
-        """Flushes and closes what is open."""
+        """Flushes and closes all files."""
         if self._events is not None:
-            with full_disk_is_a_user_error(self._path.parent / EVENTS_FOLDER):
+            with disk_errors(self._path.parent / EVENTS_FOLDER):
                 self._events.close()
                 self._copy_events()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _copy_events(self) -> None:
-        """Event files grow by the record, which objects in a bucket cannot: they are copied now and then."""
+        """Copies event files to a bucket, whose objects cannot grow."""
         if self._local != self._target:
             copy_files(self._local, self._target)
             self._copied = time.monotonic()
@@ -191,12 +174,11 @@ def _ends_with_line(path: Path, line: bytes) -> bool:
     if not path.exists():
         return False
     if in_bucket(path):
-        return path.read_bytes()[-len(line) - 1 :] in (line, b"\n" + line)
-    if path.stat().st_size < len(line):
-        return False
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - len(line) - 1))
-        end = file.read()
+        end = path.read_bytes()[-len(line) - 1 :]
+    else:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - len(line) - 1))
+            end = file.read()
     return end in (line, b"\n" + line)
 
 
@@ -213,11 +195,10 @@ def _start_wandb(folder: Path, configuration: Mapping[str, Any] | None) -> Modul
 
 
 class CompileCounter:
-    """Counts the programs that XLA is asked for, by name, while it is open.
+    """Counts the programs that are requested from XLA, by name, inside its context.
 
-    A program found in the persistent compilation cache counts too: the figure says how many distinct
-    programs a run has, whatever an earlier run left behind. Programs already in this process's memory do
-    not count, so a steady step adds nothing:
+    Programs in the persistent compilation cache count too, so the count does not depend on earlier runs.
+    Programs in this process's memory do not count, so a steady step adds none:
 
         with CompileCounter() as counter:
             ... warm up ...
@@ -235,7 +216,7 @@ class CompileCounter:
         return len(self.names)
 
     def take_seconds(self) -> float:
-        """Seconds of compilation, reading from the cache included, since this was last asked."""
+        """Seconds of compilation or reading from the cache since the last call."""
         taken, self.seconds = self.seconds, 0.0
         return taken
 
@@ -253,10 +234,10 @@ class CompileCounter:
 
     @contextmanager
     def steady(self, what: str = "a steady step") -> Iterator[None]:
-        """Asserts that nothing is compiled inside.
+        """Asserts that nothing is compiled in its body.
 
         Raises:
-          AssertionError: something was; it is named.
+          AssertionError: with the names of the compiled programs.
         """
         before = self.count
         yield

@@ -1,4 +1,4 @@
-"""A policy and its weights as a Hugging Face folder that reproduces the rows it was trained on."""
+"""Writes a policy and its weights as a Hugging Face folder that reproduces the training rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from pathlib import Path
 
 from mapo_jax.config import RolloutConfig
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.files import disk_errors, write_whole
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import Params
 from mapo_jax.model.tensor_names import Reader
-from mapo_jax.running.metrics import full_disk_is_a_user_error
 from mapo_jax.running.policy import Policy
 from mapo_jax.tokenizer import write_tokenizer
 
@@ -30,14 +29,14 @@ def write_model_folder(
     dtype: str = "float32",
     max_shard_bytes: float = 5e9,
 ) -> None:
-    """Writes weights, config.json, the tokenizer with the chat template of the rows, generation_config.json.
+    """Writes weights, config.json, the tokenizer with the rows' chat template, and generation_config.json.
 
     Args:
       folder: an existing folder.
-      params: the weights, or what reads them one by one.
-      rollout: how the policy sampled; becomes the default of those who generate with it.
+      params: the weights, or a reader of them.
+      rollout: sampling of the training, which becomes the default for generation.
       dtype: of the weights: float32 or bfloat16.
-      max_shard_bytes: of one weights file.
+      max_shard_bytes: largest weights file.
     """
     folder = Path(folder)
     stop = list(policy.chat.stop_ids)
@@ -59,15 +58,15 @@ def write_model_folder(
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, which takes its name when the block ends well.
+    """A temporary folder beside `target`, renamed to it at the end of the block; removed after an error.
 
-    `target` may be an empty folder. After an error nothing is left.
+    `target` may be an empty folder.
 
     Raises:
-      UserError: the disk is full, or the place cannot be written to.
-      FileExistsError: meanwhile something else took the name; it is left as it is.
+      UserError: the disk is full, or the folder cannot be created.
+      FileExistsError: `target` was created meanwhile; it is unchanged.
     """
-    with full_disk_is_a_user_error(target):
+    with disk_errors(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -88,7 +87,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    # A folder whose name survives a power cut must not hold files that did not.
+    # After a power cut a renamed folder must not hold files that were not synced.
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:

@@ -1,35 +1,33 @@
-"""Where the time of a run goes: named phases, one at a time, and how long each has taken."""
+"""Timing of a run by named phases, of which one is active at a time."""
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-BETWEEN = "between phases"  # writing rows, drawing the panel: what no phase is entered for
-_REMEMBERED = 100  # stretches of a phase that its median is taken from
+BETWEEN = "between phases"  # time outside all phases: writing rows, drawing the panel
+_REMEMBERED = 100  # last stretches of a phase, for its median
 
 
 class Stretch(NamedTuple):
-    """A phase from when it was entered, or come back to, until it was left."""
+    """A continuous interval in one phase."""
 
     phase: str
-    number: int  # of all stretches: tells two in the same phase apart
+    number: int  # counts all stretches of the run
     started: float  # on the clock of `Phases`
 
 
 class Phases:
-    """A stopwatch with names, cheap enough to be always on.
+    """A timer of nested phases; time counts for the innermost one.
 
-    Phases nest; a second belongs to the innermost one. Entering and leaving costs two readings of the clock,
-    and nothing waits for a device: a phase ends when its code does.
+    It costs two readings of the clock per phase, and never waits for a device: a phase ends with its code.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic):
-        """`now` gives seconds."""
+        """`now` returns seconds."""
         self._now = now
         self._names = [BETWEEN]
         self._seconds: dict[str, float] = defaultdict(float)
@@ -38,7 +36,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """The body is this phase."""
+        """A context manager: its body is this phase."""
         self._switch([*self._names, phase])
         try:
             yield
@@ -46,17 +44,17 @@ class Phases:
             self._switch(self._names[:-1])
 
     def add(self, phase: str, seconds: float) -> None:
-        """Counts seconds to a phase that this process was not there for."""
+        """Adds seconds that were not measured here to a phase."""
         self._seconds[phase] += seconds
 
     def take(self) -> dict[str, float]:
-        """`timing_s/PHASE`: seconds in every phase since this was last asked, for phases left meanwhile."""
+        """`timing_s/PHASE`: seconds in every phase that ended since the last call."""
         taken = {f"timing_s/{name}": seconds for name, seconds in self._seconds.items() if name != BETWEEN}
         self._seconds.clear()
         return taken
 
     def stretches(self, phase: str) -> list[float]:
-        """Seconds of the last finished stretches of a phase."""
+        """Durations in seconds of the last finished stretches of a phase."""
         return list(self._stretches[phase])
 
     def _switch(self, names: list[str]) -> None:
@@ -65,18 +63,6 @@ class Phases:
         self._seconds[self.current.phase] += seconds
         self._stretches[self.current.phase] = [*self._stretches[self.current.phase], seconds][-_REMEMBERED:]
         self._names = names
-        self.current = Stretch(names[-1], self.current.number + 1, now)  # one assignment: other threads look
-
-
-def phase(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes all of a function a phase of the run, which is its first argument and has `phases`."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def timed(run: Any, *args: Any, **options: Any) -> Any:
-            with run.phases(name):
-                return function(run, *args, **options)
-
-        return timed
-
-    return decorate
+        self.current = Stretch(
+            names[-1], self.current.number + 1, now
+        )  # one assignment, as other threads read it

@@ -1,4 +1,4 @@
-"""A policy as it lies on the disk: a Hugging Face folder, or a run's checkpoint with its model files."""
+"""A policy and its weights: read from a Hugging Face folder or a run folder, and its sampler."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mapo_jax.files import (
     as_path,
     copy_files,
     damaged_file,
+    disk_errors,
     in_bucket,
     local_folder,
     write_checksums,
@@ -33,27 +34,19 @@ from mapo_jax.model.tensor_names import Reader
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
-from mapo_jax.running.checkpoint import (
-    CHECKPOINTS_FOLDER,
-    checkpoint_folder,
-    open_base,
-    open_params,
-    restore_base,
-    restore_params,
-)
-from mapo_jax.running.metrics import full_disk_is_a_user_error
-from mapo_jax.running.processes import share_of
+from mapo_jax.running.checkpoint import open_params, restore_params
+from mapo_jax.running.run_folder import BASE_FOLDER, CHECKPOINTS_FOLDER, checkpoint_folder
 from mapo_jax.tokenizer import load_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MODEL_FOLDER = "model"  # of a run: config.json and tokenizer, everything but weights
+MODEL_FOLDER = "model"  # of a run: config.json and the tokenizer
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What talks: architecture, tokenizer, and how dialogues become token rows. Weights are kept apart."""
+    """Architecture, tokenizer, and how dialogues become token rows; without the weights."""
 
     config: QwenConfig
     tokenizer: PreTrainedTokenizerBase
@@ -68,20 +61,17 @@ def load_policy(
     step: int | None = None,
     dtype: str = "float32",
 ) -> tuple[Policy, Params]:
-    """Loads a policy and its weights, each array onto its own devices.
-
-    What a run with adapters left is merged: whoever loads it gets plain weights.
+    """Loads a policy and its weights onto the devices of `mesh`; adapters of a run are merged.
 
     Args:
       path: a Hugging Face folder, a folder of LoRA adapters in PEFT's format, or a run folder.
       rollout: how dialogues are rendered.
       mesh: where the weights go.
-      step: of a run: which checkpoint; the latest by default.
-      dtype: of the weights; norms are float32 in any case.
+      step: checkpoint of a run; the newest by default.
+      dtype: of the weights except norms, which are float32.
 
     Raises:
-      UserError: neither kind of folder, one that cannot be read, or weights that are not finite; names the
-        file or the weight and what is wrong.
+      UserError: no such folder, one that cannot be read, or weights that are not finite.
     """
     policy = read_policy(path, rollout)
     policy, params = _load(path, policy, mesh, step, dtype)
@@ -102,10 +92,11 @@ def _load(
             template,
             param_shardings(parameter_shapes(config), mesh),
         )
+    checkpoint = checkpoint_folder(path, step)
     if config.lora is None:
-        return policy, restore_params(path, in_precision(template, dtype), step=step)
+        return policy, restore_params(checkpoint, in_precision(template, dtype))
     adapters, base = split(template)
-    params = join(restore_base(path, base), restore_params(path, adapters, step=step))
+    params = join(restore_params(as_path(path) / BASE_FOLDER, base), restore_params(checkpoint, adapters))
     policy = replace(policy, config=replace(config, lora=None))
     merged = jax.jit(
         lambda params: in_precision(merge(params, config.lora), dtype),
@@ -121,8 +112,11 @@ def _refuse_not_finite(path: Path | str, params: Params, mesh: Mesh | None) -> N
         lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), out_shardings=everywhere
     )
     finite = np.asarray(check([leaf for _, leaf in leaves]))
-    bad = [jax.tree_util.keystr(key, simple=True, separator="/") for key, _ in leaves]
-    bad = [name for name, fine in zip(bad, finite, strict=True) if not fine]
+    bad = [
+        jax.tree_util.keystr(key, simple=True, separator="/")
+        for (key, _), fine in zip(leaves, finite, strict=True)
+        if not fine
+    ]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(
@@ -131,15 +125,18 @@ def _refuse_not_finite(path: Path | str, params: Params, mesh: Mesh | None) -> N
 
 
 def open_weights(run: Path | str, config: QwenConfig, *, step: int | None = None) -> Reader:
-    """Reads the weights of a run's checkpoint one by one, adapters merged; arguments as of `open_params`.
+    """Opens the weights of a run's checkpoint to be read one by one, with adapters merged.
 
     Args:
       config: of the run's policy, adapters included.
+      step: which checkpoint; the newest by default.
     """
+    checkpoint = checkpoint_folder(run, step)
     if config.lora is None:
-        return open_params(run, parameter_shapes(config), step=step)
+        return open_params(checkpoint, parameter_shapes(config))
     adapters, base = split(parameter_shapes(config))
-    read_adapter, read_base = open_params(run, adapters, step=step), open_base(run, base)
+    read_adapter = open_params(checkpoint, adapters)
+    read_base = open_params(as_path(run) / BASE_FOLDER, base)
 
     def read(path: str, layer: int | None) -> np.ndarray:
         weight = read_base(path, layer).astype(np.float32)
@@ -152,30 +149,35 @@ def open_weights(run: Path | str, config: QwenConfig, *, step: int | None = None
     return read
 
 
+def model_files(path: Path | str) -> Path:
+    """The folder with config.json and the tokenizer: of a run, an adapter's base model, or `path` itself."""
+    path = as_path(path)
+    if _is_run(path):
+        return path / MODEL_FOLDER
+    return base_folder(path) if is_adapter(path) else path
+
+
 def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
     """A policy without its weights; arguments and errors as of `load_policy`."""
-    path = as_path(path)
-    folder = path / MODEL_FOLDER if _is_run(path) else base_folder(path) if is_adapter(path) else path
-    if _is_run(path):
+    folder, is_run = model_files(path), _is_run(path)
+    if is_run:
         _refuse_damage(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run folder")
-    with local_folder(folder) as here:
-        tokenizer = load_tokenizer(here)
-        model = read_config(here)
-        if _is_run(path):
-            model = replace(model, lora=read_adapter_config(here))
-    chat = ChatFormat(tokenizer, rollout.history, rollout.system_prompt)
-    policy = Policy(model, tokenizer, chat)
+    with local_folder(folder) as local:
+        tokenizer, model = load_tokenizer(local), read_config(local)
+        if is_run:
+            model = replace(model, lora=read_adapter_config(local))
+    policy = Policy(model, tokenizer, ChatFormat(tokenizer, rollout.history, rollout.system_prompt))
     _check_fit(policy, rollout, path)
     return policy
 
 
 def check_policy(path: Path | str, rollout: RolloutConfig) -> None:
-    """Refuses what `load_policy` refuses, as far as it shows without reading all weights."""
+    """Raises what `load_policy` would raise, except for errors found only by reading all weights."""
     policy = read_policy(path, rollout)
     if _is_run(path):
-        checkpoint_folder(path, None)
+        checkpoint_folder(path)
     else:
         check_weights(path, policy.config)
 
@@ -190,7 +192,7 @@ def _refuse_damage(folder: Path) -> None:
 
 
 def adapters(config: LoraConfig) -> LoRA | None:
-    """What `lora` asks for; None: all weights are trained."""
+    """The adapters that `lora` configures; None if all weights are trained."""
     return LoRA(config.rank, config.alpha, tuple(config.targets)) if config.rank else None
 
 
@@ -199,36 +201,6 @@ def _is_run(path: Path | str) -> bool:
 
 
 def make_engine(
-    policy: Policy,
-    rollout: RolloutConfig,
-    temperature: float,
-    *,
-    dtype: str,
-    mesh: Mesh | None,
-    processes: int = 1,
-) -> Engine:
-    """The sampler of a policy, without weights yet, with a slot for every dialogue of a step.
-
-    Args:
-      mesh: of the devices it samples on.
-      processes: how many have such a sampler, each with its share of dialogues and caches.
-
-    Raises:
-      UserError: they cannot be shared evenly.
-    """
-    chat = policy.chat
-    return engine_for(
-        policy.config,
-        chat.stop_ids,
-        chat.vocabulary_size,
-        share_of(rollout, processes),
-        temperature,
-        dtype=dtype,
-        mesh=mesh,
-    )
-
-
-def engine_for(
     model: QwenConfig,
     stop_ids: Sequence[int],
     vocabulary_size: int,
@@ -238,7 +210,12 @@ def engine_for(
     dtype: str,
     mesh: Mesh | None,
 ) -> Engine:
-    """`make_engine` where there is a shape and no tokenizer."""
+    """The sampler of one process, without weights yet, with a slot for each of its dialogues of a step.
+
+    Args:
+      rollout: the process's share of a step (`processes.share_of`).
+      mesh: the devices to sample on.
+    """
     dialogues = rollout.scenarios * rollout.rollouts
     return Engine(
         model,
@@ -256,32 +233,27 @@ def engine_for(
 
 
 def save_model_files(run_folder: Path | str, policy: Policy) -> None:
-    """Writes what a run's checkpoints lack to be a model: its shape and its tokenizer.
+    """Writes what a model needs besides a checkpoint: its shape and its tokenizer.
 
     Raises:
       UserError: the disk is full.
     """
     folder = as_path(run_folder) / MODEL_FOLDER
-    with ExitStack() as stack:
-        stack.enter_context(full_disk_is_a_user_error(folder))
+    with disk_errors(folder), ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
-        if not in_bucket(folder):
-            _write_model_files(folder, policy)
-            return
-        here = stack.enter_context(tempfile.TemporaryDirectory(prefix="mapo_jax."))
-        _write_model_files(Path(here), policy)
-        copy_files(Path(here), folder)
+        local = folder
+        if in_bucket(folder):
+            local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mapo_jax.")))
+        write_tokenizer(local, policy.tokenizer)
+        if policy.config.lora is not None:
+            write_adapter_config(local, policy.config.lora)
+        write_config(local, policy.config)
+        write_checksums(local)
+        if local != folder:
+            copy_files(local, folder)
 
 
-def _write_model_files(folder: Path, policy: Policy) -> None:
-    write_tokenizer(folder, policy.tokenizer)
-    if policy.config.lora is not None:
-        write_adapter_config(folder, policy.config.lora)
-    write_config(folder, policy.config)
-    write_checksums(folder)
-
-
-def _check_fit(policy: Policy, rollout: RolloutConfig, path: Path) -> None:
+def _check_fit(policy: Policy, rollout: RolloutConfig, path: Path | str) -> None:
     if rollout.max_tokens > policy.config.max_position_embeddings:
         raise UserError(
             f"`rollout.max_tokens` is {rollout.max_tokens}; it must be at most the "

@@ -1,8 +1,8 @@
-"""One run on several processes: who holds what, and how values that all need come together.
+"""One run on several processes: how they join, exchange values and share dialogues and devices.
 
-Everything here is the identity for a single process. With several, each holds its own share of the dialogues
-with its own users and judges, on its own devices; what all of them must know (cells, token rows) is gathered,
-and from there on every process runs the same programs in the same order on the whole mesh.
+For a single process every function here is the identity. Of several, each holds its share of the dialogues
+with its own users and judges, on its own devices. Cells and token rows are gathered; then every process runs
+the same programs in the same order on the whole mesh.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -37,17 +36,17 @@ from mapo_jax.running.stop import Interrupted
 
 T = TypeVar("T")
 
-STATUS = 3  # exit status of a process that ends because another one did
+STATUS = 3  # exit status of a process that exits because another one failed
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"
-_TASKS = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")  # how many Open MPI and Slurm have started
-# What `jax.distributed.initialize` says where there is no cluster, or where jax is at work already.
+_TASKS = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")  # number of processes under Open MPI and Slurm
+# Messages of `jax.distributed.initialize` without a cluster, or after the first use of jax.
 _NO_CLUSTER = ("coordinator_address should be defined", "must be called before any JAX calls")
 
 
 @dataclass(frozen=True)
-class Hosts:
-    """The processes of a run, seen from one of them; a context manager that leaves them in the end."""
+class Processes:
+    """The processes of a run, as one of them knows them; a context manager that disconnects at its end."""
 
     index: int = 0
     count: int = 1
@@ -55,27 +54,27 @@ class Hosts:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and shows what there is one of."""
+        """Whether this is process 0, which writes the run's common files and shows its progress."""
         return self.index == 0
 
     def share(self, total: int) -> slice:
-        """Which of `total` things are this process's; the shares of all, in order, are all things."""
+        """The indices of this process's share of `total` items; the shares in order are all items."""
         return slice(self.index * total // self.count, (self.index + 1) * total // self.count)
 
     def exchange(self, what: str, value: Any) -> list[Any]:
-        """Every process's value (JSON), in their order; waits for all. `what` names the place in the code."""
+        """The values (JSON) of all processes, in their order; a barrier. `what` names the call."""
         return [value] if self.peers is None else self.peers.exchange(what, value)
 
     def report(self, what: str, value: Any) -> list[Any] | None:
-        """Every process's value for the first one; None for the others."""
+        """The values of all processes in process 0; None in the others, which do not wait."""
         return [value] if self.peers is None else self.peers.exchange(what, value, everybody=False)
 
     def together(self, what: str, work: Callable[[], T]) -> T:
-        """This process's own work, such as holding dialogues; returns when all have done theirs.
+        """The result of `work` in this process, such as its dialogues; returns when all have finished.
 
         Raises:
-          Interrupted: a process was interrupted in it, or had an error. All raise it, so that all stand at
-            the same place; the one with the error has it as the cause.
+          Interrupted: a process was interrupted or raised UserError. All raise it, and so stay at the same
+            point of the program; the one with the error has it as the cause.
         """
         if self.peers is None:
             return work()
@@ -84,29 +83,31 @@ class Hosts:
             result = work()
         except (Interrupted, UserError) as error:
             problem = error
-        words = str(problem) if isinstance(problem, Interrupted) else f"process {self.index}: {problem}"
-        said = [w for w in self.exchange(what, None if problem is None else words) if w is not None]
-        if said:
-            raise Interrupted(said[0]) from problem
+        reason = None
+        if problem is not None:
+            reason = str(problem) if isinstance(problem, Interrupted) else f"process {self.index}: {problem}"
+        reasons = [reason for reason in self.exchange(what, reason) if reason is not None]
+        if reasons:
+            raise Interrupted(reasons[0]) from problem
         return result
 
     def gather(self, tree: T) -> T:
-        """Arrays of all processes, joined along their first axis, whole in every process.
+        """The arrays of all processes, concatenated along their first axis, in every process.
 
         Args:
-          tree: numpy arrays, of the same shapes in every process.
+          tree: numpy arrays of the same shapes in every process.
         """
         return tree if self.count == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
     def whole(self, array: jax.Array) -> np.ndarray:
-        """All of an array that lies on the devices of all processes. A collective."""
+        """The whole of an array that is distributed over the devices of all processes. A collective."""
         return np.asarray(array) if self.count == 1 else multihost_utils.process_allgather(array, tiled=True)
 
     @contextmanager
-    def speaking(self) -> Iterator[None]:
-        """Ends this process at once, with last words for the others, after an error that is its own alone.
+    def exit_on_error(self) -> Iterator[None]:
+        """On an error in this process, notifies the other processes and exits at once.
 
-        What follows an error would otherwise wait for the others, and they for this one.
+        Otherwise this process and the others would wait for each other.
         """
         try:
             yield
@@ -114,78 +115,79 @@ class Hosts:
             if self.peers is None or self.peers.over:
                 raise
             bad_input = isinstance(error, UserError)
-            words = printable(str(error) if bad_input else f"{type(error).__name__}: {error}")
+            reason = printable(str(error) if bad_input else f"{type(error).__name__}: {error}")
             if bad_input:
-                print(f"error: {words}", file=sys.stderr)
+                print(f"error: {reason}", file=sys.stderr)
             else:
                 traceback.print_exc()
-            self.peers.leave(words)
+            self.peers.leave(reason)
             exit_now(2 if bad_input else 1)
 
-    def part(self) -> None:
-        """Says goodbye; all processes stand at the same place, and each may end in its own time."""
+    def finish(self) -> None:
+        """The final barrier; afterwards each process may exit at any time."""
         if self.peers is not None and not self.peers.over:
             self.exchange("the end", None)
             self.peers.leave()
 
-    def __enter__(self) -> Hosts:
+    def __enter__(self) -> Processes:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.peers is not None:
             jax.distributed.shutdown()  # waits for the others
             Sentinel.dismiss()
 
 
-def join(config: Config) -> Hosts:
-    """Makes this process one of a run's, before anything touches a device.
+SINGLE = Processes()  # a run of one process
 
-    It is one of several if `JAX_COORDINATOR_ADDRESS` (HOST:PORT of process 0), `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID` are set, or where `jax.distributed.initialize` finds its processes by itself: on Cloud
-    TPU, under Slurm and Open MPI. Otherwise nothing happens.
+
+def join(config: Config) -> Processes:
+    """Connects this process to the others of its run; call it before anything uses a device.
+
+    There are several processes if `JAX_COORDINATOR_ADDRESS` (HOST:PORT of process 0), `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID` are set, or where `jax.distributed.initialize` finds them itself: on Cloud TPU, under
+    Slurm and under Open MPI. Otherwise the run has one process.
 
     Raises:
-      UserError: the variables make no sense, processes are missing, or they disagree on the configuration or
-        on the code; every process that has come says the same.
+      UserError: the variables are invalid, processes are missing, or they differ in configuration or code;
+        the same error in every process that is there.
     """
-    jax.config.update("jax_enable_preemption_service", False)  # signals are heard by interruption.StopRequest
+    jax.config.update("jax_enable_preemption_service", False)  # running.stop.StopRequest handles signals
     named = any(map(os.environ.get, (ADDRESS, COUNT, INDEX)))
     peers = _join_named(config) if named else _join_cluster(config)
-    return Hosts() if peers is None else Hosts(peers.index, peers.count, peers)
+    return SINGLE if peers is None else Processes(peers.index, peers.count, peers)
 
 
 def _join_named(config: Config) -> Peers | None:
-    """The processes that the environment variables name; None for a single one."""
+    """The processes given by environment variables; None for a single one."""
     address, count, index = _from_variables()
     if count == 1:
         return None
     bind = os.environ.get(BIND) or address
-    # Before jax's own service, which would end this process where another is missing, and not say which.
+    # Before jax's service, which aborts this process if another is missing, without naming that one.
     peers = _meet(config, _listener(bind) if index == 0 else _host_and_port(address), count, index)
     try:
         _initialize(config, address, count, index, coordinator_bind_address=bind)
     except RuntimeError as error:
-        words = f"jax.distributed.initialize failed: {printable(str(error))}"
-        peers.leave(words)
-        raise UserError(words) from error
+        reason = f"jax.distributed.initialize failed: {printable(str(error))}"
+        peers.leave(reason)
+        raise UserError(reason) from error
     return peers
 
 
 def _join_cluster(config: Config) -> Peers | None:
-    """The processes that jax finds by itself; None if there are none, or just one."""
+    """The processes that jax finds itself; None if there is no other."""
     if next(filter(None, map(os.environ.get, _TASKS)), None) == "1":
-        return None  # jax would leave a single process one of its GPUs
+        return None  # jax would give a single process only one of its GPUs
     Sentinel.post(
         f"not all processes of this cluster came within {config.run.join_seconds:g} s; start the same "
         f"command on every host, or set {COUNT}=1 for a run of one process"
     )
     try:
         _initialize(config)
-    except Exception as error:  # whatever a cluster's own library raises
+    except Exception as error:  # of any type: cluster libraries raise their own
         Sentinel.dismiss()
-        if any(words in str(error) for words in _NO_CLUSTER):
+        if any(message in str(error) for message in _NO_CLUSTER):
             return None
         raise UserError(
             f"this looks like a cluster, but its processes cannot be found ({error}); set {ADDRESS}, {COUNT} "
@@ -193,12 +195,12 @@ def _join_cluster(config: Config) -> Peers | None:
         ) from error
     count, index = jax.process_count(), jax.process_index()
     if count > 1:
-        # jax does not say publicly where process 0 is, so that tells the others itself.
+        # jax has no public call for the address of process 0, so process 0 broadcasts it.
         listener = _listener(f"{_own_address()}:0") if index == 0 else None
         where = json.dumps(listener.getsockname()[:2] if listener else None).encode().ljust(80)
-        told = multihost_utils.broadcast_one_to_all(np.frombuffer(where, np.uint8))
+        address = multihost_utils.broadcast_one_to_all(np.frombuffer(where, np.uint8)).tobytes()
         try:
-            return _meet(config, listener or tuple(json.loads(told.tobytes())), count, index)
+            return _meet(config, listener or tuple(json.loads(address)), count, index)
         except UserError:
             Sentinel.dismiss()
             jax.distributed.shutdown()
@@ -209,7 +211,7 @@ def _join_cluster(config: Config) -> Peers | None:
 
 
 def _initialize(config: Config, *where: Any, **bind: str) -> None:
-    """jax's own service; it notices what `Peers` notices, later and without a sentence."""
+    """Starts jax's service. It detects the failures that `Peers` detects later, and gives no sentence."""
     silent = math.ceil(config.run.silent_seconds)
     jax.distributed.initialize(
         *where,
@@ -221,7 +223,7 @@ def _initialize(config: Config, *where: Any, **bind: str) -> None:
 
 
 def _meet(config: Config, where: socket.socket | tuple[str, int], count: int, index: int) -> Peers:
-    """All processes, which agree on the configuration and the code."""
+    """Connects to all processes, and compares configuration and code."""
     join, silent = config.run.join_seconds, config.run.silent_seconds
     try:
         peers = Peers(where, count, index, join, silent, _end_with)
@@ -231,37 +233,29 @@ def _meet(config: Config, where: socket.socket | tuple[str, int], count: int, in
             f"of {count}; start the same command there, and see that the port is open"
         ) from error
     agree(peers, _about(config))
-    Sentinel.post(
-        f"process {index} of {count} ended without a word of its own: it was killed, or process 0, on which "
-        f"all others depend, is gone; {AGAIN}"
-    )
+    Sentinel.post(f"process {index} of {count} was killed, or aborted because process 0 is gone; {AGAIN}")
     return peers
 
 
 def agree(peers: Peers, about: dict[str, str]) -> None:
-    """Compares what all processes must agree on: a name of it -> its text.
+    """Compares what must be the same in all processes.
+
+    Args:
+      about: name -> value as text.
 
     Raises:
-      UserError: the first name for which a process differs from process 0; the same in every process.
+      UserError: the first name in which a process differs from process 0; the same in every process.
     """
-    all_about = peers.exchange("configuration", about, everybody=False)
-    refusal = peers.exchange("agreement", all_about and _disagreement(all_about))[0]
-    if refusal is not None:
-        peers.leave()
-        raise UserError(refusal)
-
-
-def _disagreement(all_about: list[dict[str, str]]) -> str | None:
-    first = all_about[0]
-    for other, its in enumerate(all_about):
-        for name in dict.fromkeys((*first, *its)):
-            if first.get(name) != its.get(name):
-                texts = first.get(name, "nothing"), its.get(name, "nothing")
-                return (
-                    f"processes 0 and {other} disagree: {name} is {texts[0]} in process 0 and {texts[1]} in "
+    first, *others = peers.exchange("configuration", about)
+    for other, values in enumerate(others, start=1):
+        for name in dict.fromkeys((*first, *values)):
+            here, there = first.get(name, "nothing"), values.get(name, "nothing")
+            if here != there:
+                peers.leave()
+                raise UserError(
+                    f"processes 0 and {other} disagree: {name} is {here} in process 0 and {there} in "
                     f"process {other}; start the same command with the same code on every host"
                 )
-    return None
 
 
 def _end_with(sentence: str) -> NoReturn:
@@ -295,7 +289,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _listener(address: str) -> socket.socket:
-    """Listens at this address alone."""
+    """A socket that listens at this address only."""
     host, port = _host_and_port(address)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -319,7 +313,7 @@ def _own_address() -> str:
 
 
 def _about(config: Config) -> dict[str, str]:
-    """What processes must agree on, most telling first."""
+    """What must be the same in all processes, the most helpful for an error first."""
     settings = {f"`{key}`": repr(value_of(config, key)) for key in known_keys()}
     code = blake2b(digest_size=6)
     package = Path(__file__).parents[1]
@@ -332,66 +326,68 @@ def _about(config: Config) -> dict[str, str]:
 
 
 def process_count(mesh: Mesh) -> int:
-    """How many processes the devices of a mesh belong to."""
+    """The number of processes that the devices of a mesh belong to."""
     return len({device.process_index for device in mesh.devices.flat})
 
 
-def rollout_mesh(mesh: Mesh, hosts: Hosts) -> Mesh:
-    """The mesh that this process samples on: its own devices, cut over `tensor` as in training.
+def rollout_mesh(mesh: Mesh, processes: Processes) -> Mesh:
+    """The mesh that this process samples on: its own devices, with `tensor` as in training.
 
-    A single process samples on the training mesh itself.
+    A single process samples on the training mesh.
 
     Raises:
-      UserError: a `tensor` group of the mesh lies on several processes.
+      UserError: a `tensor` group of the mesh spans several processes.
     """
-    if hosts.count == 1:
+    if processes.count == 1:
         return mesh
     tensor = mesh.shape["tensor"]
     groups = mesh.devices.reshape(-1, tensor)
-    own = [group for group in groups if group[0].process_index == hosts.index]
+    local_groups = [group for group in groups if group[0].process_index == processes.index]
     if any(device.process_index != group[0].process_index for group in groups for device in group):
-        local = sum(device.process_index == hosts.index for device in mesh.devices.flat)
+        local = sum(device.process_index == processes.index for device in mesh.devices.flat)
         raise UserError(
             f"`mesh.tensor` is {tensor}; it must divide the {local} devices of one process, which holds "
             "dialogues on its own devices"
         )
-    devices = np.asarray(own).reshape(1, len(own), tensor)
+    devices = np.asarray(local_groups).reshape(1, len(local_groups), tensor)
     return Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
 
 
-def rollout_weights(config: QwenConfig, mesh: Mesh, hosts: Hosts, dtype: str) -> Callable[[Params], Params]:
-    """The weights as this process samples with them: on its `rollout_mesh`, in the compute dtype.
+def rollout_weights(
+    config: QwenConfig, mesh: Mesh, processes: Processes, dtype: str
+) -> Callable[[Params], Params]:
+    """A function from the training weights to this process's sampling weights, on its `rollout_mesh`.
 
-    One program on the whole mesh gathers what `fsdp` has cut, cast before it travels; norms keep float32, in
-    which they are computed. A single process takes the training weights as they are.
+    One program on the whole mesh casts them to the compute dtype and gathers over `fsdp`; norms keep float32.
+    A single process samples with the training weights themselves.
     """
-    if hosts.count == 1:
+    if processes.count == 1:
         return lambda params: params
-    local = param_shardings(parameter_shapes(config), rollout_mesh(mesh, hosts), ROLLOUT_RULES)
-    cut = param_shardings(parameter_shapes(config), mesh)
-
+    shapes = parameter_shapes(config)
+    local = param_shardings(shapes, rollout_mesh(mesh, processes), ROLLOUT_RULES)
+    training = param_shardings(shapes, mesh)
     gathered = jax.jit(
-        lambda params: jax.lax.with_sharding_constraint(in_precision(params, dtype), cut),
-        out_shardings=param_shardings(parameter_shapes(config), mesh, ROLLOUT_RULES),
+        lambda params: jax.lax.with_sharding_constraint(in_precision(params, dtype), training),
+        out_shardings=param_shardings(shapes, mesh, ROLLOUT_RULES),
     )
 
-    def own(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-        parts = [shard.data for shard in array.addressable_shards]
-        return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+    def localize(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+        shards = [shard.data for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
 
-    return lambda params: jax.tree.map(own, gathered(params), local)
+    return lambda params: jax.tree.map(localize, gathered(params), local)
 
 
 def abstract_rollout_weights(
     params: Params, config: QwenConfig, own_mesh: Mesh, dtype: str, rules=ROLLOUT_RULES
 ) -> Params:
-    """What `rollout_weights` makes of weights for one of several processes, as `jax.ShapeDtypeStruct`s.
+    """The result of `rollout_weights` for one of several processes, as `jax.ShapeDtypeStruct`s.
 
     Args:
-      params: the tree of the weights, or of their shapes.
+      params: the weights or their shapes.
       own_mesh: the process's `rollout_mesh`.
       dtype: of computation; norms and adapters keep theirs.
-      rules: how they lie; with `sharding.RULES` as the engine's copy does.
+      rules: their sharding; `sharding.RULES` for the engine's copy.
     """
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -401,16 +397,16 @@ def abstract_rollout_weights(
 
 
 def share_of(rollout: RolloutConfig, processes: int) -> RolloutConfig:
-    """What one of several processes holds of a step.
+    """One process's share of a step's scenarios and slots.
 
     Raises:
-      UserError: scenarios or slots cannot be shared evenly.
+      UserError: they are no multiple of the number of processes.
     """
-    shared = {name: getattr(rollout, name) for name in ("scenarios", "slots")}
-    for name, size in shared.items():
-        if size is not None and size % processes:
+    totals = {name: size for name in ("scenarios", "slots") if (size := getattr(rollout, name)) is not None}
+    for name, size in totals.items():
+        if size % processes:
             raise UserError(
                 f"`rollout.{name}` is {size}; it must be a multiple of the {processes} processes, "
                 "each of which holds its share"
             )
-    return updated(rollout, {name: size and size // processes for name, size in shared.items()})
+    return updated(rollout, {name: size // processes for name, size in totals.items()})

@@ -1,31 +1,30 @@
-"""SIGTERM, Ctrl-C and a deadline as a request to save and leave, honoured at the next safe point."""
+"""Stop requests: SIGTERM, Ctrl-C and a deadline set a stop flag, which is checked at safe points."""
 
 from __future__ import annotations
 
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 from mapo_jax.peers import Peers
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and stands at a safe point: no update is half done."""
+    """A stop request reached a safe point: no update is half applied."""
 
 
 class StopRequest:
-    """Collects SIGTERM and SIGINT while its context is entered, and watches the clock.
+    """Handles SIGTERM and SIGINT inside its context, and a deadline.
 
-    The first signal only sets `reason`; whoever holds a safe point calls `check`, which raises. A second
-    signal acts as it would without us, for a person who does not want to wait. With several processes a
-    request to one is a request to all.
+    The first signal sets `reason`; at safe points `check` raises. A second signal has its default effect. A
+    request to one of several processes reaches all.
     """
 
     def __init__(self, deadline_minutes: float = 0.0, peers: Peers | None = None) -> None:
-        """Starts the clock.
+        """Starts the time of the deadline.
 
         Args:
-          deadline_minutes: when to ask for a stop; 0: never.
+          deadline_minutes: time until the stop request; 0 for no deadline.
           peers: the other processes of the run.
         """
         self._minutes = deadline_minutes
@@ -36,9 +35,9 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop: a signal's name, or the deadline; None to go on."""
+        """A signal's name or the deadline; None without a stop request."""
         if self._reason is None and self._deadline is not None and time.monotonic() > self._deadline:
-            self._ask(f"its deadline of {self._minutes:g} minutes")
+            self._request(f"its deadline of {self._minutes:g} minutes")
         if self._reason is None and self._peers is not None:
             self._reason = self._peers.stop_reason
         return self._reason
@@ -48,24 +47,22 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
     def check(self) -> None:
-        """Raises Interrupted if there is a reason to stop."""
+        """Raises Interrupted after a stop request."""
         if (reason := self.reason) is not None:
             raise Interrupted(reason)
 
-    def _ask(self, reason: str) -> None:
+    def _request(self, reason: str) -> None:
         self._reason = reason
         if self._peers is not None:
             self._peers.ask_to_stop(reason)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._restore()
-        self._ask(signal.Signals(number).name)
+        self._request(signal.Signals(number).name)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

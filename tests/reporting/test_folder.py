@@ -5,8 +5,8 @@ import pytest
 from mapo_jax.errors import UserError
 from mapo_jax.reporting import folder as reporting_folder
 from mapo_jax.reporting.folder import choose_steps, read_run
-from mapo_jax.running.checkpoint import CONFIG_FILE
 from mapo_jax.running.metrics import METRICS_FILE
+from mapo_jax.running.run_folder import CONFIG_FILE
 
 
 def test_it_reads_a_finished_run_whole(run_folder):

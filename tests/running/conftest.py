@@ -1,4 +1,4 @@
-"""What tests of a run's files share: an event file as TensorBoard reads it."""
+"""Shared by tests of a run's files: event files as TensorBoard reads them."""
 
 import struct
 

@@ -21,28 +21,29 @@ from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import TrainState, create_state
 from mapo_jax.running import checkpoint
 from mapo_jax.running.checkpoint import (
-    HARMLESS_KEYS,
     Checkpoints,
-    best_steps,
-    checkpoint_folder,
-    claim,
-    cut_back,
-    open_base,
     open_params,
     read_progress,
-    refuse_lost_checkpoints,
-    restore_base,
     restore_params,
     save_base,
 )
 from mapo_jax.running.metrics import MetricWriter
+from mapo_jax.running.run_folder import (
+    BASE_FOLDER,
+    HARMLESS_KEYS,
+    best_steps,
+    checkpoint_folder,
+    claim,
+    cut_back,
+    refuse_lost_checkpoints,
+)
 
 OPTIMIZER = make_optimizer(load_config().optimizer, 10)
 PROGRESS = {"seed": 7, "data": {"next_index": 5, "epoch": [1, 2]}, "configuration": "training:\n  seed: 7\n"}
 
 
 def make_state(seed=0, *, updates=2, reference=True) -> TrainState:
-    """A state with moments that are not zero, and values that only their own bits spell."""
+    """A state with non-zero moments and random values."""
     random = np.random.default_rng(seed)
     params = {
         "embed": {"embedding": random.normal(size=(5, 3)).astype(np.float32)},
@@ -131,7 +132,7 @@ def test_an_interrupted_save_is_ignored_and_cleaned_away(tmp_path):
         checkpoints.save(2, make_state(2), {})
     assert_same_bits(restored, make_state())
     assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
-    assert_same_bits(restore_params(tmp_path, make_state().params), make_state(2).params)
+    assert_same_bits(restore_params(checkpoint_folder(tmp_path), make_state().params), make_state(2).params)
 
 
 def test_restores_into_the_templates_shardings(tmp_path):
@@ -152,27 +153,27 @@ def test_weights_alone_for_another_run(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, PROGRESS)
         checkpoints.save(2, make_state(2), PROGRESS)
-    assert_same_bits(restore_params(tmp_path, state.params, step=1), state.params)
-    assert_same_bits(restore_params(tmp_path, state.params), make_state(2).params)
+    assert_same_bits(restore_params(checkpoint_folder(tmp_path, 1), state.params), state.params)
+    assert_same_bits(restore_params(checkpoint_folder(tmp_path), state.params), make_state(2).params)
     assert read_progress(checkpoint_folder(tmp_path))["seed"] == 7
 
     with pytest.raises(UserError, match=r"no checkpoint of step 5; it has 1, 2"):
-        restore_params(tmp_path, state.params, step=5)
+        checkpoint_folder(tmp_path, 5)
     with pytest.raises(UserError, match=r"nowhere holds no whole checkpoint; train there first"):
-        restore_params(tmp_path / "nowhere", state.params)
+        checkpoint_folder(tmp_path / "nowhere")
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(), {})
-    params = make_state().params
+    folder, params = checkpoint_folder(tmp_path), make_state().params
     wider = {**params, "embed": {"embedding": np.zeros((5, 4), np.float32)}}
     with pytest.raises(UserError, match=r"params.embed.embedding has shape \(5, 3\) in .* and \(5, 4\) here"):
-        restore_params(tmp_path, wider)
+        restore_params(folder, wider)
     with pytest.raises(UserError, match=r"has no params.head.kernel; use the configuration"):
-        restore_params(tmp_path, {**params, "head": {"kernel": np.zeros((3, 5), np.float32)}})
+        restore_params(folder, {**params, "head": {"kernel": np.zeros((3, 5), np.float32)}})
     with pytest.raises(UserError, match=r"has params.layers.norm.scale, which this model does not"):
-        restore_params(tmp_path, {"embed": params["embed"]})
+        restore_params(folder, {"embed": params["embed"]})
 
 
 def test_a_damaged_checkpoint_says_so(tmp_path):
@@ -234,8 +235,8 @@ def test_a_missing_part_of_a_checkpoint_is_refused(tmp_path, name):
     part = tmp_path / "checkpoints" / "2" / name
     shutil.rmtree(part) if part.is_dir() else part.unlink()
     for read in (
-        lambda: restore_params(tmp_path, make_state().params),
-        lambda: open_params(tmp_path, make_state().params),
+        lambda: restore_params(checkpoint_folder(tmp_path), make_state().params),
+        lambda: open_params(checkpoint_folder(tmp_path), make_state().params),
         lambda: Checkpoints(tmp_path).restore_latest(make_state()),
     ):
         if name == "progress/metadata" and read.__code__.co_names[0] != "Checkpoints":
@@ -257,19 +258,19 @@ def test_the_frozen_weights_have_checksums_too(tmp_path):
     params = make_state().params
     save_base(tmp_path, params)
     save_base(tmp_path, params)  # replaces the first
-    assert_same_bits(restore_base(tmp_path, params), params)
+    assert_same_bits(restore_params(tmp_path / BASE_FOLDER, params), params)
     files = [file for file in (tmp_path / "base" / "state").rglob("*") if file.is_file()]
     for file in files:
         if file.name in ("commit_success.txt", "_CHECKPOINT_METADATA"):  # orbax's, and never read
             continue
         flipped(file, file.stat().st_size // 2)
-        for read in (restore_base, open_base):
+        for read in (restore_params, open_params):
             with pytest.raises(UserError, match=rf"base \(the frozen weights\) is damaged: .*{file.name}"):
-                read(tmp_path, params)
+                read(tmp_path / BASE_FOLDER, params)
         flipped(file, file.stat().st_size // 2)
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(UserError, match="put it back from a copy"):
-        restore_base(tmp_path, params)
+        restore_params(tmp_path / BASE_FOLDER, params)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_and_its_lack_said(tmp_path, caplog):
@@ -290,10 +291,11 @@ def test_a_missing_platform_is_not_blamed_on_the_checkpoint(tmp_path):
         import numpy as np
         from mapo_jax.commands import run_command
         from mapo_jax.running.checkpoint import restore_params
+        from mapo_jax.running.run_folder import checkpoint_folder
         from jax import ShapeDtypeStruct
         template = {{"embed": {{"embedding": ShapeDtypeStruct((5, 3), np.float32)}},
                      "layers": {{"norm": {{"scale": ShapeDtypeStruct((2, 3), np.float32)}}}}}}
-        raise SystemExit(run_command(lambda: restore_params({str(tmp_path)!r}, template)))
+        raise SystemExit(run_command(lambda: restore_params(checkpoint_folder({str(tmp_path)!r}), template)))
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
@@ -389,19 +391,19 @@ def test_a_run_continues_with_what_errors_tell_to_change(tmp_path, advised):
         assert continues
 
 
-# Said before anything is written, or of folders and servers of the user's own.
-SAID_IN_TIME = {
+# Raised before anything is written, or about folders and servers of the user.
+RAISED_EARLY = {
     "capacity.py": {
         "lower `rollout.max_tokens`",
         "lower `rollout.max_reply_tokens` or raise `rollout.max_tokens`",
     },
-    "engine.py": {"raise `rollout.max_tokens` or shorten the prompt"},  # of prompts that are no dialogue's
-    "world.py": {"check environment..url, .model and .key_variable"},
+    "engine.py": {"raise `rollout.max_tokens` or shorten the prompt"},  # about prompts outside of dialogues
+    "role_models.py": {"check environment..url, .model and .key_variable"},
 }
 
 
 def advice():
-    """What errors in a run tell to do, after the semicolon: (file, words)."""
+    """The remedies in the errors of a run, after the semicolon: (file, words)."""
     package = Path(checkpoint.__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         if file.relative_to(package).parts[0] not in (
@@ -411,6 +413,7 @@ def advice():
             "model",
             "run.py",
             "stages.py",
+            "role_models.py",
             "world.py",
         ):
             continue
@@ -435,7 +438,7 @@ def test_errors_advise_what_a_run_may_change_or_a_new_run():
             key for key in named if re.search(rf"\b{re.escape(key)}\b", before if new_run else words)
             and not key.startswith(HARMLESS_KEYS)
         }  # fmt: skip
-        assert not fixed or words in SAID_IN_TIME.get(file, ()), (file, words)
+        assert not fixed or words in RAISED_EARLY.get(file, ()), (file, words)
     assert {"model.remat", "rollout.copy_weights", "training.microbatch_tokens", "rollout.max_tokens"} <= seen
 
 
@@ -481,7 +484,7 @@ def test_a_run_folder_belongs_to_one_process_and_a_killed_one_frees_it(tmp_path)
 
 
 def write_run(folder):
-    """Steps 0 to 3, then what a kill leaves half written."""
+    """Steps 0 to 3, and the half-written files of a kill."""
     with MetricWriter(folder, tensorboard=False) as writer:
         for step in range(4):
             writer.write(step, {"reward/mean": step / 2})
@@ -546,7 +549,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(tmp_path):
         writer.write(5, {"reward/mean": 0.0})
         with pytest.raises(UserError, match=r"up to step 5, but no whole checkpoint is left in checkpoints/"):
             refuse_lost_checkpoints(tmp_path, config)
-    rarer = replace(config, checkpoint=replace(config.checkpoint, every=10))
+    rarer = updated(config, {"checkpoint.every": 10})
     refuse_lost_checkpoints(tmp_path, rarer)  # as it may have been when the steps were taken
 
 

@@ -1,4 +1,4 @@
-"""What a person reads: the curve, the panel, the table, a dialogue."""
+"""The curve, the panel, the table and a dialogue on the terminal."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""A run that hangs says where; one that does not says nothing; the watch itself can do no harm."""
+"""The watchdog logs a late phase with the stacks of all threads, and can neither block nor fail a run."""
 
 import logging
 import threading

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mapo_jax.errors import UserError
-from mapo_jax.running.metrics import CompileCounter, MetricWriter, full_disk_is_a_user_error, read_rows
+from mapo_jax.files import disk_errors
+from mapo_jax.running.metrics import CompileCounter, MetricWriter, read_rows
 
 
 def test_a_step_is_one_strict_json_line(tmp_path):
@@ -113,19 +114,19 @@ def test_a_full_disk_leaves_the_rows_before_whole(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_recognised_through_wrappers():
-    with pytest.raises(UserError), full_disk_is_a_user_error("here"):
+    with pytest.raises(UserError), disk_errors("here"):
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
         except OSError as inner:
             raise RuntimeError("save failed") from inner
-    with pytest.raises(UserError), full_disk_is_a_user_error("here"):
+    with pytest.raises(UserError), disk_errors("here"):
         raise ValueError("RESOURCE_EXHAUSTED: write: No space left on device [OS error 28]")
     with (
         pytest.raises(UserError, match="here lies on a disk that is read-only"),
-        full_disk_is_a_user_error("here"),
+        disk_errors("here"),
     ):
         raise OSError(errno.EROFS, "read-only")
-    with pytest.raises(ConnectionRefusedError), full_disk_is_a_user_error("here"):
+    with pytest.raises(ConnectionRefusedError), disk_errors("here"):
         raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
 
 

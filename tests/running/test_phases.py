@@ -1,10 +1,8 @@
-"""Seconds go to the innermost phase, and add up."""
-
-import types
+"""Time counts for the innermost phase, and adds up."""
 
 import pytest
 
-from mapo_jax.running.phases import BETWEEN, Phases, phase
+from mapo_jax.running.phases import BETWEEN, Phases
 
 
 class Clock:
@@ -37,17 +35,3 @@ def test_a_phase_ends_with_an_exception_too():
     with pytest.raises(KeyError), phases("update"):
         raise KeyError
     assert phases.current.phase == BETWEEN
-
-
-def test_a_function_can_be_a_phase():
-    clock = Clock()
-    run = types.SimpleNamespace(phases=Phases(clock))
-
-    @phase("update")
-    def learn(run, seconds, *, more):
-        """Learns."""
-        clock.seconds += seconds + more
-        return run.phases.current.phase
-
-    assert learn(run, 2, more=3) == "update" and learn.__doc__ == "Learns."
-    assert run.phases.take() == {"timing_s/update": 5}

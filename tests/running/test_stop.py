@@ -1,4 +1,4 @@
-"""A first signal asks, a second one acts."""
+"""The first signal is a stop request; the second has its default effect."""
 
 import os
 import signal

@@ -1,0 +1,249 @@
+"""The language models that play a live world's roles: servers, local engines, and custom classes."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jax.sharding import Mesh
+
+from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, EnvironmentConfig, RoleConfig, RolloutConfig
+from mapo_jax.environment.live.call_cache import CACHE_FILE, CallCache
+from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete, Messages
+from mapo_jax.environment.live.director import LiveDirector
+from mapo_jax.environment.live.judge import LiveJudge
+from mapo_jax.environment.live.keys import read_key
+from mapo_jax.environment.live.limits import allow_connections
+from mapo_jax.environment.live.user import LiveUser
+from mapo_jax.environment.roles import Completion
+from mapo_jax.errors import UserError
+from mapo_jax.files import part_of
+from mapo_jax.rollout.completion import EngineModel
+from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.sampling import Sampling
+from mapo_jax.running.policy import load_policy
+
+if TYPE_CHECKING:
+    from mapo_jax.environment.live.client import Connections, Server
+
+_METHODS = {"user": ("open", "reply"), "judge": ("score",), "director": ("act",), HELD_OUT: ("score",)}
+_ENGINE_DEFAULTS = {"slots": 8, "tokens": 4096}
+
+
+@contextmanager
+def open_models(
+    config: Config,
+    folder: Path | None,
+    mesh: Mesh | None,
+    runner: asyncio.Runner,
+    names: Sequence[str],
+    *,
+    part: str = "",
+) -> Iterator[tuple[dict[str, Complete | None], CallLog]]:
+    """Opens the models of the named roles, and sends each server a first request.
+
+    Args:
+      folder: local folder of the call cache and the list of failures; None for none.
+      mesh: where the engines of this process go.
+      names: roles.
+      part: `files.part_name`, for the files of one of several processes.
+
+    Yields:
+      Each role's `complete` (None where no model is named), and the log of calls.
+
+    Raises:
+      UserError: a server does not answer or refuses the key, or a model folder cannot be used.
+    """
+    environment = config.environment
+    roles = {name: role for name in names if (role := getattr(environment, name)).model is not None}
+    remote = {name: role for name, role in roles.items() if not role.model.startswith(ENGINE)}
+    with ExitStack() as stack:
+        log = CallLog(None if folder is None else part_of(folder / FAILURES_FILE, part))
+        connections = _connect(remote.values(), environment, runner, stack)
+        calls: dict[str, Callable[..., Awaitable[Any]]] = {}
+        for name, role in remote.items():  # checks every key before the first request
+            calls[name] = _server(name, role, environment, connections[role.url], log)
+        engines: dict[Any, EngineModel] = {}
+        for name, role in roles.items():
+            if name in remote:
+                runner.run(_check_server(name, role, calls[name]))
+            else:
+                calls[name] = _engine_call(name, role, engines, config, mesh, log)
+        cache = None
+        if folder is not None:  # only now: a run that cannot start leaves its folder unchanged
+            cache = CallCache(part_of(folder / CACHE_FILE, part))
+            stack.callback(cache.close)
+        callers: dict[str, Complete | None] = dict.fromkeys(names)
+        for name, role in roles.items():
+            keys = ("model", "temperature", "max_tokens", "extra_body")
+            settings = {key: getattr(role, key) for key in keys}
+            callers[name] = Caller(name, calls[name], settings, log, cache)
+        log.take({})  # the first requests belong to no step
+        yield callers, log
+
+
+def make_role(name: str, config: Config, callers: dict[str, Complete | None], log: CallLog) -> Any:
+    """A role of a live world: the configured class, or the one of this package.
+
+    Raises:
+      UserError: the configured class cannot be imported, or lacks a method of the role.
+    """
+    role, complete = getattr(config.environment, name), callers[name]
+    if role.implementation is not None:
+        return _load_class(name, role.implementation)(complete)
+    if name == "user":
+        return LiveUser(complete)
+    if name == "director":
+        return LiveDirector(complete, config.rollout.max_turns)
+    return LiveJudge(complete, role.samples, lambda spread: log[name].spreads.append(spread))
+
+
+def _load_class(name: str, path: str) -> Callable[[Complete | None], Any]:
+    """The class `package.module:Class`; modules in the working directory can be imported too."""
+    key = f"environment.{name}.implementation"
+    module, _, attribute = path.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):  # as `python -m` has it; console commands do not
+        sys.path.append(os.getcwd())
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"`{key}` is {path!r}, which cannot be imported: {error}") from error
+    for method in _METHODS[name]:
+        if not asyncio.iscoroutinefunction(getattr(cls, method, None)):
+            raise UserError(
+                f"`{key}` is {path!r}, which has no `async def {method}`; see "
+                f"mapo_jax/environment/{'judge' if name == HELD_OUT else name}.py"
+            )
+    return cls
+
+
+def _connect(
+    roles: Iterable[RoleConfig], environment: EnvironmentConfig, runner: asyncio.Runner, stack: ExitStack
+) -> dict[str | None, Connections]:
+    """Connections to the roles' servers by URL; roles with one server share them."""
+    urls = dict.fromkeys(role.url for role in roles)
+    if not urls:
+        return {}
+    from mapo_jax.environment.live.client import Connections  # half a second of imports, for servers only
+
+    allow_connections(len(urls) * environment.concurrency, "environment.concurrency")
+    limits = dict(concurrency=environment.concurrency, call_seconds=environment.call_seconds)
+    servers = {}
+    for url in urls:
+        servers[url] = connections = Connections(url, **limits)
+        stack.callback(lambda connections=connections: runner.run(connections.close()))
+    return servers
+
+
+def _server(
+    name: str, role: RoleConfig, environment: EnvironmentConfig, connections: Connections, log: CallLog
+) -> Server:
+    from mapo_jax.environment.live.client import Server
+
+    key = None
+    if role.key_variable is not None:
+        try:
+            key = read_key(role.key_variable)
+        except UserError as error:
+            raise UserError(f"`environment.{name}.key_variable`: {error}") from None
+        if key is None:
+            raise UserError(
+                f"`environment.{name}.key_variable` names the environment variable {role.key_variable}, "
+                "which is empty or not set; put the server's key there"
+            )
+
+    def count_attempt(seconds: float | None, failure: str | None) -> None:
+        if seconds is None:
+            log[name].lost_attempts += 1
+        else:
+            log[name].seconds.append(seconds)
+
+    return Server(
+        role,
+        key=key,
+        call_seconds=environment.call_seconds,
+        connections=connections,
+        on_attempt=count_attempt,
+    )
+
+
+async def _check_server(name: str, role: RoleConfig, server: Server) -> None:
+    from mapo_jax.environment.live.client import CallFailed
+
+    try:
+        await server([{"role": "user", "content": "Answer with one word: ready"}], seed=0, schema=None)
+    except CallFailed as failure:
+        if failure.answered:
+            return  # the server works; the answer may be longer than max_tokens, which calls will report
+        raise UserError(
+            f"the {name}'s server at {role.url} does not serve {role.model!r} ({failure}); check "
+            f"environment.{name}.url, .model and .key_variable"
+        ) from None
+
+
+def _engine_call(
+    name: str,
+    role: RoleConfig,
+    engines: dict[Any, EngineModel],
+    config: Config,
+    mesh: Mesh | None,
+    log: CallLog,
+) -> Callable[..., Awaitable[Any]]:
+    """Calls a frozen model on an engine of this process; roles of one model and temperature share it."""
+    options = _ENGINE_DEFAULTS | role.extra_body
+    if set(options) != set(_ENGINE_DEFAULTS) or not all(
+        isinstance(value, int) and value > 0 for value in options.values()
+    ):
+        raise UserError(
+            f"`extra_body` of {role.model} is {role.extra_body}; an engine takes slots and tokens there, "
+            "whole numbers above 0"
+        )
+    identity = (role.model, role.temperature, options["slots"], options["tokens"])
+    if identity not in engines:
+        roles = (getattr(config.environment, each) for each in (*ROLES, HELD_OUT))
+        longest = max(each.max_tokens for each in roles if each.model == role.model)
+        try:
+            rollout = RolloutConfig(max_tokens=options["tokens"])
+            policy, params = load_policy(role.model.removeprefix(ENGINE), rollout, mesh=mesh)
+            engine = Engine(
+                policy.config,
+                slots=options["slots"],
+                length=options["tokens"],
+                sampling=Sampling(temperature=role.temperature),
+                max_reply_tokens=longest,
+                stop_ids=policy.chat.stop_ids,
+                vocabulary_size=policy.chat.vocabulary_size,
+                dtype=config.model.dtype,
+                mesh=mesh,
+            )
+        except UserError as error:
+            raise UserError(_with_role_keys(str(error), name)) from error
+        engine.load(params, 0)
+        engines[identity] = EngineModel(engine, policy.chat)
+    model = engines[identity]
+
+    async def call(messages: Messages, *, seed: int, schema: Mapping[str, Any] | None) -> Completion:
+        started = time.monotonic()
+        completion = await model(messages, seed=seed, schema=schema, max_tokens=role.max_tokens)
+        log[name].seconds.append(time.monotonic() - started)
+        return completion
+
+    return call
+
+
+def _with_role_keys(message: str, name: str) -> str:
+    """An engine's error message with the keys of the role in place of the policy's."""
+    for policy_key, role_key in (
+        ("rollout.max_reply_tokens", "max_tokens"),
+        ("rollout.max_tokens", "extra_body.tokens"),
+        ("rollout.slots", "extra_body.slots"),
+    ):
+        message = message.replace(policy_key, f"environment.{name}.{role_key}")
+    return message
