@@ -140,7 +140,7 @@ def read_override(root: type[Section], override: str) -> dict[str, Any]:
 
 
 def leaves(root: type[Section], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested mapping by dotted key, without empty sections; a key's own mapping stays whole."""
+    """The values of a nested mapping by dotted key, without empty sections; a key's mapping stays whole."""
     values = {}
     for name, value in tree.items():
         dotted = f"{prefix}{name}"
