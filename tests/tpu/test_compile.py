@@ -42,7 +42,7 @@ def little_optimisation():
 
 
 def job_of(recipe, chip, *overrides):
-    from tpu.compile import make_job
+    from tpu.programs import make_job
 
     config = load_config(CONFIGS / f"{recipe}.yaml", [*SMALL, *overrides])
     chips = 2 * config.mesh.tensor
@@ -54,7 +54,7 @@ def job_of(recipe, chip, *overrides):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipes_sampler_compiles_for_every_chip(recipe, chip):
-    from tpu.compile import compile_program
+    from tpu.programs import compile_program
 
     job = job_of(recipe, chip)
     results = {program: compile_program(job, program) for program in ("prefill", "generate")}
@@ -72,14 +72,14 @@ def test_a_recipes_sampler_compiles_for_every_chip(recipe, chip):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipes_update_compiles_for_every_chip(recipe, chip):
-    from tpu.compile import compile_program
+    from tpu.programs import compile_program
 
     result = compile_program(job_of(recipe, chip), "train")
     assert result.good, result
 
 
 def forecast_and_compiled():
-    from tpu.compile import ENTRIES, RESULTS
+    from tpu.table import ENTRIES, RESULTS
 
     known = json.loads(RESULTS.read_text())
     for entry in ENTRIES:
@@ -112,7 +112,8 @@ def test_the_forecast_of_an_update_is_near_what_the_compiler_said(entry, found, 
 )
 def test_bounds_of_an_update(overrides, passes, attention, head_passes):
     """By hand: 8 rows of 256 tokens, 64 of them of the loss, in four micro-batches on two by four chips."""
-    from tpu.compile import Job, bounds
+    from tpu.bounds import bounds
+    from tpu.programs import Job
 
     config = load_config(CONFIGS / "qwen3_8b_v5p.yaml", [*SMALL, "mesh.tensor=4", *overrides])
     config = updated(config, {"training.microbatch_tokens": 256})
@@ -134,8 +135,8 @@ def test_bounds_of_an_update(overrides, passes, attention, head_passes):
 
 def test_a_gather_of_everything_is_noticed():
     """By size, whatever the shape; weights are no activations."""
-    from tpu.compile import Job, unwanted_gathers
     from tpu.hlo import Collective
+    from tpu.programs import Job, unwanted_gathers
 
     longer = ["rollout.max_tokens=1024", "rollout.max_reply_tokens=64", "training.microbatch_tokens=2048"]
     config = load_config(CONFIGS / "qwen3_32b_v5p.yaml", [*SMALL, *longer])
@@ -155,7 +156,7 @@ def test_a_gather_of_everything_is_noticed():
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
 def test_an_update_of_adapters_compiles(chip):
-    from tpu.compile import compile_program
+    from tpu.programs import compile_program
 
     result = compile_program(job_of("qwen3_8b_v6e", chip, "lora.rank=32"), "train")
     assert result.good, result
@@ -214,7 +215,7 @@ RESULT = {
 
 class TestTable:
     def test_results_go_between_the_markers(self, tmp_path):
-        from tpu.compile import BEGIN, END, ENTRIES, write_table
+        from tpu.table import BEGIN, END, ENTRIES, write_table
 
         file = tmp_path / "README.md"
         file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -229,7 +230,7 @@ class TestTable:
     def test_what_is_known_is_not_compiled_again_but_its_bounds_and_the_list_are_todays(
         self, tmp_path, monkeypatch
     ):
-        from tpu import compile as tool
+        from tpu import table as tool
 
         asked = []
 
@@ -259,7 +260,7 @@ class TestTable:
         assert len(asked) == 6
 
     def test_a_file_without_markers_is_refused(self, tmp_path):
-        from tpu.compile import write_table
+        from tpu.table import write_table
 
         (tmp_path / "README.md").write_text("nothing")
         with pytest.raises(UserError, match="has no lines"):
