@@ -45,8 +45,8 @@ def create_state(
       shardings: `model.sharding.param_shardings`, if there is a mesh; the moments are cut like the weights.
       reference: the KL term needs the start weights: keep a frozen copy, unless they are frozen anyway.
     """
-    placed = _state_shardings(optimizer, params, shardings, reference)
-    trained, base = _parts(params)
+    placed = state_shardings(optimizer, params, shardings, reference)
+    trained, base = trained_parts(params)
     initial = jax.jit(optimizer.transform.init, out_shardings=placed and placed.opt_state)
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placed and placed.params)
     step = jnp.zeros((), jnp.int32)
@@ -65,7 +65,7 @@ def abstract_state(
       params: the weights' tree, arrays or `jax.ShapeDtypeStruct`s.
       shardings, reference: as of `create_state`.
     """
-    trained, base = _parts(params)
+    trained, base = trained_parts(params)
     shapes = TrainState(
         trained,
         jax.eval_shape(optimizer.transform.init, trained),
@@ -76,28 +76,28 @@ def abstract_state(
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        _state_shardings(optimizer, params, shardings, reference),
+        state_shardings(optimizer, params, shardings, reference),
     )
 
 
-def _parts(params: Any) -> tuple[Any, Any]:
+def trained_parts(params: Any) -> tuple[Any, Any]:
     """What is trained, and what is frozen beside it (None: nothing); of weights, shapes or shardings."""
     adapters, base = split(params)
     return (adapters, base) if adapters else (params, None)
 
 
-def _state_shardings(
+def state_shardings(
     optimizer: Optimizer, params: Params, shardings: Any, reference: bool
 ) -> TrainState | None:
     """A TrainState of shardings: the moments are cut like the weights, the counts are everywhere."""
     if shardings is None:
         return None
     everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
-    trained, base = _parts(shardings)
+    trained, base = trained_parts(shardings)
     moments = optax.tree_utils.tree_map_params(
         optimizer.transform,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.transform.init, _parts(params)[0]),
+        jax.eval_shape(optimizer.transform.init, trained_parts(params)[0]),
         trained,
         transform_non_params=lambda _: everywhere,
     )

@@ -26,7 +26,7 @@ from mapo_jax.algorithm import objective
 from mapo_jax.config import AlgorithmConfig
 from mapo_jax.learning.batch import Batch, microbatch_rows
 from mapo_jax.learning.optimizer import Optimizer
-from mapo_jax.learning.train_state import TrainState
+from mapo_jax.learning.train_state import TrainState, state_shardings, trained_parts
 from mapo_jax.model.attention import causal_attention
 from mapo_jax.model.head import token_logprobs
 from mapo_jax.model.qwen import Params, QwenConfig, RowAttention, hidden_states, parameter_shapes
@@ -285,7 +285,7 @@ def make_update(
       sampler's and the trainer's log-probabilities, of the weights before this update.
     """
 
-    trained = None if shardings is None else _parts(shardings)[0]
+    trained = None if shardings is None else trained_parts(shardings)[0]
 
     def update(state: TrainState, batch: Batch):
         totals = objective.loss_denominator(
@@ -312,7 +312,7 @@ def _compile(
     update: Update, scoring: Scoring, optimizer: Optimizer, shardings: Any, reference: bool
 ) -> Update:
     # With a mesh the new state's shardings are exactly the old one's: else the next call compiles again.
-    state = _state_shardings(optimizer, parameter_shapes(scoring.config), shardings, reference)
+    state = state_shardings(optimizer, parameter_shapes(scoring.config), shardings, reference)
     return jax.jit(update, donate_argnums=0, out_shardings=state and (state, None))
 
 

@@ -17,7 +17,17 @@ from markupsafe import Markup
 
 from mapo_jax.reporting import charts
 from mapo_jax.reporting.behaviour import changes, typical_pair
-from mapo_jax.reporting.charts import Chart, Path, Plane, Series, draw, draw_plane, mean_path, signed, tell
+from mapo_jax.reporting.charts import (
+    Chart,
+    Plane,
+    Series,
+    TracePath,
+    draw,
+    draw_plane,
+    mean_path,
+    signed,
+    tell,
+)
 from mapo_jax.reporting.curves import curve_groups, hero_chart
 from mapo_jax.reporting.folder import SavedDialogue, SavedRun
 from mapo_jax.reporting.payload import PAYLOAD_BYTES, Group, pack
@@ -117,8 +127,8 @@ def state_space(study: Study) -> dict[str, Any] | None:
     if not sides:
         return None
     colours = ["before", "after"][-len(sides) :]
-    paths: list[Path] = []
-    means: list[Path] = []
+    paths: list[TracePath] = []
+    means: list[TracePath] = []
     distance = []
     for colour, (batch, credits) in zip(colours, sides, strict=True):
         group = Group(study.number, batch, credits)
@@ -128,7 +138,7 @@ def state_space(study: Study) -> dict[str, Any] | None:
         for dialogue in counted:
             s, r = dialogue.place
             paths.append(
-                Path(
+                TracePath(
                     dialogue.positions,
                     colour,
                     f"#d={group.key}.{s}.{r}",
@@ -137,7 +147,7 @@ def state_space(study: Study) -> dict[str, Any] | None:
                 )
             )
         mean = mean_path([d.positions for d in counted])
-        means.append(Path(mean, colour, "", f"mean of {len(counted)} dialogues {colour} training"))
+        means.append(TracePath(mean, colour, "", f"mean of {len(counted)} dialogues {colour} training"))
         longest = max(len(d.turns) for d in counted)
         held = np.asarray([[*d.distances, *[d.distances[-1]] * (longest - len(d.turns))] for d in counted])
         low, high = np.percentile(held, [10, 90], axis=0)

@@ -651,8 +651,8 @@ def refuse_lost_checkpoints(run_folder: Path | str, config: Config) -> None:
     folder = as_path(run_folder)
     reached = [row["step"] for row in read_rows(folder / METRICS_FILE)]
     reached += [number for name in STEP_FOLDERS for _, number in _step_files(folder / name)]
-    saved = _at(yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8")), "checkpoint.every")
-    every = min(config.evaluation.every, max(config.checkpoint.every, saved or 0))
+    saved = load_config(folder / CONFIG_FILE).checkpoint.every
+    every = min(config.evaluation.every, max(config.checkpoint.every, saved))
     if max(reached, default=0) > 2 * every:  # a save that begins waits for the one before it
         raise UserError(
             f"{folder} holds what a run wrote up to step {max(reached)}, but no whole checkpoint is left in "

@@ -15,6 +15,7 @@ from mapo_jax.environment.roles import Roles, take_turn
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.learning import batch as rows
+from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.rollout.rows import Row
 from mapo_jax.scores.figures import dialogue_rewards
