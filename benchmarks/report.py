@@ -4,8 +4,8 @@
 
 Writes a run folder of that size with random words, which compress worse than natural text. Measures
 `python -m mapo_jax.report` on it, with an empty and a filled cache of compiled programs, and the first
-contentful paint in a headless Chromium. The targets are 10 s, 15 MB and 2 s. The best round counts, because the
-machine may have other load. Needs Chromium (`apt-get install chromium`) and requirements-dev.txt.
+contentful paint in a headless Chromium. The targets are 10 s, 15 MB and 2 s. The best round counts, because
+the machine may have other load. Needs Chromium (`apt-get install chromium`) and requirements-dev.txt.
 """
 
 from __future__ import annotations
