@@ -271,9 +271,9 @@ def test_setup_sends_the_commit_to_every_worker(machine):
         ("vm.sh", ["create"], {"TPU_TYPE": ""}, "no slice; give --type TYPE"),
         ("vm.sh", ["create", "--type", "v6e-9"], {}, "there is no slice 'v6e-9'; a v6e slice has 1, 4, 8"),
         ("vm.sh", ["create", "--type", "v5e-8"], {}, "slice 'v5e-8' is called v5litepod-8"),
-        ("vm.sh", ["create", "--type", "v5p-12"], {}, "counts cores, two to a chip"),
+        ("vm.sh", ["create", "--type", "v5p-12"], {}, "counts cores, two per chip"),
         ("vm.sh", ["create", "--type", "h100"], {}, "there is no slice 'h100'; slices are v5litepod-N"),
-        ("vm.sh", ["create", "--type", "tpu7x-16"], {}, "through GKE only; use tpu/gke.sh"),
+        ("vm.sh", ["create", "--type", "tpu7x-16"], {}, "available only through GKE; use tpu/gke.sh"),
         ("vm.sh", ["create", "--name", "My_TPU"], {}, "name 'My_TPU' must be at most 40 lower-case letters"),
         ("vm.sh", ["create"], {"TPU_NAME": ""}, "no name; give --name NAME or set TPU_NAME"),
         ("vm.sh", ["create", "--name"], {}, "--name needs a value"),
@@ -345,7 +345,7 @@ def test_nothing_is_asked_for_where_the_slice_is_not_to_be_had_or_the_name_is_ta
 def test_create_stops_waiting_when_the_slice_will_not_come(machine):
     machine.answers(state=["", "PROVISIONING", "FAILED"])
     found = machine.run("vm.sh", "create")
-    assert found.returncode == 2 and "mapo is FAILED and will not come" in found.stderr
+    assert found.returncode == 2 and "mapo is FAILED and will not become active" in found.stderr
     machine.answers(state=["", "WAITING_FOR_RESOURCES"])
     found = machine.run("vm.sh", "create", "--wait", "0")
     assert found.returncode == 2 and "not there after 0 minutes; it stays in the queue" in found.stderr
