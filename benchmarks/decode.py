@@ -31,12 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from mapo_jax.model.qwen import INIT_SCALE, Params, QwenConfig, parameter_shapes
 from mapo_jax.rollout.capacity import cache_bytes
 from mapo_jax.rollout.engine import Engine, Request
+from tpu.shapes import SHAPES as PUBLISHED
 
-QWEN3 = dict(num_kv_heads=8, head_dim=128, vocab_size=151_936, max_position_embeddings=40_960)
-SHAPES = {
-    "0.6b": QwenConfig(hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, **QWEN3),
-    "1.7b": QwenConfig(hidden_size=2048, intermediate_size=6144, num_layers=28, num_heads=16, **QWEN3),
-    "4b": QwenConfig(hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, **QWEN3),
+SHAPES = {name: PUBLISHED[f"Qwen3-{name.upper()}"] for name in ("0.6b", "1.7b", "4b")} | {
     "tiny": QwenConfig(
         hidden_size=64,
         intermediate_size=128,
