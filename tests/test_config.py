@@ -1,4 +1,4 @@
-"""The configuration: reading, overriding, and every sentence a user gets for bad input."""
+"""The configuration: reading, overriding, and the error message for each kind of bad input."""
 
 import json
 from pathlib import Path
@@ -208,7 +208,7 @@ def test_mappings_of_a_key_are_merged(tmp_path):
 
 
 def old_file(folder, **changes):
-    """What a run of version 0.1 kept of its default configuration."""
+    """The configuration file of a run of version 0.1 with default values."""
     content = Config().model_dump()
     old = {key: gone.value(Config()) for key, gone in GONE.items()} | changes
     for key, value in old.items():

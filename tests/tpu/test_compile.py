@@ -1,4 +1,4 @@
-"""The programs of every TPU recipe, with two layers of full width, compiled for chips that are not here."""
+"""The programs of every TPU recipe, with two layers of full width, compiled without a TPU."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ needs_libtpu = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def little_optimisation():
-    """Four times as fast to compile. How arrays are cut, and what must travel, is decided before."""
+    """Compiles four times as fast. Shardings and communication are decided before optimisation."""
     usual = jax.config.jax_optimization_level
     jax.config.update("jax_optimization_level", "O0")
     yield
@@ -111,7 +111,7 @@ def test_the_forecast_of_an_update_is_near_what_the_compiler_said(entry, found, 
     ],
 )
 def test_bounds_of_an_update(overrides, passes, attention, head_passes):
-    """By hand: 8 rows of 256 tokens, 64 of them of the loss, in four micro-batches on two by four chips."""
+    """By hand: 8 rows of 256 tokens, 64 of them loss tokens, in four micro-batches on two by four chips."""
     from tpu.bounds import bounds
     from tpu.programs import Job
 
@@ -121,7 +121,7 @@ def test_bounds_of_an_update(overrides, passes, attention, head_passes):
     found = bounds(Job(config, model, "v5p-16", jax.sharding.AbstractMesh((1, 2, 4), MESH_AXES)), "train")
     adapters = parameter_count(model) - parameter_count(replace(model, lora=None))
     head = 151_936 * 4096
-    # Queries and what comes back from the heads, keys and values, the MLP; the norms, of two widths.
+    # Query and output projections, keys and values, the MLP; norms of two widths.
     layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 12_288) + 2 * 4096 + 2 * 128
     body = 36 * layer + 4096 + adapters
     operations = 8 * (
@@ -134,7 +134,7 @@ def test_bounds_of_an_update(overrides, passes, attention, head_passes):
 
 
 def test_a_gather_of_everything_is_noticed():
-    """By size, whatever the shape; weights are no activations."""
+    """By its size, with any shape; gathered weights are allowed."""
     from tpu.hlo import Collective
     from tpu.programs import Job, unwanted_gathers
 
@@ -142,7 +142,7 @@ def test_a_gather_of_everything_is_noticed():
     config = load_config(CONFIGS / "qwen3_32b_v5p.yaml", [*SMALL, *longer])
     mesh = jax.sharding.AbstractMesh((1, 2, 4), MESH_AXES)
     job = Job(config, SHAPES["Qwen3-32B"], "v5p-16", mesh)
-    # A micro-batch of 4 rows of 1,024 tokens, width 5,120; 4 turns of 64 loss tokens in each of 2 own rows.
+    # A micro-batch of 4 rows of 1,024 tokens, width 5,120; 4 turns of 64 loss tokens in each of 2 local rows.
     everything = Collective("all-gather", "bf16", (2, 2, 1024, 5120))
     logits = Collective("all-gather", "f32", (2, 256, 4, 37984))
     part = Collective("all-gather", "bf16", (1, 1024, 5120))
