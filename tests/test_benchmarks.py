@@ -1,4 +1,4 @@
-"""Benchmarks start; those for accelerators run on the CPU with the tiny shape, and their figures are right."""
+"""Benchmarks start; those for accelerators run on the CPU with the tiny shape and give right figures."""
 
 import importlib.util
 import json

@@ -66,7 +66,7 @@ def model_shape(config: Config, layers: int | None = None) -> QwenConfig:
         shape = SHAPES[path.name]
     else:
         raise UserError(
-            f"`model.path` is {config.model.path!r}: there is no such folder, and no "
+            f"`model.path` is {config.model.path!r}: no such folder, and no "
             f"published shape of that name; known are {', '.join(SHAPES)}"
         )
     return replace(shape, num_layers=layers or shape.num_layers, lora=adapters(config.lora))
