@@ -49,7 +49,7 @@ class RunConfig(Section):
     compilation_cache: str | None = key(None, "folder of compiled programs; empty: the user's cache folder")
     deadline_minutes: Amount = key(0.0, "save and stop this long after the start; 0: never")
     join_seconds: float = key(300.0, "several processes only: time limit for all to join", ge=1)
-    silent_seconds: float = key(120.0, "several processes only: a silent one has failed after this", ge=1)
+    silent_seconds: float = key(120.0, "several processes only: time limit without a message", ge=1)
 
 
 class FreshModelConfig(Section):
