@@ -1,13 +1,13 @@
-"""Decoding against the memory's speed: tokens per second of the engine, and how near the bound that is.
+"""Decoding speed of the engine, compared with the bound by memory bandwidth.
 
     python benchmarks/decode.py [--shape 0.6b 4b] [--batch 64] [--context 1024 4096] [--json FILE]
 
-A decode step has to read every weight and every cached key and value once; so its time is at least
-(parameter + cache bytes) / bandwidth. The bandwidth is measured here, by adding 1 to a large array. Weights
-are random bfloat16 ones of Qwen3's shape, dialogues fill their context but for the tokens that are timed, and
-what is timed is `Engine.advance`: sampling, the way to the host and back, all of it.
+A decode step has to read every weight and every cached key and value once, so its time is at least
+(parameter + cache bytes) / bandwidth. The bandwidth is measured here, by adding 1 to a large array. The
+weights are random bfloat16 numbers in Qwen3's shapes. Dialogues fill their context except for the timed
+tokens. The timed function is `Engine.advance`, including sampling and the transfers between host and device.
 
-Meant for an accelerator (4B wants 40 GiB with the default batch and contexts); `--shape tiny` runs anywhere.
+Needs an accelerator (4B needs 40 GiB with the default batch and contexts); `--shape tiny` runs anywhere.
 """
 
 from __future__ import annotations
@@ -26,18 +26,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without installation
 
 from mapo_jax.model.qwen import INIT_SCALE, Params, QwenConfig, parameter_shapes
 from mapo_jax.rollout.capacity import cache_bytes
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Request
+from tpu.shapes import SHAPES as PUBLISHED
 
-QWEN3 = dict(num_kv_heads=8, head_dim=128, vocab_size=151_936, max_position_embeddings=40_960)
-SHAPES = {
-    "0.6b": QwenConfig(hidden_size=1024, intermediate_size=3072, num_layers=28, num_heads=16, **QWEN3),
-    "1.7b": QwenConfig(hidden_size=2048, intermediate_size=6144, num_layers=28, num_heads=16, **QWEN3),
-    "4b": QwenConfig(hidden_size=2560, intermediate_size=9728, num_layers=36, num_heads=32, **QWEN3),
+SHAPES = {name: PUBLISHED[f"Qwen3-{name.upper()}"] for name in ("0.6b", "1.7b", "4b")} | {
     "tiny": QwenConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -53,7 +50,7 @@ DTYPE = jnp.bfloat16
 
 
 def random_params(config: QwenConfig) -> Params:
-    """Weights of the model's shape, made on the device in bfloat16."""
+    """Random weights in the model's shapes, created on the device in bfloat16."""
     leaves, tree = jax.tree.flatten(parameter_shapes(config))
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -65,13 +62,13 @@ def random_params(config: QwenConfig) -> Params:
 
 
 def bytes_per_step(config: QwenConfig, batch: int, tokens: float) -> float:
-    """What a decode step has to read: all weights (the head is the embedding), and all keys and values."""
+    """Bytes that a decode step has to read: all weights (the head is the embedding), all keys and values."""
     weights = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(config)))
     return weights * jnp.dtype(DTYPE).itemsize + cache_bytes(config, batch, batch, 1, DTYPE) * tokens
 
 
 def bandwidth(gibibytes: float) -> float:
-    """Bytes per second of reading an array and writing another; the best of ten."""
+    """Bytes per second of reading one array and writing another; the best of ten runs."""
     array = jnp.zeros(int(gibibytes * 2**30) // 4, jnp.float32)
     add = jax.jit(lambda array: array + 1, donate_argnums=0)
     array, best = jax.block_until_ready(add(array)), float("inf")
@@ -83,7 +80,7 @@ def bandwidth(gibibytes: float) -> float:
 
 
 def measure(config: QwenConfig, params: Params, batch: int, context: int, blocks: int, block: int) -> dict:
-    """Tokens per second of `blocks` blocks of decode steps, at the end of a context of so many tokens."""
+    """Tokens per second of `blocks` blocks of decode steps at the end of a context of `context` tokens."""
     timed = blocks * block
     if context <= timed + block:
         raise SystemExit(f"a context of {context} tokens has no room for {timed + block} decoded ones")
@@ -120,11 +117,11 @@ def measure(config: QwenConfig, params: Params, batch: int, context: int, blocks
 
 def run(
     shapes: list[str], batch: int, contexts: list[int], blocks: int, block: int, gibibytes: float,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> dict:  # fmt: skip
-    """Everything asked for; see the module."""
+    """All measurements; see the module's docstring."""
     speed = bandwidth(gibibytes)
-    say(f"{jax.devices()[0].device_kind}: {speed / 1e9:,.0f} GB/s")
+    report(f"{jax.devices()[0].device_kind}: {speed / 1e9:,.0f} GB/s")
     rows = []
     for name in shapes:
         params = random_params(SHAPES[name])
@@ -143,12 +140,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.6b", "4b"], help="models")
-    parser.add_argument("--batch", type=int, default=64, help="dialogues decoded at once")
+    parser.add_argument("--batch", type=int, default=64, help="dialogues in a batch")
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096], help="tokens of a dialogue")
-    parser.add_argument("--blocks", type=int, default=8, help="how many blocks are timed")
-    parser.add_argument("--block", type=int, default=16, help="decode steps before the host looks")
+    parser.add_argument("--blocks", type=int, default=8, help="number of timed blocks")
+    parser.add_argument("--block", type=int, default=16, help="decode steps per block")
     parser.add_argument(
-        "--copy-gib", type=float, default=1.0, help="size of the array that measures bandwidth"
+        "--copy-gib", type=float, default=1.0, help="size of the array for the bandwidth measurement"
     )
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Host work of a step with 1, 2 and 4 processes, each of which holds as many dialogues as before.
+"""Host work of a step with 1, 2 and 4 processes and a constant number of dialogues per process.
 
     python benchmarks/hosts.py [--steps 5] [--dialogues 64] [--json FILE]
 
-What a process does on its host in a step, with the run's own functions: dialogues with the scripted world
-(an engine that samples at random stands for the device), cells and advantages, token rows, their gathering,
-the figures, and the dialogues on the disk. Weights, forward and backward passes are left out. Counted is the
-CPU time of the process, all its threads together, since on a machine with fewer cores than processes the
-clock says nothing; waiting for others costs none. Reported are the busiest process and the mean.
+Runs the host's part of a step with the training run's functions: dialogues with the scripted world (an
+engine that returns random tokens replaces the device), cells and advantages, token rows, gathering them,
+metrics, and writing the dialogues. There are no weights, forward or backward passes. Measures the CPU time
+of all threads of a process, because wall time means nothing with fewer cores than processes; waiting uses no
+CPU time. Reports the busiest process and the mean.
 """
 
 from __future__ import annotations
@@ -33,10 +33,8 @@ def free_port() -> int:
 def main() -> None:
     """Starts the processes and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=5, help="counted steps, after one that is not")
-    parser.add_argument(
-        "--dialogues", type=int, default=64, help="dialogues of each process, a multiple of 8"
-    )
+    parser.add_argument("--steps", type=int, default=5, help="measured steps, after one that is not")
+    parser.add_argument("--dialogues", type=int, default=64, help="dialogues per process, a multiple of 8")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--worker", metavar="FOLDER", help=argparse.SUPPRESS)
@@ -52,19 +50,19 @@ def main() -> None:
     phases = list(first[0])
     print(f"CPU milliseconds a step of the busiest process (mean); {options.dialogues} dialogues in each")
     print(f"{'processes':<10}" + "".join(f"{phase:>18}" for phase in phases) + f"{'growth':>9}")
-    for count, parts in results.items():
+    for count, processes in results.items():
         cells = []
         for phase in phases:
-            values = [part[phase] for part in parts]
+            values = [process[phase] for process in processes]
             cells.append(f"{max(values):9.1f} ({sum(values) / count:6.1f})")
-        growth = max(part["all"] for part in parts) / first[0]["all"] - 1
+        growth = max(process["all"] for process in processes) / first[0]["all"] - 1
         print(f"{count:<10}" + "".join(f"{cell:>18}" for cell in cells) + f"{growth:>9.0%}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 
 
 def measure(options: argparse.Namespace, count: int, folder: str) -> list[dict[str, float]]:
-    """CPU milliseconds of each phase, of each process."""
+    """CPU milliseconds per phase, for each process."""
     address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, __file__, "--worker", folder, "--steps", str(options.steps)]
     workers = [
@@ -83,12 +81,12 @@ def measure(options: argparse.Namespace, count: int, folder: str) -> list[dict[s
         )
         for index in range(count)
     ]
-    said = [worker.communicate(timeout=1800)[0] for worker in workers]
-    return [json.loads(lines.splitlines()[-1]) for lines in said]
+    outputs = [worker.communicate(timeout=1800)[0] for worker in workers]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 class RandomEngine:
-    """Answers every request at once with random ids: what `rollout.collect` needs of an engine."""
+    """An engine for `rollout.collect` that answers every request at once with random ids."""
 
     def __init__(self, slots: int, length: int, vocabulary: int, stop: int):
         import numpy as np
@@ -119,7 +117,7 @@ class RandomEngine:
 
 
 def work(options: argparse.Namespace, folder: Path) -> None:
-    """One process: the host's part of some steps, and its CPU time by phase."""
+    """One process: runs the host's part of the steps and prints its CPU time by phase."""
     count = int(os.environ["JAX_NUM_PROCESSES"])
     from mapo_jax.config import load_config
 
@@ -157,7 +155,7 @@ def steps(config, processes, folder: Path, counted: int) -> dict[str, float]:
     chat = ChatFormat(load_tokenizer(model))
     own = processes.share(config.rollout.scenarios)
     engine = RandomEngine(
-        (own.stop - own.start) * ROLLOUTS,
+        (share.stop - share.start) * ROLLOUTS,
         config.rollout.max_tokens,
         chat.vocabulary_size,
         chat.end_of_turn[0],
@@ -170,7 +168,7 @@ def steps(config, processes, folder: Path, counted: int) -> dict[str, float]:
     def lap(phase: str, step: int) -> None:
         nonlocal clock
         now = time.process_time()
-        if step:  # the first one compiles
+        if step:  # the first step compiles
             spent[phase] = spent.get(phase, 0.0) + 1000 * (now - clock) / counted
         clock = now
 
@@ -191,7 +189,7 @@ def steps(config, processes, folder: Path, counted: int) -> dict[str, float]:
         returns = turn_returns(rewards, cells.valid, cells.scored, algorithm=algorithm)
         advantages = turn_advantages(rewards, returns, cells.valid, cells.scored, algorithm=algorithm)
         batch = rows.make_batch(
-            dialogues, np.asarray(advantages)[own], cells.scored[own], config.rollout.max_tokens
+            dialogues, np.asarray(advantages)[share], cells.scored[share], config.rollout.max_tokens
         )
         lap("rows", step)
         batch = processes.gather(batch)
@@ -202,7 +200,7 @@ def steps(config, processes, folder: Path, counted: int) -> dict[str, float]:
         if (parts := processes.report("figures", held)) is not None:
             states = [from_stripped(scenarios[s], what) for part in parts for s, what in part]
             summarize(states, 0.85), reading_metrics(states)
-        lap("figures", step)
+        lap("metrics", step)
         lines = [json.dumps(dialogue.to_json()) for group in dialogues for dialogue in group]
         file = part_of(folder / f"step_{step:06d}.jsonl", part_name(processes.index, processes.count))
         write_whole(file, "\n".join(lines))

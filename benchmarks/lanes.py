@@ -1,21 +1,22 @@
-"""Decoding some of the caches: what it costs when most users are thinking.
+"""Cost of decoding some of the caches, while the other dialogues wait for their user.
 
     python benchmarks/lanes.py [--slots 64] [--speaking 16] [--rounds 10]
 
-Of the reference work's model (benchmarks/rollout.py), so many dialogues have caches and so many of them are
-speaking. Compared are a block of 8 decode steps
+The model is that of the reference work (benchmarks/rollout.py). `--slots` dialogues have caches, and
+`--speaking` of them are decoded. Ways to decode a block of 8 steps:
 
-    all decoded           every cache in place, those of the silent too
-    copied for a block    what the engine does if it has fewer lanes than resident caches
-    gathered every step   what pages cost without a kernel for them: each step looks its caches up by index
-    parked                only the speaking ones are on the device; with parking and restoring one of them
+    all decoded           every cache in place, those of waiting dialogues too copied for a block    as in
+    the engine if it has fewer lanes than resident caches gathered every step   like pages without a special
+    kernel: each step looks its caches up by index parked                only the decoded caches are on the
+    device; includes parking and restoring one of them
 
-and the cache's layout: keys by feature, [K, G, E, C], with values [K, G, C, E] (ours on a CPU); both with
-positions before features, [K, G, C, E] (ours elsewhere); or both with positions before heads, [K, C, G, E].
-The first also with attention that leaves out what no dialogue has reached yet, PART tokens at a time, as many
-parts as are in use, with a running maximum; and with scores as a sum over features, written out, instead of
-matrix products, which XLA's CPU backend computes one by one on one core. All take turns, round after round;
-medians count. Last comes how many cores one layer's attention keeps busy.
+Layouts of the cache: keys by feature, [K, G, E, C], with values [K, G, C, E] (ours on a CPU); both with
+positions before features, [K, G, C, E] (ours elsewhere); both with positions before heads, [K, C, G, E]. The
+first layout is also measured with two variants of attention. One computes PART tokens at a time with a
+running maximum, and skips parts that no dialogue has reached. The other computes scores as an explicit sum
+over features instead of matrix products, which XLA's CPU backend computes one by one on one core. All
+variants run in turn, round after round, and the table has the medians. The last lines give the number of
+busy cores during one layer's attention.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without installation
 
 from rollout import SHAPE
 
@@ -43,7 +44,7 @@ from mapo_jax.rollout.decoding import generate, park, restore
 from mapo_jax.rollout.sampling import Sampling
 
 BLOCK, LENGTHS, PART = 8, (256, 384), 128
-OURS, WRITTEN_OUT = "layer, keys [K, G, E, C]", "layer, the first, scores written out"
+OURS, EXPLICIT_SUM = "layer, keys [K, G, E, C]", "layer, first layout, scores as an explicit sum"
 BY_FEATURE = jax.devices()[0].platform == "cpu"  # as the engine does
 OPTIONS = dict(
     config=SHAPE,
@@ -56,7 +57,7 @@ OPTIONS = dict(
 
 
 def ways(slots: int, speaking: int, length: int) -> dict[str, Callable[[], None]]:
-    """A block of each way, on caches of its own."""
+    """A function per way to decode a block, each with its own caches."""
     params = init_params(SHAPE, seed=0)
 
     def inputs(lanes: int, places) -> list[np.ndarray]:
@@ -66,7 +67,7 @@ def ways(slots: int, speaking: int, length: int) -> dict[str, Callable[[], None]
         limits = np.where(np.arange(lanes) < speaking, BLOCK, 0).astype(np.int32)
         return [np.asarray(places, np.int32), words, tokens, positions, limits]
 
-    def kept(step, caches: int, *arguments) -> Callable[[], None]:
+    def repeated(step, caches: int, *arguments) -> Callable[[], None]:
         compiled = jax.jit(step, donate_argnums=1)
         state = [init_cache(SHAPE, caches, length, by_feature=BY_FEATURE)]
 
@@ -92,7 +93,7 @@ def ways(slots: int, speaking: int, length: int) -> dict[str, Callable[[], None]
         return jax.lax.scan(step, (cache, tokens), jnp.arange(BLOCK))[0][0]
 
     some = np.random.default_rng(0).permutation(slots)[:speaking]
-    resident = kept(whole(True), speaking, *inputs(speaking, range(speaking)))
+    resident = repeated(whole(True), speaking, *inputs(speaking, range(speaking)))
     out, back = jax.jit(park), jax.jit(restore, donate_argnums=0)
     other = [init_cache(SHAPE, speaking, length, by_feature=BY_FEATURE)]
 
@@ -102,15 +103,15 @@ def ways(slots: int, speaking: int, length: int) -> dict[str, Callable[[], None]
         resident()
 
     return {
-        "all decoded": kept(whole(True), slots, *inputs(slots, range(slots))),
-        "copied for a block": kept(whole(False), slots, *inputs(speaking, some)),
-        "gathered every step": kept(step_by_step, slots, *inputs(speaking, some)),
+        "all decoded": repeated(whole(True), slots, *inputs(slots, range(slots))),
+        "copied for a block": repeated(whole(False), slots, *inputs(speaking, some)),
+        "gathered every step": repeated(step_by_step, slots, *inputs(speaking, some)),
         "parked": parked,
     }
 
 
 def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
-    """BLOCK steps of one layer's attention, with the write of the new entries, in each layout."""
+    """For each layout, BLOCK steps of one layer's attention, including the write of the new entries."""
     heads, groups, size = SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim
     rows, share = jnp.arange(lanes), heads // groups
     allowed = jnp.arange(length) <= length - BLOCK
@@ -119,10 +120,10 @@ def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
         keys, entries = cache
         query = query.reshape(lanes, groups, share, size)
         if scores is None:
-            found = sum(query[..., e, None] * keys[:, :, None, e] for e in range(size))
+            logits = sum(query[..., e, None] * keys[:, :, None, e] for e in range(size))
         else:
-            found = jnp.einsum(scores, query, keys)
-        weights = jax.nn.softmax(jnp.where(allowed, found, -1e30), axis=-1)
+            logits = jnp.einsum(scores, query, keys)
+        weights = jax.nn.softmax(jnp.where(allowed, logits, -1e30), axis=-1)
         return jnp.einsum(values, weights, entries).reshape(lanes, heads, size)
 
     def by_feature(cache, query, position, scores="kgse,kgec->kgsc"):
@@ -180,9 +181,11 @@ def layouts(lanes: int, length: int) -> dict[str, Callable[[], None]]:
         OURS: block(by_feature, (lanes, groups, size, length), inside),
         "layer, [K, G, C, E]": block(inner, inside, inside),
         "layer, [K, C, G, E]": block(outer, outside, outside),
-        WRITTEN_OUT: block(functools.partial(by_feature, scores=None), (lanes, groups, size, length), inside),
-        "layer, the first, in parts": block(in_parts, (lanes, groups, size, length), inside),
-        "layer, the first, one part in use": block(in_parts, (lanes, groups, size, length), inside, PART),
+        EXPLICIT_SUM: block(
+            functools.partial(by_feature, scores=None), (lanes, groups, size, length), inside
+        ),
+        "layer, first layout, in parts": block(in_parts, (lanes, groups, size, length), inside),
+        "layer, first layout, one part in use": block(in_parts, (lanes, groups, size, length), inside, PART),
     }
 
 
@@ -191,12 +194,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--slots", type=int, default=64, help="dialogues with a cache")
-    parser.add_argument("--speaking", type=int, default=16, help="those of them that are decoded")
-    parser.add_argument("--rounds", type=int, default=10, help="how often everything is measured")
+    parser.add_argument("--speaking", type=int, default=16, help="dialogues of them that are decoded")
+    parser.add_argument("--rounds", type=int, default=10, help="number of measured rounds")
     options = parser.parse_args()
     table = Table(title=f"milliseconds for {BLOCK} steps", title_justify="left")
     table.add_column("")
-    found: dict[str, list[str]] = {}
+    rows: dict[str, list[str]] = {}
     for length in LENGTHS:
         table.add_column(f"{length} tokens", justify="right")
         blocks = ways(options.slots, options.speaking, length) | layouts(options.speaking, length)
@@ -208,14 +211,14 @@ def main() -> int:
                 if number:
                     times[name].append(time.perf_counter() - started)
         for name, values in times.items():
-            found.setdefault(name, []).append(f"{1e3 * statistics.median(values):.1f}")
-        for name in (OURS, WRITTEN_OUT):
+            rows.setdefault(name, []).append(f"{1e3 * statistics.median(values):.1f}")
+        for name in (OURS, EXPLICIT_SUM):
             started, worked = time.perf_counter(), time.process_time()
             for _ in range(10 * options.rounds):
                 blocks[name]()
             cores = (time.process_time() - worked) / (time.perf_counter() - started)
-            found.setdefault(f"cores busy: {name}", []).append(f"{cores:.1f}")
-    for name, cells in found.items():
+            rows.setdefault(f"busy cores: {name}", []).append(f"{cores:.1f}")
+    for name, cells in rows.items():
         table.add_row(name, *cells)
     Console(highlight=False).print(table)
     return 0

@@ -1,8 +1,8 @@
-"""The warm start's speed with and without the memory that programs on a CPU work in being kept.
+"""Speed of the warm start on a CPU, with and without keeping the working memory of programs.
 
     python benchmarks/memory.py [--rounds 2] [--updates 150]
 
-Each round is two processes in turn, the second with `commands.prepare_jax`, and each compiles anew. Prints
+Each round runs two processes in turn, the second with `commands.prepare_jax`; both compile everything. Prints
 tokens per second and the ratio of each round.
 """
 
@@ -32,21 +32,21 @@ print(json.loads((result / RECORD).read_text())["tokens_per_second"])
 """
 
 
-def speed(how: str, updates: int) -> float:
+def speed(memory: str, updates: int) -> float:
     """Tokens per second of the updates after the first."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", WORKER, how, str(updates), folder]
+        command = [sys.executable, "-c", WORKER, memory, str(updates), folder]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
         return float(subprocess.check_output(command, env=environment, text=True, timeout=900).split()[-1])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=2, help="how often both are measured")
-    parser.add_argument("--updates", type=int, default=150, help="of each warm start")
+    parser.add_argument("--rounds", type=int, default=2, help="number of rounds")
+    parser.add_argument("--updates", type=int, default=150, help="updates of each warm start")
     options = parser.parse_args()
     for number in range(1, options.rounds + 1):
-        freed, kept = (speed(how, options.updates) for how in ("freed", "kept"))
+        freed, kept = (speed(memory, options.updates) for memory in ("freed", "kept"))
         print(f"round {number}: {freed:,.0f} freed, {kept:,.0f} kept, ratio {kept / freed:.2f}", flush=True)
     return 0
 

@@ -1,11 +1,11 @@
-"""A large run's report: how long the command takes, how large the page is, when the browser first paints it.
+"""Report of a large run: time of the command, size of the page, time to the browser's first paint.
 
     python benchmarks/report.py [--dialogues 2048] [--turns 15] [--rounds 3] [--folder FOLDER]
 
-Writes a run folder of that size in words drawn at random, which pack worse than any language, and measures
-`python -m mapo_jax.report` on it, with and without what was compiled before, and the first contentful paint
-in a headless Chromium. What it should reach: 10 s, 15 MB, 2 s. The best round counts, as the machine may
-be busy with other things. Needs Chromium (`apt-get install chromium`) and requirements-dev.txt.
+Writes a run folder of that size with random words, which compress worse than natural text. Measures
+`python -m mapo_jax.report` on it, with an empty and a filled cache of compiled programs, and the first
+contentful paint in a headless Chromium. The targets are 10 s, 15 MB and 2 s. The best round counts, because
+the machine may have other load. Needs Chromium (`apt-get install chromium`) and requirements-dev.txt.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from playwright.sync_api import sync_playwright
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without installation
 
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 
-SCENARIOS, ROLLOUTS, HELD = 16, 4, 2  # HELD: rollouts per card of an evaluation
-TOKENS, PROMPT = 60, 35  # per turn, and those of them that are not sampled
+SCENARIOS, ROLLOUTS, EVALUATED = 16, 4, 2  # EVALUATED: rollouts per card of an evaluation
+TOKENS, PROMPT = 60, 35  # tokens per turn, and how many of them are not sampled
 
 
 def write_large_run(folder: Path, dialogues: int, turns: int, seed: int = 0) -> Path:
-    """A run folder with two evaluations and about `dialogues` dialogues of training of `turns` turns."""
+    """A run folder with two evaluations and about `dialogues` training dialogues of `turns` turns."""
     numbers = random.Random(seed)
     cards = load_scenarios(split="train")[:SCENARIOS]
     words = sorted({word for card in cards for stage in card.story.stages for word in stage.telling.split()})
@@ -56,7 +56,7 @@ def write_large_run(folder: Path, dialogues: int, turns: int, seed: int = 0) -> 
     for step in range(1, steps + 1):
         save("dialogues", step, ROLLOUTS)
     for step in (0, steps):
-        save("evaluations", step, HELD)
+        save("evaluations", step, EVALUATED)
     metrics = [json.dumps({"step": step, "return/mean": numbers.random()}) for step in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("\n".join(metrics) + "\n")
     return folder
@@ -65,24 +65,24 @@ def write_large_run(folder: Path, dialogues: int, turns: int, seed: int = 0) -> 
 def _row(
     numbers: random.Random, words: Sequence[str], card: Scenario, turns: int, step: int, s: int, r: int
 ) -> dict[str, Any]:
-    said = lambda count: " ".join(numbers.choices(words, k=count)) + "."  # noqa: E731
-    position, told = card.start_position, []
+    text = lambda count: " ".join(numbers.choices(words, k=count)) + "."  # noqa: E731
+    position, finished = card.start_position, []
     for _ in range(turns):
         levels = [numbers.choice((0, 0, -1) if k % 2 else (0, 0, 1, 2)) for k in range(6)]
         position = calculator.move(position, calculator.points(levels))
-        told.append(
+        finished.append(
             {
-                "user": said(20),
-                "reply": said(20),
+                "user": text(20),
+                "reply": text(20),
                 "judgement": {
                     "levels": levels,
-                    "evidence": [said(4) for _ in levels],
-                    "reasons": [said(6) for _ in levels],
+                    "evidence": [text(4) for _ in levels],
+                    "reasons": [text(6) for _ in levels],
                     "reading": None,
                 },
                 "failure": None,
                 "position": position,
-                "action": {"kind": "continue", "target": None, "guidance": said(6)},
+                "action": {"kind": "continue", "target": None, "guidance": text(6)},
                 "truncated": False,
             }
         )
@@ -92,7 +92,7 @@ def _row(
         "state": {
             "scenario": scenario | {"start": card.start, "story": {"trigger": card.story.trigger}},
             "seed": r,
-            "turns": told,
+            "turns": finished,
             "user": "",
             "outcome": "timeout",
             "failure": None,
@@ -113,7 +113,7 @@ def _row(
 
 
 def write_seconds(run: Path, cache: Path) -> float:
-    """Wall time of the whole command, the start of Python included."""
+    """Wall time of the command in seconds, including the start of Python."""
     command = [sys.executable, "-m", "mapo_jax.report", "--run", str(run)]
     started = time.perf_counter()
     subprocess.run(
@@ -123,7 +123,7 @@ def write_seconds(run: Path, cache: Path) -> float:
 
 
 def paint(browser: Any, file: Path) -> tuple[float, float]:
-    """Seconds to the first contentful paint, and until the dialogues can be read."""
+    """Seconds until the first contentful paint, and until the dialogues are readable."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(file.absolute().as_uri())
     page.wait_for_selector("html[data-ready]", timeout=120_000)
@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument("--dialogues", type=int, default=2048)
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="keep the run here; by default it is thrown away")
+    parser.add_argument("--folder", type=Path, help="keep the run here; by default it is deleted")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         run = options.folder or Path(scratch) / "run"
@@ -158,14 +158,14 @@ def main() -> int:
             paints = [paint(browser, run / "report.html") for _ in range(options.rounds)]
             browser.close()
         megabytes = (run / "report.html").stat().st_size / 1e6
-    table = Table("", "best", "of the rounds", "should be under")
+    table = Table("", "best", "all rounds", "target below")
     spread = lambda values: " ".join(f"{value:.2f}" for value in values)  # noqa: E731
-    table.add_row("written, nothing compiled before", f"{min(cold):.1f} s", spread(cold), "10 s")
-    table.add_row("written again", f"{min(warm):.1f} s", spread(warm), "10 s")
+    table.add_row("written, empty compilation cache", f"{min(cold):.1f} s", spread(cold), "10 s")
+    table.add_row("written, filled compilation cache", f"{min(warm):.1f} s", spread(warm), "10 s")
     table.add_row("size of the page", f"{megabytes:.1f} MB", "", "15 MB")
     first, ready = zip(*paints, strict=True)
     table.add_row("first paint", f"{min(first):.2f} s", spread(first), "2 s")
-    table.add_row("dialogues can be read", f"{min(ready):.2f} s", spread(ready), "")
+    table.add_row("dialogues are readable", f"{min(ready):.2f} s", spread(ready), "")
     Console().print(table)
     return 0
 

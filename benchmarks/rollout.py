@@ -1,22 +1,23 @@
-"""Multi-turn rollout: our engine against transformers and Tunix, and against its own lock-step batch.
+"""Multi-turn rollout: our engine compared with transformers, with Tunix, and with lock-step batches.
 
     python benchmarks/rollout.py [--rounds 3] [--peers transformers tunix] [--json FILE]
-    python benchmarks/rollout.py --sizes    the ragged work alone, with other lanes and blocks
+    python benchmarks/rollout.py --sizes    only the ragged work, with other numbers of lanes and block sizes
 
 Reference work: a Qwen3 of 4.2 M random parameters (hidden 256, 4 layers, 8/4 heads of 32, MLP 768,
 vocabulary 4,096), float32; 32 dialogues of 6 turns, a first prompt of 64 tokens, user turns of 24, replies
-of exactly 32 tokens, sampled at temperature 1 by all.
+of exactly 32 tokens, all sampled at temperature 1.
 
 Ragged work: 64 dialogues of 2 to 8 turns with replies of 8 to 32 tokens, whose users answer at once or after
-200 ms. Ours decodes 32 at a time; and again with room for 16 caches on the device, a quarter of the
-dialogues, the others parked. In lock step, our own engine takes all 64 dialogues at once, every turn as long
-as its longest reply, or four times 16, each until its longest dialogue has ended; the faster one counts.
+200 ms. Our engine decodes 32 at a time, with all caches on the device, and with room for 16 caches (a quarter
+of the dialogues; the others are parked). In lock step, our engine takes all 64 dialogues at once, every turn
+lasting as long as its longest reply, or four batches of 16, each until its longest dialogue has ended; the
+faster of the two counts.
 
-All that is compared runs in turn, round after round, in one run of this program, on all cores, so that a busy
-machine slows all of it down; what counts are the ratios. A peer that cannot be had is left out by name.
+All variants run in turn, round after round, in one process on all cores, so that other load slows all of
+them; only the ratios count. A peer that is not available is listed with the reason.
 
-transformers runs with torch on the CPU (`pip install torch`), with its cache kept from turn to turn and
-starting over at every turn; Tunix, which always starts over, is installed into an environment of its own.
+transformers runs with torch on the CPU (`pip install torch`), with its cache kept between turns, and without.
+Tunix always starts from the beginning; it is installed into a separate environment.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without installation
 
 from mapo_jax.commands import prepare_jax
 from mapo_jax.model.huggingface import save_params, write_config
@@ -66,7 +67,7 @@ DIALOGUES, TURNS, FIRST, USER, REPLY = 32, 6, 64, 24, 32
 RAGGED, LANES, RESIDENT, LATENCY = 64, 32, 16, 0.2
 LENGTH = FIRST + TURNS * REPLY + (TURNS - 1) * USER
 PEERS = ("transformers_cached", "transformers_reprefill", "tunix")
-PEER_SECONDS = 600  # longest wait for one answer of a peer's process
+PEER_SECONDS = 600  # time limit for one answer of a peer's process
 
 
 def tokens(seed: int, size: int) -> list[int]:
@@ -74,7 +75,7 @@ def tokens(seed: int, size: int) -> list[int]:
 
 
 def make_engine(params, **options) -> Engine:
-    """Without stop ids, so that every reply has its full length; compiled."""
+    """A compiled engine without stop ids, so that every reply has its full length."""
     settings = dict(length=LENGTH, max_reply_tokens=REPLY, stop_ids=(), vocabulary_size=SHAPE.vocab_size)
     engine = Engine(SHAPE, **(settings | options))
     engine.load(params, 0)
@@ -86,7 +87,7 @@ def make_engine(params, **options) -> Engine:
 
 
 def reference(engine: Engine) -> int:
-    """Sampled tokens of our engine; a turn prefills its new tokens and nothing else."""
+    """Runs our engine; returns the sampled tokens. Asserts that a turn prefills only its new tokens."""
     engine.reset()
     before = engine.counts.prefilled
     for turn in range(TURNS):
@@ -102,7 +103,7 @@ def reference(engine: Engine) -> int:
 
 
 def transformers_peer(folder: Path) -> dict[str, Callable[[], int]]:
-    """transformers + torch, with its cache kept between turns and without."""
+    """transformers with torch, with and without its cache kept between turns."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -132,7 +133,7 @@ def transformers_peer(folder: Path) -> dict[str, Callable[[], int]]:
 
 
 def tunix_peer(folder: Path) -> dict[str, Callable[[], int]]:
-    """Tunix's sampler, in a process and an environment of its own (kept in the cache folder)."""
+    """Tunix's sampler, in a separate process and environment (kept in the cache folder)."""
     environment = (
         Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mapo_jax" / "peers" / "tunix"
     )
@@ -161,7 +162,7 @@ def tunix_peer(folder: Path) -> dict[str, Callable[[], int]]:
     )
     atexit.register(process.kill)
 
-    def say(line: str) -> str:
+    def request(line: str) -> str:
         limit = threading.Timer(PEER_SECONDS, process.kill)
         limit.start()
         try:
@@ -170,19 +171,19 @@ def tunix_peer(folder: Path) -> dict[str, Callable[[], int]]:
         finally:
             limit.cancel()
         if not answer:
-            raise RuntimeError(f"its process has ended, or took more than {PEER_SECONDS} seconds")
+            raise RuntimeError(f"the process ended, or took more than {PEER_SECONDS} seconds")
         return answer
 
-    say(json.dumps(work))
-    say("run")  # compiles, and shows whether it works at all
-    return {"tunix": lambda: int(say("run"))}
+    request(json.dumps(work))
+    request("run")  # compiles, and fails if Tunix does not work
+    return {"tunix": lambda: int(request("run"))}
 
 
 # --- The ragged work. ---
 
 
 def ragged_dialogues() -> list[list[tuple[int, int]]]:
-    """For each dialogue (tokens of the user, tokens of the reply) of each turn."""
+    """For each dialogue, the (user tokens, reply tokens) of each turn."""
     numbers = np.random.default_rng(0)
     dialogues = []
     for _ in range(RAGGED):
@@ -202,8 +203,7 @@ def ragged_request(slot: int, dialogue: int, turn: int, sizes: tuple[int, int]) 
 
 
 def lockstep(engine: Engine, latency: float) -> int:
-    """As many dialogues as the engine has slots take their turns together, and all wait for the slowest reply
-    and the slowest user; then the next ones."""
+    """Batches with one dialogue per slot; at every turn all wait for the slowest reply and user."""
     engine.reset()
     dialogues, sampled = ragged_dialogues(), 0
     for first in range(0, RAGGED, engine.slots):
@@ -217,22 +217,22 @@ def lockstep(engine: Engine, latency: float) -> int:
 
 
 def continuous(engine: Engine, latency: float) -> int:
-    """Every dialogue goes on as soon as its user has answered."""
+    """Every dialogue continues as soon as its user has answered."""
     engine.reset()
     dialogues = ragged_dialogues()
 
-    async def hold(desk: Dispatcher, d: int) -> int:
+    async def converse(dispatcher: Dispatcher, d: int) -> int:
         sampled = 0
         for turn, sizes in enumerate(dialogues[d]):
-            sampled += len((await desk.reply(ragged_request(d, d, turn, sizes))).ids)
+            sampled += len((await dispatcher.reply(ragged_request(d, d, turn, sizes))).ids)
             if latency:
                 await asyncio.sleep(latency)
         return sampled
 
     async def run() -> int:
-        desk = Dispatcher(engine)
-        serving = asyncio.ensure_future(desk.serve())
-        sampled = await asyncio.gather(*(hold(desk, d) for d in range(RAGGED)))
+        dispatcher = Dispatcher(engine)
+        serving = asyncio.ensure_future(dispatcher.serve())
+        sampled = await asyncio.gather(*(converse(dispatcher, d) for d in range(RAGGED)))
         serving.cancel()
         return sum(sampled)
 
@@ -240,16 +240,16 @@ def continuous(engine: Engine, latency: float) -> int:
 
 
 def sizes(params, length: int, rounds: int, console: Console) -> None:
-    """The ragged work with other lanes and blocks, and where its time goes."""
+    """The ragged work with other numbers of lanes and block sizes, with the share of time spent decoding."""
     lines = [(lanes, block, continuous) for lanes in (16, 24, 32, 48, 64) for block in (4, 8, 16)]
     lines.append((RAGGED, REPLY, lockstep))
     engines = [
         make_engine(params, slots=RAGGED, lanes=lanes, block=block, length=length)
         for lanes, block, _ in lines
     ]
-    found: list[list[tuple[float, ...]]] = [[] for _ in lines]
+    measured: list[list[tuple[float, ...]]] = [[] for _ in lines]
     for number in range(rounds + 1):
-        for engine, (lanes, _, work), values in zip(engines, lines, found, strict=True):
+        for engine, (lanes, _, work), values in zip(engines, lines, measured, strict=True):
             before, decoding = replace(engine.counts), Stopwatch()
             with decoding.around(engine, "_decode"):
                 started = time.perf_counter()
@@ -263,7 +263,7 @@ def sizes(params, length: int, rounds: int, console: Console) -> None:
     shown = Table(title="the ragged work", title_justify="left")
     for heading in ("lanes", "block", "tokens/s", "decode steps", "lanes busy", "ms a step", "decoding"):
         shown.add_column(heading, justify="right")
-    for (lanes, block, work), values in zip(lines, found, strict=True):
+    for (lanes, block, work), values in zip(lines, measured, strict=True):
         speed, steps, busy, step, share = map(statistics.median, zip(*values, strict=True))
         name = "lock step" if work is lockstep else str(block)
         cells = (f"{speed:,.0f}", f"{steps:.0f}", f"{busy:.0f} %", f"{step:.1f}", f"{share:.0f} %")
@@ -272,7 +272,7 @@ def sizes(params, length: int, rounds: int, console: Console) -> None:
 
 
 class Stopwatch:
-    """Time spent in a method."""
+    """Measures the time spent in a method."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -297,10 +297,9 @@ class Stopwatch:
 
 
 def measure(
-    work: dict[str, Callable[[], int]], rounds: int, say: Callable[[str], None]
+    work: dict[str, Callable[[], int]], rounds: int, report: Callable[[str], None]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Tokens per second of each piece of work, in turn, `rounds` times after one that warms up; and what
-    failed, with the reason."""
+    """Tokens per second of each work, run in turn for `rounds` rounds after a warm-up; and errors by name."""
     speeds: dict[str, list[float]] = {name: [] for name in work}
     failed: dict[str, str] = {}
     for number in range(rounds + 1):
@@ -315,34 +314,36 @@ def measure(
                 continue
             if number:
                 speeds[name].append(speed)
-        say(f"round {number} of {rounds}" + (" done" if number else ": warmed up"))
+        report(f"round {number} of {rounds}" + (" done" if number else ": warmed up"))
     return {name: values for name, values in speeds.items() if name not in failed}, failed
 
 
 def ratios(ours: list[float], theirs: list[float]) -> list[float]:
-    """Of each round, so that what slows the machine down for a while does not count."""
+    """The ratio of each round, so that a temporary load on the machine does not count."""
     return [mine / other for mine, other in zip(ours, theirs, strict=True)]
 
 
 def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> Table:
-    made = Table(title=title, title_justify="left")
+    result = Table(title=title, title_justify="left")
     for heading in columns:
-        made.add_column(heading, justify="right" if heading != columns[0] else "left")
+        result.add_column(heading, justify="right" if heading != columns[0] else "left")
     for name, cells in rows.items():
-        made.add_row(name, *cells)
-    return made
+        result.add_row(name, *cells)
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
-    parser.add_argument("--peers", nargs="*", default=["transformers", "tunix"], help="which to compare with")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measured rounds")
+    parser.add_argument("--peers", nargs="*", default=["transformers", "tunix"], help="peers to compare with")
     parser.add_argument("--json", type=Path, help="file for the ratios")
-    parser.add_argument("--sizes", action="store_true", help="the ragged work with other lanes and blocks")
+    parser.add_argument(
+        "--sizes", action="store_true", help="only the ragged work, with other lanes and blocks"
+    )
     options = parser.parse_args()
-    prepare_jax()  # as the commands do; transformers shares it
+    prepare_jax()  # as in the commands; also affects transformers
     console = Console(highlight=False)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     console.print(f"Qwen3 of {parameter_count(SHAPE):,} parameters on {jax.devices()[0]}, {cores} cores")
@@ -362,7 +363,7 @@ def main() -> int:
         for name, peer in (("transformers", transformers_peer), ("tunix", tunix_peer)):
             try:
                 if name not in options.peers:
-                    raise RuntimeError("not asked for")
+                    raise RuntimeError("not in --peers")
                 work |= peer(Path(folder))
             except Exception as error:
                 left_out[name] = f"{type(error).__name__}: {error}"

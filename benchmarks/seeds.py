@@ -1,10 +1,10 @@
-"""The default run over several seeds: what training changes, against the spread between seeds.
+"""The default run over several seeds: the effect of training compared with the variation between seeds.
 
     python benchmarks/seeds.py [--seeds 5] [--folder runs/seeds] [key=value ...]
 
-Runs `python -m mapo_jax.train` once per seed, one after the other, each with a warm start of its own, and
-prints a table of the validation dialogues before and after training. Finished runs are not run again,
-unfinished ones are continued.
+Runs `python -m mapo_jax.train` once per seed, one after the other, each with its own warm start, and prints
+a table of the validation dialogues before and after training. Finished runs are not repeated; unfinished
+runs are continued.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ COLUMNS = (  # heading, metric, format
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
-    parser.add_argument("--folder", type=Path, default=Path("runs/seeds"), help="where the runs go")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed on to every run")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0")
+    parser.add_argument("--folder", type=Path, default=Path("runs/seeds"), help="folder of the runs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed to every run")
     options = parser.parse_args()
     rows = []
     for seed in range(options.seeds):

@@ -1,16 +1,16 @@
-"""The update against the matrix units' speed: MFU of the train step, and what each attention takes.
+"""MFU of the update relative to the measured speed of a matrix product, and the memory of each attention.
 
     python benchmarks/update.py [--shape 0.6b 1.7b 4b] [--length 4096 16384] [--json FILE]
 
-    MFU = FLOPs that the mathematics of an update asks for / (seconds x measured FLOP/s of a matrix product)
+    MFU = FLOPs that the mathematics of an update needs / (seconds x measured FLOP/s of a matrix product)
 
 The FLOPs are those of `running/utilization.py`: 6 for each weight and token, attention, and the head for
-half of the tokens; what `remat` computes again does not count. The rate is that of a bfloat16 product of
-two square matrices, the best of ten. What is timed is the run's own program, `make_programs(...).update`:
-two rows of full length, one to a micro-batch, with gradient, clipping and AdamW. Weights and moments are
-random bfloat16 ones of Qwen3's shape, so that 4B fits a GPU of 80 GB; a run keeps them in float32.
+half of the tokens; recomputation by `remat` does not count. The rate is that of a bfloat16 product of two
+square matrices, the best of ten runs. The timed program is that of a run, `make_programs(...).update`: two
+rows of full length, one per micro-batch, with gradient, clipping and AdamW. Weights and moments are random
+bfloat16 numbers in Qwen3's shapes, so that 4B fits a GPU of 80 GB; a run keeps them in float32.
 
-Meant for an accelerator; `--shape tiny` runs anywhere.
+Needs an accelerator; `--shape tiny` runs anywhere.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing need be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without installation
 
 from decode import SHAPES, random_params
 
@@ -47,7 +47,7 @@ ROWS, TURNS = 2, 8
 
 
 def matrix_rate(size: int) -> float:
-    """FLOP/s of a product of two bfloat16 matrices, `size` x `size`; the best of ten."""
+    """FLOP/s of a product of two bfloat16 matrices, `size` x `size`; the best of ten runs."""
     matrix = jnp.ones((size, size), jnp.bfloat16)
     multiply = jax.jit(lambda a, b: a @ b)
     jax.block_until_ready(multiply(matrix, matrix))
@@ -60,7 +60,7 @@ def matrix_rate(size: int) -> float:
 
 
 def settings(length: int, attention: str) -> Config:
-    """Two rows of `length` tokens, half of them loss tokens, one row to a micro-batch."""
+    """Two rows of `length` tokens, half of them loss tokens, one row per micro-batch."""
     return load_config(
         None,
         [
@@ -79,7 +79,7 @@ def settings(length: int, attention: str) -> Config:
 
 
 def random_rows(model: QwenConfig, length: int) -> Batch:
-    """Rows in which every second stretch of tokens is a reply."""
+    """Rows in which every second segment of tokens is a reply."""
     numbers = np.random.default_rng(0)
     shape, reply = (ROWS, length), length // 2 // TURNS
     mask = np.broadcast_to(np.arange(length) // reply % 2 == 1, shape)
@@ -95,7 +95,7 @@ def random_rows(model: QwenConfig, length: int) -> Batch:
 
 
 def measure(model: QwenConfig, length: int, attention: str, updates: int) -> dict[str, float]:
-    """Seconds of an update, its FLOPs, and the bytes that its program works with, as the compiler says."""
+    """Seconds and FLOPs of an update, and the bytes of its program as reported by the compiler."""
     config = settings(length, attention)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     programs, shardings = (
@@ -126,22 +126,22 @@ def run(
     attentions: list[str],
     updates: int,
     size: int,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> dict:
-    """Everything asked for; see the module."""
+    """All measurements; see the module's docstring."""
     rate = matrix_rate(size)
-    say(f"{jax.devices()[0].device_kind}: {rate / 1e12:,.2f} TFLOP/s in a product of {size} x {size}")
+    report(f"{jax.devices()[0].device_kind}: {rate / 1e12:,.2f} TFLOP/s in a product of {size} x {size}")
     rows, left_out = [], []
     for name in shapes:
         for length in lengths:
             for attention in attentions:
-                what = {"shape": name, "length": length, "attention": attention}
+                case = {"shape": name, "length": length, "attention": attention}
                 try:
                     row = measure(SHAPES[name], length, attention, updates)
-                except (UserError, jax.errors.JaxRuntimeError) as error:  # not here, or no memory
-                    left_out.append(what | {"reason": " ".join(str(error).split())[:200]})
+                except (UserError, jax.errors.JaxRuntimeError) as error:  # unavailable, or out of memory
+                    left_out.append(case | {"reason": " ".join(str(error).split())[:200]})
                     continue
-                rows.append(what | row | {"mfu": row["flops"] / row["seconds"] / rate})
+                rows.append(case | row | {"mfu": row["flops"] / row["seconds"] / rate})
     return {
         "device": jax.devices()[0].device_kind,
         "flops_per_second": rate,
@@ -156,9 +156,9 @@ def main() -> int:
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.6b", "1.7b", "4b"], help="models")
     parser.add_argument("--length", type=int, nargs="+", default=[4096, 16_384], help="tokens of a row")
-    parser.add_argument("--attention", nargs="+", default=["xla", "cudnn"], help="which to compare")
-    parser.add_argument("--updates", type=int, default=5, help="how many are timed, after one that warms up")
-    parser.add_argument("--matrix", type=int, default=8192, help="size of the matrices that give the rate")
+    parser.add_argument("--attention", nargs="+", default=["xla", "cudnn"], help="implementations to compare")
+    parser.add_argument("--updates", type=int, default=5, help="timed updates, after one warm-up")
+    parser.add_argument("--matrix", type=int, default=8192, help="size of the matrices for the rate")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     console = Console(highlight=False)
@@ -179,9 +179,9 @@ def main() -> int:
             f"{row['bytes'] / 2**30:.2f}",
         )
     console.print(table)
-    for what in result["left_out"]:
+    for case in result["left_out"]:
         console.print(
-            f"left out: {what['shape']}, {what['length']:,} tokens, {what['attention']} ({what['reason']})",
+            f"left out: {case['shape']}, {case['length']:,} tokens, {case['attention']} ({case['reason']})",
             markup=False,
         )
     if options.json:

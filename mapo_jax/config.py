@@ -1,7 +1,7 @@
-"""The configuration: every key with its type, default, bounds and meaning; reading and changing it.
+"""The configuration: every key with its type, default, bounds and description; loading it.
 
-The models below are the one declaration. Validation, the list of all keys (`python -m mapo_jax.train --keys`)
-and `configs/schema.json`, which editors use for the YAML files, come from them. After a change:
+The models below generate the validation, the list of all keys (`python -m mapo_jax.train --keys`) and
+`configs/schema.json`, which editors use for the YAML files. After a change:
 
     python -m mapo_jax.config > configs/schema.json
 """
@@ -17,20 +17,17 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from mapo_jax import settings
 from mapo_jax.errors import UserError
-from mapo_jax.settings import Section, key, value_of
-from mapo_jax.settings import differing_keys as differing_keys
-from mapo_jax.settings import updated as updated
+from mapo_jax.settings import Section, differing_keys, key, updated, value_of  # noqa: F401 (re-exported)
 
 Estimator = Literal[
     "mapo", "grpo", "turn", "batch", "grpo_per_turn", "reinforce_plus_plus", "rloo", "dr_grpo", "mt_grpo"
 ]
-ESTIMATORS: tuple[str, ...] = get_args(Estimator)
-COMPARE_NO_ROLLOUTS = ("batch", "reinforce_plus_plus")
+SINGLE_ROLLOUT_ESTIMATORS = ("batch", "reinforce_plus_plus")  # they do not compare rollouts of a scenario
 LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 ROLES = ("user", "judge", "director")
-HELD_OUT = "held_out_judge"  # scores evaluations in the judge's place
-ENGINE = "engine:"  # a role's model of this form is a frozen Qwen in a folder
+HELD_OUT = "held_out_judge"  # replaces the judge in evaluations
+ENGINE = "engine:"  # prefix of a role's model that is a frozen Qwen in a folder
 
 
 def _check_axis(size: int) -> int:
@@ -46,13 +43,13 @@ Axis = Annotated[int, AfterValidator(_check_axis), Field(json_schema_extra={"not
 
 
 class RunConfig(Section):
-    """Where the run lives."""
+    """Folder and limits of the run."""
 
     directory: str = key("runs/tiny", "run folder; an existing run of the same configuration continues")
     compilation_cache: str | None = key(None, "folder of compiled programs; empty: the user's cache folder")
-    deadline_minutes: Amount = key(0.0, "save and stop so long after the start; 0: never")
+    deadline_minutes: Amount = key(0.0, "save and stop this long after the start; 0: never")
     join_seconds: float = key(300.0, "several processes only: time limit for all to join", ge=1)
-    silent_seconds: float = key(120.0, "several processes only: one silent for this long has failed", ge=1)
+    silent_seconds: float = key(120.0, "several processes only: time limit without a message", ge=1)
 
 
 class FreshModelConfig(Section):
@@ -80,29 +77,27 @@ class FreshModelConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which weights are trained, and how they are computed with."""
+    """The weights, and how the model is computed."""
 
     path: str | None = key(None, "Hugging Face folder or run folder; empty: the small model, warm-started")
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute dtype; master weights stay float32")
     remat: Literal["none", "minimal", "block"] = key("none", "what the backward pass recomputes (qwen.REMAT)")
     attention: Literal["auto", "xla", "splash", "cudnn"] = key(
-        "auto", "over whole rows; auto: by the mesh's platform; splash: on TPU; cudnn: on GPU"
+        "auto", "for whole rows; auto: by the mesh's platform; splash: on TPU; cudnn: on GPU"
     )
     fresh: FreshModelConfig = FreshModelConfig()
 
 
 class LoraConfig(Section):
-    """Low-rank adapters, trained in the place of the weights (`model/lora.py`)."""
+    """Low-rank adapters, trained instead of the weights (`model/lora.py`)."""
 
     rank: int = key(0, "rank of the adapters; 0: none, all weights are trained", ge=0)
-    alpha: Amount = key(32.0, "the low-rank term counts alpha / rank times")
-    targets: list[LoraTarget] = key(
-        list(get_args(LoraTarget)), "maps of every layer that have adapters", min_length=1
-    )
+    alpha: Amount = key(32.0, "the low-rank term is scaled by alpha / rank")
+    targets: list[LoraTarget] = key(list(get_args(LoraTarget)), "projections with adapters", min_length=1)
 
 
 class MeshConfig(Section):
-    """Sizes of the device mesh; one axis may be -1 and takes the devices that are left."""
+    """Sizes of the device mesh; one axis may be -1: it gets the remaining devices."""
 
     data: Axis = key(1, "replicas of the weights, each with its own rows")
     fsdp: Axis = key(-1, "shards of weights, moments and rows")
@@ -110,16 +105,16 @@ class MeshConfig(Section):
 
 
 class RolloutConfig(Section):
-    """How dialogues are held."""
+    """How dialogues are collected."""
 
     scenarios: Count = key(8, "S: scenarios per step")
     rollouts: Count = key(8, "R: dialogues per scenario")
-    max_turns: Count = key(8, "T: a dialogue ends here")
+    max_turns: Count = key(8, "T: most turns of a dialogue")
     min_turns: Count = key(5, "success and failure end a dialogue from this turn on")
     temperature: float = key(1.0, "sampling temperature in training", gt=0)
     max_reply_tokens: Count = key(32, "a reply longer than this is cut and marked truncated")
     max_tokens: int = key(448, "longest dialogue in tokens; also the length of the KV cache", ge=2)
-    copy_weights: bool | None = key(None, "sample with a cast copy: faster, needs memory; empty: on CPU only")
+    copy_weights: bool | None = key(None, "sample with a cast copy: faster, needs memory; empty: only on CPU")
     slots: Count | None = key(None, "KV caches on the device, the rest in host memory; empty: all of a step")
     history: Literal["append", "per_turn"] = key(
         "append", "append: one growing row per dialogue; per_turn: one rendered row per turn"
@@ -130,19 +125,19 @@ class RolloutConfig(Section):
 _FORMS = {
     "url": (
         r"https?://[^/@?#\s]+(/[^@?#\s]*)?",
-        "the http(s) address of an OpenAI-compatible server, without user, password or query (a key belongs "
-        "into the variable named by key_variable)",
+        "the http(s) address of an OpenAI-compatible server, without user, password or query (put a key into "
+        "the variable named by key_variable)",
     ),
-    "key_variable": (r"[A-Za-z_]\w*", "the name of an environment variable, not the key that it holds"),
+    "key_variable": (r"[A-Za-z_]\w*", "the name of an environment variable, not the key itself"),
     "implementation": (r"[\w.]+:\w+", "written as package.module:Class"),
 }
 
 
 class RoleConfig(Section):
-    """Who plays a role of the live world; judge, director and held-out judge have the same keys."""
+    """A role of the live world; judge, director and held-out judge have the same keys."""
 
     url: str | None = key(None, "base URL of an OpenAI-compatible server, such as http://localhost:8000/v1")
-    model: str | None = key(None, "the server's name for it, or engine:FOLDER for our own engine")
+    model: str | None = key(None, "the model's name on the server, or engine:FOLDER for our own engine")
     key_variable: str | None = key(None, "environment variable that holds the server's key")
     implementation: str | None = key(None, "a class of your own, package.module:Class; empty: ours")
     temperature: Amount = key(1.0, "sampling temperature")
@@ -150,16 +145,16 @@ class RoleConfig(Section):
     extra_body: dict[str, Any] = key({}, "more request fields; engine: slots, tokens")
     requests_per_minute: int = key(0, "the server's limit; 0: none", ge=0)
     tokens_per_minute: int = key(0, "the server's limit, prompts and answers together; 0: none", ge=0)
-    prices: list[float] = key([0.0, 0.0], "of a million prompt tokens, of a million answer tokens")
+    prices: list[float] = key([0.0, 0.0], "price of a million prompt tokens, and of a million answer tokens")
 
     @field_validator("url", "key_variable", "implementation")
     @classmethod
     def _is_well_formed(cls, value: str | None, info: ValidationInfo) -> str | None:
-        pattern, right = _FORMS[info.field_name]
+        pattern, rule = _FORMS[info.field_name]
         if value is None or re.fullmatch(pattern, value):
             return value
-        secret = info.field_name == "key_variable" or re.search("[@?#]", value)  # it may be, or hold, a key
-        raise ValueError(f"must be {right}" if secret else f"is {value!r}; it must be {right}")
+        secret = info.field_name == "key_variable" or re.search("[@?#]", value)  # may be, or contain, a key
+        raise ValueError(f"must be {rule}" if secret else f"is {value!r}; it must be {rule}")
 
     @field_validator("prices")
     @classmethod
@@ -170,13 +165,13 @@ class RoleConfig(Section):
 
 
 class JudgeConfig(RoleConfig):
-    """A judge: the keys of a role and one more; the held-out judge scores evaluations in its place."""
+    """A judge: the keys of a role and one more; the held-out judge replaces it in evaluations."""
 
     samples: Count = key(1, "judgements per reply; the median of each level counts")
 
 
 class EnvironmentConfig(Section):
-    """The world the policy talks to."""
+    """The environment: the roles that the policy talks to."""
 
     family: Literal["scripted", "live"] = key(
         "scripted", "scripted: offline and deterministic; live: roles played by language models"
@@ -186,15 +181,17 @@ class EnvironmentConfig(Section):
     delayed_opening: bool = key(True, "scripted only: an early good reflection opens a stage later")
     success_tolerance: Share = key(0.05, "`a` of the success rule (0.1 in the published result sets)")
     max_failed_share: Share = key(0.5, "a dialogue with a larger share of unscored turns is left out")
-    concurrency: Count = key(64, "most environment calls at once, of all processes")
+    concurrency: Count = key(64, "most concurrent environment calls, of all processes")
     call_seconds: float = key(
         60.0, "live only: time limit of an attempt; a dialogue's calls have 2 x this x max_turns", ge=0.01
     )
     step_seconds: float = key(
-        7200.0, "live only: time limit of a rollout, waits included; the unfinished is left out", ge=0.01
+        7200.0,
+        "live only: time limit of a rollout with its waits; unfinished dialogues are left out",
+        ge=0.01,
     )
-    failure_share: Share = key(0.2, "live only: largest share of failed calls of the last 100, else a pause")
-    pause_minutes: Amount = key(60.0, "live only: sum of all pauses, each twice the last; then the run stops")
+    failure_share: Share = key(0.2, "live only: pause if more than this of the last 100 calls failed")
+    pause_minutes: Amount = key(60.0, "live only: all pauses together, each twice the last; then a stop")
     user: RoleConfig = RoleConfig()
     judge: JudgeConfig = JudgeConfig()
     director: RoleConfig = RoleConfig()
@@ -205,14 +202,12 @@ class AlgorithmConfig(Section):
     """Rewards, returns, advantages, objective."""
 
     estimator: Estimator = key("mapo", "estimator of the advantages (algorithm/advantages.py)")
-    turn_weight: Share = key(1 / 3, "weight of the turn-level term in the mix; the batch level has the rest")
+    turn_weight: Share = key(1 / 3, "weight of the turn-level term; the batch-level term has the rest")
     discount: Share = key(0.85, "gamma per turn")
     reward: Literal["incremental", "absolute", "sum", "potential"] = key(
         "incremental", "reward of a turn, from the positions before and after it (algorithm/rewards.py)"
     )
-    batch_scope: Literal["batch", "group"] = key(
-        "batch", "statistics of the batch-level term: of the whole batch, or of one scenario"
-    )
+    batch_scope: Literal["batch", "group"] = key("batch", "batch-level statistics: over all or per scenario")
     leave_one_out: bool = key(False, "centre the turn level on the mean of the other rollouts")
     min_group: int = key(2, "fewest scored rollouts for turn-level statistics", ge=2)
     outcome_weight: Amount = key(1.0, "mt_grpo only: weight of the outcome term")
@@ -246,54 +241,48 @@ class TrainingConfig(Section):
     """The length of the run and the shape of an update."""
 
     steps: Count = key(45, "collect-and-update steps")
-    seed: int = key(0, "everything random follows from it", ge=0, le=2**31 - 1)
+    seed: int = key(0, "seed of all random numbers", ge=0, le=2**31 - 1)
     minibatch_scenarios: Count = key(2, "scenarios per optimizer update; divides rollout.scenarios")
-    microbatch_tokens: int = key(
-        1792, "tokens per device and pass, at least a row; 0: the whole mini-batch", ge=0
-    )
+    microbatch_tokens: int = key(1792, "tokens per device and pass, at least one row; 0: no limit", ge=0)
     epochs: Count = key(1, "passes over a step's dialogues")
 
 
 class WarmstartConfig(Section):
-    """Supervised training that precedes RL when there is no model yet; cached by its configuration."""
+    """Supervised training before RL when `model.path` is empty; cached by its configuration."""
 
     steps: Count = key(1150, "optimizer updates")
     rows: Count = key(8, "packed rows per update")
     row_tokens: int = key(256, "length of a packed row", ge=2)
-    turns: int = key(3, "dialogues are cut into pieces of so many turns; 0: as many as fit a row", ge=0)
+    turns: int = key(3, "dialogues are cut into pieces of this many turns; 0: as many as fit a row", ge=0)
     learning_rate: Amount = key(3e-3, "peak of a cosine schedule with warm-up")
     dialogues: Count = key(3000, "synthetic dialogues when `data` is empty")
     data: str | None = key(None, "JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality")
     cache: str | None = key(None, "folder of finished warm starts; empty: the user's cache folder")
-    min_naming_ratio: Amount = key(
-        2.0, "least naming accuracy before RL starts, in multiples of chance; 0: any"
-    )
+    min_naming_ratio: Amount = key(2.0, "naming accuracy needed before RL, in multiples of chance; 0: any")
 
 
 class CheckpointConfig(Section):
-    """What is kept of a run."""
+    """When checkpoints are saved, and which are kept."""
 
-    every: Count = key(10, "steps between checkpoints; before an evaluation and after the last step always")
+    every: Count = key(10, "steps between checkpoints; also before an evaluation and after the last step")
     keep: Count = key(2, "newest checkpoints kept")
-    keep_best: int = key(1, "best checkpoints by validation return, kept beside them", ge=0)
+    keep_best: int = key(1, "best checkpoints by validation return, kept in addition", ge=0)
 
 
 class LoggingConfig(Section):
-    """What a run writes besides metrics.jsonl and dialogues/."""
+    """Output of a run besides metrics.jsonl and dialogues/."""
 
     tensorboard: bool = key(True, "event files")
-    wandb: bool = key(False, "Weights & Biases beside them, if installed")
+    wandb: bool = key(False, "also log to Weights & Biases, if installed")
     progress: bool = key(True, "the live display")
-    peak_flops: float | None = key(
-        None, "FLOP/s of a device for perf/mfu; empty: from a table, or no MFU", ge=1
-    )
+    peak_flops: float | None = key(None, "device FLOP/s for perf/mfu; empty: from a table, or no MFU", ge=1)
 
 
 class EvaluationConfig(Section):
     """Validation during training."""
 
-    every: Count = key(15, "steps between evaluations; before the first and after the last step always")
-    scenarios: Count = key(16, "validation cards, from the first")
+    every: Count = key(15, "steps between evaluations; also before the first and after the last step")
+    scenarios: Count = key(16, "number of validation cards, the first ones")
     rollouts: Count = key(2, "dialogues per card")
     temperature: Amount = key(1.0, "sampling temperature")
 
@@ -317,29 +306,27 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        """What can be judged without the model or the devices."""
+        """Checks keys against each other, as far as neither the model nor the devices are needed."""
 
-        def require(condition: bool, dotted: str, right: str) -> None:
-            if not condition:
-                raise ValueError(f"`{dotted}` is {value_of(self, dotted)!r}; it must be {right}")
+        def require(holds: bool, dotted: str, rule: str) -> None:
+            if not holds:
+                raise ValueError(f"`{dotted}` is {value_of(self, dotted)!r}; it must be {rule}")
 
         rollout, algorithm, fresh = self.rollout, self.algorithm, self.model.fresh
         estimator, least = algorithm.estimator, algorithm.min_group
-        compares = estimator not in COMPARE_NO_ROLLOUTS
-        if compares and not (estimator == "mapo" and algorithm.turn_weight == 0):
-            right = (
-                f"at least {least} with algorithm.estimator={estimator}, which compares a scenario's rollouts"
-            )
-            require(rollout.rollouts >= least, "rollout.rollouts", right)
-        right = f"a divisor of rollout.scenarios ({rollout.scenarios})"
+        single = estimator in SINGLE_ROLLOUT_ESTIMATORS
+        single |= estimator == "mapo" and algorithm.turn_weight == 0
+        rule = f"at least {least} with algorithm.estimator={estimator}, which compares a scenario's rollouts"
+        require(single or rollout.rollouts >= least, "rollout.rollouts", rule)
+        rule = f"a divisor of rollout.scenarios ({rollout.scenarios})"
         divides = rollout.scenarios % self.training.minibatch_scenarios == 0
-        require(divides, "training.minibatch_scenarios", right)
-        right = f"at most rollout.max_turns ({rollout.max_turns})"
-        require(rollout.min_turns <= rollout.max_turns, "rollout.min_turns", right)
-        right = f"less than rollout.max_tokens ({rollout.max_tokens})"
-        require(rollout.max_reply_tokens < rollout.max_tokens, "rollout.max_reply_tokens", right)
-        right = f"even, and a divisor of half of model.fresh.hidden ({fresh.hidden})"
-        require(fresh.heads % 2 == 0 == fresh.hidden % (2 * fresh.heads), "model.fresh.heads", right)
+        require(divides, "training.minibatch_scenarios", rule)
+        rule = f"at most rollout.max_turns ({rollout.max_turns})"
+        require(rollout.min_turns <= rollout.max_turns, "rollout.min_turns", rule)
+        rule = f"less than rollout.max_tokens ({rollout.max_tokens})"
+        require(rollout.max_reply_tokens < rollout.max_tokens, "rollout.max_reply_tokens", rule)
+        rule = f"even, and a divisor of half of model.fresh.hidden ({fresh.hidden})"
+        require(fresh.heads % 2 == 0 == fresh.hidden % (2 * fresh.heads), "model.fresh.heads", rule)
         targets = self.lora.targets
         require(len(set(targets)) == len(targets), "lora.targets", "names that differ from each other")
         sizes = self.mesh.model_dump()
@@ -351,11 +338,11 @@ class Config(Section):
         return self
 
 
-# --- Keys that version 0.1 had. ---
+# --- Keys of version 0.1 that no longer exist. ---
 
 
 class Gone(NamedTuple):
-    """Why a key is gone, and the value that is in effect in its place."""
+    """Why a key was removed, and the value that is in effect now."""
 
     sentence: str
     value: Callable[[Config], Any]
@@ -367,23 +354,19 @@ GONE = {
     "rollout.lanes": Gone("all caches on the device are decoded at once; set rollout.slots", lambda _: None),
     "model.fresh.intermediate": Gone("it is 3 x model.fresh.hidden", lambda c: c.model.fresh.intermediate),
     "model.fresh.kv_heads": Gone("it is model.fresh.heads / 2", lambda c: c.model.fresh.kv_heads),
-    "model.fresh.head_size": Gone(
-        "it is model.fresh.hidden / model.fresh.heads", lambda c: c.model.fresh.head_size
-    ),
+    "model.fresh.head_size": Gone("it is model.fresh.hidden / heads", lambda c: c.model.fresh.head_size),
     "model.fresh.rope_theta": Gone("it is always 10000", lambda _: 10_000.0),
     "optimizer.b1": Gone("it is always 0.9", lambda _: 0.9),
     "logging.dialogues_every": Gone("the dialogues of every step are written", lambda _: 1),
 }
-RUN_FILE = "config.yaml"  # of a run's folder, where a key that is gone may stand with the value in effect
+RUN_FILE = "config.yaml"  # of a run folder; there a removed key is allowed if it has the value in effect
 
 
 def _refusal(gone: Mapping[str, Any], places: Mapping[str, str]) -> str:
     dotted, *others = gone
     also = f"; also gone: {', '.join(f'`{other}`' for other in others)}" if others else ""
-    return (
-        f"{places.get(dotted, '')}`{dotted}` ({gone[dotted]!r}) is gone: {GONE[dotted].sentence}; remove the "
-        f"key{also}"
-    )
+    named = f"{places.get(dotted, '')}`{dotted}` ({gone[dotted]!r})"
+    return f"{named} is gone: {GONE[dotted].sentence}; remove the key{also}"
 
 
 def load_config(
@@ -394,12 +377,12 @@ def load_config(
     Args:
       path: YAML file with any subset of the keys; None for the defaults, which `configs/tiny.yaml` lists.
       overrides: dotted assignments such as `training.steps=20`.
-      without: dotted sections and keys of the file that have their defaults instead: for a file, such as a
-        run's, that may be somebody else's.
+      without: dotted sections and keys of the file that are ignored, for a file that another person may have
+        written, such as a run's.
 
     Raises:
-      UserError: an unknown key (the nearest known one is named) or one that is gone, a value of the wrong
-        type or out of bounds, a combination that cannot work, or a file that cannot be read.
+      UserError: an unknown key (the message names the nearest known one) or a removed one, a value of the
+        wrong type or out of bounds, an invalid combination, or a file that cannot be read.
     """
     content, places = ({}, {}) if path is None else settings.read_yaml(path)
     values = {
@@ -432,33 +415,26 @@ def known_keys() -> list[str]:
     return list(settings.fields(Config))
 
 
-def own_keys() -> list[str]:
-    """The known keys with those of a role once: of the user, and what the judge has beside them."""
-
-    def is_own(section: str, name: str) -> bool:
-        shared = section == "environment.judge" and name in RoleConfig.model_fields
-        return section not in ("environment.director", f"environment.{HELD_OUT}") and not shared
-
-    return [dotted for dotted in known_keys() if is_own(*dotted.rsplit(".", 1))]
+def distinct_keys() -> list[str]:
+    """The known keys, with those of a role once: the user's, and the judge's additional ones."""
+    repeated = [f"environment.judge.{name}" for name in RoleConfig.model_fields]
+    repeated += ["environment.director.", f"environment.{HELD_OUT}."]
+    return [dotted for dotted in known_keys() if not dotted.startswith(tuple(repeated))]
 
 
 def describe_keys() -> str:
-    """Every key with its default, meaning, type and bounds, 80 columns wide; the keys of a role once."""
-    return settings.describe(Config, own_keys())
+    """Every distinct key with its default, meaning, type and bounds, 80 columns wide."""
+    return settings.describe(Config, distinct_keys())
 
 
 def held_out(environment: EnvironmentConfig) -> bool:
-    """Whether evaluations have a judge of their own, who takes no part in training."""
+    """Whether a held-out judge, which takes no part in training, scores evaluations."""
     role = environment.held_out_judge
     return role.model is not None or role.implementation is not None
 
 
 def validate_role(name: str, role: RoleConfig) -> None:
-    """Checks that somebody plays a role of the live world.
-
-    Raises:
-      UserError: names the key, its value, and what would be right.
-    """
+    """Checks that a role of the live world has a model or a class. Raises UserError."""
     dotted = f"environment.{name}"
     if role.model is None and role.implementation is None:
         raise UserError(

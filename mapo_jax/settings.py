@@ -1,7 +1,7 @@
-"""Settings declared as pydantic models: dotted keys, YAML files and overrides, messages, a list of all keys.
+"""Settings as pydantic models: dotted keys, YAML files, overrides, error messages, and the list of all keys.
 
-The models themselves are in `config.py`. `root` is the model of all settings; its fields are sections (other
-models), and theirs are sections or keys.
+The models are in `config.py`. In this module `root` is the top model. Its fields are sections (other models),
+and the fields of a section are sections or keys.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ _TEXT, _NUMBER = (str, str | None), (float, float | None)
 
 
 class Section(BaseModel):
-    """Frozen; a key that does not exist, or a value of another type, is an error."""
+    """A frozen model; an unknown key or a value of another type is an error."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
     )
 
 
-def key(default: Any, meaning: str, **options: Any) -> Any:
-    """A field with its default, its meaning, and bounds beside those of its type."""
-    return Field(default, description=meaning, **options)
+def key(default: Any, description: str, **options: Any) -> Any:
+    """A field with its default, its description, and further options of pydantic's Field, such as bounds."""
+    return Field(default, description=description, **options)
 
 
 def updated(section: S, changes: Mapping[str, Any]) -> S:
-    """A copy with other values at some dotted keys.
+    """A copy with other values for some dotted keys.
 
-    The values are not checked: they are a program's own. What a user gives goes through `validated`.
-    Raises KeyError for a key that does not exist.
+    The values are not checked, so they must not come from a user; use `validated` for those.
+    Raises KeyError for an unknown key.
     """
     for dotted, value in changes.items():
         name, _, rest = dotted.partition(".")
@@ -75,7 +75,7 @@ def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
 
 @functools.cache
 def fields(root: type[Section]) -> Mapping[str, FieldInfo]:
-    """Every dotted key, leaves only."""
+    """Every dotted key (no sections) with its field."""
 
     def walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
         for name, field in section.model_fields.items():
@@ -91,29 +91,33 @@ def fields(root: type[Section]) -> Mapping[str, FieldInfo]:
 
 
 def read_yaml(path: Path | str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The file's content, and where each dotted key stands, as the beginning of a message.
+    """The file's content, and for each dotted key its file and line as the prefix of an error message.
 
     Raises:
-      UserError: the file cannot be read, is no YAML mapping, or has a key twice.
+      UserError: the file cannot be read, is not a YAML mapping, or has a key twice.
     """
     places: dict[str, str] = {}
 
-    def note(node: yaml.Node | None, prefix: str = "") -> None:
+    def collect_places(node: yaml.Node | None, prefix: str = "") -> None:
         for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
             dotted, line = f"{prefix}{name.value}", name.start_mark.line + 1
             if dotted in places:
-                raise UserError(f"{path}, line {line}: `{dotted}` is there a second time; keep one of them")
+                raise UserError(f"{path}, line {line}: `{dotted}` is there a second time; remove one of them")
             places[dotted] = f"{path}, line {line}: "
-            note(value, f"{dotted}.")
+            collect_places(value, f"{dotted}.")
 
     try:
         loader = yaml.SafeLoader(as_path(path).read_text())
         node = loader.get_single_node()
-        note(node)
+        collect_places(node)
         content = node and loader.construct_document(node)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no such date, an endless alias
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, no date, a recursive alias
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(content).__name__}")
@@ -121,10 +125,10 @@ def read_yaml(path: Path | str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def read_override(root: type[Section], override: str) -> dict[str, Any]:
-    """The values by dotted key that `key=value` stands for. Raises UserError if it is not of this form."""
+    """The values of a `key=value` override, by dotted key. Raises UserError if it has another form."""
     dotted, separator, text = override.partition("=")
     if not separator or not dotted:
-        raise UserError(f"`{override}` is no override; write it as key=value, e.g. training.steps=20")
+        raise UserError(f"`{override}` is not an override; write it as key=value, e.g. training.steps=20")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -136,19 +140,19 @@ def read_override(root: type[Section], override: str) -> dict[str, Any]:
 
 
 def leaves(root: type[Section], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping's values by dotted key; a key's own mapping stays whole, an empty section vanishes."""
-    found = {}
+    """The values of a nested mapping by dotted key, without empty sections; a key's mapping stays whole."""
+    values = {}
     for name, value in tree.items():
         dotted = f"{prefix}{name}"
         if isinstance(value, dict) and value and dotted not in fields(root):
-            found |= leaves(root, value, f"{dotted}.")
+            values |= leaves(root, value, f"{dotted}.")
         elif value not in (None, {}) or not _keys_below(root, dotted):
-            found[dotted] = value
-    return found
+            values[dotted] = value
+    return values
 
 
 def merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """`update` on top of `base`; mappings in both are merged likewise."""
+    """`base` overridden by `update`; mappings in both are merged recursively."""
     result = dict(base)
     for name, value in update.items():
         old = result.get(name)
@@ -157,31 +161,32 @@ def merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]
 
 
 def validated(root: type[S], values: Mapping[str, Any], places: Mapping[str, str]) -> S:
-    """The settings with these values by dotted key, and defaults elsewhere.
+    """The settings with these values by dotted key; all other keys have their defaults.
 
     Args:
-      places: what a message about a dotted key begins with.
+      places: prefixes of error messages, by dotted key.
 
     Raises:
-      UserError: an unknown key, a value of the wrong type or out of bounds, a combination that cannot work.
+      UserError: an unknown key, a value of the wrong type or out of bounds, an invalid combination.
     """
     for dotted in values:
         if dotted not in fields(root):
             raise UserError(f"{places.get(dotted, '')}{_unknown(root, dotted)}")
-    meant = {dotted: _meant(fields(root)[dotted].annotation, value) for dotted, value in values.items()}
+    kinds = {dotted: fields(root)[dotted].annotation for dotted in values}
+    nested = (_nested(dotted, _converted(kinds[dotted], value)) for dotted, value in values.items())
     try:
-        return root.model_validate(functools.reduce(merged, map(_nested, meant, meant.values()), {}))
+        return root.model_validate(functools.reduce(merged, nested, {}))
     except ValidationError as error:
         raise UserError(_message(root, error.errors(include_url=False)[0], values, places)) from None
 
 
-def _meant(kind: Any, value: Any) -> Any:
-    """YAML reads 1e-3 as text, and a name such as 7 or 2024-01-31 as a number or a date."""
+def _converted(kind: Any, value: Any) -> Any:
+    """Converts 1e-3, which YAML reads as text, to a number, and a name such as 7 or 2024-01-31 to text."""
     if isinstance(value, str) and kind in _NUMBER:
         with suppress(ValueError):
             return float(value)
     if isinstance(value, list) and kind == list[float]:
-        return [_meant(float, item) for item in value]
+        return [_converted(float, item) for item in value]
     is_name = isinstance(value, int | float | datetime.date) and not isinstance(value, bool)
     return str(value) if is_name and kind in _TEXT else value
 
@@ -206,8 +211,8 @@ def _unknown(root: type[Section], dotted: str) -> str:
 def _message(
     root: type[Section], error: Mapping[str, Any], values: Mapping[str, Any], places: Mapping[str, str]
 ) -> str:
-    """One of pydantic's errors as a sentence: where, which key, its value, and what would be right."""
-    if not error["loc"]:  # a combination, which names its keys
+    """One of pydantic's errors as a sentence: place, key, value, and the rule."""
+    if not error["loc"]:  # an invalid combination, whose message names its keys
         return str(error["ctx"]["error"])
     names = [str(name) for name in error["loc"]]
     dotted = next(d for n in range(len(names), 0, -1) if (d := ".".join(names[:n])) in fields(root))
@@ -231,7 +236,7 @@ def json_schema(root: type[Section]) -> dict[str, Any]:
 
 
 def describe(root: type[Section], keys: list[str]) -> str:
-    """These keys with their defaults, meanings, types and bounds, below their sections; 80 columns wide."""
+    """These keys with default, description, type and bounds, under their sections; 80 columns wide."""
     lines, last = [], ""
     for dotted in keys:
         field, schema, section = fields(root)[dotted], _schema(root, dotted), dotted.rpartition(".")[0]
@@ -247,11 +252,11 @@ def describe(root: type[Section], keys: list[str]) -> str:
 
 def _schema(root: type[Section], dotted: str) -> dict[str, Any]:
     """The JSON schema of a key or a section."""
-    whole = found = json_schema(root)
+    top = schema = json_schema(root)
     for name in dotted.split("."):
-        found = found["properties"][name]
-        found = whole["$defs"][found["$ref"].rpartition("/")[2]] if "$ref" in found else found
-    return found
+        schema = schema["properties"][name]
+        schema = top["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    return schema
 
 
 _KINDS = {

@@ -318,10 +318,10 @@ def model_folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("model")
     texts = [line for card in load_scenarios() for stage in card.story.stages for line in stage.line]
-    tokenizer = train_tokenizer(texts, 320)
+    tokenizer = train_tokenizer(texts, 320, max_tokens=512)
     write_tokenizer(folder, tokenizer)
     config = QwenConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=24,
         num_layers=2,

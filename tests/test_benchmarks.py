@@ -1,4 +1,4 @@
-"""Benchmarks start; the one for accelerators runs on the CPU with its tiny shape, and its bound is right."""
+"""Benchmarks start; those for accelerators run on the CPU with the tiny shape and give right figures."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def test_decode(decode, tmp_path, monkeypatch, capsys):
 
 
 def test_published_shapes(decode):
-    """0.6B and 4B as Qwen3 counts them: 0.6 and 4.0 billion, of which 0.44 and 3.6 are no embedding."""
+    """Qwen3's published parameter counts: 0.6 and 4.0 billion, 0.44 and 3.6 billion without embedding."""
     from mapo_jax.model.qwen import parameter_count
 
     for name, total, rest in (("0.6b", 0.6e9, 0.44e9), ("4b", 4.0e9, 3.6e9)):
@@ -65,7 +65,7 @@ def test_no_room(decode):
 
 
 def test_update(tmp_path):
-    """Its FLOPs by hand, and a peer that cannot be had is named."""
+    """FLOPs by hand; an attention that is not available is listed with the reason."""
     command = [sys.executable, BENCHMARKS / "update.py", "--json", tmp_path / "update.json"]
     options = "--shape tiny --length 256 --attention xla cudnn --updates 1 --matrix 64"
     done = subprocess.run([*command, *options.split()], capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""The configuration: reading, overriding, and every sentence a user gets for bad input."""
+"""The configuration: reading, overriding, and the error message for each kind of bad input."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,9 @@ from mapo_jax.config import (
     Config,
     describe_keys,
     differing_keys,
+    distinct_keys,
     known_keys,
     load_config,
-    own_keys,
     to_yaml,
     updated,
     value_of,
@@ -53,7 +53,7 @@ def test_a_hundred_keys_at_most_and_each_has_a_meaning():
     # A role's keys are written once and configure four roles.
     others = tuple(f"environment.{name}." for name in ("user", "director", "held_out_judge"))
     repeated = sum(key.startswith(others) for key in known_keys())
-    assert len(known_keys()) - repeated == len(own_keys()) <= 100
+    assert len(known_keys()) - repeated == len(distinct_keys()) <= 100
     for key, field in settings.fields(Config).items():
         assert field.description, key
 
@@ -64,7 +64,7 @@ def test_the_list_of_keys_has_all_of_them_with_default_and_meaning(capsys):
     assert shown == describe_keys() + "\n"
     assert max(map(len, shown.splitlines())) <= 80
     words = " ".join(shown.split())
-    for key in own_keys():
+    for key in distinct_keys():
         default = value_of(Config(), key)
         assert f"{key} = {default if isinstance(default, str) else json.dumps(default)}\n" in shown
         assert settings.fields(Config)[key].description in words
@@ -208,7 +208,7 @@ def test_mappings_of_a_key_are_merged(tmp_path):
 
 
 def old_file(folder, **changes):
-    """What a run of version 0.1 kept of its default configuration."""
+    """The configuration file of a run of version 0.1 with default values."""
     content = Config().model_dump()
     old = {key: gone.value(Config()) for key, gone in GONE.items()} | changes
     for key, value in old.items():

@@ -1,4 +1,4 @@
-"""Every recipe in configs/ is a configuration that loads, and that of the paper where it says so."""
+"""Every recipe in configs/ loads, and has the paper's settings if it says so."""
 
 import re
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_a_tpu_recipe_has_the_papers_settings(name, sizes):
 
 @pytest.mark.parametrize("name", ["qwen3_0.6b_gpu", "qwen3_4b_gpu", "qwen3_8b_lora_gpu"])
 def test_a_gpu_recipe_fits_the_gpu_that_it_names(name, absent_device):
-    """With the three quarters of its memory that jax takes unless it is told otherwise."""
+    """With three quarters of its memory, jax's default."""
     path = next(path for path in CONFIGS if path.stem == name)
     size = re.search(r"one NVIDIA GPU of (\d+) GB", path.read_text())
     config = load_config(path)

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The same on Google Kubernetes Engine, by xpk (github.com/AI-Hypercomputer/xpk): a cluster, an image, jobs.
+# Runs jobs on Google Kubernetes Engine with xpk (github.com/AI-Hypercomputer/xpk): a cluster, an image, jobs.
 set -euo pipefail
 
 usage() {
   cat <<'END'
 usage: tpu/gke.sh COMMAND [OPTION...] [ARGUMENT...]
 
-  create                    make a cluster with one slice (minutes; it costs money until it is deleted)
-  image                     build tpu/Dockerfile and push it; again after each change
-  run ARGUMENT...           submit `python -m mapo_jax.train ARGUMENT...` as a job, started again after each preemption
-  status                    the cluster's jobs
+  create                    create a cluster with one slice (takes minutes; costs money until it is deleted)
+  image                     build tpu/Dockerfile and push the image; repeat after each change
+  run ARGUMENT...           submit `python -m mapo_jax.train ARGUMENT...` as a job, restarted after each preemption
+  status                    list the cluster's jobs
   logs                      follow the log of the job's pods
-  stop                      ask the job to save and end, and take it off the cluster
+  stop                      let the job save and end, and remove it from the cluster
   delete                    delete the cluster
 
   --name NAME        of the cluster (TPU_NAME)
@@ -20,13 +20,13 @@ usage: tpu/gke.sh COMMAND [OPTION...] [ARGUMENT...]
   --project PROJECT  (TPU_PROJECT)
   --image IMAGE      such as us-east5-docker.pkg.dev/PROJECT/mapo/mapo_jax:1 (TPU_IMAGE)
   --job NAME         of the job (TPU_JOB, default mapo)
-  --spot | --on-demand | --reservation NAME     where capacity comes from (create; one is needed)
-  --restarts N       most times that a job is started again (default 50)
-  --grace SECONDS    from the signal to the end of a pod: time to save (default 300)
+  --spot | --on-demand | --reservation NAME     kind of capacity (create; one is required)
+  --restarts N       how often a job may be restarted (default 50)
+  --grace SECONDS    time to save, from the signal to the end of a pod (default 300)
   --dry-run          print the commands, and run none
   -h, --help
 
-Options come before the command's own arguments; what has a name in brackets can be set in the environment.
+Options come before the command's arguments. A name in brackets is the environment variable of the option.
 Needs xpk (pip install xpk), gcloud and kubectl; docker for `image`.
 END
 }
@@ -59,7 +59,7 @@ check_image() {
 create() {
   check_cluster
   check_type
-  [ ${#tier[@]} -eq 1 ] || die "where shall capacity come from? give one of --spot, --on-demand, --reservation NAME"
+  [ ${#tier[@]} -eq 1 ] || die "no kind of capacity; give one of --spot, --on-demand, --reservation NAME"
   xpk_command cluster create "--tpu-type=$slice" --num-slices=1 "${tier[@]}"
 }
 
@@ -76,8 +76,8 @@ submit() {
   check_image
   check_name job "$job" "--job NAME or set TPU_JOB"
   check_run "$@"
-  # xpk starts a job again after exit statuses 42 and 127 to 255; a run that has saved on SIGTERM ends with 143.
-  # 3 is added: a run that ended because another worker was gone. 2, bad input, is not.
+  # xpk restarts a job after exit statuses 42 and 127 to 255; a run that has saved on SIGTERM ends with 143.
+  # We add 3: the run ended because another worker failed. Status 2, bad input, is not restarted.
   xpk_command workload create "--workload=$job" "--tpu-type=$slice" --num-slices=1 "--docker-image=$image" \
     "--max-restarts=$restarts" --restart-on-exit-codes=3 "--termination-grace-period-seconds=$grace" \
     "--command=$(quoted bash tpu/worker.sh exec "$slice" "$@")"

@@ -1,4 +1,4 @@
-"""What the text of a compiled program says of its collectives."""
+"""Collective operations in the text of a compiled program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Collective:
 
     kind: str
     dtype: str
-    shape: tuple[int, ...]  # of the largest array that it gives to, or takes from, each device
+    shape: tuple[int, ...]  # of its largest operand or result on each device
 
     @property
     def elements(self) -> int:
@@ -33,8 +33,8 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective in a compiled program's text, asynchronous ones once, by their start."""
-    found = []
+    """Every collective in a compiled program's text; asynchronous ones count once, at their start."""
+    operations = []
     for result, kind in _OPERATION.findall(text):
         shapes = [
             (dtype, tuple(int(size) for size in sizes.split(",") if size))
@@ -42,5 +42,5 @@ def collectives(text: str) -> list[Collective]:
         ]
         if shapes:
             dtype, shape = max(shapes, key=lambda pair: math.prod(pair[1]))
-            found.append(Collective(kind, dtype, shape))
-    return found
+            operations.append(Collective(kind, dtype, shape))
+    return operations

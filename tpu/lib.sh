@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# What vm.sh and gke.sh share: messages, checks of names, and running a command or only printing it.
+# Shared by vm.sh, gke.sh and worker.sh: messages, checks of names, and running or printing a command.
 
-dry_run=no # `yes` with --dry-run: `run` prints
+dry_run=no # `yes` with --dry-run: `run` only prints
 
-die() { # one clear sentence, and nothing after it
+die() { # prints an error message and exits with status 2
   printf 'error: %s\n' "$*" >&2
   exit 2
 }
@@ -16,7 +16,7 @@ need_program() { # NAME REMEDY
 
 need_gcloud() { need_program gcloud "see cloud.google.com/sdk/docs/install"; }
 
-quoted() { # the words as a line that a shell reads back to the same words
+quoted() { # the words as one line, quoted for a shell
   local word line=""
   for word in "$@"; do
     [[ $word =~ ^[A-Za-z0-9_./:=@,+%-]+$ ]] || word=${word@Q}
@@ -53,13 +53,13 @@ check_zone() {
 
 region() { printf '%s' "${zone%-*}"; }
 
-check_run() { # ARGUMENT... of the run: it must lie in a bucket
+check_run() { # ARGUMENT...: run.directory must be in a bucket
   local argument directory=""
   for argument in "$@"; do
     case $argument in run.directory=*) directory=${argument#*=} ;; esac
   done
   [[ $directory == gs://* ]] ||
-    die "the run must lie in a bucket, where every worker can write and nothing is lost with the machines; add run.directory=gs://BUCKET/runs/NAME"
+    die "the run must lie in a bucket, so that every worker can write it and it outlives the machines; add run.directory=gs://BUCKET/runs/NAME"
 }
 
 check_bucket() { # BUCKET
@@ -67,7 +67,7 @@ check_bucket() { # BUCKET
     die "'$1' is no bucket; write gs://NAME, with 3 to 63 lower-case letters, digits, hyphens, dots and underscores"
 }
 
-# --- Slices. The number counts chips (v5litepod, v6e, tpu7x) or cores, two to a chip (v4, v5p). ---
+# --- Slices. The number counts chips (v5litepod, v6e, tpu7x) or cores, two per chip (v4, v5p). ---
 
 generation() { # TYPE: v4, v5e, v5p, v6e, tpu7x; fails for anything else
   case $1 in
@@ -91,7 +91,7 @@ check_type() {
       ;;
     v4-* | v5p-*)
       [[ $size =~ ^[0-9]+$ ]] && [ "$size" -ge 8 ] && [ $((size % 8)) -eq 0 ] ||
-        die "there is no slice '$slice'; the number of a ${slice%%-*} slice counts cores, two to a chip: 8, 16, 32, ..."
+        die "there is no slice '$slice'; the number of a ${slice%%-*} slice counts cores, two per chip: 8, 16, 32, ..."
       ;;
     tpu7x-*) [[ $size =~ ^[0-9]+(x[0-9]+x[0-9]+)?$ ]] ||
       die "there is no slice '$slice'; write tpu7x-CHIPS or a topology such as tpu7x-2x2x1" ;;

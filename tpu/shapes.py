@@ -1,6 +1,7 @@
-"""Shapes of published Qwen models, so that a recipe can be compiled without its weights.
+"""Shapes of published Qwen models, to compile a recipe without its weights.
 
-From the `config.json` of each model's repository. The tokenizers have fewer ids than the embedding has rows.
+They come from the `config.json` of each model's repository. The tokenizers have fewer ids than the embedding
+has rows.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ SHAPES: dict[str, QwenConfig] = {
 
 
 def model_shape(config: Config, layers: int | None = None) -> QwenConfig:
-    """The shape of the model that `model.path` names, with its adapters: its folder's, or the published one.
+    """The shape of the model at `model.path`, from its folder or from SHAPES, with the configured adapters.
 
     Args:
-      layers: a model of so many layers instead; None: all.
+      layers: number of layers instead of the model's; None: the model's.
 
     Raises:
-      UserError: there is no such folder, nor a published shape of its name.
+      UserError: the folder does not exist, and SHAPES has no model of its name.
     """
     path = Path(config.model.path or "")
     if (path / "config.json").is_file():
@@ -65,7 +66,7 @@ def model_shape(config: Config, layers: int | None = None) -> QwenConfig:
         shape = SHAPES[path.name]
     else:
         raise UserError(
-            f"`model.path` is {config.model.path!r}: no such folder, and no published shape of that name is "
-            f"known here; known are {', '.join(SHAPES)}"
+            f"`model.path` is {config.model.path!r}: no such folder, and no "
+            f"published shape of that name; known are {', '.join(SHAPES)}"
         )
     return replace(shape, num_layers=layers or shape.num_layers, lora=adapters(config.lora))

@@ -1,4 +1,4 @@
-"""TPU slices by their names on Google Cloud: topology, memory and speed of a chip, as published there."""
+"""TPU slices by their names on Google Cloud: topology, and the published memory and speed of a chip."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mapo_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip has. https://cloud.google.com/tpu/docs/system-architecture-tpu-vm"""
+    """Memory and speed of one chip. https://cloud.google.com/tpu/docs/system-architecture-tpu-vm"""
 
-    memory: float  # bytes that programs may use, as the compiler says when one does not fit
+    memory: float  # bytes that programs may use, from the compiler's message when one does not fit
     operations: float  # bfloat16 operations a second
-    bandwidth: float  # bytes a second between memory and chip
+    bandwidth: float  # bytes a second of its memory
 
 
 GB = 1e9
@@ -37,9 +37,13 @@ TOPOLOGIES = {
     **{f"v5p-{cores}": f"v5p:{shape}" for cores, shape in _CUBE.items()},
     **{f"v6e-{chips}": f"v6e:{shape}" for chips, shape in _FLAT.items()},
 }
-ONE_HOST = {"v5e": "v5e-4", "v5p": "v5p-8", "v6e": "v6e-4"}  # as large as a host of the larger slices
+ONE_HOST = {
+    "v5e": "v5e-4",
+    "v5p": "v5p-8",
+    "v6e": "v6e-4",
+}  # slices as large as one host of the larger slices
 
-# For libtpu where there is no TPU: it asks no cloud which machine this is, nor complains of what it lacks.
+# Settings of libtpu on a machine without a TPU: no query of the cloud's metadata, no warnings.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -51,29 +55,29 @@ LIBTPU = {
 
 
 def chip(name: str) -> Chip:
-    """The chip of a slice; raises as `slice_devices`."""
-    _known(name)
+    """The chip of a slice. Raises UserError for an unknown slice."""
+    _check_name(name)
     return CHIPS[name.split("-")[0]]
 
 
 def slice_devices(name: str) -> list[jax.Device]:
-    """The devices of a slice that is not there, to compile for.
+    """The devices of a slice, for compilation; the slice need not exist.
 
     Raises:
-      UserError: an unknown slice, or no libtpu.
+      UserError: an unknown slice, or libtpu is missing.
     """
-    _known(name)
+    _check_name(name)
     for variable, value in LIBTPU.items():
         os.environ.setdefault(variable, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[name]).devices)
     except (RuntimeError, ImportError) as error:
         raise UserError(
-            f"nothing here can compile for TPUs ({' '.join(str(error).split())[:200]}); "
+            f"this machine cannot compile for TPUs ({' '.join(str(error).split())[:200]}); "
             "install libtpu: pip install -r requirements-tpu.txt"
         ) from error
 
 
-def _known(name: str) -> None:
+def _check_name(name: str) -> None:
     if name not in TOPOLOGIES:
         raise UserError(f"there is no slice {name!r}; known are {', '.join(TOPOLOGIES)}")

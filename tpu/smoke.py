@@ -1,8 +1,8 @@
-"""Is this slice fit to train on? Devices, a collective, storage, one training step; on every worker.
+"""Checks a slice before training: devices, a collective, storage, one training step; on every worker.
 
     python tpu/smoke.py [--storage gs://BUCKET/smoke]
 
-Also runs on a laptop's CPU. Prints a line for each check; the exit status is 1 if one of them failed.
+Also runs on a CPU. Prints one line per check; the exit status is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without installation
 
 import jax
 import jax.numpy as jnp
@@ -42,38 +42,38 @@ LENGTH = 128  # tokens of a row
 
 
 def join() -> None:
-    """Makes this process one of the slice's; alone where jax finds no others."""
+    """Connects this process with the others of the slice, if jax finds any."""
     try:
         jax.distributed.initialize()
-    except ValueError:  # no cluster, and no coordinator named
+    except ValueError:  # no cluster, and no coordinator address
         return
 
 
 def devices() -> str:
-    """What there is, and whether every process sees all of it."""
-    counts = {device.process_index for device in jax.devices()}
-    assert counts == set(range(jax.process_count())), f"no devices of some processes: {counts}"
+    """The devices; every process must have some."""
+    indices = {device.process_index for device in jax.devices()}
+    assert indices == set(range(jax.process_count())), f"only these processes have devices: {indices}"
     kind, peak = jax.devices()[0].device_kind, peak_flops(jax.devices()[0])
-    speed = "peak not known, so no MFU" if peak is None else f"{peak / 1e12:.0f} TFLOP/s each"
-    processes = "1 process" if len(counts) == 1 else f"{len(counts)} processes"
+    speed = "peak unknown, so no MFU" if peak is None else f"{peak / 1e12:.0f} TFLOP/s each"
+    processes = "1 process" if len(indices) == 1 else f"{len(indices)} processes"
     return f"{jax.device_count()} x {kind} in {processes}; {speed}"
 
 
 def collective() -> str:
-    """A sum over all devices, every one of which holds another number."""
+    """A sum over all devices, each with a different number."""
     mesh = Mesh(np.array(jax.devices()), ("all",))
     numbers = np.arange(1, jax.device_count() + 1, dtype=np.float32)
     spread = jax.make_array_from_callback(
         numbers.shape, NamedSharding(mesh, PartitionSpec("all")), lambda index: numbers[index]
     )
     total = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(spread)
-    found, right = float(np.asarray(total.addressable_data(0))), float(numbers.sum())
-    assert found == right, f"the sum over all devices is {found}, not {right}"
-    return f"1 + ... + {jax.device_count()} = {found:g}"
+    result, expected = float(np.asarray(total.addressable_data(0))), float(numbers.sum())
+    assert result == expected, f"the sum over all devices is {result}, not {expected}"
+    return f"1 + ... + {jax.device_count()} = {result:g}"
 
 
 def storage(folder: str) -> str:
-    """A file written, read back and deleted again, of every process."""
+    """Every process writes a file, reads it back and deletes it."""
     from etils import epath
 
     file = epath.Path(folder) / f"process-{jax.process_index():05d}.bin"
@@ -83,12 +83,12 @@ def storage(folder: str) -> str:
     file.write_bytes(content)
     back = file.read_bytes()
     file.unlink()
-    assert back == content, f"{file} came back different"
+    assert back == content, f"{file} was read back with different content"
     return f"1 MiB to {folder} and back in {time.monotonic() - started:.2f} s"
 
 
 def training_step() -> str:
-    """The update of the main job on a small model, its weights spread over all devices."""
+    """One update of a small model, with its weights sharded over all devices."""
     mesh = make_mesh(MeshConfig())
     shardings = param_shardings(parameter_shapes(MODEL), mesh)
     optimizer = make_optimizer(OptimizerConfig(), 10)
@@ -112,7 +112,7 @@ def training_step() -> str:
     state, metrics = update(create_state(params, optimizer, shardings=shardings), place(batch, mesh))
     loss, norm = float(metrics["actor/loss"]), float(metrics["actor/grad_norm"])
     assert np.isfinite(loss) and norm > 0 and float(metrics["actor/skipped"]) == 0, (loss, norm)
-    assert _norm(state.params) != before, "the weights did not move"
+    assert _norm(state.params) != before, "the weights did not change"
     used = memory().get("perf/device_memory_peak_gib")
     peak = "" if used is None else f"; {used:.2f} GiB at most on a device"
     return f"{parameter_count(MODEL):,} parameters, loss {loss:+.4f}, gradient {norm:.3f}{peak}"
@@ -124,29 +124,31 @@ def _norm(params) -> float:
 
 
 def check(name: str, work: Callable[[], str]) -> bool:
-    """Runs one check and says what came of it."""
+    """Runs one check and prints its result."""
     started = time.monotonic()
     try:
-        said, fine = work(), True
+        message, passed = work(), True
     except Exception as error:
-        said, fine = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())}", False
-    if jax.process_index() == 0 or not fine:
+        message, passed = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())}", False
+    if jax.process_index() == 0 or not passed:
         place = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
-        print(f"{place}{name:<14} {said} ({time.monotonic() - started:.1f} s)", flush=True)
-    return fine
+        print(f"{place}{name:<14} {message} ({time.monotonic() - started:.1f} s)", flush=True)
+    return passed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0 if all is well."""
+    """The command line; returns 0 if all checks passed."""
     parser = argparse.ArgumentParser(prog="python tpu/smoke.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--storage", metavar="FOLDER", help="where a run would be kept, such as gs://B/smoke")
+    parser.add_argument(
+        "--storage", metavar="FOLDER", help="where a run would be saved, such as gs://BUCKET/smoke"
+    )
     options = parser.parse_args(arguments)
     join()
-    fine = [check("devices", devices), check("collective", collective)]
+    passed = [check("devices", devices), check("collective", collective)]
     if options.storage is not None:
-        fine.append(check("storage", lambda: storage(options.storage)))
-    fine.append(check("training step", training_step))
-    return 0 if all(fine) else 1
+        passed.append(check("storage", lambda: storage(options.storage)))
+    passed.append(check("training step", training_step))
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

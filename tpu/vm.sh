@@ -1,35 +1,35 @@
 #!/usr/bin/env bash
-# Cloud TPU VMs, by queued resources: from nothing to a running job, and back.
+# Creates Cloud TPU VMs (queued resources), runs a job on them, and deletes them.
 set -euo pipefail
 
 usage() {
   cat <<'END'
 usage: tpu/vm.sh COMMAND [OPTION...] [ARGUMENT...]
 
-  bucket gs://NAME          make a bucket in the zone's region that the TPU VMs may write to
-  create [-- GCLOUD...]     ask for the slice and wait until it is there; the rest goes to gcloud as it is
-  setup                     copy the committed code to every worker and install what it needs; again after each change
+  bucket gs://NAME          create a bucket in the zone's region, with write permission for the TPU VMs
+  create [-- GCLOUD...]     request the slice and wait for it; the rest is passed to gcloud
+  setup                     copy the committed code to every worker and install packages; repeat after each commit
   smoke [--bucket gs://B]   devices, a collective, storage, one training step: on every worker, in a minute
   run ARGUMENT...           start `python -m mapo_jax.train ARGUMENT...` on every worker, in the background
-  babysit ARGUMENT...       `run`, and see to it until it is done: a slice that was taken away is asked for again
-  status                    the slice's state, and every worker's
+  babysit ARGUMENT...       `run`, and monitor it until it is done; requests the slice again after a preemption
+  status                    the state of the slice and of every worker
   logs [--worker N|all]     follow the log (default: worker 0)
-  stop                      ask the run to save and end, on every worker; the slice stays, and goes on costing money
-  delete                    give the slice back
+  stop                      let the run save and end, on every worker; the slice stays and still costs money
+  delete                    delete the slice
   ssh COMMAND               run a command on every worker
 
   --name NAME        of the slice (TPU_NAME)
   --type TYPE        of the slice, such as v6e-8, v5litepod-16, v5p-64 (TPU_TYPE)
   --zone ZONE        such as us-east5-b (TPU_ZONE)
   --project PROJECT  (TPU_PROJECT)
-  --spot             much cheaper, may be taken away at any time (create, babysit)
-  --reserved         from your reservation (create, babysit)
+  --spot             spot capacity: much cheaper, may be preempted at any time (create, babysit)
+  --reserved         use your reservation (create, babysit)
   --wait MINUTES     how long create waits for the slice (default 1440)
-  --restarts N       most times that babysit tries again on one slice, or for one (default 20)
+  --restarts N       how often babysit retries a run on one slice, or the request for one (default 20)
   --dry-run          print the commands, and run none
   -h, --help
 
-Options come before the command's own arguments; what has a name in brackets can be set in the environment.
+Options come before the command's arguments. A name in brackets is the environment variable of the option.
 END
 }
 
@@ -77,7 +77,7 @@ runtime() { # the machine image for a generation (cloud.google.com/tpu/docs/runt
     v5p) echo v2-alpha-tpuv5 ;;
     v5e) echo v2-alpha-tpuv5-lite ;;
     v4) echo tpu-ubuntu2204-base ;;
-    *) die "a $slice slice is to be had through GKE only; use tpu/gke.sh" ;;
+    *) die "$slice slices are available only through GKE; use tpu/gke.sh" ;;
   esac
 }
 
@@ -97,11 +97,11 @@ bucket() {
 
 create() {
   check_slice
-  local image found
+  local image current
   image=$(runtime) || exit 2
   if [ "$dry_run" = no ]; then
-    found=$(state)
-    [ -z "$found" ] || die "$name exists already in $zone and is $found; delete it first, or choose another --name"
+    current=$(state)
+    [ -z "$current" ] || die "$name exists already in $zone and is $current; delete it first, or choose another --name"
     tpus tpu-vm accelerator-types describe "$slice" "--format=value(type)" >/dev/null 2>&1 ||
       die "there is no $slice in $zone for project $project (or gcloud is not signed in); see: gcloud compute tpus tpu-vm accelerator-types list --zone=$zone --project=$project"
   else
@@ -112,7 +112,7 @@ create() {
   await
 }
 
-await() { # until the slice is there
+await() { # waits until the slice is active
   if [ "$dry_run" = yes ]; then
     state
     return
@@ -125,7 +125,7 @@ await() { # until the slice is there
     case $now in
       ACTIVE) return ;;
       FAILED | SUSPENDED | SUSPENDING)
-        die "$name is $now and will not come; see: gcloud compute tpus queued-resources describe $name --zone=$zone --project=$project; then tpu/vm.sh delete" ;;
+        die "$name is $now and will not become active; see: gcloud compute tpus queued-resources describe $name --zone=$zone --project=$project; then tpu/vm.sh delete" ;;
     esac
     [ $((SECONDS - since)) -lt $((60 * wait_minutes)) ] ||
       die "$name is not there after $wait_minutes minutes; it stays in the queue: tpu/vm.sh status, or delete it"
@@ -136,11 +136,11 @@ await() { # until the slice is there
 setup() {
   check_slice_name
   local archive=mapo_jax.tar.gz folder
-  git -C "$here" rev-parse --verify -q HEAD >/dev/null || die "$here is no git checkout; setup sends what is committed"
+  git -C "$here" rev-parse --verify -q HEAD >/dev/null || die "$here is no git checkout; setup sends the committed code"
   [ -z "$(git -C "$here" status --porcelain --untracked-files=no)" ] ||
-    say "note: uncommitted changes in $here do not go along"
+    say "note: uncommitted changes in $here are not sent"
   folder=$(mktemp -d)
-  # shellcheck disable=SC2064 # the folder as it is now
+  # shellcheck disable=SC2064 # expand the folder now
   trap "rm -rf '$folder'" EXIT
   run git -C "$here" archive --format=tar.gz "--output=$folder/$archive" HEAD
   tpus tpu-vm scp "$folder/$archive" "$name:$archive" --worker=all
@@ -159,9 +159,9 @@ start() {
   on_workers all "$(quoted bash mapo_jax/tpu/worker.sh start "$slice" "$@")"
 }
 
-how_it_stands="bash mapo_jax/tpu/worker.sh status 2>/dev/null || echo bare" # bare: nothing is installed yet
+run_status="bash mapo_jax/tpu/worker.sh status 2>/dev/null || echo bare" # bare: the code is not installed yet
 
-again() { # COMMAND ARGUMENT...: one of the commands above, in a process of its own that may fail
+again() { # COMMAND ARGUMENT...: one of the commands above, in a separate process that may fail
   bash "$here/tpu/vm.sh" "$1" --name "$name" --type "$slice" --zone "$zone" --project "$project" "${tier[@]}" \
     --wait "$wait_minutes" "${@:2}"
 }
@@ -171,23 +171,23 @@ babysit() {
   check_run "$@"
   if [ "$dry_run" = yes ]; then
     state
-    on_workers 0 "$how_it_stands"
+    on_workers 0 "$run_status"
     again create --dry-run
     again setup --dry-run
     again run --dry-run "$@"
     return
   fi
-  local found said tries=0
+  local current status tries=0
   while [ "$tries" -le "$restarts" ]; do
-    found=$(state)
-    said=""
-    if [ "$found" = ACTIVE ]; then # no answer: the slice is about to go; look again
-      said=$(on_workers 0 "$how_it_stands" 2>/dev/null | tail -n 1) || said=""
+    current=$(state)
+    status=""
+    if [ "$current" = ACTIVE ]; then # no answer: the slice is about to be removed; check again later
+      status=$(on_workers 0 "$run_status" 2>/dev/null | tail -n 1) || status=""
     fi
-    case "$found $said" in
+    case "$current $status" in
       " " | SUSPENDED* | FAILED*)
-        say "$name is ${found:-not there}; asking for it"
-        [ -z "$found" ] || again delete || true
+        say "$name is ${current:-not there}; asking for it"
+        [ -z "$current" ] || again delete || true
         if again create && again setup && again run "$@"; then tries=0; else tries=$((tries + 1)); fi
         ;;
       "ACTIVE bare") { again setup && again run "$@"; } || tries=$((tries + 1)) ;;
@@ -203,8 +203,8 @@ babysit() {
       "ACTIVE ended 2") die "the run refuses its input, and would again; see tpu/vm.sh logs" ;;
       "ACTIVE ended"*)
         tries=$((tries + 1))
-        say "$name: the run $said; starting it again ($tries of $restarts)"
-        again stop || true # of the workers that have not noticed yet
+        say "$name: the run $status; starting it again ($tries of $restarts)"
+        again stop || true # on workers that have not noticed it yet
         again run "$@" || true
         ;;
     esac

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# On a worker: starts the run in the background, says how it stands, shows its log, stops it.
+# On a worker: starts the run in the background, prints its status, shows its log, stops it.
 set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: worker.sh [--dry-run] COMMAND [...]      vm.sh calls it on every worker; gke.sh's containers use `exec`
+usage: worker.sh [--dry-run] COMMAND [...]      vm.sh calls it on every worker; containers of gke.sh use `exec`
 
-  setup                    put this copy of the code in the place of ~/mapo_jax and install what it needs
-  start TYPE ARGUMENT...   python -m mapo_jax.train ARGUMENT... in the background, with the flags of the slice TYPE;
-                           refused while a run is going on
-  exec TYPE ARGUMENT...    the same in the foreground: signals reach the run itself
+  setup                    replace ~/mapo_jax by this copy of the code and install packages
+  start TYPE ARGUMENT...   python -m mapo_jax.train ARGUMENT... in the background, with the compiler flags of TYPE;
+                           refused while a run is active
+  exec TYPE ARGUMENT...    the same in the foreground; signals go to the run
   status                   one line: `running`, `ended N` (N is the exit status), or `none`
-  logs [LINES]             the end of the log, then what is added (default 100 lines)
-  stop [SECONDS]           asks the run to save and end (SIGTERM), and waits for it (default 600 s)
+  logs [LINES]             the end of the log (default 100 lines), then new lines as they come
+  stop [SECONDS]           let the run save and end (SIGTERM), and wait for it (default 600 s)
 
-  --dry-run                print what would be run, and run nothing
+  --dry-run                print the commands, and run none
 
-The run's log, process number and exit status lie in $MAPO_STATE (default ~/mapo_state). Python is $MAPO_PYTHON,
-by default that of setup (~/mapo_venv), else python3.
+The run's log, process number and exit status are in $MAPO_STATE (default ~/mapo_state). Python is $MAPO_PYTHON, by
+default the one that setup installs (~/mapo_venv), otherwise python3.
 END
 }
 
@@ -28,7 +28,7 @@ state=${MAPO_STATE:-$HOME/mapo_state}
 python=${MAPO_PYTHON:-$HOME/mapo_venv/bin/python}
 [ -x "$python" ] || [ -n "${MAPO_PYTHON:-}" ] || python=python3
 
-going() { [ -f "$state/pid" ] && [ ! -f "$state/status" ] && kill -0 "$(cat "$state/pid")" 2>/dev/null; }
+running() { [ -f "$state/pid" ] && [ ! -f "$state/status" ] && kill -0 "$(cat "$state/pid")" 2>/dev/null; }
 
 train_command() { # TYPE ARGUMENT...: sets `words`
   [ $# -ge 1 ] || die "no slice; see --help"
@@ -39,9 +39,9 @@ train_command() { # TYPE ARGUMENT...: sets `words`
 }
 
 setup() {
-  going && die "a run is going on on $(hostname) ($(cat "$state/pid")); stop it first"
+  running && die "a run is going on on $(hostname) ($(cat "$state/pid")); stop it first"
   cd "$HOME"
-  # The TPU images come with an older Python than ours; uv fetches one, and a second setup takes seconds.
+  # The TPU images have an older Python than we need; uv installs one. A second setup takes seconds.
   run python3 -m pip install --quiet --user --upgrade uv
   [ -x mapo_venv/bin/python ] || run .local/bin/uv venv --quiet --python 3.12 mapo_venv
   run .local/bin/uv pip install --quiet --python mapo_venv/bin/python -r "$here/requirements-tpu.txt"
@@ -58,11 +58,11 @@ start() {
     quoted "${words[@]}"
     return
   fi
-  going && die "a run is going on here ($(cat "$state/pid")); stop it first"
+  running && die "a run is going on here ($(cat "$state/pid")); stop it first"
   mkdir -p "$state"
   rm -f "$state/status" "$state/pid"
   cd "$here"
-  # One process waits for the run and writes down how it ended; `logs` and `status` need no more.
+  # A background shell waits for the run and writes its exit status for `status`.
   # shellcheck disable=SC2016 # expanded by the inner shell
   nohup setsid bash -c '
     "$@" </dev/null >>"$0/log" 2>&1 &
@@ -79,12 +79,12 @@ start() {
 }
 
 status() {
-  if going; then
+  if running; then
     echo running
   elif [ -f "$state/status" ]; then
     echo "ended $(cat "$state/status")"
   elif [ -f "$state/pid" ]; then
-    echo "ended 137" # killed together with whoever would have written it down
+    echo "ended 137" # killed together with the shell that writes the status
   else
     echo none
   fi
@@ -96,17 +96,17 @@ stop() {
     quoted kill -TERM "$(cat "$state/pid" 2>/dev/null || echo PROCESS)"
     return
   fi
-  going || {
+  running || {
     echo "nothing is running on $(hostname)"
     return
   }
   process=$(cat "$state/pid")
   kill -TERM "$process"
   for _ in $(seq "$((seconds * 5))"); do
-    going || break
+    running || break
     sleep 0.2
   done
-  going && die "the run on $(hostname) has not ended $seconds s after SIGTERM; it may still be saving: ask again, or kill $process"
+  running && die "the run on $(hostname) has not ended $seconds s after SIGTERM; it may still be saving: ask again, or kill $process"
   echo "stopped on $(hostname): $(status)"
 }
 

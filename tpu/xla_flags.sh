@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the compiler's flags for a slice, for LIBTPU_INIT_ARGS. worker.sh sets them; see README.md, "Flags".
+# Prints the compiler flags of a slice for LIBTPU_INIT_ARGS; worker.sh sets them. See README.md, "The compiler's flags".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=lib.sh source-path=SCRIPTDIR
@@ -14,16 +14,16 @@ case ${1:-} in
   "") die "no slice; $usage" ;;
 esac
 
-# Gathers of sharded weights go on while the layer before computes. Documented by JAX (xla_flags) and set by
-# MaxText for every generation below; newer compilers have them on by default.
+# Sharded weights are gathered while the previous layer computes. JAX documents these flags (xla_flags), and MaxText
+# sets them for every generation below; newer compilers enable them by default.
 overlap=(
-  --xla_enable_async_all_gather=true                            # an all-gather has a start and a done
-  --xla_tpu_enable_async_collective_fusion=true                 # what lies between the two is fused with it
-  --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true # for all-gathers too
-  --xla_tpu_enable_async_collective_fusion_multiple_steps=true  # one gather may stretch over several fusions
-  --xla_tpu_overlap_compute_collective_tc=true                  # both run on one TensorCore
+  --xla_enable_async_all_gather=true                            # an all-gather is started first and waited for later
+  --xla_tpu_enable_async_collective_fusion=true                 # operations between the two are fused with it
+  --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true # the same for all-gathers
+  --xla_tpu_enable_async_collective_fusion_multiple_steps=true  # one gather may span several fusions
+  --xla_tpu_overlap_compute_collective_tc=true                  # computation and communication overlap on one core
 )
-# The on-chip memory that one operation may use; the rest prefetches for the next. MaxText's value for dense models.
+# On-chip memory for one operation; the rest is used to prefetch for the next. MaxText's value for dense models.
 memory=(--xla_tpu_scoped_vmem_limit_kib=98304)
 
 slice=$1
@@ -31,6 +31,6 @@ check_type
 case $(generation "$slice") in
   v6e) flags=("${overlap[@]}" "${memory[@]}") ;;
   v5e | v5p) flags=("${overlap[@]}") ;;
-  *) flags=() ;; # nothing that we could verify: the compiler's defaults
+  *) flags=() ;; # no flags that we could verify: the compiler's defaults
 esac
 echo "${flags[*]}"

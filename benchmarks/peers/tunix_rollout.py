@@ -1,10 +1,10 @@
-"""The reference work of benchmarks/rollout.py with Tunix's sampler, in an environment of its own.
+"""The reference work of benchmarks/rollout.py with Tunix's sampler, run in a separate environment.
 
-Reads the work as JSON from the first line of standard input and says "ready"; then runs it once for each
-further line and answers with the number of sampled tokens.
+Reads the work as JSON from the first line of standard input and prints "ready". For each further line it runs
+the work once and prints the number of sampled tokens.
 
-Tunix's sampler takes strings and keeps no cache between calls, so every turn starts over. It samples at
-temperature 1 without filters, and knows no stop id, so that every reply has its full length.
+Tunix's sampler takes strings and keeps no cache between calls, so every turn starts from the beginning. It
+samples at temperature 1 without filters and without a stop id, so that every reply has its full length.
 """
 
 import json
@@ -17,7 +17,7 @@ from tunix.models.qwen3.model import ModelConfig, Qwen3
 
 
 class Numbers:
-    """A tokenizer whose texts are the ids themselves."""
+    """A tokenizer whose texts are ids in decimal."""
 
     def __init__(self, end: int):
         self._end = end
@@ -65,7 +65,7 @@ def main() -> None:
         for turn in range(turns):
             for row, new in zip(rows, work["users"][turn], strict=True):
                 row += new
-            # One prompt length for each turn: the sampler compiles for each, once, in the first round.
+            # One prompt length per turn; the sampler compiles each once, in the first round.
             output = sampler(
                 [" ".join(map(str, row)) for row in rows],
                 max_generation_steps=reply,

@@ -1,4 +1,4 @@
-"""The programs of every TPU recipe, with two layers of full width, compiled for chips that are not here."""
+"""The programs of every TPU recipe, with two layers of full width, compiled without a TPU."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ needs_libtpu = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def little_optimisation():
-    """Four times as fast to compile. How arrays are cut, and what must travel, is decided before."""
+    """Compiles four times as fast. Shardings and communication are decided before optimisation."""
     usual = jax.config.jax_optimization_level
     jax.config.update("jax_optimization_level", "O0")
     yield
@@ -42,7 +42,7 @@ def little_optimisation():
 
 
 def job_of(recipe, chip, *overrides):
-    from tpu.compile import make_job
+    from tpu.programs import make_job
 
     config = load_config(CONFIGS / f"{recipe}.yaml", [*SMALL, *overrides])
     chips = 2 * config.mesh.tensor
@@ -54,7 +54,7 @@ def job_of(recipe, chip, *overrides):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipes_sampler_compiles_for_every_chip(recipe, chip):
-    from tpu.compile import compile_program
+    from tpu.programs import compile_program
 
     job = job_of(recipe, chip)
     results = {program: compile_program(job, program) for program in ("prefill", "generate")}
@@ -72,14 +72,14 @@ def test_a_recipes_sampler_compiles_for_every_chip(recipe, chip):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipes_update_compiles_for_every_chip(recipe, chip):
-    from tpu.compile import compile_program
+    from tpu.programs import compile_program
 
     result = compile_program(job_of(recipe, chip), "train")
     assert result.good, result
 
 
 def forecast_and_compiled():
-    from tpu.compile import ENTRIES, RESULTS
+    from tpu.table import ENTRIES, RESULTS
 
     known = json.loads(RESULTS.read_text())
     for entry in ENTRIES:
@@ -111,8 +111,9 @@ def test_the_forecast_of_an_update_is_near_what_the_compiler_said(entry, found, 
     ],
 )
 def test_bounds_of_an_update(overrides, passes, attention, head_passes):
-    """By hand: 8 rows of 256 tokens, 64 of them of the loss, in four micro-batches on two by four chips."""
-    from tpu.compile import Job, bounds
+    """By hand: 8 rows of 256 tokens, 64 of them loss tokens, in four micro-batches on two by four chips."""
+    from tpu.bounds import bounds
+    from tpu.programs import Job
 
     config = load_config(CONFIGS / "qwen3_8b_v5p.yaml", [*SMALL, "mesh.tensor=4", *overrides])
     config = updated(config, {"training.microbatch_tokens": 256})
@@ -120,7 +121,7 @@ def test_bounds_of_an_update(overrides, passes, attention, head_passes):
     found = bounds(Job(config, model, "v5p-16", jax.sharding.AbstractMesh((1, 2, 4), MESH_AXES)), "train")
     adapters = parameter_count(model) - parameter_count(replace(model, lora=None))
     head = 151_936 * 4096
-    # Queries and what comes back from the heads, keys and values, the MLP; the norms, of two widths.
+    # Query and output projections, keys and values, the MLP; norms of two widths.
     layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 12_288) + 2 * 4096 + 2 * 128
     body = 36 * layer + 4096 + adapters
     operations = 8 * (
@@ -133,15 +134,15 @@ def test_bounds_of_an_update(overrides, passes, attention, head_passes):
 
 
 def test_a_gather_of_everything_is_noticed():
-    """By size, whatever the shape; weights are no activations."""
-    from tpu.compile import Job, unwanted_gathers
+    """By its size, with any shape; gathered weights are allowed."""
     from tpu.hlo import Collective
+    from tpu.programs import Job, unwanted_gathers
 
     longer = ["rollout.max_tokens=1024", "rollout.max_reply_tokens=64", "training.microbatch_tokens=2048"]
     config = load_config(CONFIGS / "qwen3_32b_v5p.yaml", [*SMALL, *longer])
     mesh = jax.sharding.AbstractMesh((1, 2, 4), MESH_AXES)
     job = Job(config, SHAPES["Qwen3-32B"], "v5p-16", mesh)
-    # A micro-batch of 4 rows of 1,024 tokens, width 5,120; 4 turns of 64 loss tokens in each of 2 own rows.
+    # A micro-batch of 4 rows of 1,024 tokens, width 5,120; 4 turns of 64 loss tokens in each of 2 local rows.
     everything = Collective("all-gather", "bf16", (2, 2, 1024, 5120))
     logits = Collective("all-gather", "f32", (2, 256, 4, 37984))
     part = Collective("all-gather", "bf16", (1, 1024, 5120))
@@ -155,7 +156,7 @@ def test_a_gather_of_everything_is_noticed():
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
 def test_an_update_of_adapters_compiles(chip):
-    from tpu.compile import compile_program
+    from tpu.programs import compile_program
 
     result = compile_program(job_of("qwen3_8b_v6e", chip, "lora.rank=32"), "train")
     assert result.good, result
@@ -171,7 +172,7 @@ def test_what_does_not_fit_is_a_result_with_figures(capsys):
     arguments = ["--config", str(CONFIGS / "qwen3_32b_v5p.yaml"), "--slice", "v5e-4"]
     assert main(arguments) == 1
     shown = capsys.readouterr().out
-    assert "NO" in shown and "takes 91" in shown and "15.75 GiB" in shown
+    assert "NO" in shown and "take 91" in shown and "15.75 GiB" in shown
 
 
 @pytest.mark.aot
@@ -214,7 +215,7 @@ RESULT = {
 
 class TestTable:
     def test_results_go_between_the_markers(self, tmp_path):
-        from tpu.compile import BEGIN, END, ENTRIES, write_table
+        from tpu.table import BEGIN, END, ENTRIES, write_table
 
         file = tmp_path / "README.md"
         file.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
@@ -229,7 +230,7 @@ class TestTable:
     def test_what_is_known_is_not_compiled_again_but_its_bounds_and_the_list_are_todays(
         self, tmp_path, monkeypatch
     ):
-        from tpu import compile as tool
+        from tpu import table as tool
 
         asked = []
 
@@ -259,7 +260,7 @@ class TestTable:
         assert len(asked) == 6
 
     def test_a_file_without_markers_is_refused(self, tmp_path):
-        from tpu.compile import write_table
+        from tpu.table import write_table
 
         (tmp_path / "README.md").write_text("nothing")
         with pytest.raises(UserError, match="has no lines"):

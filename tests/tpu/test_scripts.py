@@ -1,4 +1,4 @@
-"""The launch scripts, with stand-ins for gcloud, xpk, kubectl and docker that write down their calls."""
+"""The launch scripts, with fake gcloud, xpk, kubectl and docker commands that record their calls."""
 
 import os
 import re
@@ -25,7 +25,7 @@ SETTINGS = {
 }
 RUN = ["--config", "configs/a.yaml", "run.directory=gs://my-bucket/runs/a", "rollout.system_prompt=Say less."]
 
-# Answers are lines of $FAKE/state and $FAKE/worker: each is given once, the last one for ever.
+# Answers are lines of $FAKE/state and $FAKE/worker: each is used once, the last one repeatedly.
 STAND_IN = r"""#!/bin/bash
 printf '%s\x1f' "$(basename "$0")" "$@" >>"$FAKE/calls"
 printf '\x1e' >>"$FAKE/calls"
@@ -43,7 +43,7 @@ esac
 
 
 class Machine:
-    """A PATH with stand-ins, and what became of a script that was run there."""
+    """Runs scripts with a PATH of fake commands, and reads the recorded calls."""
 
     def __init__(self, folder):
         self.folder, self.tools = folder, folder / "tools"
@@ -76,7 +76,7 @@ class Machine:
 
     @property
     def calls(self):
-        """Words of every call of a stand-in."""
+        """The words of every recorded call."""
         text = (self.folder / "calls").read_text()
         return [call.split("\x1f")[:-1] for call in text.split("\x1e")[:-1]]
 
@@ -87,7 +87,7 @@ def machine(tmp_path):
 
 
 def commands(printed):
-    """Printed commands as words, without those that are no stand-in's."""
+    """The words of printed commands, only those of faked programs."""
     return [words for line in printed.splitlines() if (words := shlex.split(line))[0] != "git"]
 
 
@@ -112,7 +112,7 @@ def test_help_needs_nothing_and_names_every_command(machine, script):
     assert machine.calls == []
 
 
-# --- What is run. ---
+# --- Commands that are run. ---
 
 VM = {
     "bucket": (
@@ -255,10 +255,10 @@ def test_setup_sends_the_commit_to_every_worker(machine):
     assert copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
     assert copy[6:] == [*PLACE, "mapo:mapo_jax.tar.gz", "--worker=all"]
     assert "worker.sh setup" in install[-1] and install[-2] == "--worker=all"
-    assert not Path(copy[5]).exists()  # the archive is cleared away
+    assert not Path(copy[5]).exists()  # the archive was deleted
 
 
-# --- What is refused. ---
+# --- Bad input. ---
 
 
 @pytest.mark.parametrize(
@@ -271,9 +271,9 @@ def test_setup_sends_the_commit_to_every_worker(machine):
         ("vm.sh", ["create"], {"TPU_TYPE": ""}, "no slice; give --type TYPE"),
         ("vm.sh", ["create", "--type", "v6e-9"], {}, "there is no slice 'v6e-9'; a v6e slice has 1, 4, 8"),
         ("vm.sh", ["create", "--type", "v5e-8"], {}, "slice 'v5e-8' is called v5litepod-8"),
-        ("vm.sh", ["create", "--type", "v5p-12"], {}, "counts cores, two to a chip"),
+        ("vm.sh", ["create", "--type", "v5p-12"], {}, "counts cores, two per chip"),
         ("vm.sh", ["create", "--type", "h100"], {}, "there is no slice 'h100'; slices are v5litepod-N"),
-        ("vm.sh", ["create", "--type", "tpu7x-16"], {}, "through GKE only; use tpu/gke.sh"),
+        ("vm.sh", ["create", "--type", "tpu7x-16"], {}, "available only through GKE; use tpu/gke.sh"),
         ("vm.sh", ["create", "--name", "My_TPU"], {}, "name 'My_TPU' must be at most 40 lower-case letters"),
         ("vm.sh", ["create"], {"TPU_NAME": ""}, "no name; give --name NAME or set TPU_NAME"),
         ("vm.sh", ["create", "--name"], {}, "--name needs a value"),
@@ -345,7 +345,7 @@ def test_nothing_is_asked_for_where_the_slice_is_not_to_be_had_or_the_name_is_ta
 def test_create_stops_waiting_when_the_slice_will_not_come(machine):
     machine.answers(state=["", "PROVISIONING", "FAILED"])
     found = machine.run("vm.sh", "create")
-    assert found.returncode == 2 and "mapo is FAILED and will not come" in found.stderr
+    assert found.returncode == 2 and "mapo is FAILED and will not become active" in found.stderr
     machine.answers(state=["", "WAITING_FOR_RESOURCES"])
     found = machine.run("vm.sh", "create", "--wait", "0")
     assert found.returncode == 2 and "not there after 0 minutes; it stays in the queue" in found.stderr
@@ -355,7 +355,7 @@ def test_create_stops_waiting_when_the_slice_will_not_come(machine):
 
 
 def did(machine):
-    """What was done to the slice and the run, in order; looking is left out."""
+    """The calls that changed the slice or the run, in order, without queries."""
     done = []
     for call in machine.calls:
         text = " ".join(call)
@@ -373,7 +373,7 @@ def did(machine):
 
 def test_babysit_asks_for_a_slice_that_was_taken_away_and_goes_on(machine):
     machine.answers(
-        # nothing yet; create looks twice; two looks; gone; create looks again; to the end
+        # no slice; create queries twice; two queries; preempted; create queries again; until the end
         state=["", "", "ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED", "", "ACTIVE"],
         worker=["running", "running", "running", "ended 0"],
     )
@@ -462,7 +462,7 @@ def test_a_worker_starts_one_run_and_stops_it_by_a_signal(worker, machine):
 def test_a_worker_knows_how_a_run_ended(worker, machine):
     worker("start", "v5p-8", "end=", "3")
     eventually(lambda: worker("status").stdout, "ended 3\n")
-    assert worker("start", "v5p-8", "end=", "0").returncode == 0  # the next one may start
+    assert worker("start", "v5p-8", "end=", "0").returncode == 0  # a new run may start
     eventually(lambda: worker("status").stdout, "ended 0\n")
 
 
@@ -503,7 +503,7 @@ def test_flags_follow_the_generation(machine, slice_name, overlap, memory):
     [("v6e-8", "v6e:2x4"), ("v5litepod-8", "v5e:2x4"), ("v5p-8", "v5p:2x2x1")],
 )
 def test_the_compiler_knows_the_flags(machine, slice_name, topology):
-    """It ends the process over a flag that it does not know."""
+    """The compiler ends the process for an unknown flag."""
     pytest.importorskip("libtpu")
     program = f"""
 import jax, jax.numpy as jnp, numpy as np
@@ -524,11 +524,11 @@ jax.jit(lambda x: (x @ x).sum()).trace(x).lower(lowering_platforms=("tpu",)).com
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300, env=environment)
 
 
-# --- Beside the scripts. ---
+# --- Documents and other files. ---
 
 
 def test_the_readmes_commands_are_accepted(machine):
-    """Every launch command of a code block in the documents, run dry."""
+    """Every launch command in the code blocks of the documents, with --dry-run."""
     found = 0
     for page in sorted(TPU.glob("*.md")):
         blocks = re.findall(r"```(?:bash|console)\n(.*?)```", page.read_text(), re.DOTALL)

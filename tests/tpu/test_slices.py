@@ -1,4 +1,4 @@
-"""Facts about slices and shapes, held against others' figures; no libtpu needed."""
+"""Slices and shapes, compared with published figures; libtpu is not needed."""
 
 import json
 import math
