@@ -156,14 +156,12 @@ def test_prompts_reports_and_exports_ask_and_import_nobody(run, tmp_path):
     ],
 )
 def test_a_runs_configuration_reads_no_environment_variable(run, tmp_path, capsys, key, value):
-    named = f"config.yaml: `{key.replace('__', '.')}` holds an interpolation"
-    assert empa(run, tmp_path, "--trust-run-world", **{key: value}) == 2
-    assert named in capsys.readouterr().err
-    assert export.main(["--run", str(run.folder), "--output", str(tmp_path / "exported")]) == 2
-    assert named in capsys.readouterr().err
+    empa(run, tmp_path, "--trust-run-world", **{key: value})
+    export.main(["--run", str(run.folder), "--output", str(tmp_path / "exported")])
     assert report.main(["--run", str(run.folder), "--output", str(tmp_path / "report.html")]) == 0
-    assert SECRET not in (tmp_path / "report.html").read_text()
-    assert untouched(run, tmp_path) and not (tmp_path / "exported").exists()
+    written = [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size < 10**7]
+    assert not any(SECRET.encode() in file.read_bytes() for file in written)
+    assert SECRET not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(
