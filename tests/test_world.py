@@ -25,7 +25,7 @@ from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.run import Position
 from mapo_jax.running.phases import Phases
 from mapo_jax.running.processes import SINGLE, Processes
-from mapo_jax.tokenizer import load_tokenizer, train_tokenizer
+from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
 from mapo_jax.world import open_world
 
 KEY = "sk-live-0123456789abcdef"

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import get_args
 
 import jax
 import numpy as np
@@ -388,7 +389,7 @@ def test_scored_defaults_to_every_valid_turn(seed):
 
 
 def test_the_table_is_the_configuration_s():
-    assert tuple(ESTIMATORS) == config.ESTIMATORS
+    assert tuple(ESTIMATORS) == get_args(config.Estimator)
     for name in ESTIMATORS:
         section = config.AlgorithmConfig(estimator=name, discount=0.5, turn_weight=0.25, outcome_weight=2.0)
         options = advantages.estimator_options(section)
