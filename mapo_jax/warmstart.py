@@ -35,7 +35,7 @@ from mapo_jax.commands import Stopped, cache_folder, prepare_jax, run_command
 from mapo_jax.config import Config, OptimizerConfig, load_config, updated
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
-from mapo_jax.environment.scripted.grammar import KINDS
+from mapo_jax.environment.scripted.grammar import HELPFUL, KINDS
 from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
@@ -345,7 +345,8 @@ def gate(measured: Mapping[str, float], min_naming_ratio: float) -> None:
     """Refuses a policy with which reinforcement learning would collapse to replies that name nothing.
 
     Situation and feeling must be named correctly `min_naming_ratio` times as often as by chance, and every
-    kind of reply must occur. A ratio of 0 disables the check.
+    kind of reply that helps must occur: what is never sampled is never reinforced. A ratio of 0 disables the
+    check.
 
     Raises:
       UserError: the policy is too weak; names the figure and the remedy.
@@ -363,7 +364,7 @@ def gate(measured: Mapping[str, float], min_naming_ratio: float) -> None:
                 f"the warm start is too weak: it names the user's {what} right {accuracy:.0%} of the time, "
                 f"where {needed:.0%} ({min_naming_ratio:g} times chance) are needed; {remedy}"
             )
-    missing = [kind for kind in KINDS if not measured.get(f"act/{kind}")]
+    missing = [kind for kind in (*HELPFUL, "repair") if not measured.get(f"act/{kind}")]
     if missing:
         raise UserError(
             f"the warm start is too narrow: no reply of the kind {', '.join(missing)} was measured; {remedy}"

@@ -189,8 +189,8 @@ def test_the_gate_lets_a_good_warm_start_through():
         ({"naming/feeling": 0.19}, "the user's feeling right 19% of the time, where 20%"),
         ({"naming/feeling": None}, "it never names the user's feeling"),
         (
-            {"act/offer_step": 0.0, "act/advise": None},
-            "no reply of the kind offer_step, advise was measured",
+            {"act/offer_step": 0.0, "act/repair": None, "act/advise": 0.0},
+            "no reply of the kind offer_step, repair was measured",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from mapo_jax.environment.dialogue import DialogueState, from_stripped, strip_te
 from mapo_jax.environment.roles import open_dialogue, take_turn
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
+from mapo_jax.environment.scripted.assessment import assess
 from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import bare
 from mapo_jax.environment.scripted.helper import (
@@ -161,6 +162,17 @@ def test_careless_turn_closes_the_person_until_it_is_repaired():
         unmended = hold_dialogue(card, 0, stubborn, ROLES, Limits(2, 2))
         assert sum(unmended.turns[1].judgement.levels[::2]) == 0
         assert len(repaired.turns[1].user.split()) < len(repaired.turns[0].user.split())
+
+
+def test_an_apology_for_nothing_leaves_the_need_unanswered():
+    """As any other reply that misses it; the apology that a misstep calls for does not count as one."""
+    sorry, sorry_again = "I moved too fast there.", "Let me take that back."
+    for card in CARDS[:5]:
+        mind = mind_at(hold_dialogue(card, 0, good_helper, ROLES, Limits(1, 1)))
+        first = assess(mind, sorry)
+        assert first.after.idle == mind.idle + 1
+        assert "apologises for nothing" in first.reasons[3]
+        assert assess(first.after, sorry_again).after.idle == first.after.idle
 
 
 def test_advice_before_being_heard_is_harm():
