@@ -111,7 +111,7 @@ class RolloutConfig(Section):
     rollouts: Count = key(8, "R: dialogues per scenario")
     max_turns: Count = key(8, "T: most turns of a dialogue")
     min_turns: Count = key(5, "success and failure end a dialogue from this turn on")
-    temperature: float = key(1.0, "sampling temperature in training", gt=0)
+    temperature: float = key(0.7, "sampling temperature in training", gt=0)
     max_reply_tokens: Count = key(32, "a reply longer than this is cut and marked truncated")
     max_tokens: int = key(448, "longest dialogue in tokens; also the length of the KV cache", ge=2)
     copy_weights: bool | None = key(None, "sample with a cast copy: faster, needs memory; empty: only on CPU")
@@ -284,7 +284,7 @@ class EvaluationConfig(Section):
     every: Count = key(15, "steps between evaluations; also before the first and after the last step")
     scenarios: Count = key(16, "number of validation cards, the first ones")
     rollouts: Count = key(2, "dialogues per card")
-    temperature: Amount = key(1.0, "sampling temperature")
+    temperature: Amount = key(0.7, "sampling temperature")
 
 
 class Config(Section):

@@ -55,6 +55,7 @@ BENCHMARK_DIALOGUES = (
     "rollout.max_reply_tokens=512",
     "rollout.max_tokens=25000",
     "evaluation.rollouts=1",
+    "evaluation.temperature=1.0",
 )
 
 

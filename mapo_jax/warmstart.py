@@ -392,7 +392,9 @@ def _determinants(config: Config) -> dict[str, Any]:
     return {
         "model": model,
         "warmstart": settings,
-        "rollout": config.rollout.model_dump(include={"history", "system_prompt", "max_turns", "max_tokens"}),
+        "rollout": config.rollout.model_dump(
+            include={"history", "system_prompt", "max_turns", "max_tokens", "temperature"}
+        ),
         "delayed_opening": config.environment.delayed_opening,
         "seed": config.training.seed,
         "cards": _digest(sorted(cards.glob("*.yaml")) if cards.is_dir() else [cards]),

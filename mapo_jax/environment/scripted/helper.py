@@ -209,7 +209,7 @@ def synthetic_dialogue(
     scenario: Scenario,
     seed: int,
     turns: int = 8,
-    skill: tuple[float, float] = (0.5, 1.0),
+    skill: tuple[float, float] = (0.7, 1.0),
     delayed_opening: bool = True,
 ) -> list[dict[str, str]]:
     """A dialogue of mixed quality as chat messages, for the warm start.
