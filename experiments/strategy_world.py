@@ -138,7 +138,7 @@ class Credited(NamedTuple):
 
 
 class State(NamedTuple):
-    """A dialogue that awaits a reply: the fields of `mind.Mind`, the position, the windows of the end rules."""
+    """A dialogue that awaits a reply: the fields of `mind.Mind`, the position, windows of the end rules."""
 
     card: Card
     # The story.
@@ -647,7 +647,7 @@ def open_dialogue(card: Card, rules: Rules) -> State:
 
 def take_turn(state: State, acts: Scalar, draws: Draws, rules: Rules) -> State:
     """One turn of the loop. After the end of the dialogue only `outcome` still has a meaning."""
-    wrong = 0
+    wrong = jnp.int32(0)
     if rules.naming_error:
         missed = draws.naming < rules.naming_error
         wrong = jnp.sum(jnp.where(missed, 1 << jnp.arange(len(KINDS)), 0))
