@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 
 from experiments import strategy_world as world
 from mapo_jax.algorithm.advantages import ESTIMATORS, estimator_options
-from mapo_jax.algorithm.objective import objective_options, policy_loss
-from mapo_jax.algorithm.rewards import REWARDS, distance
+from mapo_jax.algorithm.objective import policy_loss
+from mapo_jax.algorithm.rewards import distance
 from mapo_jax.config import AlgorithmConfig
 from mapo_jax.environment.scripted.grammar import KINDS
 from mapo_jax.environment.scripted.helper import RANDOM_ACTS
@@ -37,6 +38,8 @@ PAIRS = (
 )
 REPLIES = (*((kind,) for kind in KINDS), *PAIRS)
 ACTS = jnp.array([world.bits(*reply) for reply in REPLIES])
+
+CUE = 3.0  # leaning of the first weights towards the act that suits a message
 
 _MESSAGE = ("curt", "particular", "two particulars", "feeling", "hint", "value", "strength", "step")
 _MEMORY = ("harmed", "heard", "deep", "feeling said", "hint said", "situation named", "both named")
@@ -90,20 +93,20 @@ def start_weights() -> Float[Array, "F A"]:
     for i, reply in enumerate(REPLIES):
         weights[0, i] = math.log(min(RANDOM_ACTS[kind] for kind in reply))
         for cue, kind in cues.items():
-            weights[FEATURES.index(cue), i] = float(kind in reply)
+            weights[FEATURES.index(cue), i] = CUE * (kind in reply)
     return jnp.asarray(weights)
 
 
 class Batch(NamedTuple):
-    """The dialogues of one step."""
+    """Dialogues of several models. Leading axes: M settings, K seeds, N dialogues."""
 
-    features: Float[Array, "S R T F"]
-    replies: Int[Array, "S R T"]
-    logprobs: Float[Array, "S R T"]
-    valid: Bool[Array, "S R T"]
-    positions: Float[Array, "S R T+1 3"]  # by the judge
-    true_positions: Float[Array, "S R T+1 3"]  # without the judge's noise
-    harmful: Bool[Array, "S R T"]  # the reply did harm, by the levels without noise
+    features: Float[Array, "M K N T F"]
+    replies: Int[Array, "M K N T"]
+    logprobs: Float[Array, "M K N T"]
+    valid: Bool[Array, "M K N T"]
+    positions: Float[Array, "M K N T+1 3"]  # by the judge
+    true_positions: Float[Array, "M K N T+1 3"]  # without the judge's noise
+    harmful: Bool[Array, "M K N T"]  # the reply did harm, by the levels without noise
 
 
 def sample(
@@ -118,89 +121,103 @@ def sample(
 
 
 class Noise(NamedTuple):
-    """All random numbers of some dialogues."""
+    """All random numbers of one turn."""
 
-    uniform: Float[Array, " T *N"]  # of the policy
-    world: world.Draws  # leading axes [T, *N]
+    uniform: Float[Array, "*N"]  # of the policy
+    world: world.Draws
 
 
-def draw_noise(key: Array, turns: int, shape: tuple[int, ...], rules: world.Rules) -> Noise:
-    """Random numbers for `turns` turns of dialogues of this shape."""
+@partial(jax.jit, static_argnames=("shape", "rules"))
+def draw_noise(key: Array, shape: tuple[int, ...], rules: world.Rules) -> Noise:
+    """Random numbers for a turn of dialogues of this shape."""
     keys = jax.random.split(key, 3)
-    words = jax.random.bits(keys[0], (3, turns, *shape)) >> 8
+    words = jax.random.bits(keys[0], (3, *shape)) >> 8
     names, levels = (len(KINDS) if rules.naming_error else 0), (6 if rules.judge_noise else 0)
     draws = world.Draws(
         words[0].astype(jnp.int32),
         words[1] * jnp.float32(2**-24),
-        jax.random.uniform(keys[1], (turns, *shape, names)),
-        jax.random.normal(keys[2], (turns, *shape, levels)),
+        jax.random.uniform(keys[1], (*shape, names)),
+        jax.random.normal(keys[2], (*shape, levels)),
     )
     return Noise(words[2] * jnp.float32(2**-24), draws)
 
 
+def _take_turn(state, weights, noise, rules):
+    features, reply, logprob = sample(weights, state, noise.uniform)
+    after = world.take_turn(state, ACTS[reply], noise.world, rules)
+    alive = state.outcome == world.RUNNING
+    return after, (features, reply, logprob, alive, after.position, after.true_position, after.harmed)
+
+
+def _over_models(function):
+    """Of one dialogue (state, weights, noise, ...) -> of [M, K, N]; the settings share the noise [K, N]."""
+    for axes in ((0, None, 0, None), (0, 0, 0, None), (0, 0, None, None)):
+        function = jax.vmap(function, axes)
+    return function
+
+
+take_turns = jax.jit(_over_models(_take_turn))
+"""One turn of dialogues [M, K, N]: (states, weights, noise, rules) -> states, the columns of a `Batch`."""
+
+
+def _force_turn(state, reply, noise, rules):
+    after = world.take_turn(state, ACTS[reply], noise.world, rules)
+    alive = state.outcome == world.RUNNING
+    return after, (alive, after.position, after.true_position)
+
+
+force_turns = jax.jit(
+    jax.vmap(jax.vmap(jax.vmap(_force_turn, (0, 0, 0, None)), (0, 0, 0, None)), (0, 0, None, None))
+)
+"""One turn with given replies [M, K, N]: -> states, (valid, positions, true positions) of the turn."""
+
+
 def converse(
-    weights: Float[Array, "F A"], states: world.State, noise: Noise, rules: world.Rules
-) -> tuple[Batch, world.State]:
-    """Dialogues from these states on, as many turns as there is noise for.
+    weights: Float[Array, "M K F A"],
+    states: world.State,
+    key: Array,
+    rules: world.Rules,
+    turns: int,
+) -> tuple[Batch, list[world.State]]:
+    """Dialogues from these states on.
 
     Args:
-      weights: of the policy.
-      states: leading axes of any shape.
-      noise: random numbers.
+      weights: of the policies.
+      states: [M, K, N]; they await a reply.
+      key: of the random numbers, which the settings M share.
       rules: switches of the world.
+      turns: how many turns are taken; those after a dialogue's end are not valid.
 
     Returns:
-      The dialogues, and the states that each turn's reply met, with leading axes [T, ...].
+      The dialogues, and the states that each turn's reply met.
     """
-    depth = states.turn.ndim
+    met, rows, start = [], [], states
+    for turn in range(turns):
+        noise = draw_noise(jax.random.fold_in(key, turn), states.turn.shape[1:], rules)
+        met.append(states)
+        states, row = take_turns(states, weights, noise, rules)
+        rows.append(row)
+    return _stack(rows, start.position, start.true_position), met
 
-    def over(function):
-        for _ in range(depth):
-            function = jax.vmap(function)
-        return function
 
-    def one(state, uniform, draws):
-        features, reply, logprob = sample(weights, state, uniform)
-        after = world.take_turn(state, ACTS[reply], draws, rules)
-        return features, reply, logprob, after
-
-    def step(states, noise):
-        features, replies, logprobs, after = over(one)(states, noise.uniform, noise.world)
-        alive = states.outcome == world.RUNNING
-        row = (features, replies, logprobs, alive, after.position, after.true_position, after.harmed)
-        return after, (row, states)
-
-    _, ((features, replies, logprobs, valid, positions, true_positions, harmful), met) = jax.lax.scan(
-        step, states, noise
+@jax.jit
+def _stack(rows, position, true_position) -> Batch:
+    features, replies, logprobs, valid, positions, true_positions, harmful = zip(*rows, strict=True)
+    return Batch(
+        jnp.stack(features, axis=-2),
+        jnp.stack(replies, axis=-1),
+        jnp.stack(logprobs, axis=-1),
+        jnp.stack(valid, axis=-1),
+        jnp.stack((position, *positions), axis=-2),
+        jnp.stack((true_position, *true_positions), axis=-2),
+        jnp.stack(harmful, axis=-1),
     )
-
-    def last(values):
-        return jnp.moveaxis(values, 0, depth)
-
-    def with_start(start, values):
-        return jnp.concatenate([start[..., None, :], last(values)], axis=-2)
-
-    batch = Batch(
-        last(features),
-        last(replies),
-        last(logprobs),
-        last(valid),
-        with_start(states.position, positions),
-        with_start(states.true_position, true_positions),
-        last(harmful),
-    )
-    return batch, met
 
 
 def true_returns(batch: Batch) -> Float[Array, " *N"]:
     """By how much each dialogue lowered the user's distance, without the judge's noise."""
     steps = -jnp.diff(distance(batch.true_positions), axis=-1)
     return jnp.sum(jnp.where(batch.valid, steps, 0.0), axis=-1)
-
-
-def rewards_of(batch: Batch, config: AlgorithmConfig) -> Float[Array, "S R T"]:
-    """The configured reward of each turn, by the judge's levels."""
-    return REWARDS[config.reward](batch.positions)
 
 
 def advantages_of(
@@ -215,24 +232,21 @@ def advantages_of(
 
 
 def gradient(
-    weights: Float[Array, "F A"], batch: Batch, advantages: Float[Array, "S R T"], config: AlgorithmConfig
-) -> tuple[Float[Array, "F A"], dict[str, Array]]:
-    """Gradient of the project's objective, a turn being one token, and its metrics."""
-    rows = (-1, batch.replies.shape[-1])
-    mask = batch.valid.reshape(rows)
+    weights: Float[Array, "F A"], batch: Batch, advantages: Float[Array, "N T"], options: dict[str, Any]
+) -> Float[Array, "F A"]:
+    """Gradient of the project's objective of one model; a dialogue is a row, a turn a token.
+
+    Args:
+      weights: of the policy.
+      batch: its dialogues [N, T].
+      advantages: of every turn.
+      options: of `objective.policy_loss`.
+    """
 
     def loss(weights):
-        logits = jax.nn.log_softmax(batch.features @ weights)
-        chosen = jnp.take_along_axis(logits, batch.replies[..., None], axis=-1)[..., 0]
-        entropy = -jnp.sum(jnp.exp(logits) * logits, axis=-1)
-        return policy_loss(
-            chosen.reshape(rows),
-            batch.logprobs.reshape(rows),
-            advantages.reshape(rows),
-            mask,
-            entropy=entropy.reshape(rows),
-            **objective_options(config),
-        )
+        logprobs = jax.nn.log_softmax(batch.features @ weights)
+        chosen = jnp.take_along_axis(logprobs, batch.replies[..., None], axis=-1)[..., 0]
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        return policy_loss(chosen, batch.logprobs, advantages, batch.valid, entropy=entropy, **options)[0]
 
-    (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(weights)
-    return gradients, metrics
+    return jax.grad(loss)(weights)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +84,7 @@ Scalar = Int[Array, ""] | int
 Flag = Bool[Array, ""] | bool
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["wait", "turns"], meta_fields=["kind", "level"])
 @dataclass(frozen=True)
 class Trap:
     """A reply that pays at once and closes the person later."""
@@ -93,9 +95,14 @@ class Trap:
     turns: int = 3  # turns for which nothing helps, not even a repair, and every reply harms A by one level
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["min_turns", "max_turns", "delayed_opening", "judge_noise", "naming_error", "trap"],
+    meta_fields=[],
+)
 @dataclass(frozen=True)
 class Rules:
-    """Switches of the world."""
+    """Switches of the world. A pytree, so that worlds that differ in numbers share a compiled program."""
 
     min_turns: int = 5
     max_turns: int = 8
@@ -399,7 +406,7 @@ def judge(state: State, acts: Scalar, wrong: Scalar, rules: Rules) -> Judged:
     served = ((gains_situation | gains_feeling) & (heard | (weight & ~s.said_hint))) | (
         gains_unstated | gains_value | gains_step
     )
-    opened = jnp.where(s.deep | (not rules.delayed_opening), 2, 1)
+    opened = jnp.where(s.deep | jnp.logical_not(rules.delayed_opening), 2, 1)
 
     # Repetition.
     routine = (acts & _routines(s.kinds)) > 0
@@ -514,8 +521,8 @@ def _met(state: State, credited: Credited) -> Flag:
 
 
 def disturb(levels: Int[Array, " 6"], noise: Float[Array, " 6"], rules: Rules) -> Int[Array, " 6"]:
-    """The levels that a noisy judge gives; `noise` is standard normal."""
-    if not rules.judge_noise:
+    """The levels that a noisy judge gives; `noise` is standard normal, or empty for a judge without noise."""
+    if not noise.size:
         return levels
     noisy = jnp.round(levels + rules.judge_noise * noise).astype(levels.dtype)
     lowest, highest = jnp.array([0, -2] * 3), jnp.array([2, 0] * 3)
@@ -623,20 +630,8 @@ class Draws(NamedTuple):
 
     user: Int[Array, ""]  # random bits
     director: Float[Array, ""]  # uniform
-    naming: Float[Array, " 16"]  # uniform; or () if no names are missed
-    judge: Float[Array, " 6"]  # standard normal; or () if the judge has no noise
-
-
-def draw(key: Array, rules: Rules) -> Draws:
-    """The random numbers of one turn."""
-    keys = jax.random.split(key, 3)
-    words = jax.random.bits(keys[0], (2,))
-    return Draws(
-        (words[0] >> 8).astype(jnp.int32),
-        (words[1] >> 8) * jnp.float32(2**-24),
-        jax.random.uniform(keys[1], (len(KINDS),)) if rules.naming_error else jnp.zeros(0),
-        jax.random.normal(keys[2], (6,)) if rules.judge_noise else jnp.zeros(0),
-    )
+    naming: Float[Array, " 16"]  # uniform; empty if no names are missed
+    judge: Float[Array, " 6"]  # standard normal; empty if the judge has no noise
 
 
 def open_dialogue(card: Card, rules: Rules) -> State:
@@ -648,7 +643,7 @@ def open_dialogue(card: Card, rules: Rules) -> State:
 def take_turn(state: State, acts: Scalar, draws: Draws, rules: Rules) -> State:
     """One turn of the loop. After the end of the dialogue only `outcome` still has a meaning."""
     wrong = jnp.int32(0)
-    if rules.naming_error:
+    if draws.naming.size:
         missed = draws.naming < rules.naming_error
         wrong = jnp.sum(jnp.where(missed, 1 << jnp.arange(len(KINDS)), 0))
     judged = judge(state, acts, wrong, rules)

@@ -15,10 +15,11 @@ from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.environment.roles import open_dialogue, take_turn
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
-from mapo_jax.environment.scripted.assessment import SLOT_OF, card_phrases
+from mapo_jax.environment.scripted.assessment import SLOT_OF, card_phrases, routine
 from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import CONSTRUCTIONS, HELPFUL, KINDS, bare, realise, slots_of
-from mapo_jax.environment.scripted.helper import _PLAN
+from mapo_jax.environment.scripted.helper import _PLAN, _fresh_fillers
+from mapo_jax.environment.scripted.lexicon import HINTS
 from mapo_jax.environment.state import Limits
 
 CARDS = load_scenarios()
@@ -84,21 +85,23 @@ def word(mind, kind, wrong, rng):
 def choose(mind, rng, skill):
     """One or two acts: of the plan that suits the need, or any."""
     if rng.random() < skill:
-        acts = ("repair",) if mind.closed else rng.sample(_PLAN[mind.episode.need], 2)
+        plan = [kind for kind in _PLAN[mind.episode.need] if _fresh_fillers(mind, kind)]
+        plan = [kind for kind in plan if not routine(mind, kind)] or ["presence"]
+        acts = ("repair",) if mind.closed else plan[:2]
     else:
         acts = rng.sample(KINDS, rng.choice((1, 1, 2)))
     return {kind: rng.random() < 0.1 * (1 - skill) for kind in acts}
 
 
-def mentioned(mind, before):
-    """What the last message said, in the terms of the fast world; `before`: the mind before it."""
+def mentioned(mind):
+    """What the last message said, in the terms of the fast world."""
     content, story, words = mind.content, mind.scenario.story, f" {mind.heard_words[-1]} "
 
     def mask(phrases):
         return sum((f" {bare(phrase)} " in words) << i for i, phrase in enumerate(phrases))
 
     value = f" {bare(mind.scenario.value)} " in words
-    hinted = content.unstated in mind.said_now and content.unstated not in before.said_now
+    hinted = any(f" {bare(hint)} " in words for hint in HINTS[content.unstated])
     numbers = (mask(content.particulars), f" {content.feeling} " in words, hinted)
     return (*numbers, value, mask(story.strengths), mask(story.steps))
 
@@ -137,7 +140,8 @@ def hold(card, seed, limits, delayed):
         raise AssertionError("a scripted role waited")
 
     state = DialogueState(card, seed, (), run(open_dialogue(card, seed, roles)))
-    opening = mentioned(mind := mind_at(state, delayed), mind.__class__(card, delayed, mind.episode))
+    mind = mind_at(state, delayed)
+    opening = mentioned(mind)
     while state.outcome is None:
         acts = choose(mind, rng, skill)
         try:
@@ -155,9 +159,8 @@ def hold(card, seed, limits, delayed):
             "mind": [0] * len(FIELDS),
         }
         if state.outcome is None:
-            before = mind_at(DialogueState(card, seed, state.turns, ""), delayed)
             mind = mind_at(state, delayed)
-            turn |= {"mention": mentioned(mind, before), "mind": snapshot(mind)}
+            turn |= {"mention": mentioned(mind), "mind": snapshot(mind)}
         turns.append(turn)
     return opening, turns, state.outcome
 
@@ -238,9 +241,7 @@ def test_same_choices_same_dialogue(limits, delayed, count):
             assert codes == ["running"] * (len(turns) - 1) + [expected]
         ends[outcome] += 1
     # The comparison covers every end that the limits allow, late stages, and seldom stops for want of words.
-    assert ends["words"] < 0.1 * count, ends
+    assert ends["words"] < (0.05 if longest == 8 else 0.3) * count, ends
     assert ends["failure"] > 10, ends
-    assert ends["timeout"] > 10, ends
+    assert ends["timeout" if longest == 8 else "success"] > 10, ends
     assert data["mind"][..., FIELDS.index("stage")].max() == 3
-    if longest == 45:
-        assert ends["success"] > 10, ends
