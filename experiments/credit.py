@@ -2,11 +2,12 @@
 
     python experiments/credit.py [--world NAME ...] [--folder runs/credit] [--json FILE] [--quick]
 
-The true effect of a reply is found by branching the world from its turn: the expected remaining return if it is
-given, minus the expected remaining return of the policy's average reply there, both under the current policy,
-without the judge's noise, and with random numbers of their own. An estimator's advantage for that turn is
-computed from many other re-draws of everything from the turn on, with the judge's noise and together with the
-other rollouts of its batch. So the target shares no random number with the estimate. For each estimator:
+The true effect of a reply is found by branching the world from its turn: the expected remaining return if it
+is given, minus the expected remaining return of the policy's average reply there, both under the current
+policy, without the judge's noise, and with random numbers of their own. An estimator's advantage for that
+turn is computed from many other re-draws of everything from the turn on, with the judge's noise and together
+with the other rollouts of its batch. So the target shares no random number with the estimate. For each
+estimator:
 
   correlation  of one advantage with the effect (corrected for the target's remaining error)
   systematic   the same for the mean over the re-draws: 1 if only noise separates the two
@@ -14,8 +15,9 @@ other rollouts of its batch. So the target shares no random number with the esti
   variance     share of it that the scatter over the re-draws adds; 1 - correlation^2 = bias + variance
   gradient     cosine between the batch's policy gradients with the mean advantages and with the effects
 
-They are computed for each of several policies, early (after EARLY_STEPS steps) and late (after all steps), for
-all turns and for the first, middle and last third of the dialogue. Files and options as in `experiments/lab.py`.
+They are computed for each of several policies, early (after EARLY_STEPS steps) and late (after all steps),
+for all turns and for the first, middle and last third of the dialogue. Files and options as in
+`experiments/lab.py`.
 """
 
 from __future__ import annotations
@@ -205,7 +207,7 @@ def summary(mean, scatter, effects, valid, branches: int) -> dict[str, float]:
 
 
 def gradient_cosine(weights, data, values) -> np.ndarray:
-    """Cosine of the policy gradients with advantages `values` [K, N, T] and with the effects, for each policy."""
+    """Cosine of the policy gradients with advantages `values` [K, N, T] and with the effects, per policy."""
     logits = np.einsum("kntf,kfa->knta", data["features"], np.asarray(weights[0]))
     chances = np.exp(logits - logits.max(axis=-1, keepdims=True))
     chances /= chances.sum(axis=-1, keepdims=True)

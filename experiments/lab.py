@@ -6,8 +6,8 @@
 A setting is a world, an estimator with its options, and a learning rate; all seeds of all settings of a world
 are trained at once. Advantages are divided by their root mean square, and every estimator has three learning
 rates, so that the scale of an estimator is not mistaken for its merit. Seeds share their cards, first weights
-and random numbers between settings, so that differences are paired. The learning rate is chosen by the first
-SELECTION seeds and judged by the others.
+and random numbers between settings, so that differences are paired. A sixth of the seeds chooses the learning
+rate, the others judge it.
 
 Each setting's raw numbers are written whole to `FOLDER/WORLD/SETTING.json`; settings whose file exists are
 skipped, so the same command continues. `--json` collects them in one file. `--quick` takes less than two
@@ -49,7 +49,6 @@ from mapo_jax.config import AlgorithmConfig
 from mapo_jax.environment.scenario import load_scenarios
 
 RATES = (0.03, 0.1, 0.3)
-SELECTION = 20  # seeds that choose the learning rate
 DIALOGUES = 32  # per step
 EVALUATION_ROUNDS = 3  # dialogues per held-out card after training
 OBJECTIVE = objective_options(AlgorithmConfig())
@@ -81,7 +80,7 @@ class Size:
     """How much is computed."""
 
     seeds: int = 120
-    steps: int = 40
+    steps: int = 30
 
 
 def horizon(turns: int, **switches: Any) -> world.Rules:
@@ -434,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = collect(worlds, studies, options.folder)
     if options.json:
         about = circumstances(time.monotonic() - began)
-        write_json(options.json, {"about": about, "selection": SELECTION, "worlds": results})
+        write_json(options.json, {"about": about, "worlds": results})
     from experiments.tables import print_lab
 
     print_lab(results)
