@@ -421,7 +421,8 @@ def judge(state: State, acts: Scalar, wrong: Scalar, rules: Rules) -> Judged:
     if trap is not None:
         trapped = act(trap.kind) & ~closed & ~cancelled
         served |= trapped
-    idle = jnp.where(~closed & ~repair & (cancelled | ~served), s.idle + 1, s.idle)
+    owed = repair & (closed | s.harmed)
+    idle = jnp.where(~closed & ~owed & (cancelled | ~served), s.idle + 1, s.idle)
     missed = (idle >= 2) & (idle > s.idle)
     missed_level, missed_axis = jnp.where(idle == 2, 1, 2), _NEED_AXIS[s.need]
     cancelled |= missed

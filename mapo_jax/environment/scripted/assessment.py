@@ -111,10 +111,11 @@ def assess(mind: Mind, reply: str) -> Assessment:
 
     # A closed user accepts nothing but a repair.
     repair = next((s for kind, s in pairs if kind == "repair"), None)
-    if repair is not None and mind.closed:
+    owed = repair is not None and (mind.closed or mind.harmed)
+    if owed and mind.closed:
         tally.gain("A", 1, repair.text, _REPAIRED)
         tally.reactions.add("repaired")
-    elif repair is not None and not mind.harmed:
+    elif repair is not None and not owed:
         tally.hurt({"A": -1}, repair.text, "apologises for nothing", "lost")
     served = False
     for kind, sentence in pairs:
@@ -133,7 +134,7 @@ def assess(mind: Mind, reply: str) -> Assessment:
             tally.named.append((WHAT[sentence.kind], filler, False))
 
     idle = mind.idle
-    if not mind.closed and repair is None and (tally.cancelled or not served):
+    if not mind.closed and not owed and (tally.cancelled or not served):
         idle += 1
         if idle >= 2:
             levels = {NEED_AXIS[mind.episode.need]: -1 if idle == 2 else -2}
