@@ -384,19 +384,21 @@ def collect(worlds: Sequence[World], studies: Sequence[str], folder: Path) -> di
 # --- Speed. ---
 
 
-def measure_speed(dialogues: int = 16384, rounds: int = 7) -> float:
-    """Dialogues a second of world and policy together: eight turns each, the median of some rounds."""
+def measure_speed(dialogues: int = 16384, rounds: int = 7) -> tuple[float, float]:
+    """Dialogues of eight turns, world and policy together: by second, and by second of CPU time; medians."""
     rules = world.Rules()
     cards = world.cards(load_scenarios(split="train"))
     picks = jnp.arange(dialogues)[None] % cards.axis.shape[0]
-    seconds = []
+    rates = []
     for i in range(rounds + 1):
-        began = time.perf_counter()
+        wall, processor = time.perf_counter(), time.process_time()
         states = begin_dialogues(cards, picks, 1, 1, rules)
         batch, _ = policy.converse(policy.start_weights()[None, None], states, jax.random.key(i), rules, 8)
         jax.block_until_ready(mean_returns(batch))
-        seconds.append(time.perf_counter() - began)
-    return dialogues / float(np.median(seconds[1:]))
+        rates.append(
+            (dialogues / (time.perf_counter() - wall), dialogues / (time.process_time() - processor))
+        )
+    return tuple(np.median(rates[1:], axis=0).tolist())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -414,7 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     prepare_jax()
     if options.speed:
-        print(f"{measure_speed():,.0f} dialogues of 8 turns a second")
+        wall, processor = measure_speed()
+        print(f"dialogues of 8 turns: {wall:,.0f} a second, {processor:,.0f} a second of CPU time")
         return
     size, studies, names = Size(options.seeds, options.steps), options.study, options.world
     if options.quick:
