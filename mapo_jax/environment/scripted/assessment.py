@@ -75,7 +75,7 @@ class _Tally:
 
 
 # For each act that always harms: levels, reason, and how the user takes it.
-_HARMS = {
+HARMS = {
     "template": ({"C": -1, "A": -1}, "an empty template", "empty"),
     "advise": ({"P": -2}, "pushes a plan on the user", "pushed"),
     "lecture": ({"A": -1, "P": -2}, "lectures", "pushed"),
@@ -196,7 +196,7 @@ def _judge_form(reading: Reading, pairs: Pairs, tally: _Tally) -> None:
             if acts <= {"other", "presence"}:
                 tally.hurt({"A": -1}, text, "passes the person by", "ignored")
         elif kind in HARMFUL:
-            levels, reason, reaction = _HARMS[kind]
+            levels, reason, reaction = HARMS[kind]
             tally.hurt(levels, text, reason, reaction, cancel=True)
     if not pairs:
         return

@@ -11,10 +11,10 @@ from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.mind import Mind
 from mapo_jax.environment.state import AXES
 
-_MEMORY_SHARE = 0.2  # share of transitions at which a memory comes up first
-_MOST_MEMORIES = 4
-_PATIENCE = 3  # replies that miss the need, after which the story moves on anyway
-_LAST_STAGE = 3
+MEMORY_SHARE = 0.2  # share of transitions at which a memory comes up first
+MOST_MEMORIES = 4
+PATIENCE = 3  # replies that miss the need, after which the story moves on anyway
+LAST_STAGE = 3
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class ScriptedDirector:
             return Action("observe", None, "You have withdrawn; say little until you feel met again.")
         if mind.met:
             return _onward(state, mind, random.Random(f"{state.seed}:{state.turn_count}:director"))
-        if mind.idle >= _PATIENCE:
+        if mind.idle >= PATIENCE:
             if not mind.heard:
                 return _memory(mind, "You were not heard yet; begin again from another side.")
-            if mind.stage < _LAST_STAGE:
+            if mind.stage < LAST_STAGE:
                 guidance = "Something happens that moves the story on."
                 return Action("turning_point", str(mind.stage + 1), guidance)
             guidance = "Something happens that shifts what weighs on you."
@@ -43,10 +43,10 @@ class ScriptedDirector:
 
 def _onward(state: DialogueState, mind: Mind, rng: random.Random) -> Action:
     """The action once the need is met."""
-    allowed = mind.stage > 0 and mind.memories < _MOST_MEMORIES and mind.episode.origin != "memory"
-    if allowed and rng.random() < _MEMORY_SHARE:
+    allowed = mind.stage > 0 and mind.memories < MOST_MEMORIES and mind.episode.origin != "memory"
+    if allowed and rng.random() < MEMORY_SHARE:
         return _memory(mind, "An earlier part of the story comes back to you.")
-    if mind.stage < _LAST_STAGE:
+    if mind.stage < LAST_STAGE:
         stage = mind.stage + 1
         return Action("reveal_stage", str(stage), mind.scenario.story.stages[stage].telling)
     axis = _lacking(state)

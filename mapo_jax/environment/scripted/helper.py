@@ -105,7 +105,7 @@ def good_helper(state: DialogueState, delayed_opening: bool = True) -> str:
 
 
 # Weights of the acts that the mixed speaker draws when it does not choose by the need.
-_RANDOM_ACTS = {
+RANDOM_ACTS = {
     **dict.fromkeys(HELPFUL, 3.0),
     "ask": 2.0,
     "repair": 1.5,
@@ -145,7 +145,7 @@ def _choose_act(mind: Mind, rng: random.Random, skill: float) -> str:
         if plan:
             return rng.choice(plan)
     while True:
-        kind = rng.choices(list(_RANDOM_ACTS), list(_RANDOM_ACTS.values()))[0]
+        kind = rng.choices(list(RANDOM_ACTS), list(RANDOM_ACTS.values()))[0]
         unfounded = rng.random() < (_HASTY if kind == "offer_step" else _UNFOUNDED)
         if kind not in (*HELPFUL, "ask") or right_fillers(mind, kind) or unfounded:
             return kind

@@ -13,7 +13,7 @@ from mapo_jax.environment.scripted.lexicon import HINTS, MESSAGES, REACTIONS
 from mapo_jax.environment.scripted.mind import Mind, begin
 
 _DISTRACT = 0.25  # share of new stages in which the user also dismisses an earlier matter
-_FEELING_TOO = 0.5  # share of weight and way messages that also state the feeling
+FEELING_TOO = 0.5  # share of weight and way messages that also state the feeling
 _ATTEMPTS = 40  # draws for a message that is new; the second half adds an idle sentence
 _LONGEST = 30  # words that a message should stay below, as long as other draws are left
 
@@ -103,7 +103,7 @@ def _compose(rng: random.Random, mind: Mind, spoken: str) -> list[str]:
             body = [situation(0), situation(1), feeling()]
         else:
             body = [situation(which), hint]
-            if rng.random() < _FEELING_TOO:
+            if rng.random() < FEELING_TOO:
                 body.append(feeling())
     elif episode.need == "meaning":
         strength = story.strengths[alternative()]
@@ -111,7 +111,7 @@ def _compose(rng: random.Random, mind: Mind, spoken: str) -> list[str]:
     else:
         index = alternative()
         body = [situation(which), sentence("step", t=story.steps[index])]
-        too = rng.random() < _FEELING_TOO
+        too = rng.random() < FEELING_TOO
         body.append(feeling() if too else sentence("strength", s=story.strengths[1 - index]))
     if new_stage and mind.reaction is not None and rng.random() < _DISTRACT and episode.content:
         past = story.stages[rng.randrange(episode.content)].particulars
