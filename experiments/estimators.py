@@ -1,0 +1,196 @@
+"""The estimators on the language model of the default run: same warm starts, several seeds.
+
+    python experiments/estimators.py [--seeds 8] [--variants mapo grpo ...] [--folder runs/estimators]
+        [--processes 1] [--json FILE] [--quick] [key=value ...]
+
+Each run is `python -m mapo_jax.train` with another estimator and seed. A seed determines the warm start (all
+variants of the seed share it), the order of the cards, and the sampling of the first step; so differences
+between variants are paired. After its training each run holds dialogues with the test cards. Finished parts
+are not repeated, unfinished runs are continued. `--quick` makes two steps with a barely trained model: it
+shows that the parts work, and nothing about the estimators. Further `key=value` go to every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without installation
+
+from experiments.records import circumstances, holm, interval, paired, read_json, rounded, write_json
+from mapo_jax.config import load_config
+from mapo_jax.errors import UserError
+
+VARIANTS = {
+    "mapo 0.33": ["algorithm.estimator=mapo"],
+    "mapo 0.50": ["algorithm.estimator=mapo", "algorithm.turn_weight=0.5"],
+    "grpo": ["algorithm.estimator=grpo"],
+    "turn": ["algorithm.estimator=turn"],
+    "batch": ["algorithm.estimator=batch"],
+    "reinforce_plus_plus": ["algorithm.estimator=reinforce_plus_plus"],
+}
+QUICK = [
+    "training.steps=2", "warmstart.steps=12", "warmstart.dialogues=40", "warmstart.min_naming_ratio=0",
+    "model.fresh.hidden=32", "model.fresh.layers=1", "rollout.scenarios=2", "rollout.rollouts=2",
+    "rollout.max_turns=2", "rollout.min_turns=2", "evaluation.scenarios=2", "evaluation.rollouts=1",
+    "evaluation.every=2",
+]  # fmt: skip
+QUICK_VARIANTS = ["mapo 0.33", "grpo"]
+SPIKE = 3.0  # a gradient norm of more than this many medians of its run is a spike
+
+
+def run_folder(folder: Path, variant: str, seed: int) -> Path:
+    """Where a variant's run of a seed lies."""
+    return folder / variant.replace(" ", "_") / f"seed_{seed}"
+
+
+def train(folder: Path, variant: str, seed: int, overrides: Sequence[str]) -> None:
+    """Trains a run, or the rest of it, and holds its dialogues with the test cards.
+
+    Raises:
+      UserError: a command failed; its own message has been printed.
+    """
+    place = run_folder(folder, variant, seed)
+    settings = [f"run.directory={place}", f"training.seed={seed}", "logging.progress=false", *overrides]
+    steps = load_config(None, settings).training.steps
+    if not (place / "evaluations" / f"step_{steps:06d}.jsonl").exists():
+        command(place, "train", ["-m", "mapo_jax.train", *settings, *VARIANTS[variant]])
+    if not (place / "test.json").exists():
+        arguments = ["empa", "--model", str(place), "--split", "test", "--seed", "0"]
+        output = ["--output", str(place / "test"), "--json", str(place / "test.json")]
+        command(place, "test", ["-m", "mapo_jax.evaluate", *arguments, *output])
+
+
+def command(place: Path, name: str, arguments: Sequence[str]) -> None:
+    """Runs Python, with its output in PLACE.NAME.log."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f"{place.name}.{name}.log").open("a") as log:
+        done = subprocess.run([sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise UserError(f"{place}: `{name}` ended with status {done.returncode}; see {log.name}")
+
+
+def states(file: Path) -> list[dict[str, Any]]:
+    """The saved dialogues of a JSONL file."""
+    return [json.loads(line)["state"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def harm_share(dialogues: Sequence[dict[str, Any]]) -> float:
+    """Share of the scored replies that harm on any axis."""
+    levels = [turn["judgement"]["levels"] for d in dialogues for turn in d["turns"] if turn["judgement"]]
+    return float(np.mean([min(scores[1::2]) < 0 for scores in levels]))
+
+
+def record(place: Path) -> dict[str, Any]:
+    """What is kept of a finished run."""
+    lines = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [row for row in map(json.loads, lines) if "actor/grad_norm" in row]
+    validation = {}
+    for file in sorted((place / "evaluations").glob("step_*.json")):
+        figures = read_json(file)
+        validation[int(file.stem[5:])] = {
+            "return": round(figures["return/mean"], 4),
+            "reward": round(figures["reward/mean"], 4),
+            "epm_q": round(figures["epm_q"], 2),
+            "kind_most": round(figures["kind/most"], 3),
+            "harm": round(harm_share(states(file.with_suffix(".jsonl"))), 3),
+        }
+    norms = np.array([row["actor/grad_norm"] for row in steps])
+    (scores,) = read_json(place / "test.json").values()
+    return {
+        "training_return": rounded([row["return/mean"] for row in steps]),
+        "grad_norm": rounded(norms),
+        "spikes": int(np.sum(norms > SPIKE * np.median(norms))),
+        "validation": validation,
+        "test_reward": round(scores["idr_mean"], 4),
+        "test_epm_q": round(scores["epm_q"], 2),
+    }
+
+
+def summary(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """Markdown: a line per variant; validation returns with 95 % bootstrap intervals over the seeds."""
+    heads = (
+        "estimator",
+        "seeds",
+        "before",
+        "after",
+        "minus MAPO at 1/3 (Holm's p)",
+        "harm",
+        "test EPM-Q",
+        "spikes",
+    )
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+
+    def ends(variant: str, which: int, seeds: Sequence[int]) -> list[float]:
+        return [list(runs[variant][seed]["validation"].values())[which]["return"] for seed in seeds]
+
+    def shown(values: Sequence[float]) -> str:
+        mean, low, high = interval(values)
+        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    base = "mapo 0.33"
+    tests = {}
+    for variant in runs:
+        common = sorted(set(runs[variant]) & set(runs.get(base, {})))
+        if variant != base and len(common) > 1:
+            tests[variant] = paired(ends(variant, -1, common), ends(base, -1, common))
+    corrected = holm({variant: test["p"] for variant, test in tests.items()})
+    for variant, by_seed in runs.items():
+        seeds, against = sorted(by_seed), ""
+        if variant in tests:
+            test = tests[variant]
+            against = (
+                f"{test['mean']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}] ({corrected[variant]:.2f})"
+            )
+        before, after = shown(ends(variant, 0, seeds)), shown(ends(variant, -1, seeds))
+        harm = np.mean([list(by_seed[seed]["validation"].values())[-1]["harm"] for seed in seeds])
+        epm_q, spikes = (np.mean([by_seed[seed][key] for seed in seeds]) for key in ("test_epm_q", "spikes"))
+        cells = variant, len(seeds), before, after, against, f"{harm:.0%}", f"{epm_q:.1f}", f"{spikes:.1f}"
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what is missing, collects every finished run, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=8, help="number of seeds, from 0")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--folder", type=Path, default=Path("runs/estimators"))
+    parser.add_argument("--processes", type=int, default=1, help="runs at once")
+    parser.add_argument("--json", type=Path, help="file for all results")
+    parser.add_argument("--quick", action="store_true", help="one seed of MAPO and GRPO, two steps")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed to every run")
+    options = parser.parse_args(arguments)
+    seeds, variants, overrides = options.seeds, options.variants, list(options.overrides)
+    if options.quick:
+        seeds, variants, overrides = 1, QUICK_VARIANTS, [*QUICK, *overrides]
+    began = time.monotonic()
+    tasks = [(variant, seed) for seed in range(seeds) for variant in variants]  # seed by seed
+    try:
+        with ThreadPoolExecutor(options.processes) as pool:
+            list(pool.map(lambda task: train(options.folder, *task, overrides), tasks))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    runs = {
+        variant: {seed: record(run_folder(options.folder, variant, seed)) for seed in range(seeds)}
+        for variant in variants
+    }
+    if options.json:
+        about = circumstances(time.monotonic() - began)
+        write_json(options.json, {"about": about, "overrides": overrides, "runs": runs})
+    print(summary(runs))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

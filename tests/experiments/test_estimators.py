@@ -1,0 +1,59 @@
+"""The comparison of estimators on the language model: what it keeps of a run, and its table."""
+
+import pytest
+
+from experiments import estimators
+from experiments.records import read_json
+
+
+def run(before, after, spikes=0):
+    figures = {"return": before, "harm": 0.5}, {"return": after, "harm": 0.25}
+    return {"validation": dict(enumerate(figures)), "test_epm_q": 40.0, "spikes": spikes}
+
+
+def test_table_pairs_the_seeds_that_both_have():
+    runs = {
+        "mapo 0.33": {0: run(-4, 2), 1: run(-3, 1)},
+        "grpo": {0: run(-4, 1.5, 2), 1: run(-3, 0.5), 2: run(-9, -9)},
+    }
+    header, _, mapo, grpo = (line.split(" | ") for line in estimators.summary(runs).splitlines())
+    assert len(header) == len(mapo) == len(grpo)
+    assert mapo[1:4] == ["2", "-3.50 [-4.00, -3.00]", "+1.50 [+1.00, +2.00]"] and mapo[4] == ""
+    assert grpo[4].startswith("-0.50 [-0.50, -0.50]")  # the third seed has no partner
+    assert grpo[5:] == ["25%", "40.0", "0.7 |"]
+
+
+def test_harm_is_counted_by_reply_and_only_where_it_was_scored():
+    def turn(*levels):
+        return {"judgement": {"levels": levels} if levels else None}
+
+    dialogues = [
+        {"turns": [turn(1, 0, 0, -2, 2, -1), turn()]},
+        {"turns": [turn(2, 0, 2, 0, 2, 0), turn(0, 0, 0, 0, 0, -1)]},
+    ]
+    assert estimators.harm_share(dialogues) == pytest.approx(2 / 3)
+
+
+def test_quick_form_trains_tests_and_continues(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(estimators, "VARIANTS", {"mapo 0.33": estimators.VARIANTS["mapo 0.33"]})
+    monkeypatch.setattr(estimators, "QUICK_VARIANTS", ["mapo 0.33"])
+    arguments = ["--quick", "--folder", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
+    assert estimators.main(arguments) == 0
+    table = capsys.readouterr().out
+    (kept,) = read_json(tmp_path / "out.json")["runs"]["mapo 0.33"].values()
+    assert len(kept["training_return"]) == len(kept["grad_norm"]) == 2
+    assert list(kept["validation"]) == ["0", "2"] and 0 <= kept["validation"]["2"]["harm"] <= 1
+    assert {"test_reward", "test_epm_q"} <= kept.keys()
+
+    def refuse(*_):
+        raise AssertionError("a finished part was repeated")
+
+    monkeypatch.setattr(estimators, "command", refuse)
+    assert estimators.main(arguments) == 0 and capsys.readouterr().out == table
+
+
+def test_a_run_that_fails_is_one_sentence(tmp_path, capsys):
+    arguments = ["--quick", "--folder", str(tmp_path), "training.steps=none"]
+    assert estimators.main(arguments) == 2
+    assert "training.steps" in capsys.readouterr().err
