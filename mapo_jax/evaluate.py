@@ -28,6 +28,7 @@ from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_config, updated
 from mapo_jax.environment.card_schema import SPLITS
 from mapo_jax.environment.live.guard import WorldFailing
+from mapo_jax.environment.roles import limits_of
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation import conversations, tables, transcripts
@@ -182,7 +183,7 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
     if options.max_tokens is not None:
         config = updated(config, {"rollout.max_reply_tokens": options.max_tokens})
     rollouts, family = config.evaluation.rollouts, config.environment.family
-    limits = conversations.limits_of(config)
+    limits = limits_of(config)
     if family == "scripted" and subject.unused_world is not None:
         console.print(
             f"note: {name} was trained in a live world ({printable(subject.unused_world)}); without {TRUST} "

@@ -189,7 +189,7 @@ def write_checksums(
 ) -> None:
     """Writes CHECKSUMS_FILE into `folder`; arguments as of `checksums`."""
     files = checksums(folder, known, without)
-    write_whole(folder / CHECKSUMS_FILE, json.dumps({"files": files, "crc32": _crc_of(files)}, indent=1))
+    write_whole(folder / CHECKSUMS_FILE, json.dumps({"files": files, "crc32": crc_of(files)}, indent=1))
 
 
 def read_checksums(folder: Path) -> dict[str, list[int]] | None:
@@ -202,7 +202,7 @@ def read_checksums(folder: Path) -> dict[str, list[int]] | None:
     if not file.exists():
         return None
     content = read_object(file)
-    if content is None or content.get("crc32") != _crc_of(content.get("files")):
+    if content is None or content.get("crc32") != crc_of(content.get("files")):
         raise ValueError(f"{file} is damaged")
     return content["files"]
 
@@ -246,7 +246,8 @@ def _checksum(file: Path) -> list[int] | None:
     return [size, value]
 
 
-def _crc_of(value: Any) -> int:
+def crc_of(value: Any) -> int:
+    """CRC-32 of a JSON value, whatever the order of its keys."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
@@ -264,15 +265,23 @@ def part_of(file: Path, part: str) -> Path:
 
 
 @contextmanager
-def local_folder(folder: Path | str) -> Iterator[Path]:
-    """A flat folder on this machine's disk, a copy of one in a bucket: for libraries without buckets."""
+def local_folder(folder: Path | str, *, write: bool = False) -> Iterator[Path]:
+    """A flat folder on this machine's disk, a copy of one in a bucket: for libraries without buckets.
+
+    Args:
+      write: creates the folder, and copies it back to the bucket at the end of the context.
+    """
     folder = as_path(folder)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
     if not in_bucket(folder):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="mapo_jax.") as temporary:
         copy_files(folder, Path(temporary))
         yield Path(temporary)
+        if write:
+            copy_files(Path(temporary), folder)
 
 
 def copy_files(source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mapo_jax.commands import Stopped, cache_folder, machine_errors
 from mapo_jax.config import Config, to_yaml
+from mapo_jax.environment.roles import limits_of
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
@@ -155,15 +156,9 @@ def prepare(
     mesh = make_mesh(config.mesh)
     sampling_mesh = rollout_mesh(mesh, processes)
     claim_together(config, folder, processes, stack)
-    world = stack.enter_context(
-        open_world(
-            config,
-            cache_folder("runs") / str(folder).replace("/", "-") if in_bucket(folder) else folder,
-            sampling_mesh,
-            run_folder=folder,
-            processes=processes,
-        )
-    )
+    local = cache_folder("runs") / str(folder).replace("/", "-") if in_bucket(folder) else folder
+    opened = open_world(config, local, sampling_mesh, run_folder=folder, processes=processes)
+    world = stack.enter_context(opened)
     policy, params = starting_policy(config, folder, mesh, stop, console, processes)
     chat = policy.chat
     programs = make_programs(config, policy.config, chat.vocabulary_size, mesh)
@@ -198,9 +193,7 @@ def prepare(
         mesh=mesh,
         policy=policy,
         world=world,
-        limits=Limits(
-            config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance
-        ),
+        limits=limits_of(config),
         validation=validation,
         engine=engine,
         evaluator=evaluator,
@@ -298,11 +291,7 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
 
 def save(run: Run, at: Position) -> None:
     """Starts to save a checkpoint. It needs no random state: numbers follow from the seed and the step."""
-    progress = {
-        "deck": at.deck,
-        "seed": run.config.training.seed,
-        "configuration": to_yaml(run.config),
-    }
+    progress = {"deck": at.deck, "seed": run.config.training.seed, "configuration": to_yaml(run.config)}
     with run.phases("checkpoint"):
         run.checkpoints.save(at.step, at.state, progress)
 

@@ -60,6 +60,13 @@ def value_of(section: Section, dotted: str) -> Any:
     return functools.reduce(getattr, dotted.split("."), section)
 
 
+def value_at(tree: Any, dotted: str) -> Any:
+    """The value under a dotted key of nested mappings; None if there is none."""
+    for name in dotted.split("."):
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
 def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
     """Dotted keys in which two nested mappings or sections differ."""
     one, other = (tree.model_dump() if isinstance(tree, Section) else tree for tree in (one, other))

@@ -27,7 +27,6 @@ from mapo_jax.learning.programs import rows_per_dialogue
 from mapo_jax.learning.train_state import TrainState
 from mapo_jax.learning.update import fetch, place
 from mapo_jax.rollout.collect import Dialogue, collect
-from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
 from mapo_jax.run import Position, Run, save
@@ -36,6 +35,7 @@ from mapo_jax.running.utilization import memory, peak_flops, step_work, utilizat
 from mapo_jax.scores.figures import summarize
 
 Dialogues = list[list[Dialogue]]  # [S][R], of this process's scenarios
+EVALUATION_STREAM = 1_000_003  # added to the seed, so that no dialogue of validation repeats one of training
 
 
 def warm_up(run: Run, at: Position) -> None:
@@ -63,9 +63,7 @@ def hold_dialogues(run: Run, at: Position, scenarios: list[Scenario]) -> tuple[D
     """Holds R dialogues in each scenario with the current policy: dialogues [S][R], and their metrics."""
     started, before = time.monotonic(), replace(run.engine.counts)
     run.engine.load(run.sampling_weights(at.state.weights), at.step)
-    dialogues = converse(
-        run, at, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, at.step
-    )
+    dialogues = converse(run, at, scenarios, training=True)
     seconds, work = time.monotonic() - started, run.engine.counts.since(before)
     rows = [row for group in dialogues for dialogue in group for row in dialogue.rows]
     metrics, reports = measure(
@@ -99,23 +97,21 @@ def _rollout_metrics(run: Run, reports: Sequence[dict[str, Any]]) -> dict[str, f
 
 
 def converse(
-    run: Run,
-    at: Position,
-    engine: Engine,
-    scenarios: Sequence[Scenario],
-    rollouts: int,
-    seed: int,
-    step: int,
-    patient: bool = True,
+    run: Run, at: Position, scenarios: Sequence[Scenario], *, training: bool, patient: bool = True
 ) -> Dialogues:
     """This process's share of the dialogues of the policy with the world, [S / processes][rollouts].
 
-    `patient` and errors as of `World.hold`; a world that fails in one process fails in all.
+    Validation dialogues have the same random numbers after every step. `patient` and errors as of
+    `World.hold`; a world that fails in one process fails in all.
     """
-    share = run.processes.share(len(scenarios))
+    config, share = run.config, run.processes.share(len(scenarios))
+    if training:
+        name, stream, engine, roles = "dialogues", "train", run.engine, run.world.roles
+        rollouts, seed, step = config.rollout.rollouts, config.training.seed, at.step
+    else:
+        name, stream, engine, roles = "validation", "evaluation", run.evaluator, run.world.evaluation_roles
+        rollouts, seed, step = config.evaluation.rollouts, config.training.seed + EVALUATION_STREAM, 0
     total = (share.stop - share.start) * rollouts * run.limits.max_turns
-    training = seed == run.config.training.seed
-    name = "dialogues" if training else "validation"
     if run.processes.count == 1:  # of several each pauses alone, and cannot save alone
         run.world.on_pause = partial(save, run, at)
 
@@ -129,7 +125,7 @@ def converse(
             rollouts,
             engine,
             run.policy.chat,
-            run.world.roles if training else run.world.evaluation_roles,
+            roles,
             run.limits,
             seed=seed,
             step=step,
@@ -142,7 +138,7 @@ def converse(
     try:
         return run.world.hold(
             collection,
-            stream="train" if training else "evaluation",
+            stream=stream,
             step=engine.version,
             check=run.stop.check,
             note=run.display.note,

@@ -17,9 +17,7 @@ from mapo_jax.reporting.write import write_report
 from mapo_jax.run import Position, Run
 from mapo_jax.running.display import results_table, transcript
 from mapo_jax.scores.figures import summarize
-from mapo_jax.stages import converse, measure, write_dialogues
-
-EVALUATION_STREAM = 1_000_003  # added to the seed, so that no dialogue repeats one of training
+from mapo_jax.stages import EVALUATION_STREAM, converse, measure, write_dialogues
 
 
 def validate(run: Run, at: Position) -> None:
@@ -39,12 +37,9 @@ def evaluate(run: Run, at: Position) -> None:
     file = run.folder / "evaluations" / f"step_{at.step:06d}.json"
     if run.processes.exchange("before an evaluation", read_object(file) is not None)[0]:
         return
-    config = run.config
     run.evaluator.load(run.sampling_weights(at.state.weights), at.step)
-    seed = config.training.seed + EVALUATION_STREAM
-    rollouts, patient = config.evaluation.rollouts, at.step == 0
     try:
-        dialogues = converse(run, at, run.evaluator, run.validation, rollouts, seed, 0, patient=patient)
+        dialogues = converse(run, at, run.validation, training=False, patient=at.step == 0)
     except WorldFailing as failing:
         run.display.note(f"validation after {at.step} steps is left out: {printable(str(failing))}")
         write_lost_calls(run, at.step)
@@ -56,7 +51,7 @@ def evaluate(run: Run, at: Position) -> None:
     _write(run, at.step, metrics)
     write_whole(file, json.dumps(metrics, indent=1))
     run.display.evaluation(at.step, metrics)
-    if dialogues and at.step in (0, config.training.steps):
+    if dialogues and at.step in (0, run.config.training.steps):
         run.display.note(transcript(dialogues[0][0].state, "before" if at.step == 0 else "after"))
 
 

@@ -678,7 +678,7 @@ def test_an_evaluation_that_is_left_out_keeps_its_calls_from_the_next_step(
     written = []
     with open_world(config, tmp_path, None) as world:
 
-        def converse(run, at, engine, scenarios, *_, **__):
+        def converse(run, at, scenarios, **_):
             world.run(world.evaluation_roles.user.open(scenarios[0], 1))
             raise WorldFailing("no luck")
 

@@ -23,6 +23,7 @@ from mapo_jax.environment.card_schema import DOMAINS, INDICATORS
 from mapo_jax.environment.scenario import print_problems, read_cards
 from mapo_jax.errors import UserError
 from mapo_jax.files import encodable, write_whole
+from mapo_jax.json_files import read_json
 
 UNTOLD = "没有提到。"
 _LONGEST = 1500  # characters of one field
@@ -221,13 +222,13 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
     """
     stories = {
         str(entry.get("剧本编号")): entry
-        for entry in _json(folder / "scenarios" / "character_stories.json")
+        for entry in read_json(folder / "scenarios" / "character_stories.json", "stories")
         if isinstance(entry, dict)
     }
     starts: dict[str, dict[str, int]] = {}
     for file in sorted(folder.rglob("iedr_batch_results.json")):
         try:
-            for entry in _json(file):
+            for entry in read_json(file, "start states"):
                 levels = entry.get("iedr") or {}
                 if all(f"{name[0]}.{name[1]}" in levels for name in INDICATORS):
                     starts[entry["script_id"]] = {name: levels[f"{name[0]}.{name[1]}"] for name in INDICATORS}
@@ -257,13 +258,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
-
-
-def _json(path: Path) -> Any:
-    try:
-        return encodable(json.loads(_read(path)))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+from mapo_jax.config import Config
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
 from mapo_jax.environment.scenario import Scenario
@@ -70,6 +71,11 @@ class Roles:
     user: User
     judge: Judge
     director: Director
+
+
+def limits_of(config: Config) -> Limits:
+    """When the dialogues of a configuration end."""
+    return Limits(config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance)
 
 
 async def open_dialogue(scenario: Scenario, seed: int, roles: Roles) -> str:

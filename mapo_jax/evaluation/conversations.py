@@ -13,9 +13,8 @@ from rich.console import Console
 
 from mapo_jax.config import Config
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure
-from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
+from mapo_jax.environment.roles import Roles, limits_of, open_dialogue, take_turn
 from mapo_jax.environment.scenario import Scenario
-from mapo_jax.environment.state import Limits
 from mapo_jax.evaluation.answers import Answer, Folder, append, progress
 from mapo_jax.evaluation.endpoint import Endpoint, for_each
 from mapo_jax.evaluation.local import LocalModel
@@ -50,11 +49,6 @@ class Session:
         """Saves a dialogue, except one whose user or director failed: the next run tries it again."""
         if state.outcome != "error":
             append(self.file, to_row(state, self.model, rollout))
-
-
-def limits_of(config: Config) -> Limits:
-    """When the dialogues of a configuration end."""
-    return Limits(config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance)
 
 
 def to_row(state: DialogueState, model: str, rollout: int) -> dict[str, Any]:

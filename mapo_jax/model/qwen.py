@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,11 +214,11 @@ def parameter_shapes(config: QwenConfig, base_dtype: str = "float32") -> Params:
     return shapes if config.lora is None else in_precision(shapes, base_dtype)
 
 
-def in_precision(params: Params, dtype: str) -> Params:
-    """Frozen weights, or their shapes, in the compute dtype; norms stay float32."""
+def in_precision(params: Params, dtype: str, kept: Sequence[str] = ("scale", *ADAPTERS)) -> Params:
+    """Weights, or their shapes, in the compute dtype; `kept` (by default norms and adapters) stay float32."""
 
     def cast(path, leaf):
-        if path[-1].key in ("scale", *ADAPTERS):
+        if path[-1].key in kept:
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
@@ -311,12 +311,8 @@ def for_decoding(params: Params, config: QwenConfig, dtype) -> Params:
 
     The results stay the same, bit for bit. The scales of norms stay float32.
     """
-
-    def cast(path, leaf):
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
-
-    cast_params = jax.tree_util.tree_map_with_path(cast, params)
-    return cast_params | {"layers": unstack_layers(cast_params["layers"], config.num_layers)}
+    params = in_precision(params, dtype, kept=("scale",))
+    return params | {"layers": unstack_layers(params["layers"], config.num_layers)}
 
 
 def init_cache(

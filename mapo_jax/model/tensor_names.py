@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -72,13 +72,6 @@ def params_reader(params: Params) -> Reader:
 def in_file_layout(read: Reader, path: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
     """One tensor as its file has it; the arguments after `read` are a value of `tensor_names`."""
     return read(path, layer).transpose(sum(NAMES[path][1], ())).reshape(shape)
-
-
-def to_huggingface(params: Params, config: QwenConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under its Hugging Face name and in its layout, one at a time on the host."""
-    read = params_reader(params)
-    for name, source in tensor_names(config).items():
-        yield name, in_file_layout(read, *source)
 
 
 def _leaves(tree: Params) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:

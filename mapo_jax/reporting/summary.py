@@ -9,8 +9,9 @@ from typing import Any
 from mapo_jax.config import GONE
 from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.comparison import compare
-from mapo_jax.reporting.folder import SavedRun, counted, setting
+from mapo_jax.reporting.folder import SavedRun, counted
 from mapo_jax.reporting.study import Study, values_by_card
+from mapo_jax.settings import value_at
 
 ROLES = ("user", "judge", "director")
 NOT_COMPARED = ("run.directory", "run.name", *GONE)  # settings in which any two runs differ, or did
@@ -28,7 +29,7 @@ def recipe(run: SavedRun) -> str:
     """What was trained, in one sentence."""
     if not run.config:
         return "The settings of this run are unknown."
-    get = partial(setting, run.config)
+    get = partial(value_at, run.config)
     base = get("model.path")
     model = "a small warm-started model" if base is None else str(base).rstrip("/").split("/")[-1]
     players = [str(name) for role in ROLES if (name := get(f"environment.{role}.model"))]
@@ -49,12 +50,12 @@ def recipe(run: SavedRun) -> str:
 
 def key_figures(run: SavedRun) -> list[tuple[str, str]]:
     """Name and value of the run's main figures; unknown ones are left out."""
-    reward, discount = setting(run.config, "algorithm.reward"), setting(run.config, "algorithm.discount")
+    reward, discount = value_at(run.config, "algorithm.reward"), value_at(run.config, "algorithm.discount")
     layers, width = run.shape.get("num_hidden_layers"), run.shape.get("hidden_size")
     seconds = sum(run.series("timing_s/step")[1])
     rows = [
         ("steps", _steps(run)),
-        ("seed", setting(run.config, "training.seed")),
+        ("seed", value_at(run.config, "training.seed")),
         ("reward", f"{reward} distance" if reward else None),
         ("discount", f"{discount} per turn" if discount else None),
         ("model", f"{layers} layers, width {width}" if "hidden_size" in run.shape else None),

@@ -7,7 +7,6 @@ the same programs in the same order on the whole mesh.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -45,7 +44,7 @@ _NO_CLUSTER = ("coordinator_address should be defined", "must be called before a
 
 
 @dataclass(frozen=True)
-class Processes:
+class Processes(AbstractContextManager):
     """The processes of a run, as one of them knows them; a context manager that disconnects at its end."""
 
     index: int = 0
@@ -128,9 +127,6 @@ class Processes:
         if self.peers is not None and not self.peers.over:
             self.exchange("the end", None)
             self.peers.leave()
-
-    def __enter__(self) -> Processes:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self.peers is not None:
@@ -303,10 +299,10 @@ def _listener(address: str) -> socket.socket:
 
 def _own_address() -> str:
     """This machine's address in its network."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if not (named := socket.gethostbyname(socket.gethostname())).startswith("127."):
             return named
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # an address for documentation; nothing is sent
         return probe.getsockname()[0]
     return "127.0.0.1"
