@@ -85,7 +85,7 @@ def open_models(
             keys = ("model", "temperature", "max_tokens", "extra_body")
             settings = {key: getattr(role, key) for key in keys}
             callers[name] = Caller(name, calls[name], settings, log, cache)
-        log.take({})  # the first requests belong to no step
+        log.drain()  # the first requests belong to no step
         yield callers, log
 
 

@@ -20,7 +20,7 @@ from mapo_jax.reporting.curves import curve_groups, hero_chart
 from mapo_jax.reporting.dialogues import SavedDialogue, extended
 from mapo_jax.reporting.diversity import Diversity, Repeat
 from mapo_jax.reporting.folder import Progress, SavedRun, no_progress
-from mapo_jax.reporting.payload import PAYLOAD_BYTES, pack
+from mapo_jax.reporting.payload import PAYLOAD_BYTES, pack, rounded
 from mapo_jax.reporting.study import Study
 
 MOST_RUNS = 8  # more lines cannot be told apart
@@ -187,7 +187,9 @@ def _steps_json(studies: Sequence[Study]) -> list[list[dict[str, Any]]]:
     """Openings and phrases of every step, for the slider."""
 
     def repeats(entries: Sequence[Repeat]) -> list[list[Any]]:
-        return [[e.text, e.count, round(e.share, 4), _rounded(e.reward), _rounded(e.cost)] for e in entries]
+        return [
+            [e.text, e.count, round(e.share, 4), rounded(e.reward, 3), rounded(e.cost, 3)] for e in entries
+        ]
 
     def step(entry: Diversity) -> dict[str, Any]:
         phrases = {"openings": repeats(entry.openings), "phrases": repeats(entry.phrases)}
@@ -236,7 +238,3 @@ def _inline(content: Any) -> Markup:
     """JSON for a script element, escaped so that nothing ends the element or begins a comment."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)

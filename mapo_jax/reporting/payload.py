@@ -161,7 +161,7 @@ def index_json(runs: Sequence[SavedRun], groups: Sequence[Group]) -> dict[str, A
             number, _ = cards.setdefault(json.dumps(card, sort_keys=True), (len(cards), card))
             key = [group.run, int(group.batch.validation), group.batch.step, *dialogue.place, number]
             lengths = [len(dialogue.turns), dialogue.unscored_turns, sum(t.truncated for t in dialogue.turns)]
-            scores = [_round(credit.first_return, 3), _round(dialogue.epm_q, 1)]
+            scores = [rounded(credit.first_return, 3), rounded(dialogue.epm_q, 1)]
             rows.append([*key, dialogue.outcome, *lengths, failure_kinds(dialogue), *scores, place])
     named = [{"name": run.name, "estimator": run.algorithm.estimator} for run in runs]
     return {"runs": named, "cards": [card for _, card in cards.values()], "rows": rows}
@@ -200,7 +200,7 @@ def dialogue_json(dialogue: SavedDialogue, credit: Credit) -> dict[str, Any]:
     )
     return {
         "start": dialogue.start,
-        "distance": _round(dialogue.distances[0], 2),
+        "distance": rounded(dialogue.distances[0], 2),
         "rule": dialogue.rule,
         "failure": dialogue.failure,
         "seed": dialogue.seed,
@@ -208,9 +208,9 @@ def dialogue_json(dialogue: SavedDialogue, credit: Credit) -> dict[str, Any]:
             {
                 "u": turn.user,
                 "r": turn.reply,
-                "p": [_round(axis, 2) for axis in turn.position],
-                "d": _round(distance, 2),
-                "c": [_round(value, 3) for value in credit],
+                "p": [rounded(axis, 2) for axis in turn.position],
+                "d": rounded(distance, 2),
+                "c": [rounded(value, 3) for value in credit],
                 "l": turn.levels,
                 "e": turn.evidence,
                 "w": turn.reasons,
@@ -276,5 +276,6 @@ def _run_lengths(values: np.ndarray) -> list[int]:
     return np.stack([values[starts], lengths], 1).reshape(-1).tolist()
 
 
-def _round(value: float | None, digits: int) -> float | None:
+def rounded(value: float | None, digits: int) -> float | None:
+    """The value for JSON; None stays None."""
     return None if value is None else round(float(value), digits)

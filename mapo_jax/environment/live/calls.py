@@ -87,10 +87,6 @@ class CallLog:
         self.lost.clear()
         return drained
 
-    def take(self, prices: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """The metrics since the last `drain` or `take`, see `call_figures`; resets them."""
-        return call_figures([self.drain()], prices)
-
 
 def call_figures(
     drained: Sequence[Mapping[str, Any]], prices: Mapping[str, Sequence[float]]
