@@ -138,7 +138,7 @@ def _connect(
     servers = {}
     for url in urls:
         servers[url] = connections = Connections(url, **limits)
-        stack.callback(lambda connections=connections: runner.run(connections.close()))
+        stack.callback(lambda connections=connections: runner.run(connections.aclose()))
     return servers
 
 
@@ -165,13 +165,8 @@ def _server(
         else:
             log[name].seconds.append(seconds)
 
-    return Server(
-        role,
-        key=key,
-        call_seconds=environment.call_seconds,
-        connections=connections,
-        on_attempt=count_attempt,
-    )
+    seconds = environment.call_seconds
+    return Server(role, connections, key=key, call_seconds=seconds, on_attempt=count_attempt)
 
 
 async def _check_server(name: str, role: RoleConfig, server: Server) -> None:

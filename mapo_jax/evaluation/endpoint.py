@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -63,7 +63,8 @@ class Endpoint:
           UserError: the key or the URL is invalid, the process may not open so many connections, PATIENCE
             calls in a row failed, or one with a status in HOPELESS; at the end, if any call failed.
         """
-        from mapo_jax.environment.live.client import Server  # slow imports, not needed for a local model
+        # Slow imports, not needed for a local model.
+        from mapo_jax.environment.live.client import Connections, Server
 
         allow_connections(self.concurrency, "--concurrency")
         role = RoleConfig(
@@ -82,9 +83,7 @@ class Endpoint:
             try:
                 completion = await server.ask(messages, seed=seed % 2**31 if self.temperature > 0 else None)
             except RoleFailure as failure:
-                if getattr(
-                    failure, "answered", False
-                ):  # a completion without text is no answer, not a failure
+                if getattr(failure, "answered", False):  # a completion without text is no answer, no failure
                     in_a_row = 0
                     return Answer(None, False)
                 failed, in_a_row, reason = failed + 1, in_a_row + 1, str(failure)
@@ -94,13 +93,10 @@ class Endpoint:
             in_a_row = 0
             return Answer(completion.text, completion.cut)
 
-        async with Server(
-            role,
-            key=read_key(KEY),
-            call_seconds=self.timeout,
-            concurrency=self.concurrency,
-            attempts=self.retries + 1,
-        ) as server:
+        options = dict(key=read_key(KEY), call_seconds=self.timeout, attempts=self.retries + 1)
+        connections = Connections(self.url, concurrency=self.concurrency, call_seconds=self.timeout)
+        server = Server(role, connections, **options)
+        async with aclosing(connections):
             yield ask
         if failed:
             raise error()
@@ -129,11 +125,12 @@ def only_model(url: str) -> str:
     Raises:
       UserError: the server cannot be reached, or offers no or several models, or the key is invalid.
     """
-    from mapo_jax.environment.live.client import CallFailed, Server
+    from mapo_jax.environment.live.client import CallFailed, Connections, Server
 
     async def offered() -> list[str]:
-        role = RoleConfig(url=url)
-        async with Server(role, key=read_key(KEY), call_seconds=10, concurrency=1, attempts=2) as server:
+        key = read_key(KEY)
+        async with aclosing(Connections(url, concurrency=1, call_seconds=10)) as connections:
+            server = Server(RoleConfig(url=url), connections, key=key, call_seconds=10, attempts=2)
             return await server.models()
 
     try:

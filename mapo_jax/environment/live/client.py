@@ -66,7 +66,7 @@ class ChatCompletion(NamedTuple):
 
 
 class Connections:
-    """Connections to one server, for one event loop."""
+    """Connections to one server, for one event loop; with `contextlib.aclosing` a context manager."""
 
     def __init__(self, url: str, *, concurrency: int = 64, call_seconds: float = 60.0) -> None:
         """Opens no connection yet.
@@ -100,14 +100,14 @@ class Connections:
         for place in reversed(range(concurrency)):
             self.places.put_nowait(place)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Closes all connections."""
         for client in self.clients:
             await client.close()
 
 
 class Server:
-    """Calls one model of one server. A context manager, to be used within one event loop.
+    """Calls one model of one server, within one event loop.
 
     It retries after a timeout, a lost connection, 408, 409, 429 and 5xx, and after a response that is no chat
     completion. The waits grow, have jitter, and respect Retry-After (seconds or a date) up to LONGEST_WAIT.
@@ -117,27 +117,22 @@ class Server:
     def __init__(
         self,
         config: RoleConfig,
+        connections: Connections,
         *,
         key: str | None = None,
         call_seconds: float = 60.0,
-        concurrency: int = 64,
         attempts: int = ATTEMPTS,
-        connections: Connections | None = None,
         on_attempt: Callable[[float | None, str | None], None] | None = None,
     ) -> None:
         """Opens no connection yet.
 
         Args:
-          config: URL, model, sampling, limits.
+          config: model, sampling, limits.
+          connections: to the server; its owner closes them.
           key: of the server, from `read_key`; never part of an error message or an answer.
           call_seconds: longest attempt, from the request to the last byte.
-          concurrency: maximum of concurrent requests, without shared connections.
           attempts: maximum of attempts per call.
-          connections: shared ones to config.url, which their owner closes; None: opens and closes its own.
           on_attempt: called after every attempt, with its seconds if it succeeded, else its kind of failure.
-
-        Raises:
-          UserError: the URL is invalid.
         """
         self._config = config
         self._call_seconds = call_seconds
@@ -148,11 +143,6 @@ class Server:
         self._requests = PerMinute(config.requests_per_minute)
         self._tokens = PerMinute(config.tokens_per_minute)
         self._enforces: bool | None = None  # whether the server enforces a schema; None: not tried yet
-        assert config.url is not None
-        self._close = connections is None
-        if connections is None:
-            connections = Connections(config.url, concurrency=concurrency, call_seconds=call_seconds)
-        self._connections = connections
         self._places = connections.places
         self._clients = [client.with_options(api_key=key or "none") for client in connections.clients]
 
@@ -210,17 +200,6 @@ class Server:
                 raise UnusableResponse("the answer is no list of models", _shown(response)) from None
 
         return await self._retry(attempt, self._requests.take)
-
-    async def close(self) -> None:
-        """Closes the connections unless they are shared."""
-        if self._close:
-            await self._connections.close()
-
-    async def __aenter__(self) -> Server:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
 
     async def _retry(
         self, attempt: Callable[[openai.AsyncOpenAI], Awaitable[T]], wait: Callable[[], Awaitable[Any]]
