@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from mapo_jax.commands import printable
@@ -71,23 +72,21 @@ def inspect_judge(run: Run, step: int) -> None:
 
     Writes evaluations/step_N_judge.json atomically.
     """
-    folder = run.folder / "evaluations"
-    file = folder / f"step_{step:06d}_judge.json"
+    file = run.folder / "evaluations" / f"step_{step:06d}_judge.json"
     if not run.world.live:
         return
     if run.processes.exchange("before the judge's inspection", read_object(file) is not None)[0]:
         return
-    run.processes.together(
-        "the judge's inspection", lambda: run.processes.first and _score_judge(run, folder, step)
-    )
+    run.processes.together("the judge's inspection", partial(_score_judge, run, file, step))
 
 
-def _score_judge(run: Run, folder: Path, step: int) -> None:
-    """Process 0's work in `inspect_judge`."""
-    file = folder / f"step_{step:06d}_judge.json"
+def _score_judge(run: Run, file: Path, step: int) -> None:
+    """The inspection itself, which process 0 does alone."""
+    if not run.processes.first:
+        return
     run.display.phase("judge")
     levels = run.world.score_calibration(run.config.training.seed + EVALUATION_STREAM + step, run.stop.check)
-    first = read_object(folder / "step_000000_judge.json")
+    first = read_object(file.with_name("step_000000_judge.json"))
     metrics = health.summary(levels, first) | run.world.metrics()
     run.writer.write(step, metrics)
     write_whole(file, json.dumps(levels, indent=1))

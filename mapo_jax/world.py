@@ -67,12 +67,10 @@ class World:
         self._max_turns = config.rollout.max_turns
         self._log = log or CallLog()
         self._unguarded = self.roles = self.evaluation_roles = roles
-        self._watches: dict[str, Watch] = {}  # by stream
-        self._guards: dict[str, Guarded] = {}
+        self._guards: dict[str, Guarded] = {}  # by stream
         if self.live:
             for stream, unguarded in (("train", roles), ("evaluation", evaluation_roles or roles)):
-                self._watches[stream] = Watch(self._config.failure_share)
-                self._guards[stream] = self._guarded(unguarded, self._watches[stream])
+                self._guards[stream] = self._guarded(unguarded, Watch(self._config.failure_share))
             self.roles = self._guards["train"].roles
             self.evaluation_roles = self._guards["evaluation"].roles
         first = 60 * self._config.pause_minutes / (2**PAUSES - 1)
@@ -151,7 +149,7 @@ class World:
                 ):
                     return self.run(collection(journal), check), None
             except WorldFailing as failing:
-                self._watches[stream].clear()
+                self._guards[stream].watch.clear()
                 if pause is None:
                     return [], str(failing)
                 pause(str(failing))
@@ -164,7 +162,7 @@ class World:
 
         def pause(failure: str) -> None:
             failure = printable(failure)
-            self._watches[stream].clear()
+            self._guards[stream].watch.clear()
             self.on_pause()
             if not waits:
                 cleared = f"{self._config.pause_minutes:g} minutes of pauses did not clear it"

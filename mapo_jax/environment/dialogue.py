@@ -117,7 +117,7 @@ class DialogueState:
     @property
     def energy(self) -> float:
         """E so far: progress in the direction from the start state to equilibrium, in points."""
-        return calculator.energy_from_position(self.scenario.start_position, self.position)
+        return calculator.energy(self.scenario.start_position, self.position)
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -269,11 +270,7 @@ def _row_json(row: TokenRow, used: np.ndarray) -> dict[str, Any]:
 
 def _run_lengths(values: np.ndarray) -> list[int]:
     """[value, length, value, length, ...]."""
-    if not values.size:
-        return []
-    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
-    lengths = np.diff(np.r_[starts, values.size])
-    return np.stack([values[starts], lengths], 1).reshape(-1).tolist()
+    return [number for value, run in groupby(values.tolist()) for number in (value, len(list(run)))]
 
 
 def rounded(value: float | None, digits: int) -> float | None:

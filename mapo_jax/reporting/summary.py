@@ -78,17 +78,9 @@ def tiles(study: Study) -> list[dict[str, Any]]:
         if isinstance(helper, (int, float)) and helper > change.before and name != "outcome/success":
             share = change.change / (helper - change.before)
         start = study.changes.get("distance/start") if name == "distance/end" else None
-        rows.append(
-            {
-                "title": title,
-                "form": form,
-                "change": change,
-                "helper": helper,
-                "progress": share,
-                "note": f"{format_value(start.before)} at the start" if start else None,
-                "turned": name in LOWER_IS_BETTER,
-            }
-        )
+        note = f"{format_value(start.before)} at the start" if start else None
+        row = {"title": title, "form": form, "change": change, "helper": helper, "progress": share}
+        rows.append(row | {"note": note, "turned": name in LOWER_IS_BETTER})
     return rows
 
 
@@ -100,14 +92,9 @@ def against_first(studies: Sequence[Study]) -> list[dict[str, Any]]:
         if study is not studies[0] and study.last and studies[0].last:
             sides = (values_by_card(*side, "return/mean") for side in (studies[0].last, study.last))
             against = compare(*sides)
-        rows.append(
-            {
-                "study": study,
-                "change": study.changes.get("return/mean"),
-                "against": against,
-                "step": study.last[0].step if study.last else None,
-            }
-        )
+        step = study.last[0].step if study.last else None
+        change = study.changes.get("return/mean")
+        rows.append({"study": study, "change": change, "against": against, "step": step})
     return rows
 
 
