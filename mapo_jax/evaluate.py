@@ -216,10 +216,8 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
             return folder, expected, 0
         if len(missing) < len(cards):
             console.print(f"{len(cards) - len(missing)} of {len(cards)} cards are there already")
-        with (
-            stoppable(folder) as check,
-            open_world(_without_step_deadline(config), folder.path, _mesh(config)) as world,
-        ):
+        opened = open_world(_without_step_deadline(config), folder.path, _mesh(config))
+        with stoppable(folder) as check, opened as world:
             session = conversations.Session(
                 subject.name,
                 missing,
@@ -234,9 +232,8 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
             if subject.endpoint is None:
                 unanswered = conversations.hold_locally(session, subject.load(), slots=options.concurrency)
             else:
-                endpoint = subject.connection(
-                    options, config.evaluation.temperature, config.rollout.max_reply_tokens
-                )
+                tokens = config.rollout.max_reply_tokens
+                endpoint = subject.connection(options, config.evaluation.temperature, tokens)
                 unanswered = conversations.hold_remotely(session, endpoint)
     return folder, expected, unanswered
 
@@ -263,18 +260,13 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     role = config.environment.judge
     judge = role.model or role.implementation or "scripted judge"
     scripted = judge == "scripted judge"
-    chats = transcripts.read_transcripts(
-        options.transcripts,
-        load_scenarios(config.environment.scenarios, scripted=scripted),
-        need_card=scripted,
-    )
+    cards = load_scenarios(config.environment.scenarios, scripted=scripted)
+    chats = transcripts.read_transcripts(options.transcripts, cards, need_card=scripted)
     default = Path("evaluations") / f"dialogues-{Path(options.transcripts).stem}"
     folder = Folder(options.output or default, transcripts.JUDGED)
     settings = {
         "benchmark": "dialogues",
-        "transcripts": fingerprint(
-            [chat.id, chat.turns, chat.scenario.id, chat.scenario.start] for chat in chats
-        ),
+        "transcripts": fingerprint([c.id, c.turns, c.scenario.id, c.scenario.start] for c in chats),
         **_flat("environment", config.environment),
     }
     with (
@@ -284,9 +276,8 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     ):
         done = {row["case"] for row in transcripts.saved_rows(folder)}
         missing = [chat for chat in chats if chat.id not in done]
-        judging = transcripts.judge_all(
-            missing, world.roles.judge, file, console, config.environment.concurrency, check
-        )
+        concurrency = config.environment.concurrency
+        judging = transcripts.judge_all(missing, world.roles.judge, file, console, concurrency, check)
         world.run(judging, check)
     saved = {row["case"]: row for row in transcripts.saved_rows(folder)}
     rows = [saved[chat.id] for chat in chats if chat.id in saved]

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
+from mapo_jax.algorithm.cells import Mask, Values
 from mapo_jax.environment.dialogue import from_stripped, strip_texts
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.readings import reading_metrics
@@ -25,7 +24,7 @@ from mapo_jax.files import part_name, part_of, write_whole
 from mapo_jax.learning.batch import Batch, Cells, make_batch, make_cells, row_length, row_lengths
 from mapo_jax.learning.programs import rows_per_dialogue
 from mapo_jax.learning.train_state import TrainState
-from mapo_jax.learning.update import fetch, place
+from mapo_jax.learning.update import Metrics, fetch, place
 from mapo_jax.rollout.collect import Dialogue, collect
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
@@ -66,15 +65,13 @@ def hold_dialogues(run: Run, at: Position, scenarios: list[Scenario]) -> tuple[D
     dialogues = converse(run, at, scenarios, training=True)
     seconds, work = time.monotonic() - started, run.engine.counts.since(before)
     rows = [row for group in dialogues for dialogue in group for row in dialogue.rows]
-    metrics, reports = measure(
-        run,
-        scenarios,
-        dialogues,
-        seconds=seconds,
-        tokens=sum(sum(row.sampled) for row in rows),
-        sizes=[len(row) for row in rows],
-        work=asdict(work),
-    )
+    measured = {
+        "seconds": seconds,
+        "tokens": sum(sum(row.sampled) for row in rows),
+        "sizes": [len(row) for row in rows],
+        "work": asdict(work),
+    }
+    metrics, reports = measure(run, scenarios, dialogues, measured)
     return dialogues, metrics | (_rollout_metrics(run, reports) if reports else {})
 
 
@@ -149,15 +146,15 @@ def converse(
 
 
 def measure(
-    run: Run, scenarios: Sequence[Scenario], dialogues: Dialogues, **measurements: Any
+    run: Run, scenarios: Sequence[Scenario], dialogues: Dialogues, measured: Mapping[str, Any]
 ) -> tuple[dict[str, float], list[dict[str, Any]] | None]:
     """Metrics of all processes' dialogues: rewards, returns, kinds of replies, cost of calls.
 
-    Each process reports numbers and labels of its dialogues, without text, and its `measurements`. Process 0
+    Each process reports numbers and labels of its dialogues, without text, and its `measured`. Process 0
     gets the metrics and all reports; the others get ({}, None).
     """
     states = [(dialogue.scenario, strip_texts(dialogue.state)) for group in dialogues for dialogue in group]
-    report = {"dialogues": states, "calls": run.world.drain(), **measurements}
+    report = {"dialogues": states, "calls": run.world.drain(), **measured}
     if (reports := run.processes.report("figures", report)) is None:
         return {}, None
     states = [from_stripped(scenarios[s], state) for each in reports for s, state in each["dialogues"]]
@@ -185,24 +182,13 @@ def lay_out_cells(run: Run, dialogues: Dialogues) -> Cells:
     return Cells(*run.processes.gather((cells.positions, cells.valid, cells.scored)))
 
 
-def lay_out_rows(
-    run: Run,
-    dialogues: Dialogues,
-    advantages: Float[Array, "S R T"],
-    scored: Bool[np.ndarray, "S R T"],
-) -> Batch:
+def lay_out_rows(run: Run, dialogues: Dialogues, advantages: Values, scored: Mask) -> Batch:
     """The token rows of the step, `[B, L]`, of all processes' dialogues, with each token's advantage."""
     share = run.processes.share(run.config.rollout.scenarios)
-    length = max(
-        run.processes.exchange("rows", row_length(dialogues, row_lengths(run.config.rollout.max_tokens)))
-    )
-    batch = make_batch(
-        dialogues,
-        np.asarray(advantages)[share],
-        scored[share],
-        length,
-        rows_per_dialogue=rows_per_dialogue(run.config),
-    )
+    length = row_length(dialogues, row_lengths(run.config.rollout.max_tokens))
+    length = max(run.processes.exchange("rows", length))
+    advantages, rows = np.asarray(advantages)[share], rows_per_dialogue(run.config)
+    batch = make_batch(dialogues, advantages, scored[share], length, rows_per_dialogue=rows)
     return run.processes.gather(batch)
 
 
@@ -229,11 +215,7 @@ def rescore(run: Run, state: TrainState, rows: Batch) -> Batch:
 
 
 def finish_update(
-    run: Run,
-    at: Position,
-    updates: Sequence[dict[str, jax.Array]],
-    advantages: Float[Array, "S R T"],
-    scored: Bool[np.ndarray, "S R T"],
+    run: Run, at: Position, updates: Sequence[Metrics], advantages: Values, scored: Mask
 ) -> dict[str, float]:
     """Metrics of a step's updates and advantages; waits for the device.
 

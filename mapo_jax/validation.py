@@ -45,7 +45,7 @@ def evaluate(run: Run, at: Position) -> None:
         run.display.note(f"validation after {at.step} steps is left out: {printable(str(failing))}")
         write_lost_calls(run, at.step)
         return
-    metrics, _ = measure(run, run.validation, dialogues)
+    metrics, _ = measure(run, run.validation, dialogues, {})
     write_dialogues(run, file.with_suffix(".jsonl"), dialogues)
     if not run.processes.first:
         return

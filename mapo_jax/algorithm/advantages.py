@@ -27,12 +27,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mapo_jax.algorithm import cells
+from mapo_jax.algorithm.cells import Mask, Values
 from mapo_jax.algorithm.returns import monte_carlo
 from mapo_jax.algorithm.rewards import impute_missing
 from mapo_jax.config import AlgorithmConfig
-
-Values = Float[Array, "S R T"]
-Mask = Bool[Array, "S R T"]
 
 DISCOUNT = 0.85  # gamma of the published runs
 TURN_WEIGHT = 1 / 3  # optimal according to the method's first text
@@ -94,9 +92,7 @@ def z_score(
 # --- MAPO. ---
 
 
-def turn_level(
-    returns: Values, scored: Mask, *, leave_one_out: bool = False, min_group: int = 2
-) -> Float[Array, "S R T"]:
+def turn_level(returns: Values, scored: Mask, *, leave_one_out: bool = False, min_group: int = 2) -> Values:
     """`A_turn[s,r,t] = (G[s,r,t] - mean_r G[s,:,t]) / (std_r G[s,:,t] + e)` over the scored rollouts.
 
     Compares a turn with the same turn of the other rollouts from the same start. First the return, then the
@@ -112,7 +108,7 @@ def turn_level(
     return z_score(returns, scored, ROLLOUTS, leave_one_out=leave_one_out, min_count=min_group)
 
 
-def batch_level(rewards: Values, scored: Mask, *, batch_scope: str = "batch") -> Float[Array, "S R T"]:
+def batch_level(rewards: Values, scored: Mask, *, batch_scope: str = "batch") -> Values:
     """`A_batch = (r - mean r) / (std r + e)`: the immediate reward against all scored turns.
 
     Args:
@@ -140,7 +136,7 @@ def mapo(
     batch_scope: str = "batch",
     leave_one_out: bool = False,
     min_group: int = 2,
-) -> Float[Array, "S R T"]:
+) -> Values:
     """`A = w A_turn + (1 - w) A_batch`: the mixed advantage, w = `turn_weight`."""
     scored = cells.scored_cells(valid, scored)
     if returns is None:
@@ -158,7 +154,7 @@ def turn(
     discount: float = DISCOUNT,
     leave_one_out: bool = False,
     min_group: int = 2,
-) -> Float[Array, "S R T"]:
+) -> Values:
     """`A_turn` of the discounted returns alone: `mapo` with w = 1."""
     scored = cells.scored_cells(valid, scored)
     if returns is None:
@@ -166,9 +162,7 @@ def turn(
     return turn_level(returns, scored, leave_one_out=leave_one_out, min_group=min_group)
 
 
-def batch(
-    rewards: Values, valid: Mask, scored: Mask | None = None, *, batch_scope: str = "batch"
-) -> Float[Array, "S R T"]:
+def batch(rewards: Values, valid: Mask, scored: Mask | None = None, *, batch_scope: str = "batch") -> Values:
     """`A_batch` of the immediate rewards alone: `mapo` with w = 0."""
     return batch_level(rewards, cells.scored_cells(valid, scored), batch_scope=batch_scope)
 
@@ -182,9 +176,7 @@ def totals(rewards: Values, valid: Mask, scored: Mask) -> tuple[Float[Array, "S 
     return total, jnp.any(scored, axis=-1, keepdims=True)
 
 
-def grpo(
-    rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2
-) -> Float[Array, "S R T"]:
+def grpo(rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2) -> Values:
     """`(R - mean R) / (std R + e)`, R the rollout's total over its scenario's rollouts; one for all turns.
 
     Outcome credit alone. Source: GRPO (arXiv 2402.03300).
@@ -194,9 +186,7 @@ def grpo(
     return jnp.where(scored, outcome, 0.0)
 
 
-def grpo_per_turn(
-    rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2
-) -> Float[Array, "S R T"]:
+def grpo_per_turn(rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2) -> Values:
     """`(r - mean_r r) / (std_r r + e)` per (scenario, turn): the immediate reward, no return."""
     return turn_level(rewards, cells.scored_cells(valid, scored), min_group=min_group)
 
@@ -208,7 +198,7 @@ def reinforce_plus_plus(
     *,
     returns: Values | None = None,
     discount: float = DISCOUNT,
-) -> Float[Array, "S R T"]:
+) -> Values:
     """`(G - mean G) / (std G + e)` over the whole batch. Source: REINFORCE++ (arXiv 2501.03262)."""
     scored = cells.scored_cells(valid, scored)
     if returns is None:
@@ -216,18 +206,14 @@ def reinforce_plus_plus(
     return z_score(returns, scored, BATCH_SCOPES["batch"])
 
 
-def rloo(
-    rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2
-) -> Float[Array, "S R T"]:
+def rloo(rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2) -> Values:
     """`R_i - mean_{j != i} R_j`: the total minus that of the other rollouts. Source: arXiv 2402.14740."""
     scored = cells.scored_cells(valid, scored)
     outcome = centre(*totals(rewards, valid, scored), ROLLOUTS, leave_one_out=True, min_count=min_group)
     return jnp.where(scored, outcome, 0.0)
 
 
-def dr_grpo(
-    rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2
-) -> Float[Array, "S R T"]:
+def dr_grpo(rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2) -> Values:
     """`R_i - mean R`: the total minus the group's mean, no division. Source: Dr. GRPO (arXiv 2503.20783)."""
     scored = cells.scored_cells(valid, scored)
     outcome = centre(*totals(rewards, valid, scored), ROLLOUTS, min_count=min_group)
@@ -241,7 +227,7 @@ def mt_grpo(
     *,
     outcome_weight: float = 1.0,
     min_group: int = 2,
-) -> Float[Array, "S R T"]:
+) -> Values:
     """`A_t = A_grpo_per_turn + outcome_weight A_grpo`; in a rollout's last turn `A_grpo` alone.
 
     Source: MT-GRPO (arXiv 2505.11821).

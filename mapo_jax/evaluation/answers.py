@@ -20,6 +20,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import disk_errors, encodable, write_whole
 from mapo_jax.json_files import read_json, read_rows
 from mapo_jax.running.run_folder import HARMLESS_KEYS
+from mapo_jax.running.stop import Check
 from mapo_jax.scores.speech import text_of
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
@@ -167,7 +168,7 @@ def ask(
     folder: Folder,
     settings: Mapping[str, Any],
     console: Console,
-    check: Callable[[], None] = lambda: None,
+    check: Check = lambda: None,
 ) -> None:
     """Gets the missing answers; afterwards every prompt has its row in the folder's file.
 

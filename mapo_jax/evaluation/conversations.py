@@ -19,6 +19,7 @@ from mapo_jax.evaluation.answers import Answer, Folder, append, progress
 from mapo_jax.evaluation.endpoint import Endpoint, for_each
 from mapo_jax.evaluation.local import LocalModel
 from mapo_jax.rollout.collect import Dialogue, derive_seed, finished_groups
+from mapo_jax.running.stop import Check
 from mapo_jax.scores.speech import spoken, text_of
 
 DIALOGUES = "dialogues.jsonl"
@@ -33,12 +34,12 @@ class Session:
     model: str  # its name in the rows
     cards: Sequence[Scenario]
     roles: Roles
-    run: Callable[[Coroutine[Any, Any, int], Callable[[], None]], int]  # awaits on the roles' event loop
+    run: Callable[[Coroutine[Any, Any, int], Check], int]  # awaits on the roles' event loop
     config: Config  # uses `evaluation`, `rollout`, `environment.concurrency` and the success tolerance
     seed: int
     file: IO[bytes]  # of an opened folder
     console: Console
-    check: Callable[[], None] = lambda: None  # called after every turn; may raise to stop
+    check: Check = lambda: None  # called after every turn; may raise to stop
 
     @property
     def dialogues(self) -> int:

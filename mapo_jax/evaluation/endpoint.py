@@ -93,9 +93,9 @@ class Endpoint:
             in_a_row = 0
             return Answer(completion.text, completion.cut)
 
-        options = dict(key=read_key(KEY), call_seconds=self.timeout, attempts=self.retries + 1)
-        connections = Connections(self.url, concurrency=self.concurrency, call_seconds=self.timeout)
-        server = Server(role, connections, **options)
+        key, seconds, attempts = read_key(KEY), self.timeout, self.retries + 1
+        connections = Connections(self.url, concurrency=self.concurrency, call_seconds=seconds)
+        server = Server(role, connections, key=key, call_seconds=seconds, attempts=attempts)
         async with aclosing(connections):
             yield ask
         if failed:

@@ -8,7 +8,7 @@ start state. Without either the start state is UNKNOWN_START, the mean of the be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,7 @@ from mapo_jax.evaluation.conversations import to_row
 from mapo_jax.evaluation.endpoint import for_each
 from mapo_jax.json_files import read_rows
 from mapo_jax.rollout.collect import derive_seed
+from mapo_jax.running.stop import Check
 from mapo_jax.scores.speech import spoken, text_of
 
 JUDGED = "judged.jsonl"
@@ -179,7 +180,7 @@ async def judge_all(
     file: IO[bytes],
     console: Console,
     concurrency: int,
-    check: Callable[[], None] = lambda: None,
+    check: Check = lambda: None,
 ) -> None:
     """Judges conversations, several at once, and saves each when it is whole.
 
