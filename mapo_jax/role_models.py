@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, EnvironmentConfig, RoleConfig, RolloutConfig
 from mapo_jax.environment.live.call_cache import CACHE_FILE, CallCache
-from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete, Messages
+from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete
 from mapo_jax.environment.live.director import LiveDirector
 from mapo_jax.environment.live.judge import LiveJudge
 from mapo_jax.environment.live.keys import read_key
 from mapo_jax.environment.live.limits import allow_connections
 from mapo_jax.environment.live.user import LiveUser
-from mapo_jax.environment.roles import Completion
+from mapo_jax.environment.roles import Completion, Messages, Schema
 from mapo_jax.errors import UserError
 from mapo_jax.files import part_of
 from mapo_jax.rollout.completion import EngineModel
@@ -224,7 +224,7 @@ def _engine_call(
         engines[identity] = EngineModel(engine, policy.chat)
     model = engines[identity]
 
-    async def call(messages: Messages, *, seed: int, schema: Mapping[str, Any] | None) -> Completion:
+    async def call(messages: Messages, *, seed: int, schema: Schema | None) -> Completion:
         started = time.monotonic()
         completion = await model(messages, seed=seed, schema=schema, max_tokens=role.max_tokens)
         log[name].seconds.append(time.monotonic() - started)

@@ -35,14 +35,7 @@ from mapo_jax.running.forecast import check_memory, model_shape
 from mapo_jax.running.heartbeat import Heartbeat
 from mapo_jax.running.metrics import CompileCounter, MetricWriter
 from mapo_jax.running.phases import Phases
-from mapo_jax.running.policy import (
-    Policy,
-    adapters,
-    load_policy,
-    make_engine,
-    read_policy,
-    save_model_files,
-)
+from mapo_jax.running.policy import Policy, adapters, load_policy, make_engine, read_policy, save_model_files
 from mapo_jax.running.processes import Processes, rollout_mesh, rollout_weights, share_of
 from mapo_jax.running.processes import join as join_processes
 from mapo_jax.running.run_folder import (
@@ -167,15 +160,10 @@ def prepare(
     engine = evaluator = sampler(config.rollout.temperature)
     if config.evaluation.temperature != config.rollout.temperature:
         evaluator = sampler(config.evaluation.temperature)
-    display = Display(
-        f"{config.algorithm.estimator} · {folder}",
-        config.training.steps,
-        live=config.logging.progress and processes.first,
-        console=console,
-    )
-    checkpoints = stack.enter_context(
-        Checkpoints(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
-    )
+    title, live = f"{config.algorithm.estimator} · {folder}", config.logging.progress and processes.first
+    display = Display(title, config.training.steps, live=live, console=console)
+    kept = config.checkpoint
+    checkpoints = stack.enter_context(Checkpoints(folder, keep=kept.keep, keep_best=kept.keep_best))
     # Before anything is appended: files after the newest whole checkpoint will be written again.
     done = max(checkpoints.steps, default=-1)
     writer = None

@@ -6,14 +6,21 @@ the state and decides about the end; the director picks one action (decision mak
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mapo_jax.config import Config
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
+
+Messages = Sequence[Mapping[str, str]]
+"""A chat: `role` and `content` of each message."""
+
+Schema = Mapping[str, Any]
+"""A JSON schema."""
 
 
 class Completion(NamedTuple):

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from mapo_jax.config import GONE, differing_keys
+from mapo_jax.environment.roles import Messages
 from mapo_jax.errors import UserError
 from mapo_jax.files import disk_errors, encodable, write_whole
 from mapo_jax.json_files import read_json, read_rows
@@ -24,8 +25,6 @@ from mapo_jax.running.stop import Check
 from mapo_jax.scores.speech import text_of
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
-
-Messages = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.keys import read_key
 from mapo_jax.environment.live.limits import allow_connections
+from mapo_jax.environment.roles import Messages
 from mapo_jax.errors import UserError
-from mapo_jax.evaluation.answers import Answer, Messages, Prompt
+from mapo_jax.evaluation.answers import Answer, Prompt
 from mapo_jax.rollout.collect import derive_seed
 
 KEY = "OPENAI_API_KEY"  # the environment variable with the server's key, if it needs one

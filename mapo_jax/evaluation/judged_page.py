@@ -11,13 +11,10 @@ from jinja2 import Environment
 from mapo_jax.evaluation.transcripts import distances
 from mapo_jax.scores import empa
 
+Values = Mapping[str, Any]
 
-def render_page(
-    title: str,
-    figures: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    worst: Sequence[Mapping[str, Any]],
-) -> str:
+
+def render_page(title: str, figures: Values, rows: Sequence[Values], worst: Sequence[Values]) -> str:
     """The page's HTML.
 
     Args:

@@ -97,14 +97,9 @@ class Checkpoints(AbstractContextManager):
         if step in self.steps:
             return
         with disk_errors(self.folder):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=_chunked(_to_saved(state)),
-                    progress=ocp.args.JsonSave(_with_checksum({**progress, "step": step})),
-                ),
-                force=True,
-            )
+            saved = ocp.args.JsonSave(_with_checksum({**progress, "step": step}))
+            args = ocp.args.Composite(state=_chunked(_to_saved(state)), progress=saved)
+            self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Waits until no save is running. Raises as `save` does."""
@@ -295,14 +290,9 @@ def _restore(folder: Path, template: Mapping[str, Any]) -> Any:
     with _read_errors(folder):
         saved = handler.metadata(state).tree
         _refuse_other_shapes(folder, {name: saved.get(name, {}) for name in template}, abstract)
-        return handler.restore(
-            state,
-            args=ocp.args.PyTreeRestore(
-                item=abstract,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                partial_restore=True,
-            ),
-        )
+        places = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=places, partial_restore=True)
+        return handler.restore(state, args=args)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

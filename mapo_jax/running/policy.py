@@ -19,7 +19,7 @@ from mapo_jax.model.huggingface import check_weights, load_params, read_config, 
 from mapo_jax.model.lora import ADAPTERS, LoRA, join, low_rank, merge, split
 from mapo_jax.model.peft import base_folder, is_adapter, read_adapter_config, write_adapter_config
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
-from mapo_jax.model.sharding import param_shardings
+from mapo_jax.model.sharding import param_shardings, with_shardings
 from mapo_jax.model.tensor_names import Reader
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.rows import ChatFormat
@@ -77,11 +77,7 @@ def _load(
         return policy, load_params(path, config, mesh, dtype=dtype)
     template = parameter_shapes(config)
     if mesh is not None:
-        template = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            template,
-            param_shardings(parameter_shapes(config), mesh),
-        )
+        template = with_shardings(template, param_shardings(template, mesh))
     checkpoint = checkpoint_folder(path, step)
     if config.lora is None:
         return policy, restore_params(checkpoint, in_precision(template, dtype))

@@ -29,7 +29,7 @@ from mapo_jax.commands import Sentinel, exit_now, printable
 from mapo_jax.config import Config, RolloutConfig, known_keys, updated, value_of
 from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
-from mapo_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, param_shardings
+from mapo_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, param_shardings, with_shardings
 from mapo_jax.peers import AGAIN, Peers
 from mapo_jax.running.stop import Interrupted
 
@@ -385,11 +385,8 @@ def abstract_rollout_weights(
       dtype: of computation; norms and adapters keep theirs.
       rules: their sharding; `sharding.RULES` for the engine's copy.
     """
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        in_precision(params, dtype),
-        param_shardings(parameter_shapes(config), own_mesh, rules),
-    )
+    shardings = param_shardings(parameter_shapes(config), own_mesh, rules)
+    return with_shardings(in_precision(params, dtype), shardings)
 
 
 def share_of(rollout: RolloutConfig, processes: int) -> RolloutConfig:

@@ -16,12 +16,11 @@ from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.call_cache import CallCache, address
 from mapo_jax.environment.live.forms import excerpt, whole_characters
 from mapo_jax.environment.live.prompts import render
-from mapo_jax.environment.roles import Completion
+from mapo_jax.environment.roles import Completion, Messages, Schema
 from mapo_jax.environment.scenario import Scenario
 
 FAILURES_FILE = "failures.jsonl"
 
-Messages = Sequence[Mapping[str, str]]
 Complete = Callable[..., Awaitable[str]]  # with the arguments of `Caller.__call__`, on any model
 T = TypeVar("T")
 
@@ -147,7 +146,7 @@ class Caller:
         messages: Messages,
         *,
         seed: int = 0,
-        schema: Mapping[str, Any] | None = None,
+        schema: Schema | None = None,
         check: Callable[[str], Any] | None = None,
         repair: Callable[[str], str] | None = None,
     ) -> str:
@@ -188,7 +187,7 @@ class Caller:
         tally: Tally,
         messages: Messages,
         seed: int,
-        schema: Mapping[str, Any] | None,
+        schema: Schema | None,
         check: Callable[[str], Any] | None,
     ) -> str:
         key = address(role=self.role, settings=self.settings, messages=messages, schema=schema, seed=seed)

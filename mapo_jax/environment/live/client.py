@@ -14,7 +14,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
 import httpx2
@@ -27,7 +27,7 @@ from mapo_jax.environment.live.forms import excerpt, whole_characters
 from mapo_jax.environment.live.keys import scrubber
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
 from mapo_jax.environment.live.transport import BoundedClient, UnusableResponse, parsed_json, retry_after
-from mapo_jax.environment.roles import Completion
+from mapo_jax.environment.roles import Completion, Messages, Schema
 from mapo_jax.errors import UserError
 
 ATTEMPTS = 4
@@ -37,7 +37,6 @@ _POOL = 16  # connections of one pool, which scans all of them for every request
 _PERMANENT_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # of a 429 that no wait resolves
 _NO_SCHEMA_STATUS = (400, 404, 415, 422, 501)  # from servers that do not support `response_format`
 
-Messages = Sequence[Mapping[str, str]]
 T = TypeVar("T")
 
 
@@ -146,9 +145,7 @@ class Server:
         self._places = connections.places
         self._clients = [client.with_options(api_key=key or "none") for client in connections.clients]
 
-    async def __call__(
-        self, messages: Messages, *, seed: int, schema: Mapping[str, Any] | None
-    ) -> Completion:
+    async def __call__(self, messages: Messages, *, seed: int, schema: Schema | None) -> Completion:
         """The model's answer; one cut at max_tokens is a failure.
 
         Args:
@@ -166,7 +163,7 @@ class Server:
         return Completion(answer.text, answer.input_tokens, answer.output_tokens)
 
     async def ask(
-        self, messages: Messages, *, seed: int | None, schema: Mapping[str, Any] | None = None
+        self, messages: Messages, *, seed: int | None, schema: Schema | None = None
     ) -> ChatCompletion:
         """The model's answer, perhaps cut at max_tokens. Arguments and errors of a call; seed may be None."""
         messages = [{**message, "content": whole_characters(message["content"])} for message in messages]
@@ -231,11 +228,7 @@ class Server:
         raise AssertionError("unreachable")
 
     async def _attempt(
-        self,
-        client: openai.AsyncOpenAI,
-        messages: Messages,
-        seed: int | None,
-        schema: Mapping[str, Any] | None,
+        self, client: openai.AsyncOpenAI, messages: Messages, seed: int | None, schema: Schema | None
     ) -> ChatCompletion:
         if schema is None:
             return await self._request(client, messages, seed)
