@@ -61,7 +61,7 @@ def to_row(state: DialogueState, model: str, rollout: int) -> dict[str, Any]:
         "rollout": rollout,
         "domain": state.scenario.domain,
         "start": list(state.scenario.start_position),
-        "levels": [judgement and list(judgement.levels) for judgement in judgements],
+        "levels": [turn.levels and list(turn.levels) for turn in state.turns],
         "outcome": state.outcome,
         "rule": state.rule,
         "truncated": [turn.truncated for turn in state.turns],

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from mapo_jax.config import AlgorithmConfig
 from mapo_jax.errors import UserError
+from mapo_jax.files import encodable
 from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue, parse_dialogue
 from mapo_jax.settings import value_at
 
@@ -271,7 +272,7 @@ def _read_batch(
                 try:
                     dialogue = parse_dialogue(row, step)
                     dialogues[dialogue.place] = dialogue
-                except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError):
+                except (UserError, ValueError, OverflowError):
                     broken += 1
         except OSError as error:
             notes.append(f"{name} cannot be read ({_short(error)})")
@@ -299,7 +300,7 @@ def _json(line: bytes) -> Any:
         return orjson.loads(line)  # three times as fast, but refuses NaN and lone surrogates
     except ValueError:
         try:
-            return json.loads(line)
+            return encodable(json.loads(line))
         except (ValueError, RecursionError):
             return None
 

@@ -99,9 +99,9 @@ def state_space(study: Study) -> dict[str, Any] | None:
         if not dialogues:
             continue
         for d in dialogues:
-            title = f"{colour} training: {d.scenario}, D {d.distances[0]:.1f} → {d.distances[-1]:.1f}"
-            paths.append(charts.TracePath(d.positions, colour, f"#d={_key(study, d)}", title))
-        mean = charts.mean_path([d.positions for d in dialogues])
+            title = f"{colour} training: {d.card}, D {d.distances[0]:.1f} → {d.distances[-1]:.1f}"
+            paths.append(charts.TracePath(d.state.positions, colour, f"#d={_key(study, d)}", title))
+        mean = charts.mean_path([d.state.positions for d in dialogues])
         means.append(
             charts.TracePath(mean, colour, "", f"mean of {len(dialogues)} dialogues {colour} training")
         )
@@ -210,7 +210,12 @@ def example(study: Study) -> dict[str, Any] | None:
         turns = list(zip(dialogue.turns, credit.rewards, strict=True))
         sides.append({"label": label, "dialogue": dialogue, "credit": credit, "turns": turns})
     one, other = (side["dialogue"] for side in sides)
-    return {"card": other.card, "standing": standing, "sides": sides, "href": _pair_link(study, one, other)}
+    return {
+        "card": other.state.scenario,
+        "standing": standing,
+        "sides": sides,
+        "href": _pair_link(study, one, other),
+    }
 
 
 def extremes(study: Study) -> list[tuple[str, str]]:

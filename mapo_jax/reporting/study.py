@@ -157,7 +157,7 @@ class Study:
 def values_of(metric: str) -> Callable[[SavedDialogue, Credit], float | None]:
     """A dialogue's contribution to a metric; None for a dialogue that statistics do not count."""
     value = _VALUES[metric]
-    return lambda dialogue, credit: value(dialogue, credit) if dialogue.counts else None
+    return lambda dialogue, credit: value(dialogue, credit) if dialogue.state.counts else None
 
 
 def values_by_card(batch: SavedBatch, credits: Sequence[Credit], metric: str) -> dict[str, list[float]]:
@@ -165,5 +165,5 @@ def values_by_card(batch: SavedBatch, credits: Sequence[Credit], metric: str) ->
     value, values = values_of(metric), defaultdict(list)
     for dialogue, credit in zip(batch.dialogues, credits, strict=True):
         if (figure := value(dialogue, credit)) is not None:
-            values[dialogue.scenario].append(figure)
+            values[dialogue.card].append(figure)
     return dict(values)

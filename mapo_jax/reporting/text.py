@@ -123,10 +123,9 @@ def _examples(study: Study) -> list[tuple[str, SavedDialogue, Credit]]:
 
 
 def _dialogue(title: str, dialogue: SavedDialogue, credit: Credit) -> RenderableType:
-    topic = dialogue.card.get("topic") or ""
     lines: list[RenderableType] = [
-        _text(f"{title}: {dialogue.scenario}", "bold"),
-        _text(f"{topic} Return {signed(credit.first_return)}.", "dim"),
+        _text(f"{title}: {dialogue.card}", "bold"),
+        _text(f"{dialogue.state.scenario.topic} Return {signed(credit.first_return)}.", "dim"),
     ]
     for turn, reward in zip(dialogue.turns, credit.rewards, strict=True):
         score = ("unscored", "dim") if reward is None else (signed(reward), "red" if reward < 0 else "green")
