@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from rich.console import Console
 
-from mapo_jax.algorithm.rewards import distance
+from mapo_jax.algorithm.rewards import distance, incremental
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.card_schema import INDICATORS
-from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState, RoleFailure, Turn
-from mapo_jax.environment.roles import Judge
+from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState, Turn
+from mapo_jax.environment.roles import Judge, score_turn
 from mapo_jax.environment.scenario import Person, Scenario, Stage, Story, start_position
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Folder, append, progress
@@ -161,16 +162,10 @@ async def judge_transcript(transcript: Transcript, judge: Judge) -> DialogueStat
     seed = derive_seed("transcript", transcript.id)
     state = DialogueState(transcript.scenario, seed, (), "")
     for user, reply in transcript.turns:
-        judgement, failure, position = None, NO_ANSWER, state.position
+        turn = Turn(user, "", None, NO_ANSWER, state.position, None)
         if reply is not None:
-            try:
-                judgement = await judge.score(replace(state, user=user), reply)
-                position = calculator.move(position, calculator.points(judgement.levels))
-                failure = None
-            except RoleFailure as problem:
-                failure = problem.kind
-        turn = Turn(user, reply or "", judgement, failure, position, Action("continue"))
-        state = replace(state, turns=(*state.turns, turn))
+            turn = await score_turn(replace(state, user=user), reply, judge)
+        state = replace(state, turns=(*state.turns, replace(turn, action=Action("continue"))))
     return state
 
 
@@ -216,6 +211,17 @@ def distances(row: Mapping[str, Any]) -> list[float]:
     return distance(calculator.trajectory(row["start"], increments)).tolist()
 
 
+def exchanges(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per turn of a saved row `reward` (incremental distance; None: unscored), `levels`, `user`, `reply`."""
+    rewards = incremental(np.asarray(distances(row))).tolist()
+    texts = [message["content"] for message in row["messages"]]
+    columns = zip(rewards, row["levels"], texts[::2], texts[1::2], strict=False)
+    return [
+        {"reward": None if levels is None else reward, "levels": levels, "user": user, "reply": reply}
+        for reward, levels, user, reply in columns
+    ]
+
+
 def worst_turns(rows: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:
     """The turns with the lowest rewards, the worst first.
 
@@ -230,22 +236,13 @@ def worst_turns(rows: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, 
     """
     turns = []
     for row in rows:
-        reached = distances(row)
-        for index, levels in enumerate(row["levels"]):
-            if levels is None:
+        judged = zip(exchanges(row), row["judgements"], strict=True)
+        for number, (turn, judgement) in enumerate(judged, start=1):
+            if judgement is None:
                 continue
-            judged = row["judgements"][index]
-            findings = list(zip(LEVEL_NAMES, levels, judged["evidence"], judged["reasons"], strict=True))
-            turns.append(
-                {
-                    "case": row["case"],
-                    "turn": index + 1,
-                    "reward": reached[index] - reached[index + 1],
-                    "levels": levels,
-                    "user": row["messages"][2 * index]["content"],
-                    "reply": row["messages"][2 * index + 1]["content"],
-                    "findings": [finding for finding in findings if finding[1] < 0] or findings,
-                }
-            )
+            texts = (judgement["evidence"], judgement["reasons"])
+            findings = list(zip(LEVEL_NAMES, turn["levels"], *texts, strict=True))
+            harm = [finding for finding in findings if finding[1] < 0]
+            turns.append({"case": row["case"], "turn": number, **turn, "findings": harm or findings})
     # Ties: more harm first, then the order of the file.
     return sorted(turns, key=lambda turn: (turn["reward"], sum(turn["levels"][1::2])))[:most]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mapo_jax.environment.allowance import waiting
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.roles import Completion, Messages, Schema
+from mapo_jax.environment.roles import Completion, Messages, Schema, with_schema
 from mapo_jax.rollout.dispatch import Dispatcher
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Reply, Request
@@ -41,9 +41,7 @@ class EngineModel:
           RoleFailure: of kind malformed: the prompt does not fit, or the answer was cut at `max_tokens`.
         """
         if schema is not None:
-            *earlier, last = messages
-            text = f"{last['content']}\n\nJSON schema: {json.dumps(schema, ensure_ascii=False)}"
-            messages = [*earlier, {**last, "content": text}]
+            messages = with_schema(messages, schema)
         ids = self._chat.prompt(messages)
         if len(ids) >= self._engine.length:
             raise RoleFailure(

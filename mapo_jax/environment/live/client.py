@@ -10,7 +10,6 @@ token counts that are counts, and CallFailed for everything else.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import random
 import time
@@ -27,7 +26,7 @@ from mapo_jax.environment.live.forms import excerpt, whole_characters
 from mapo_jax.environment.live.keys import scrubber
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
 from mapo_jax.environment.live.transport import BoundedClient, UnusableResponse, parsed_json, retry_after
-from mapo_jax.environment.roles import Completion, Messages, Schema
+from mapo_jax.environment.roles import Completion, Messages, Schema, with_schema
 from mapo_jax.errors import UserError
 
 ATTEMPTS = 4
@@ -246,9 +245,7 @@ class Server:
                 if self._enforces is None and not answer.cut:
                     self._enforces = answer.text.lstrip().startswith("{")
                 return answer
-        *earlier, last = messages
-        text = f"{last['content']}\n\nJSON schema: {json.dumps(schema, ensure_ascii=False)}"
-        answer = await self._request(client, [*earlier, {**last, "content": text}], seed)
+        answer = await self._request(client, with_schema(messages, schema), seed)
         if not answer.cut:
             self._enforces = False
         return answer
