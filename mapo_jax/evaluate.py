@@ -19,9 +19,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jax.sharding import Mesh
 from rich.console import Console, Group
 
 from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
@@ -41,6 +40,8 @@ from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.scores import emobench, empa, eqbench
 from mapo_jax.world import open_judge, open_world
+
+T = TypeVar("T")
 
 # Maximum tokens of an answer. Four ratings take about 40; with a critique and a revision, several hundred.
 EQBENCH_TOKENS, EQBENCH_REVISION_TOKENS = 128, 1024
@@ -216,25 +217,17 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
             return folder, expected, 0
         if len(missing) < len(cards):
             console.print(f"{len(cards) - len(missing)} of {len(cards)} cards are there already")
-        opened = open_world(_without_step_deadline(config), folder.path, _mesh(config))
-        with stoppable(folder) as check, opened as world:
+        with stoppable(folder) as check, _opened(open_world, config, folder) as world:
             session = conversations.Session(
-                subject.name,
-                missing,
-                world.evaluation_roles,
-                world.run,
-                config,
-                options.seed,
-                file,
-                console,
-                check,
+                subject.name, missing, world.evaluation_roles, config, options.seed, file, console, check
             )
             if subject.endpoint is None:
-                unanswered = conversations.hold_locally(session, subject.load(), slots=options.concurrency)
+                holding = conversations.hold_locally(session, subject.load(), slots=options.concurrency)
             else:
                 tokens = config.rollout.max_reply_tokens
                 endpoint = subject.connection(options, config.evaluation.temperature, tokens)
-                unanswered = conversations.hold_remotely(session, endpoint)
+                holding = conversations.hold_remotely(session, endpoint)
+            unanswered = world.run(holding, check)
     return folder, expected, unanswered
 
 
@@ -272,7 +265,7 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     with (
         folder.opened(settings) as file,  # refuses another evaluation's folder before a judge writes to it
         stoppable(folder) as check,
-        open_judge(_without_step_deadline(config), folder.path, _mesh(config)) as world,
+        _opened(open_judge, config, folder) as world,
     ):
         done = {row["case"] for row in transcripts.saved_rows(folder)}
         missing = [chat for chat in chats if chat.id not in done]
@@ -321,15 +314,14 @@ def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
             ) from failing
 
 
-def _mesh(config: Config) -> Mesh | None:
-    """Devices for roles on our own engine; None if there is no such role."""
+def _opened(open_world: Callable[..., T], config: Config, folder: Folder) -> T:
+    """A world, with devices only for roles on our own engine, and without the deadline of a training step.
+
+    Calls and dialogues have their own deadlines.
+    """
     models = [getattr(config.environment, name).model or "" for name in (*ROLES, HELD_OUT)]
-    return make_mesh(config.mesh) if any(model.startswith(ENGINE) for model in models) else None
-
-
-def _without_step_deadline(config: Config) -> Config:
-    """Disables the deadline of a training step; calls and dialogues have their own deadlines."""
-    return updated(config, {"environment.step_seconds": math.inf})
+    mesh = make_mesh(config.mesh) if any(model.startswith(ENGINE) for model in models) else None
+    return open_world(updated(config, {"environment.step_seconds": math.inf}), folder.path, mesh)
 
 
 def _flat(section: str, values: Any) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def open_models(
             if name in remote:
                 runner.run(_check_server(name, role, calls[name]))
             else:
-                calls[name] = _engine_call(name, role, engines, config, mesh, log)
+                calls[name] = _engine_call(name, engines, config, mesh, log)
         cache = None
         if folder is not None:  # only now: a run that cannot start leaves its folder unchanged
             cache = CallCache(part_of(folder / CACHE_FILE, part))
@@ -184,14 +184,10 @@ async def _check_server(name: str, role: RoleConfig, server: Server) -> None:
 
 
 def _engine_call(
-    name: str,
-    role: RoleConfig,
-    engines: dict[Any, EngineModel],
-    config: Config,
-    mesh: Mesh | None,
-    log: CallLog,
+    name: str, engines: dict[Any, EngineModel], config: Config, mesh: Mesh | None, log: CallLog
 ) -> Callable[..., Awaitable[Any]]:
     """Calls a frozen model on an engine of this process; roles of one model and temperature share it."""
+    role = getattr(config.environment, name)
     options = _ENGINE_DEFAULTS | role.extra_body
     if set(options) != set(_ENGINE_DEFAULTS) or not all(
         isinstance(value, int) and value > 0 for value in options.values()

@@ -80,11 +80,7 @@ _SAGE_SCENE = (
 
 
 def _card(
-    name: str,
-    texts: Mapping[str, str | None],
-    age: str | None,
-    stages: list[str],
-    empathy_threshold: str = "medium",
+    name: str, texts: Mapping[str, str | None], age: str | None, stages: list[str], threshold: str = "medium"
 ) -> dict[str, Any]:
     """A card with these texts, by field; a text that is missing or empty becomes UNTOLD."""
 
@@ -100,7 +96,7 @@ def _card(
         "domain": "life",
         "split": split_of(name),
         "person": {"name": person.pop("name"), "age": years if 0 < years < 120 else 30, **person},
-        "empathy_threshold": empathy_threshold,
+        "empathy_threshold": threshold,
         **section("topic", "hope"),
         "dislike": list(section("dislike").values()),
         "history": section("childhood", "youth", "adulthood", "recent"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import product
@@ -18,7 +18,7 @@ from mapo_jax.environment.scenario import Scenario
 from mapo_jax.evaluation.answers import Answer, Folder, append, progress
 from mapo_jax.evaluation.endpoint import Endpoint, for_each
 from mapo_jax.evaluation.local import LocalModel
-from mapo_jax.rollout.collect import Dialogue, derive_seed, finished_groups
+from mapo_jax.rollout.collect import derive_seed, finished_groups
 from mapo_jax.running.stop import Check
 from mapo_jax.scores.speech import spoken, text_of
 
@@ -34,7 +34,6 @@ class Session:
     model: str  # its name in the rows
     cards: Sequence[Scenario]
     roles: Roles
-    run: Callable[[Coroutine[Any, Any, int], Check], int]  # awaits on the roles' event loop
     config: Config  # uses `evaluation`, `rollout`, `environment.concurrency` and the success tolerance
     seed: int
     file: IO[bytes]  # of an opened folder
@@ -117,7 +116,7 @@ def _required(visible: T | None) -> T:
     return visible
 
 
-def hold_locally(session: Session, model: LocalModel, *, slots: int) -> int:
+async def hold_locally(session: Session, model: LocalModel, *, slots: int) -> int:
     """Holds a session's dialogues on our engine; a card's dialogues are saved when all of them have ended.
 
     Args:
@@ -154,10 +153,6 @@ def hold_locally(session: Session, model: LocalModel, *, slots: int) -> int:
         concurrency=config.environment.concurrency,
         on_turn=lambda turns: session.check(),
     )
-    return session.run(_save_groups(session, groups), session.check)
-
-
-async def _save_groups(session: Session, groups: AsyncGenerator[list[Dialogue]]) -> int:
     unanswered = 0
     with progress(session.console, "dialogues", session.dialogues) as advance:
         async with aclosing(groups):
@@ -172,7 +167,7 @@ async def _save_groups(session: Session, groups: AsyncGenerator[list[Dialogue]])
     return unanswered
 
 
-def hold_remotely(session: Session, endpoint: Endpoint) -> int:
+async def hold_remotely(session: Session, endpoint: Endpoint) -> int:
     """Holds a session's dialogues with a model behind an endpoint, several at once.
 
     The model sees its earlier replies without their reasoning.
@@ -183,10 +178,6 @@ def hold_remotely(session: Session, endpoint: Endpoint) -> int:
     Raises:
       UserError: the endpoint failed; finished dialogues are saved.
     """
-    return session.run(_hold_remotely(session, endpoint), session.check)
-
-
-async def _hold_remotely(session: Session, endpoint: Endpoint) -> int:
     roles, limits = session.roles, limits_of(session.config)
     rollouts = range(session.config.evaluation.rollouts)
     openings: dict[str, asyncio.Task[str]] = {}  # by card, shared by its rollouts

@@ -94,7 +94,8 @@ def pack(
     without_tokens = 0
     # Compression releases the interpreter's lock, so two threads help.
     with ThreadPoolExecutor(2) as pool:
-        for group, piece in zip(ordered, pool.map(_texts, ordered), strict=True):
+        texts = pool.map(lambda g: squeeze(list(map(dialogue_json, g.batch.dialogues, g.credits))), ordered)
+        for group, piece in zip(ordered, texts, strict=True):
             progress(f"packing {group.key}")
             if fits(group.key, piece):
                 kept.append(group)
@@ -111,10 +112,6 @@ def pack(
         without_text=sum(len(g.batch.dialogues) for g in groups) - inside,
         without_tokens=without_tokens,
     )
-
-
-def _texts(group: Group) -> str:
-    return squeeze(list(map(dialogue_json, group.batch.dialogues, group.credits)))
 
 
 def by_importance(groups: Sequence[Group]) -> list[Group]:

@@ -22,6 +22,7 @@ from mapo_jax.environment.scenario import Scenario
 FAILURES_FILE = "failures.jsonl"
 
 Complete = Callable[..., Awaitable[str]]  # with the arguments of `Caller.__call__`, on any model
+Check = Callable[[str], Any]  # raises RoleFailure for an unusable answer
 T = TypeVar("T")
 
 
@@ -147,7 +148,7 @@ class Caller:
         *,
         seed: int = 0,
         schema: Schema | None = None,
-        check: Callable[[str], Any] | None = None,
+        check: Check | None = None,
         repair: Callable[[str], str] | None = None,
     ) -> str:
         """The text of the model's answer.
@@ -183,12 +184,7 @@ class Caller:
         raise AssertionError("unreachable")
 
     async def _attempt(
-        self,
-        tally: Tally,
-        messages: Messages,
-        seed: int,
-        schema: Schema | None,
-        check: Callable[[str], Any] | None,
+        self, tally: Tally, messages: Messages, seed: int, schema: Schema | None, check: Check | None
     ) -> str:
         key = address(role=self.role, settings=self.settings, messages=messages, schema=schema, seed=seed)
         cached = None if self.cache is None else self.cache.get(key)
@@ -236,7 +232,7 @@ async def ask(
     return parse(text)
 
 
-def _problem(text: str, check: Callable[[str], Any] | None) -> RoleFailure | None:
+def _problem(text: str, check: Check | None) -> RoleFailure | None:
     """Why an answer is unusable; None if it is not."""
     if not text.strip():
         return RoleFailure("malformed", "it is empty", text)
