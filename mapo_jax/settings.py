@@ -120,11 +120,7 @@ def read_yaml(path: Path | str) -> tuple[dict[str, Any], dict[str, str]]:
         content = node and loader.construct_document(node)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, no date, a recursive alias
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no date, a recursive alias
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(content).__name__}")
