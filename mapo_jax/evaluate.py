@@ -179,10 +179,8 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
     subject = find_subject(options, BENCHMARK_DIALOGUES)
     config, name = subject.config, printable(subject.name)
     cards = _cards(options, subject)
-    if options.temperature is not None:
-        config = updated(config, {"evaluation.temperature": options.temperature})
-    if options.max_tokens is not None:
-        config = updated(config, {"rollout.max_reply_tokens": options.max_tokens})
+    given = {"evaluation.temperature": options.temperature, "rollout.max_reply_tokens": options.max_tokens}
+    config = updated(config, {key: value for key, value in given.items() if value is not None})
     rollouts, family = config.evaluation.rollouts, config.environment.family
     limits = limits_of(config)
     if family == "scripted" and subject.unused_world is not None:
@@ -235,9 +233,8 @@ def _cards(options: argparse.Namespace, subject: Subject) -> list[Scenario]:
     environment = subject.config.environment
     scripted = environment.family == "scripted"
     try:
-        if options.cards:
-            return load_scenarios(options.cards, scripted=scripted)
-        return load_scenarios(environment.scenarios, options.split, scripted=scripted)
+        split = None if options.cards else options.split
+        return load_scenarios(options.cards or environment.scenarios, split, scripted=scripted)
     except UserError as error:
         if not scripted or subject.unused_world is None:
             raise
@@ -298,20 +295,14 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
 @contextmanager
 def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
     """Reports a signal or a failing live world, and what is saved; yields a function for safe points."""
+    saved = f"what was finished is saved in {folder.path}, and the same command goes on from there"
     with StopRequest() as stop:
         try:
             yield stop.check
         except Interrupted as interruption:
-            raise Stopped(
-                str(interruption),
-                f"stopped by {interruption}: what was finished is saved in {folder.path}; the same command "
-                "goes on from there",
-            ) from interruption
+            raise Stopped(str(interruption), f"stopped by {interruption}: {saved}") from interruption
         except WorldFailing as failing:
-            raise UserError(
-                f"{printable(str(failing))}; what was finished is saved in {folder.path}, and the same "
-                "command goes on from there"
-            ) from failing
+            raise UserError(f"{printable(str(failing))}; {saved}") from failing
 
 
 def _opened(open_world: Callable[..., T], config: Config, folder: Folder) -> T:

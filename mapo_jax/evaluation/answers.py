@@ -22,7 +22,7 @@ from mapo_jax.files import disk_errors, encodable, write_whole
 from mapo_jax.json_files import read_json, read_rows
 from mapo_jax.running.run_folder import HARMLESS_KEYS
 from mapo_jax.running.stop import Check
-from mapo_jax.scores.speech import text_of
+from mapo_jax.speech import text_of
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
 

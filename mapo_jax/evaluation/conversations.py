@@ -20,7 +20,7 @@ from mapo_jax.evaluation.endpoint import Endpoint, for_each
 from mapo_jax.evaluation.local import LocalModel
 from mapo_jax.rollout.collect import derive_seed, finished_groups
 from mapo_jax.running.stop import Check
-from mapo_jax.scores.speech import spoken, text_of
+from mapo_jax.speech import spoken, text_of
 
 DIALOGUES = "dialogues.jsonl"
 

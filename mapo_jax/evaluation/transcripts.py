@@ -29,7 +29,7 @@ from mapo_jax.evaluation.endpoint import for_each
 from mapo_jax.json_files import read_rows
 from mapo_jax.rollout.collect import derive_seed
 from mapo_jax.running.stop import Check
-from mapo_jax.scores.speech import spoken, text_of
+from mapo_jax.speech import spoken, text_of
 
 JUDGED = "judged.jsonl"
 NO_ANSWER = "no answer"

@@ -25,7 +25,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.json_files import read_rows
 from mapo_jax.scores.bootstrap import interval_list, intervals
 from mapo_jax.scores.emobench_prompts import KEYS, LETTERS, render
-from mapo_jax.scores.speech import spoken, text_of
+from mapo_jax.speech import spoken, text_of
 
 TASKS = ("EA", "EU")
 LANGUAGES = ("en", "zh")

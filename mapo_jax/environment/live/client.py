@@ -28,6 +28,7 @@ from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
 from mapo_jax.environment.live.transport import BoundedClient, UnusableResponse, parsed_json, retry_after
 from mapo_jax.environment.roles import Completion, Messages, Schema, with_schema
 from mapo_jax.errors import UserError
+from mapo_jax.speech import text_of
 
 ATTEMPTS = 4
 LONGEST_WAIT = 30.0  # seconds between two attempts, whatever the server asks for
@@ -284,7 +285,10 @@ class Server:
                 raise UnusableResponse("the answer's usage holds no numbers of tokens", _shown(usage))
         if role != "assistant":
             raise UnusableResponse(f"the answer has the role {_shown(role)[:100]!r}", _shown(content))
-        text = self._scrub(whole_characters(_text(content)))
+        try:
+            text = self._scrub(text_of(content) or "")
+        except ValueError:
+            raise UnusableResponse("the answer's content is no text", _shown(content)) from None
         cut = finish == "length"
         if finish == "content_filter":
             detail = "the server's content filter stopped the answer"
@@ -321,19 +325,6 @@ class Server:
         if isinstance(error, (openai.OpenAIError, httpx2.HTTPError)):
             return CallFailed("transport", f"{type(error).__name__}: {detail}"), True, 0.0
         raise error
-
-
-def _text(content: Any) -> str:
-    """The text of a message: the content, or its parts joined without reasoning."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    try:
-        parts = [part for part in content if part["type"] not in ("thinking", "reasoning")]
-        if isinstance(content, list) and all(part["type"] == "text" for part in parts):
-            return "".join(part["text"] for part in parts)
-    except (KeyError, TypeError):
-        pass
-    raise UnusableResponse("the answer's content is no text", _shown(content))
 
 
 def _shown(value: Any) -> str:

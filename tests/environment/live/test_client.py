@@ -77,7 +77,7 @@ def test_an_answer_with_its_tokens_and_what_was_sent(serve):
         ("stall", 30),
         {"id": "c1", "object": "chat.completion", "choices": []},
         {"choices": [{"index": 0, "message": {"role": "user", "content": "Me."}, "finish_reason": "stop"}]},
-        {"choices": [{"index": 0, "message": {"role": "assistant", "content": ["Me."]}}]},
+        {"choices": [{"index": 0, "message": {"role": "assistant", "content": [{"type": "image"}]}}]},
         {
             "choices": [{"message": {"role": "assistant", "content": "Me."}}],
             "usage": {"prompt_tokens": 1e999},
