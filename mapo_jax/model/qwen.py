@@ -8,7 +8,6 @@ queries, keys and values; Qwen3 (arXiv:2505.09388) has none, but an RMSNorm on e
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -229,7 +228,7 @@ def in_precision(params: Params, dtype: str, kept: Sequence[str] = ("scale", *AD
 
 def parameter_count(config: QwenConfig) -> int:
     """Number of weights, adapters included; a tied head is counted once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
+    return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(config)))
 
 
 def init_params(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Params:
