@@ -8,7 +8,7 @@ import os
 import secrets
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -167,10 +167,11 @@ def disk_errors(path: Path | str) -> Iterator[None]:
 
 # --- Checksums. ---
 
+Checksums = dict[str, list[int]]
+"""Size in bytes and CRC-32 of files, by name."""
 
-def checksums(
-    folder: Path, known: Mapping[str, list[int]] | None = None, without: str | None = None
-) -> dict[str, list[int]]:
+
+def checksums(folder: Path, known: Checksums | None = None, without: str | None = None) -> Checksums:
     """Size and CRC-32 of every file below `folder` except CHECKSUMS_FILE, by its relative path.
 
     Args:
@@ -184,15 +185,13 @@ def checksums(
         return {**known, **dict(zip(names, values, strict=True))}
 
 
-def write_checksums(
-    folder: Path, known: Mapping[str, list[int]] | None = None, without: str | None = None
-) -> None:
+def write_checksums(folder: Path, known: Checksums | None = None, without: str | None = None) -> None:
     """Writes CHECKSUMS_FILE into `folder`; arguments as of `checksums`."""
     files = checksums(folder, known, without)
     write_whole(folder / CHECKSUMS_FILE, json.dumps({"files": files, "crc32": crc_of(files)}, indent=1))
 
 
-def read_checksums(folder: Path) -> dict[str, list[int]] | None:
+def read_checksums(folder: Path) -> Checksums | None:
     """What `write_checksums` wrote; None without the file.
 
     Raises:
@@ -219,7 +218,7 @@ def damaged_file(folder: Path) -> str | None:
     return next(differing(folder, known), None)
 
 
-def differing(folder: Path, known: Mapping[str, list[int]]) -> Iterator[str]:
+def differing(folder: Path, known: Checksums) -> Iterator[str]:
     """The files that are missing or have another size or checksum."""
     with ThreadPoolExecutor(_READERS) as pool:
         values = pool.map(lambda name: _checksum(folder / name), known)
