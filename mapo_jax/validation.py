@@ -43,7 +43,10 @@ def evaluate(run: Run, at: Position) -> None:
         dialogues = converse(run, at, run.validation, training=False, patient=at.step == 0)
     except WorldFailing as failing:
         run.display.note(f"validation after {at.step} steps is left out: {printable(str(failing))}")
-        write_lost_calls(run, at.step)
+        # Writes the cost of the calls, so that the next step does not count them.
+        calls = run.processes.report("calls", run.world.drain())
+        if calls is not None:
+            _write(run, at.step, run.world.metrics(calls))
         return
     metrics, _ = measure(run, run.validation, dialogues, {})
     write_dialogues(run, file.with_suffix(".jsonl"), dialogues)
@@ -58,13 +61,6 @@ def evaluate(run: Run, at: Position) -> None:
 
 def _write(run: Run, step: int, metrics: Mapping[str, float]) -> None:
     run.writer.write(step, {f"evaluation/{name}": value for name, value in metrics.items()})
-
-
-def write_lost_calls(run: Run, step: int) -> None:
-    """Writes the cost of an abandoned evaluation's calls, so that the next step does not count them."""
-    calls = run.processes.report("calls", run.world.drain())
-    if calls is not None:
-        _write(run, step, run.world.metrics(calls))
 
 
 def inspect_judge(run: Run, step: int) -> None:
