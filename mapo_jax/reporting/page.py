@@ -102,9 +102,8 @@ def state_space(study: Study) -> dict[str, Any] | None:
             title = f"{colour} training: {d.card}, D {d.distances[0]:.1f} → {d.distances[-1]:.1f}"
             paths.append(charts.TracePath(d.state.positions, colour, f"#d={_key(study, d)}", title))
         mean = charts.mean_path([d.state.positions for d in dialogues])
-        means.append(
-            charts.TracePath(mean, colour, "", f"mean of {len(dialogues)} dialogues {colour} training")
-        )
+        title = f"mean of {len(dialogues)} dialogues {colour} training"
+        means.append(charts.TracePath(mean, colour, "", title))
         distances.append(_distance_series(dialogues, colour))
     if not paths:
         return None
@@ -210,12 +209,8 @@ def example(study: Study) -> dict[str, Any] | None:
         turns = list(zip(dialogue.turns, credit.rewards, strict=True))
         sides.append({"label": label, "dialogue": dialogue, "credit": credit, "turns": turns})
     one, other = (side["dialogue"] for side in sides)
-    return {
-        "card": other.state.scenario,
-        "standing": standing,
-        "sides": sides,
-        "href": _pair_link(study, one, other),
-    }
+    link = _pair_link(study, one, other)
+    return {"card": other.state.scenario, "standing": standing, "sides": sides, "href": link}
 
 
 def extremes(study: Study) -> list[tuple[str, str]]:
