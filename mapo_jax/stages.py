@@ -211,7 +211,7 @@ def rescore(run: Run, state: TrainState, rows: Batch) -> Batch:
     if run.config.algorithm.old_logprobs == "sampler":
         return rows
     logprobs = run.scorer(state.weights, place(rows, run.mesh))
-    return replace(rows, old_logprobs=run.processes.whole(logprobs))
+    return replace(rows, old_logprobs=np.asarray(run.processes.gather(logprobs)))
 
 
 def finish_update(

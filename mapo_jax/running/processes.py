@@ -77,14 +77,13 @@ class Processes(AbstractContextManager):
         """
         if self.peers is None:
             return work()
-        problem = result = None
+        problem = reason = result = None
         try:
             result = work()
-        except (Interrupted, UserError) as error:
-            problem = error
-        reason = None
-        if problem is not None:
-            reason = str(problem) if isinstance(problem, Interrupted) else f"process {self.index}: {problem}"
+        except Interrupted as error:
+            problem, reason = error, str(error)
+        except UserError as error:
+            problem, reason = error, f"process {self.index}: {error}"
         reasons = [reason for reason in self.exchange(what, reason) if reason is not None]
         if reasons:
             raise Interrupted(reasons[0]) from problem
@@ -94,13 +93,10 @@ class Processes(AbstractContextManager):
         """The arrays of all processes, concatenated along their first axis, in every process.
 
         Args:
-          tree: numpy arrays of the same shapes in every process.
+          tree: numpy arrays of the same shapes in every process. An array that is distributed over the devices
+            of all processes is returned whole. A collective.
         """
         return tree if self.count == 1 else multihost_utils.process_allgather(tree, tiled=True)
-
-    def whole(self, array: jax.Array) -> np.ndarray:
-        """The whole of an array that is distributed over the devices of all processes. A collective."""
-        return np.asarray(array) if self.count == 1 else multihost_utils.process_allgather(array, tiled=True)
 
     @contextmanager
     def exit_on_error(self) -> Iterator[None]:
