@@ -93,8 +93,8 @@ class Processes(AbstractContextManager):
         """The arrays of all processes, concatenated along their first axis, in every process.
 
         Args:
-          tree: numpy arrays of the same shapes in every process. An array that is distributed over the devices
-            of all processes is returned whole. A collective.
+          tree: numpy arrays of the same shapes in every process. An array that is distributed over the
+            devices of all processes is returned whole.
         """
         return tree if self.count == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
