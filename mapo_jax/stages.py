@@ -150,7 +150,7 @@ def measure(
 ) -> tuple[dict[str, float], list[dict[str, Any]] | None]:
     """Metrics of all processes' dialogues: rewards, returns, kinds of replies, cost of calls.
 
-    Each process reports numbers and labels of its dialogues, without text, and its `measured`. Process 0
+    Each process reports numbers and labels of its dialogues, without text, and `measured`. Process 0
     gets the metrics and all reports; the others get ({}, None).
     """
     states = [(dialogue.scenario, strip_texts(dialogue.state)) for group in dialogues for dialogue in group]
