@@ -153,7 +153,7 @@ def steps(config, processes, folder: Path, counted: int) -> dict[str, float]:
     tokenizer = train_tokenizer([c.story.stages[0].line[0] for c in cards], 2000, max_tokens=512)
     write_tokenizer(model, tokenizer)
     chat = ChatFormat(load_tokenizer(model))
-    own = processes.share(config.rollout.scenarios)
+    share = processes.share(config.rollout.scenarios)
     engine = RandomEngine(
         (share.stop - share.start) * ROLLOUTS,
         config.rollout.max_tokens,
@@ -178,7 +178,16 @@ def steps(config, processes, folder: Path, counted: int) -> dict[str, float]:
         lap("waiting", step)
         dialogues = asyncio.run(
             collect(
-                scenarios, ROLLOUTS, engine, chat, roles, limits, seed=1, step=step, concurrency=64, share=own
+                scenarios,
+                ROLLOUTS,
+                engine,
+                chat,
+                roles,
+                limits,
+                seed=1,
+                step=step,
+                concurrency=64,
+                share=share,
             )
         )
         lap("dialogues", step)

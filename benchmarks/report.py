@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,9 @@ def _row(
             }
         )
     size = turns * TOKENS
-    scenario = {"id": card.id, "domain": card.domain, "split": card.split, "topic": card.topic}
     return {
         "state": {
-            "scenario": scenario | {"start": card.start, "story": {"trigger": card.story.trigger}},
+            "scenario": asdict(card),
             "seed": r,
             "turns": finished,
             "user": "",

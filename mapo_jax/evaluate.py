@@ -19,15 +19,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jax.sharding import Mesh
 from rich.console import Console, Group
 
 from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_config, updated
 from mapo_jax.environment.card_schema import SPLITS
 from mapo_jax.environment.live.guard import WorldFailing
+from mapo_jax.environment.roles import limits_of
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation import conversations, tables, transcripts
@@ -40,6 +40,8 @@ from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.scores import emobench, empa, eqbench
 from mapo_jax.world import open_judge, open_world
+
+T = TypeVar("T")
 
 # Maximum tokens of an answer. Four ratings take about 40; with a critique and a revision, several hundred.
 EQBENCH_TOKENS, EQBENCH_REVISION_TOKENS = 128, 1024
@@ -178,12 +180,10 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
     subject = find_subject(options, BENCHMARK_DIALOGUES)
     config, name = subject.config, printable(subject.name)
     cards = _cards(options, subject)
-    if options.temperature is not None:
-        config = updated(config, {"evaluation.temperature": options.temperature})
-    if options.max_tokens is not None:
-        config = updated(config, {"rollout.max_reply_tokens": options.max_tokens})
+    given = {"evaluation.temperature": options.temperature, "rollout.max_reply_tokens": options.max_tokens}
+    config = updated(config, {key: value for key, value in given.items() if value is not None})
     rollouts, family = config.evaluation.rollouts, config.environment.family
-    limits = conversations.limits_of(config)
+    limits = limits_of(config)
     if family == "scripted" and subject.unused_world is not None:
         console.print(
             f"note: {name} was trained in a live world ({printable(subject.unused_world)}); without {TRUST} "
@@ -216,28 +216,17 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
             return folder, expected, 0
         if len(missing) < len(cards):
             console.print(f"{len(cards) - len(missing)} of {len(cards)} cards are there already")
-        with (
-            stoppable(folder) as check,
-            open_world(_without_step_deadline(config), folder.path, _mesh(config)) as world,
-        ):
+        with stoppable(folder) as check, _opened(open_world, config, folder) as world:
             session = conversations.Session(
-                subject.name,
-                missing,
-                world.evaluation_roles,
-                world.run,
-                config,
-                options.seed,
-                file,
-                console,
-                check,
+                subject.name, missing, world.evaluation_roles, config, options.seed, file, console, check
             )
             if subject.endpoint is None:
-                unanswered = conversations.hold_locally(session, subject.load(), slots=options.concurrency)
+                holding = conversations.hold_locally(session, subject.load(), slots=options.concurrency)
             else:
-                endpoint = subject.connection(
-                    options, config.evaluation.temperature, config.rollout.max_reply_tokens
-                )
-                unanswered = conversations.hold_remotely(session, endpoint)
+                tokens = config.rollout.max_reply_tokens
+                endpoint = subject.connection(options, config.evaluation.temperature, tokens)
+                holding = conversations.hold_remotely(session, endpoint)
+            unanswered = world.run(holding, check)
     return folder, expected, unanswered
 
 
@@ -245,9 +234,8 @@ def _cards(options: argparse.Namespace, subject: Subject) -> list[Scenario]:
     environment = subject.config.environment
     scripted = environment.family == "scripted"
     try:
-        if options.cards:
-            return load_scenarios(options.cards, scripted=scripted)
-        return load_scenarios(environment.scenarios, options.split, scripted=scripted)
+        split = None if options.cards else options.split
+        return load_scenarios(options.cards or environment.scenarios, split, scripted=scripted)
     except UserError as error:
         if not scripted or subject.unused_world is None:
             raise
@@ -263,30 +251,24 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     role = config.environment.judge
     judge = role.model or role.implementation or "scripted judge"
     scripted = judge == "scripted judge"
-    chats = transcripts.read_transcripts(
-        options.transcripts,
-        load_scenarios(config.environment.scenarios, scripted=scripted),
-        need_card=scripted,
-    )
+    cards = load_scenarios(config.environment.scenarios, scripted=scripted)
+    chats = transcripts.read_transcripts(options.transcripts, cards, need_card=scripted)
     default = Path("evaluations") / f"dialogues-{Path(options.transcripts).stem}"
     folder = Folder(options.output or default, transcripts.JUDGED)
     settings = {
         "benchmark": "dialogues",
-        "transcripts": fingerprint(
-            [chat.id, chat.turns, chat.scenario.id, chat.scenario.start] for chat in chats
-        ),
+        "transcripts": fingerprint([c.id, c.turns, c.scenario.id, c.scenario.start] for c in chats),
         **_flat("environment", config.environment),
     }
     with (
         folder.opened(settings) as file,  # refuses another evaluation's folder before a judge writes to it
         stoppable(folder) as check,
-        open_judge(_without_step_deadline(config), folder.path, _mesh(config)) as world,
+        _opened(open_judge, config, folder) as world,
     ):
         done = {row["case"] for row in transcripts.saved_rows(folder)}
         missing = [chat for chat in chats if chat.id not in done]
-        judging = transcripts.judge_all(
-            missing, world.roles.judge, file, console, config.environment.concurrency, check
-        )
+        concurrency = config.environment.concurrency
+        judging = transcripts.judge_all(missing, world.roles.judge, file, console, concurrency, check)
         world.run(judging, check)
     saved = {row["case"]: row for row in transcripts.saved_rows(folder)}
     rows = [saved[chat.id] for chat in chats if chat.id in saved]
@@ -314,31 +296,24 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
 @contextmanager
 def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
     """Reports a signal or a failing live world, and what is saved; yields a function for safe points."""
+    saved = f"what was finished is saved in {folder.path}, and the same command goes on from there"
     with StopRequest() as stop:
         try:
             yield stop.check
         except Interrupted as interruption:
-            raise Stopped(
-                str(interruption),
-                f"stopped by {interruption}: what was finished is saved in {folder.path}; the same command "
-                "goes on from there",
-            ) from interruption
+            raise Stopped(str(interruption), f"stopped by {interruption}: {saved}") from interruption
         except WorldFailing as failing:
-            raise UserError(
-                f"{printable(str(failing))}; what was finished is saved in {folder.path}, and the same "
-                "command goes on from there"
-            ) from failing
+            raise UserError(f"{printable(str(failing))}; {saved}") from failing
 
 
-def _mesh(config: Config) -> Mesh | None:
-    """Devices for roles on our own engine; None if there is no such role."""
+def _opened(open_world: Callable[..., T], config: Config, folder: Folder) -> T:
+    """A world, with devices only for roles on our own engine, and without the deadline of a training step.
+
+    Calls and dialogues have their own deadlines.
+    """
     models = [getattr(config.environment, name).model or "" for name in (*ROLES, HELD_OUT)]
-    return make_mesh(config.mesh) if any(model.startswith(ENGINE) for model in models) else None
-
-
-def _without_step_deadline(config: Config) -> Config:
-    """Disables the deadline of a training step; calls and dialogues have their own deadlines."""
-    return updated(config, {"environment.step_seconds": math.inf})
+    mesh = make_mesh(config.mesh) if any(model.startswith(ENGINE) for model in models) else None
+    return open_world(updated(config, {"environment.step_seconds": math.inf}), folder.path, mesh)
 
 
 def _flat(section: str, values: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import secrets
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -167,10 +167,11 @@ def disk_errors(path: Path | str) -> Iterator[None]:
 
 # --- Checksums. ---
 
+Checksums = dict[str, list[int]]
+"""Size in bytes and CRC-32 of files, by name."""
 
-def checksums(
-    folder: Path, known: Mapping[str, list[int]] | None = None, without: str | None = None
-) -> dict[str, list[int]]:
+
+def checksums(folder: Path, known: Checksums | None = None, without: str | None = None) -> Checksums:
     """Size and CRC-32 of every file below `folder` except CHECKSUMS_FILE, by its relative path.
 
     Args:
@@ -184,15 +185,13 @@ def checksums(
         return {**known, **dict(zip(names, values, strict=True))}
 
 
-def write_checksums(
-    folder: Path, known: Mapping[str, list[int]] | None = None, without: str | None = None
-) -> None:
+def write_checksums(folder: Path, known: Checksums | None = None, without: str | None = None) -> None:
     """Writes CHECKSUMS_FILE into `folder`; arguments as of `checksums`."""
     files = checksums(folder, known, without)
-    write_whole(folder / CHECKSUMS_FILE, json.dumps({"files": files, "crc32": _crc_of(files)}, indent=1))
+    write_whole(folder / CHECKSUMS_FILE, json.dumps({"files": files, "crc32": crc_of(files)}, indent=1))
 
 
-def read_checksums(folder: Path) -> dict[str, list[int]] | None:
+def read_checksums(folder: Path) -> Checksums | None:
     """What `write_checksums` wrote; None without the file.
 
     Raises:
@@ -202,7 +201,7 @@ def read_checksums(folder: Path) -> dict[str, list[int]] | None:
     if not file.exists():
         return None
     content = read_object(file)
-    if content is None or content.get("crc32") != _crc_of(content.get("files")):
+    if content is None or content.get("crc32") != crc_of(content.get("files")):
         raise ValueError(f"{file} is damaged")
     return content["files"]
 
@@ -219,7 +218,7 @@ def damaged_file(folder: Path) -> str | None:
     return next(differing(folder, known), None)
 
 
-def differing(folder: Path, known: Mapping[str, list[int]]) -> Iterator[str]:
+def differing(folder: Path, known: Checksums) -> Iterator[str]:
     """The files that are missing or have another size or checksum."""
     with ThreadPoolExecutor(_READERS) as pool:
         values = pool.map(lambda name: _checksum(folder / name), known)
@@ -246,7 +245,8 @@ def _checksum(file: Path) -> list[int] | None:
     return [size, value]
 
 
-def _crc_of(value: Any) -> int:
+def crc_of(value: Any) -> int:
+    """CRC-32 of a JSON value, whatever the order of its keys."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
@@ -264,15 +264,23 @@ def part_of(file: Path, part: str) -> Path:
 
 
 @contextmanager
-def local_folder(folder: Path | str) -> Iterator[Path]:
-    """A flat folder on this machine's disk, a copy of one in a bucket: for libraries without buckets."""
+def local_folder(folder: Path | str, *, write: bool = False) -> Iterator[Path]:
+    """A flat folder on this machine's disk, a copy of one in a bucket: for libraries without buckets.
+
+    Args:
+      write: creates the folder, and copies it back to the bucket at the end of the context.
+    """
     folder = as_path(folder)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
     if not in_bucket(folder):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="mapo_jax.") as temporary:
         copy_files(folder, Path(temporary))
         yield Path(temporary)
+        if write:
+            copy_files(Path(temporary), folder)
 
 
 def copy_files(source: Path, target: Path) -> None:

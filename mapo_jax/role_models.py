@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, EnvironmentConfig, RoleConfig, RolloutConfig
 from mapo_jax.environment.live.call_cache import CACHE_FILE, CallCache
-from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete, Messages
+from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete
 from mapo_jax.environment.live.director import LiveDirector
 from mapo_jax.environment.live.judge import LiveJudge
 from mapo_jax.environment.live.keys import read_key
 from mapo_jax.environment.live.limits import allow_connections
 from mapo_jax.environment.live.user import LiveUser
-from mapo_jax.environment.roles import Completion
+from mapo_jax.environment.roles import Completion, Messages, Schema
 from mapo_jax.errors import UserError
 from mapo_jax.files import part_of
 from mapo_jax.rollout.completion import EngineModel
@@ -75,7 +75,7 @@ def open_models(
             if name in remote:
                 runner.run(_check_server(name, role, calls[name]))
             else:
-                calls[name] = _engine_call(name, role, engines, config, mesh, log)
+                calls[name] = _engine_call(name, engines, config, mesh, log)
         cache = None
         if folder is not None:  # only now: a run that cannot start leaves its folder unchanged
             cache = CallCache(part_of(folder / CACHE_FILE, part))
@@ -85,7 +85,7 @@ def open_models(
             keys = ("model", "temperature", "max_tokens", "extra_body")
             settings = {key: getattr(role, key) for key in keys}
             callers[name] = Caller(name, calls[name], settings, log, cache)
-        log.take({})  # the first requests belong to no step
+        log.drain()  # the first requests belong to no step
         yield callers, log
 
 
@@ -138,7 +138,7 @@ def _connect(
     servers = {}
     for url in urls:
         servers[url] = connections = Connections(url, **limits)
-        stack.callback(lambda connections=connections: runner.run(connections.close()))
+        stack.callback(lambda connections=connections: runner.run(connections.aclose()))
     return servers
 
 
@@ -165,13 +165,8 @@ def _server(
         else:
             log[name].seconds.append(seconds)
 
-    return Server(
-        role,
-        key=key,
-        call_seconds=environment.call_seconds,
-        connections=connections,
-        on_attempt=count_attempt,
-    )
+    seconds = environment.call_seconds
+    return Server(role, connections, key=key, call_seconds=seconds, on_attempt=count_attempt)
 
 
 async def _check_server(name: str, role: RoleConfig, server: Server) -> None:
@@ -189,14 +184,10 @@ async def _check_server(name: str, role: RoleConfig, server: Server) -> None:
 
 
 def _engine_call(
-    name: str,
-    role: RoleConfig,
-    engines: dict[Any, EngineModel],
-    config: Config,
-    mesh: Mesh | None,
-    log: CallLog,
+    name: str, engines: dict[Any, EngineModel], config: Config, mesh: Mesh | None, log: CallLog
 ) -> Callable[..., Awaitable[Any]]:
     """Calls a frozen model on an engine of this process; roles of one model and temperature share it."""
+    role = getattr(config.environment, name)
     options = _ENGINE_DEFAULTS | role.extra_body
     if set(options) != set(_ENGINE_DEFAULTS) or not all(
         isinstance(value, int) and value > 0 for value in options.values()
@@ -229,7 +220,7 @@ def _engine_call(
         engines[identity] = EngineModel(engine, policy.chat)
     model = engines[identity]
 
-    async def call(messages: Messages, *, seed: int, schema: Mapping[str, Any] | None) -> Completion:
+    async def call(messages: Messages, *, seed: int, schema: Schema | None) -> Completion:
         started = time.monotonic()
         completion = await model(messages, seed=seed, schema=schema, max_tokens=role.max_tokens)
         log[name].seconds.append(time.monotonic() - started)

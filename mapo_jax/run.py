@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mapo_jax.commands import Stopped, cache_folder, machine_errors
 from mapo_jax.config import Config, to_yaml
+from mapo_jax.environment.roles import limits_of
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
@@ -34,14 +35,7 @@ from mapo_jax.running.forecast import check_memory, model_shape
 from mapo_jax.running.heartbeat import Heartbeat
 from mapo_jax.running.metrics import CompileCounter, MetricWriter
 from mapo_jax.running.phases import Phases
-from mapo_jax.running.policy import (
-    Policy,
-    adapters,
-    load_policy,
-    make_engine,
-    read_policy,
-    save_model_files,
-)
+from mapo_jax.running.policy import Policy, adapters, load_policy, make_engine, read_policy, save_model_files
 from mapo_jax.running.processes import Processes, rollout_mesh, rollout_weights, share_of
 from mapo_jax.running.processes import join as join_processes
 from mapo_jax.running.run_folder import (
@@ -155,15 +149,9 @@ def prepare(
     mesh = make_mesh(config.mesh)
     sampling_mesh = rollout_mesh(mesh, processes)
     claim_together(config, folder, processes, stack)
-    world = stack.enter_context(
-        open_world(
-            config,
-            cache_folder("runs") / str(folder).replace("/", "-") if in_bucket(folder) else folder,
-            sampling_mesh,
-            run_folder=folder,
-            processes=processes,
-        )
-    )
+    local = cache_folder("runs") / str(folder).replace("/", "-") if in_bucket(folder) else folder
+    opened = open_world(config, local, sampling_mesh, run_folder=folder, processes=processes)
+    world = stack.enter_context(opened)
     policy, params = starting_policy(config, folder, mesh, stop, console, processes)
     chat = policy.chat
     programs = make_programs(config, policy.config, chat.vocabulary_size, mesh)
@@ -172,15 +160,10 @@ def prepare(
     engine = evaluator = sampler(config.rollout.temperature)
     if config.evaluation.temperature != config.rollout.temperature:
         evaluator = sampler(config.evaluation.temperature)
-    display = Display(
-        f"{config.algorithm.estimator} · {folder}",
-        config.training.steps,
-        live=config.logging.progress and processes.first,
-        console=console,
-    )
-    checkpoints = stack.enter_context(
-        Checkpoints(folder, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
-    )
+    title, live = f"{config.algorithm.estimator} · {folder}", config.logging.progress and processes.first
+    display = Display(title, config.training.steps, live=live, console=console)
+    kept = config.checkpoint
+    checkpoints = stack.enter_context(Checkpoints(folder, keep=kept.keep, keep_best=kept.keep_best))
     # Before anything is appended: files after the newest whole checkpoint will be written again.
     done = max(checkpoints.steps, default=-1)
     writer = None
@@ -198,9 +181,7 @@ def prepare(
         mesh=mesh,
         policy=policy,
         world=world,
-        limits=Limits(
-            config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance
-        ),
+        limits=limits_of(config),
         validation=validation,
         engine=engine,
         evaluator=evaluator,
@@ -298,11 +279,7 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
 
 def save(run: Run, at: Position) -> None:
     """Starts to save a checkpoint. It needs no random state: numbers follow from the seed and the step."""
-    progress = {
-        "deck": at.deck,
-        "seed": run.config.training.seed,
-        "configuration": to_yaml(run.config),
-    }
+    progress = {"deck": at.deck, "seed": run.config.training.seed, "configuration": to_yaml(run.config)}
     with run.phases("checkpoint"):
         run.checkpoints.save(at.step, at.state, progress)
 

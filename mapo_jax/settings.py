@@ -60,6 +60,13 @@ def value_of(section: Section, dotted: str) -> Any:
     return functools.reduce(getattr, dotted.split("."), section)
 
 
+def value_at(tree: Any, dotted: str) -> Any:
+    """The value under a dotted key of nested mappings; None if there is none."""
+    for name in dotted.split("."):
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
 def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
     """Dotted keys in which two nested mappings or sections differ."""
     one, other = (tree.model_dump() if isinstance(tree, Section) else tree for tree in (one, other))
@@ -113,11 +120,7 @@ def read_yaml(path: Path | str) -> tuple[dict[str, Any], dict[str, str]]:
         content = node and loader.construct_document(node)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # not UTF-8, no date, a recursive alias
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no date, a recursive alias
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(content).__name__}")

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
+from mapo_jax.algorithm.cells import Mask, Values
 from mapo_jax.environment.dialogue import from_stripped, strip_texts
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.readings import reading_metrics
@@ -25,9 +24,8 @@ from mapo_jax.files import part_name, part_of, write_whole
 from mapo_jax.learning.batch import Batch, Cells, make_batch, make_cells, row_length, row_lengths
 from mapo_jax.learning.programs import rows_per_dialogue
 from mapo_jax.learning.train_state import TrainState
-from mapo_jax.learning.update import fetch, place
+from mapo_jax.learning.update import Metrics, fetch, place
 from mapo_jax.rollout.collect import Dialogue, collect
-from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
 from mapo_jax.run import Position, Run, save
@@ -36,6 +34,7 @@ from mapo_jax.running.utilization import memory, peak_flops, step_work, utilizat
 from mapo_jax.scores.figures import summarize
 
 Dialogues = list[list[Dialogue]]  # [S][R], of this process's scenarios
+EVALUATION_STREAM = 1_000_003  # added to the seed, so that no dialogue of validation repeats one of training
 
 
 def warm_up(run: Run, at: Position) -> None:
@@ -63,20 +62,16 @@ def hold_dialogues(run: Run, at: Position, scenarios: list[Scenario]) -> tuple[D
     """Holds R dialogues in each scenario with the current policy: dialogues [S][R], and their metrics."""
     started, before = time.monotonic(), replace(run.engine.counts)
     run.engine.load(run.sampling_weights(at.state.weights), at.step)
-    dialogues = converse(
-        run, at, run.engine, scenarios, run.config.rollout.rollouts, run.config.training.seed, at.step
-    )
+    dialogues = converse(run, at, scenarios, training=True)
     seconds, work = time.monotonic() - started, run.engine.counts.since(before)
     rows = [row for group in dialogues for dialogue in group for row in dialogue.rows]
-    metrics, reports = measure(
-        run,
-        scenarios,
-        dialogues,
-        seconds=seconds,
-        tokens=sum(sum(row.sampled) for row in rows),
-        sizes=[len(row) for row in rows],
-        work=asdict(work),
-    )
+    measured = {
+        "seconds": seconds,
+        "tokens": sum(sum(row.sampled) for row in rows),
+        "sizes": [len(row) for row in rows],
+        "work": asdict(work),
+    }
+    metrics, reports = measure(run, scenarios, dialogues, measured)
     return dialogues, metrics | (_rollout_metrics(run, reports) if reports else {})
 
 
@@ -99,23 +94,21 @@ def _rollout_metrics(run: Run, reports: Sequence[dict[str, Any]]) -> dict[str, f
 
 
 def converse(
-    run: Run,
-    at: Position,
-    engine: Engine,
-    scenarios: Sequence[Scenario],
-    rollouts: int,
-    seed: int,
-    step: int,
-    patient: bool = True,
+    run: Run, at: Position, scenarios: Sequence[Scenario], *, training: bool, patient: bool = True
 ) -> Dialogues:
     """This process's share of the dialogues of the policy with the world, [S / processes][rollouts].
 
-    `patient` and errors as of `World.hold`; a world that fails in one process fails in all.
+    Validation dialogues have the same random numbers after every step. `patient` and errors as of
+    `World.hold`; a world that fails in one process fails in all.
     """
-    share = run.processes.share(len(scenarios))
+    config, share = run.config, run.processes.share(len(scenarios))
+    if training:
+        name, stream, engine, roles = "dialogues", "train", run.engine, run.world.roles
+        rollouts, seed, step = config.rollout.rollouts, config.training.seed, at.step
+    else:
+        name, stream, engine, roles = "validation", "evaluation", run.evaluator, run.world.evaluation_roles
+        rollouts, seed, step = config.evaluation.rollouts, config.training.seed + EVALUATION_STREAM, 0
     total = (share.stop - share.start) * rollouts * run.limits.max_turns
-    training = seed == run.config.training.seed
-    name = "dialogues" if training else "validation"
     if run.processes.count == 1:  # of several each pauses alone, and cannot save alone
         run.world.on_pause = partial(save, run, at)
 
@@ -129,7 +122,7 @@ def converse(
             rollouts,
             engine,
             run.policy.chat,
-            run.world.roles if training else run.world.evaluation_roles,
+            roles,
             run.limits,
             seed=seed,
             step=step,
@@ -142,7 +135,7 @@ def converse(
     try:
         return run.world.hold(
             collection,
-            stream="train" if training else "evaluation",
+            stream=stream,
             step=engine.version,
             check=run.stop.check,
             note=run.display.note,
@@ -153,15 +146,15 @@ def converse(
 
 
 def measure(
-    run: Run, scenarios: Sequence[Scenario], dialogues: Dialogues, **measurements: Any
+    run: Run, scenarios: Sequence[Scenario], dialogues: Dialogues, measured: Mapping[str, Any]
 ) -> tuple[dict[str, float], list[dict[str, Any]] | None]:
     """Metrics of all processes' dialogues: rewards, returns, kinds of replies, cost of calls.
 
-    Each process reports numbers and labels of its dialogues, without text, and its `measurements`. Process 0
+    Each process reports numbers and labels of its dialogues, without text, and `measured`. Process 0
     gets the metrics and all reports; the others get ({}, None).
     """
     states = [(dialogue.scenario, strip_texts(dialogue.state)) for group in dialogues for dialogue in group]
-    report = {"dialogues": states, "calls": run.world.drain(), **measurements}
+    report = {"dialogues": states, "calls": run.world.drain(), **measured}
     if (reports := run.processes.report("figures", report)) is None:
         return {}, None
     states = [from_stripped(scenarios[s], state) for each in reports for s, state in each["dialogues"]]
@@ -189,24 +182,13 @@ def lay_out_cells(run: Run, dialogues: Dialogues) -> Cells:
     return Cells(*run.processes.gather((cells.positions, cells.valid, cells.scored)))
 
 
-def lay_out_rows(
-    run: Run,
-    dialogues: Dialogues,
-    advantages: Float[Array, "S R T"],
-    scored: Bool[np.ndarray, "S R T"],
-) -> Batch:
+def lay_out_rows(run: Run, dialogues: Dialogues, advantages: Values, scored: Mask) -> Batch:
     """The token rows of the step, `[B, L]`, of all processes' dialogues, with each token's advantage."""
     share = run.processes.share(run.config.rollout.scenarios)
-    length = max(
-        run.processes.exchange("rows", row_length(dialogues, row_lengths(run.config.rollout.max_tokens)))
-    )
-    batch = make_batch(
-        dialogues,
-        np.asarray(advantages)[share],
-        scored[share],
-        length,
-        rows_per_dialogue=rows_per_dialogue(run.config),
-    )
+    length = row_length(dialogues, row_lengths(run.config.rollout.max_tokens))
+    length = max(run.processes.exchange("rows", length))
+    advantages, rows = np.asarray(advantages)[share], rows_per_dialogue(run.config)
+    batch = make_batch(dialogues, advantages, scored[share], length, rows_per_dialogue=rows)
     return run.processes.gather(batch)
 
 
@@ -229,15 +211,11 @@ def rescore(run: Run, state: TrainState, rows: Batch) -> Batch:
     if run.config.algorithm.old_logprobs == "sampler":
         return rows
     logprobs = run.scorer(state.weights, place(rows, run.mesh))
-    return replace(rows, old_logprobs=run.processes.whole(logprobs))
+    return replace(rows, old_logprobs=np.asarray(run.processes.gather(logprobs)))
 
 
 def finish_update(
-    run: Run,
-    at: Position,
-    updates: Sequence[dict[str, jax.Array]],
-    advantages: Float[Array, "S R T"],
-    scored: Bool[np.ndarray, "S R T"],
+    run: Run, at: Position, updates: Sequence[Metrics], advantages: Values, scored: Mask
 ) -> dict[str, float]:
     """Metrics of a step's updates and advantages; waits for the device.
 

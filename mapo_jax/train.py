@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from mapo_jax import stages
 from mapo_jax.commands import prepare_jax, run_command
 from mapo_jax.config import Config, describe_keys, load_config
 from mapo_jax.environment.live.cost import live_forecast
@@ -31,16 +32,6 @@ from mapo_jax.learning.update import place
 from mapo_jax.run import Position, begin, cards, checkpoint_due, evaluation_due, open_run, save, scenario_deck
 from mapo_jax.running.forecast import forecast
 from mapo_jax.running.stop import Interrupted
-from mapo_jax.stages import (
-    finish_update,
-    hold_dialogues,
-    lay_out_cells,
-    lay_out_rows,
-    record,
-    rescore,
-    save_before_compiling,
-    warm_up,
-)
 from mapo_jax.validation import conclude, validate
 
 
@@ -58,24 +49,24 @@ def train(config: Config, console: Console | None = None) -> None:
         at = begin(run, deck)
         try:
             if at.step < training.steps:
-                warm_up(run, at)
+                stages.warm_up(run, at)
             if evaluation_due(config, at.step):
                 validate(run, at)
             while at.step < training.steps:
                 started = time.monotonic()
                 with run.phases("rollout"):
-                    dialogues, metrics = hold_dialogues(run, at, next(deck))
+                    dialogues, metrics = stages.hold_dialogues(run, at, next(deck))
 
                 with run.phases("update"):
-                    cells = lay_out_cells(run, dialogues)
+                    cells = stages.lay_out_cells(run, dialogues)
                     valid, scored = cells.valid, cells.scored
                     rewards = turn_rewards(cells.positions, scored, algorithm=algorithm)
                     returns = turn_returns(rewards, valid, scored, algorithm=algorithm)
                     advantages = turn_advantages(rewards, returns, valid, scored, algorithm=algorithm)
 
-                    rows = lay_out_rows(run, dialogues, advantages, scored)
-                    save_before_compiling(run, at, rows)
-                    rows = rescore(run, at.state, rows)
+                    rows = stages.lay_out_rows(run, dialogues, advantages, scored)
+                    stages.save_before_compiling(run, at, rows)
+                    rows = stages.rescore(run, at.state, rows)
                     state, updates = at.state, []
                     for minibatch in minibatches(
                         rows,
@@ -87,10 +78,10 @@ def train(config: Config, console: Console | None = None) -> None:
                     ):
                         state, update = run.update(state, place(minibatch, run.mesh))
                         updates.append(update)
-                    metrics |= finish_update(run, at, updates, advantages, scored)
+                    metrics |= stages.finish_update(run, at, updates, advantages, scored)
 
                 at = Position(at.step + 1, state, deck.get_state())
-                record(run, at, dialogues, metrics, started)
+                stages.record(run, at, dialogues, metrics, started)
                 if checkpoint_due(config, at.step):
                     save(run, at)
                 run.processes.together("the end of a step", run.stop.check)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from mapo_jax.commands import printable
@@ -17,9 +18,7 @@ from mapo_jax.reporting.write import write_report
 from mapo_jax.run import Position, Run
 from mapo_jax.running.display import results_table, transcript
 from mapo_jax.scores.figures import summarize
-from mapo_jax.stages import converse, measure, write_dialogues
-
-EVALUATION_STREAM = 1_000_003  # added to the seed, so that no dialogue repeats one of training
+from mapo_jax.stages import EVALUATION_STREAM, converse, measure, write_dialogues
 
 
 def validate(run: Run, at: Position) -> None:
@@ -39,24 +38,24 @@ def evaluate(run: Run, at: Position) -> None:
     file = run.folder / "evaluations" / f"step_{at.step:06d}.json"
     if run.processes.exchange("before an evaluation", read_object(file) is not None)[0]:
         return
-    config = run.config
     run.evaluator.load(run.sampling_weights(at.state.weights), at.step)
-    seed = config.training.seed + EVALUATION_STREAM
-    rollouts, patient = config.evaluation.rollouts, at.step == 0
     try:
-        dialogues = converse(run, at, run.evaluator, run.validation, rollouts, seed, 0, patient=patient)
+        dialogues = converse(run, at, run.validation, training=False, patient=at.step == 0)
     except WorldFailing as failing:
         run.display.note(f"validation after {at.step} steps is left out: {printable(str(failing))}")
-        write_lost_calls(run, at.step)
+        # Writes the cost of the calls, so that the next step does not count them.
+        calls = run.processes.report("calls", run.world.drain())
+        if calls is not None:
+            _write(run, at.step, run.world.metrics(calls))
         return
-    metrics, _ = measure(run, run.validation, dialogues)
+    metrics, _ = measure(run, run.validation, dialogues, {})
     write_dialogues(run, file.with_suffix(".jsonl"), dialogues)
     if not run.processes.first:
         return
     _write(run, at.step, metrics)
     write_whole(file, json.dumps(metrics, indent=1))
     run.display.evaluation(at.step, metrics)
-    if dialogues and at.step in (0, config.training.steps):
+    if dialogues and at.step in (0, run.config.training.steps):
         run.display.note(transcript(dialogues[0][0].state, "before" if at.step == 0 else "after"))
 
 
@@ -64,35 +63,26 @@ def _write(run: Run, step: int, metrics: Mapping[str, float]) -> None:
     run.writer.write(step, {f"evaluation/{name}": value for name, value in metrics.items()})
 
 
-def write_lost_calls(run: Run, step: int) -> None:
-    """Writes the cost of an abandoned evaluation's calls, so that the next step does not count them."""
-    calls = run.processes.report("calls", run.world.drain())
-    if calls is not None:
-        _write(run, step, run.world.metrics(calls))
-
-
 def inspect_judge(run: Run, step: int) -> None:
     """Scores fixed calibration replies and probes with a live judge; warns if it rewards the wrong replies.
 
     Writes evaluations/step_N_judge.json atomically.
     """
-    folder = run.folder / "evaluations"
-    file = folder / f"step_{step:06d}_judge.json"
+    file = run.folder / "evaluations" / f"step_{step:06d}_judge.json"
     if not run.world.live:
         return
     if run.processes.exchange("before the judge's inspection", read_object(file) is not None)[0]:
         return
-    run.processes.together(
-        "the judge's inspection", lambda: run.processes.first and _score_judge(run, folder, step)
-    )
+    run.processes.together("the judge's inspection", partial(_score_judge, run, file, step))
 
 
-def _score_judge(run: Run, folder: Path, step: int) -> None:
-    """Process 0's work in `inspect_judge`."""
-    file = folder / f"step_{step:06d}_judge.json"
+def _score_judge(run: Run, file: Path, step: int) -> None:
+    """The inspection itself, which process 0 does alone."""
+    if not run.processes.first:
+        return
     run.display.phase("judge")
     levels = run.world.score_calibration(run.config.training.seed + EVALUATION_STREAM + step, run.stop.check)
-    first = read_object(folder / "step_000000_judge.json")
+    first = read_object(file.with_name("step_000000_judge.json"))
     metrics = health.summary(levels, first) | run.world.metrics()
     run.writer.write(step, metrics)
     write_whole(file, json.dumps(levels, indent=1))

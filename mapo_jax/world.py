@@ -26,9 +26,11 @@ from mapo_jax.role_models import make_role, open_models
 from mapo_jax.rollout.journal import Journal, journal_files, prune
 from mapo_jax.running.processes import SINGLE, Processes
 from mapo_jax.running.run_folder import whole_steps
+from mapo_jax.running.stop import Check
 
 T = TypeVar("T")
 Collection = Callable[[Journal | None], Awaitable[list[list[T]]]]
+Note = Callable[[str], None]  # takes a message
 
 PAUSES = 5  # each twice as long as the one before; their sum is environment.pause_minutes
 _CHECK_SECONDS = 0.2  # between two checks of the stop flag while the world is awaited
@@ -67,18 +69,16 @@ class World:
         self._max_turns = config.rollout.max_turns
         self._log = log or CallLog()
         self._unguarded = self.roles = self.evaluation_roles = roles
-        self._watches: dict[str, Watch] = {}  # by stream
-        self._guards: dict[str, Guarded] = {}
+        self._guards: dict[str, Guarded] = {}  # by stream
         if self.live:
             for stream, unguarded in (("train", roles), ("evaluation", evaluation_roles or roles)):
-                self._watches[stream] = Watch(self._config.failure_share)
-                self._guards[stream] = self._guarded(unguarded, self._watches[stream])
+                self._guards[stream] = self._guarded(unguarded, Watch(self._config.failure_share))
             self.roles = self._guards["train"].roles
             self.evaluation_roles = self._guards["evaluation"].roles
         first = 60 * self._config.pause_minutes / (2**PAUSES - 1)
         self._waits = [first * 2**i for i in range(PAUSES)] if self._config.pause_minutes else []
 
-    def run(self, work: Awaitable[T], check: Callable[[], None] = lambda: None) -> T:
+    def run(self, work: Awaitable[T], check: Check = lambda: None) -> T:
         """Awaits `work` on the world's event loop; `check` may raise to cancel it."""
         return self._runner.run(_watched(work, check))
 
@@ -88,8 +88,8 @@ class World:
         *,
         stream: str,
         step: int,
-        check: Callable[[], None],
-        note: Callable[[str], None],
+        check: Check,
+        note: Note,
         patient: bool = True,
     ) -> list[list[T]]:
         """Holds this process's dialogues of a step; in the live world with pauses and a journal.
@@ -130,12 +130,7 @@ class World:
             together("a pause", partial(pause, failure))
 
     def _attempts(
-        self,
-        collection: Collection[T],
-        stream: str,
-        step: int,
-        check: Callable[[], None],
-        pause: Callable[[str], None] | None,
+        self, collection: Collection[T], stream: str, step: int, check: Check, pause: Note | None
     ) -> tuple[list[list[T]], str | None]:
         """This process's dialogues; without pauses and with a failing world, none and the failure."""
         assert self._folder is not None
@@ -145,26 +140,22 @@ class World:
         while True:
             self._guards[stream].begin()
             try:
-                with (
-                    disk_errors(self._folder),
-                    Journal(*journal_files(self._run_folder, stream, step, part)) as journal,
-                ):
+                files = journal_files(self._run_folder, stream, step, part)
+                with disk_errors(self._folder), Journal(*files) as journal:
                     return self.run(collection(journal), check), None
             except WorldFailing as failing:
-                self._watches[stream].clear()
+                self._guards[stream].watch.clear()
                 if pause is None:
                     return [], str(failing)
                 pause(str(failing))
 
-    def _pausing(
-        self, stream: str, check: Callable[[], None], note: Callable[[str], None]
-    ) -> Callable[[str], None]:
+    def _pausing(self, stream: str, check: Check, note: Note) -> Note:
         """A function that pauses after a failure, each time twice as long, and at last raises UserError."""
         waits = list(self._waits)
 
         def pause(failure: str) -> None:
             failure = printable(failure)
-            self._watches[stream].clear()
+            self._guards[stream].watch.clear()
             self.on_pause()
             if not waits:
                 cleared = f"{self._config.pause_minutes:g} minutes of pauses did not clear it"
@@ -180,19 +171,15 @@ class World:
 
         return pause
 
-    def score_calibration(self, seed: int, check: Callable[[], None]) -> dict[str, tuple[int, ...] | None]:
+    def score_calibration(self, seed: int, check: Check) -> dict[str, tuple[int, ...] | None]:
         """The judge's levels for the fixed replies of `health`; None for a failed call. Never pauses."""
         judge = self._guarded(self._unguarded, Watch(1.0)).roles.judge
         return self.run(score_all(judge, seed, self._config.concurrency), check)
 
     def _guarded(self, roles: Roles, watch: Watch) -> Guarded:
-        return Guarded(
-            roles,
-            watch,
-            self._log,
-            dialogue_seconds=2 * self._config.call_seconds * self._max_turns,
-            step_seconds=self._config.step_seconds,
-        )
+        seconds = 2 * self._config.call_seconds * self._max_turns
+        step_seconds = self._config.step_seconds
+        return Guarded(roles, watch, self._log, dialogue_seconds=seconds, step_seconds=step_seconds)
 
     def drain(self) -> dict[str, Any] | None:
         """Counts of the calls since the last `drain`, for `metrics`; None in the scripted world."""
@@ -288,7 +275,7 @@ def _share(environment: EnvironmentConfig, count: int) -> EnvironmentConfig:
     return updated(environment, {"concurrency": share(environment.concurrency), **changes})
 
 
-async def _watched(work: Awaitable[T], check: Callable[[], None]) -> T:
+async def _watched(work: Awaitable[T], check: Check) -> T:
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=_CHECK_SECONDS))[0]:
@@ -300,7 +287,7 @@ async def _watched(work: Awaitable[T], check: Callable[[], None]) -> T:
             await asyncio.gather(task, return_exceptions=True)
 
 
-def _sleep(seconds: float, check: Callable[[], None]) -> None:
+def _sleep(seconds: float, check: Check) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         check()

@@ -13,6 +13,7 @@ import pytest
 from mapo_jax import validation
 from mapo_jax.config import ROLES, load_config, to_yaml
 from mapo_jax.environment.dialogue import DialogueState
+from mapo_jax.environment.live.calls import call_figures
 from mapo_jax.environment.live.guard import WorldFailing
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.state import Limits
@@ -417,7 +418,7 @@ def test_roles_of_one_model_share_an_engine_with_room_for_the_longest_answer(mon
         open_models(configure(None, **changes), None, None, runner, ROLES) as (callers, log),
     ):
         runner.run(ask(callers))
-        metrics = log.take({})
+        metrics = call_figures([log.drain()], {})
     (engine,) = made
     assert engine.max_reply_tokens == 700 and engine.limits == [lengths[role] for role in ROLES]
     assert all(metrics[f"{role}/latency_p50"] > 0 for role in ROLES)
@@ -678,7 +679,7 @@ def test_an_evaluation_that_is_left_out_keeps_its_calls_from_the_next_step(
     written = []
     with open_world(config, tmp_path, None) as world:
 
-        def converse(run, at, engine, scenarios, *_, **__):
+        def converse(run, at, scenarios, **_):
             world.run(world.evaluation_roles.user.open(scenarios[0], 1))
             raise WorldFailing("no luck")
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+Values = Float[Array, "S R T"]
+Mask = Bool[Array, "S R T"]
 
-def masked(values: Float[Array, "S R T"], mask: Bool[Array, "S R T"]) -> Float[Array, "S R T"]:
+
+def masked(values: Values, mask: Mask) -> Values:
     """`values` in float32, with 0 outside `mask`.
 
     Raises:
@@ -32,7 +35,7 @@ def check_mask(mask: Bool[Array, "*shape"], shape: tuple[int, ...]) -> None:
         raise ValueError(f"a mask of shape {mask.shape} does not fit values of shape {shape}")
 
 
-def scored_cells(valid: Bool[Array, "S R T"], scored: Bool[Array, "S R T"] | None) -> Bool[Array, "S R T"]:
+def scored_cells(valid: Mask, scored: Mask | None) -> Mask:
     """`scored & valid`, or `valid` if `scored` is None.
 
     Raises:

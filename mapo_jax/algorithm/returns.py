@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from mapo_jax.algorithm import cells
+from mapo_jax.algorithm.cells import Mask, Values
 from mapo_jax.algorithm.rewards import impute_missing
 
 
-def discounted_returns(
-    rewards: Float[Array, "S R T"], valid: Bool[Array, "S R T"], discount: float
-) -> Float[Array, "S R T"]:
+def discounted_returns(rewards: Values, valid: Mask, discount: float) -> Values:
     """`G_t = sum_{k >= t} discount^(k-t) r_k` over the valid turns: a turn is credited with later effects.
 
     The discount is per turn, never per token. Turns without a score must be imputed first
@@ -41,13 +40,7 @@ def discounted_returns(
     return jnp.where(valid, jnp.moveaxis(returns, 0, -1), 0.0)
 
 
-def monte_carlo(
-    rewards: Float[Array, "S R T"],
-    valid: Bool[Array, "S R T"],
-    scored: Bool[Array, "S R T"] | None = None,
-    *,
-    discount: float,
-) -> Float[Array, "S R T"]:
+def monte_carlo(rewards: Values, valid: Mask, scored: Mask | None = None, *, discount: float) -> Values:
     """`discounted_returns` of the rewards with unscored turns imputed (`rewards.impute_missing`).
 
     Args and errors as of these two.

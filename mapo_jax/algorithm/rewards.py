@@ -14,9 +14,10 @@ from types import MappingProxyType, ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from mapo_jax.algorithm import cells
+from mapo_jax.algorithm.cells import Mask, Values
 
 MARGIN = 1.0  # eps of the distance
 POTENTIAL_SCALE = 9.0  # a of the potential
@@ -76,11 +77,7 @@ REWARDS: MappingProxyType[str, Callable[[Array], Array]] = MappingProxyType(
 """Name in the configuration -> function from positions `[..., T+1, 3]` to rewards `[..., T]`."""
 
 
-def impute_missing(
-    rewards: Float[Array, "S R T"],
-    valid: Bool[Array, "S R T"],
-    scored: Bool[Array, "S R T"] | None = None,
-) -> Float[Array, "S R T"]:
+def impute_missing(rewards: Values, valid: Mask, scored: Mask | None = None) -> Values:
     """Gives an unscored turn the mean of its rollout's scored rewards.
 
     `r[s,r,t] = mean over scored t' of r[s,r,t']` where valid and not scored: earlier turns keep a defined

@@ -16,17 +16,8 @@ PERIODS = ("childhood", "youth", "adulthood", "recent")
 
 # Feelings that the scripted user states, and those it only hints at.
 FEELINGS = (
-    "tired",
-    "angry",
-    "sad",
-    "anxious",
-    "lonely",
-    "confused",
-    "hurt",
-    "frustrated",
-    "restless",
-    "numb",
-)
+    "tired", "angry", "sad", "anxious", "lonely", "confused", "hurt", "frustrated", "restless", "numb",
+)  # fmt: skip
 UNSTATED = ("ashamed", "guilty", "unseen", "powerless", "unworthy", "abandoned", "betrayed", "afraid")
 
 

@@ -80,6 +80,16 @@ class Turn:
         """Whether the turn has a reward."""
         return self.judgement is not None
 
+    @property
+    def levels(self) -> calculator.Levels | None:
+        """The judge's six levels; None if the turn is unscored."""
+        return self.judgement and self.judgement.levels
+
+    @property
+    def reading(self) -> Mapping[str, Any] | None:
+        """How the scripted judge parsed the reply."""
+        return self.judgement and self.judgement.reading
+
 
 @dataclass(frozen=True)
 class DialogueState:
@@ -111,13 +121,22 @@ class DialogueState:
     @cached_property
     def increments(self) -> tuple[tuple[float, float, float] | None, ...]:
         """`v_t` of each turn; None where the judge failed."""
-        judgements = (turn.judgement for turn in self.turns)
-        return tuple(judged and calculator.points(judged.levels) for judged in judgements)
+        return tuple(turn.levels and calculator.points(turn.levels) for turn in self.turns)
+
+    @property
+    def counts(self) -> bool:
+        """Whether statistics count it: it did not end in an error and has a scored turn."""
+        return self.outcome != "error" and any(turn.scored for turn in self.turns)
+
+    def usable(self, max_failed_share: float) -> bool:
+        """Whether to learn from it: it counts, and no larger share of its turns than this is unscored."""
+        failed = sum(not turn.scored for turn in self.turns)
+        return self.counts and failed <= max_failed_share * len(self.turns)
 
     @property
     def energy(self) -> float:
         """E so far: progress in the direction from the start state to equilibrium, in points."""
-        return calculator.energy_from_position(self.scenario.start_position, self.position)
+        return calculator.energy(self.scenario.start_position, self.position)
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -134,13 +153,13 @@ def strip_texts(state: DialogueState) -> dict[str, Any]:
     """The dialogue as JSON values without any text; enough for every metric."""
 
     def strip(turn: Turn) -> dict[str, Any]:
-        reading = turn.judgement and turn.judgement.reading
+        reading = turn.reading
         if reading is not None:
             named = [{"what": name["what"], "right": name["right"]} for name in reading.get("named", ())]
             reading = {key: reading[key] for key in ("kind", "stage") if key in reading} | {"named": named}
         return {
             "position": turn.position,
-            "levels": turn.judgement and turn.judgement.levels,
+            "levels": turn.levels,
             "reading": reading,
             "failure": turn.failure,
             "truncated": turn.truncated,

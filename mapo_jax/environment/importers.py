@@ -23,6 +23,7 @@ from mapo_jax.environment.card_schema import DOMAINS, INDICATORS
 from mapo_jax.environment.scenario import print_problems, read_cards
 from mapo_jax.errors import UserError
 from mapo_jax.files import encodable, write_whole
+from mapo_jax.json_files import read_json
 
 UNTOLD = "没有提到。"
 _LONGEST = 1500  # characters of one field
@@ -79,11 +80,7 @@ _SAGE_SCENE = (
 
 
 def _card(
-    name: str,
-    texts: Mapping[str, str | None],
-    age: str | None,
-    stages: list[str],
-    empathy_threshold: str = "medium",
+    name: str, texts: Mapping[str, str | None], age: str | None, stages: list[str], threshold: str = "medium"
 ) -> dict[str, Any]:
     """A card with these texts, by field; a text that is missing or empty becomes UNTOLD."""
 
@@ -99,7 +96,7 @@ def _card(
         "domain": "life",
         "split": split_of(name),
         "person": {"name": person.pop("name"), "age": years if 0 < years < 120 else 30, **person},
-        "empathy_threshold": empathy_threshold,
+        "empathy_threshold": threshold,
         **section("topic", "hope"),
         "dislike": list(section("dislike").values()),
         "history": section("childhood", "youth", "adulthood", "recent"),
@@ -221,13 +218,13 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
     """
     stories = {
         str(entry.get("剧本编号")): entry
-        for entry in _json(folder / "scenarios" / "character_stories.json")
+        for entry in read_json(folder / "scenarios" / "character_stories.json", "stories")
         if isinstance(entry, dict)
     }
     starts: dict[str, dict[str, int]] = {}
     for file in sorted(folder.rglob("iedr_batch_results.json")):
         try:
-            for entry in _json(file):
+            for entry in read_json(file, "start states"):
                 levels = entry.get("iedr") or {}
                 if all(f"{name[0]}.{name[1]}" in levels for name in INDICATORS):
                     starts[entry["script_id"]] = {name: levels[f"{name[0]}.{name[1]}"] for name in INDICATORS}
@@ -257,13 +254,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
-
-
-def _json(path: Path) -> Any:
-    try:
-        return encodable(json.loads(_read(path)))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,13 +6,22 @@ the state and decides about the end; the director picks one action (decision mak
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from mapo_jax.config import Config
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.state import Limits
+
+Messages = Sequence[Mapping[str, str]]
+"""A chat: `role` and `content` of each message."""
+
+Schema = Mapping[str, Any]
+"""A JSON schema."""
 
 
 class Completion(NamedTuple):
@@ -72,6 +81,11 @@ class Roles:
     director: Director
 
 
+def limits_of(config: Config) -> Limits:
+    """When the dialogues of a configuration end."""
+    return Limits(config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance)
+
+
 async def open_dialogue(scenario: Scenario, seed: int, roles: Roles) -> str:
     """The user's first message, which the rollouts of a scenario share in one step.
 
@@ -79,6 +93,24 @@ async def open_dialogue(scenario: Scenario, seed: int, roles: Roles) -> str:
       RoleFailure: the user's call finally failed.
     """
     return await roles.user.open(scenario, seed)
+
+
+async def score_turn(state: DialogueState, reply: str, judge: Judge, *, truncated: bool = False) -> Turn:
+    """The turn of this reply, judged, without an action; unscored and without movement if the judge fails."""
+    judgement, failure, position = None, None, state.position
+    try:
+        judgement = await judge.score(state, reply)
+        position = calculator.move(position, calculator.points(judgement.levels))
+    except RoleFailure as error:
+        failure = error.kind
+    return Turn(state.user, reply, judgement, failure, position, None, truncated)
+
+
+def with_schema(messages: Messages, schema: Schema) -> list[Mapping[str, str]]:
+    """The chat with the schema in its last message, for a model that has no other way to be told."""
+    *earlier, last = messages
+    text = f"{last['content']}\n\nJSON schema: {json.dumps(schema, ensure_ascii=False)}"
+    return [*earlier, {**last, "content": text}]
 
 
 async def take_turn(
@@ -103,13 +135,7 @@ async def take_turn(
     """
     if state.outcome is not None:
         raise ValueError(f"the dialogue has ended ({state.outcome}); it takes no further turn")
-    judgement, failure, position = None, None, state.position
-    try:
-        judgement = await roles.judge.score(state, reply)
-        position = calculator.move(position, calculator.points(judgement.levels))
-    except RoleFailure as error:
-        failure = error.kind
-    turn = Turn(state.user, reply, judgement, failure, position, None, truncated)
+    turn = await score_turn(state, reply, roles.judge, truncated=truncated)
     moved = replace(state, turns=(*state.turns, turn), user="")
 
     ending = calculator.ending(state.scenario.start_position, moved.increments, limits)

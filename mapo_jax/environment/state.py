@@ -118,13 +118,8 @@ def energy_increments(start: Vector, increments: Sequence[Vector | None]) -> lis
     return [0.0 if v is None else -_dot(v, start) / length for v in increments]
 
 
-def energy(start: Vector, increments: Sequence[Vector | None]) -> float:
-    """`E = sum_t v_t . v*`: progress towards the origin, in points."""
-    return energy_from_position(start, trajectory(start, increments)[-1])
-
-
-def energy_from_position(start: Vector, position: Vector) -> float:
-    """`E = (P_t - P_0) . v*`, the same sum computed from the last position."""
+def energy(start: Vector, position: Vector) -> float:
+    """`E = (P_t - P_0) . v* = sum_t v_t . v*`: progress towards the origin, in points."""
     ideal = ideal_direction(start)
     return _dot([p - s for p, s in zip(position, start, strict=True)], ideal)
 

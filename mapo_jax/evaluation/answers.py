@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from mapo_jax.config import GONE, differing_keys
+from mapo_jax.environment.roles import Messages
 from mapo_jax.errors import UserError
 from mapo_jax.files import disk_errors, encodable, write_whole
 from mapo_jax.json_files import read_json, read_rows
 from mapo_jax.running.run_folder import HARMLESS_KEYS
-from mapo_jax.scores.speech import text_of
+from mapo_jax.running.stop import Check
+from mapo_jax.speech import text_of
 
 SETTINGS, ANSWERS = "settings.json", "answers.jsonl"
-
-Messages = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def ask(
     folder: Folder,
     settings: Mapping[str, Any],
     console: Console,
-    check: Callable[[], None] = lambda: None,
+    check: Check = lambda: None,
 ) -> None:
     """Gets the missing answers; afterwards every prompt has its row in the folder's file.
 

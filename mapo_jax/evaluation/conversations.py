@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import product
@@ -13,14 +13,14 @@ from rich.console import Console
 
 from mapo_jax.config import Config
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure
-from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
+from mapo_jax.environment.roles import Roles, limits_of, open_dialogue, take_turn
 from mapo_jax.environment.scenario import Scenario
-from mapo_jax.environment.state import Limits
 from mapo_jax.evaluation.answers import Answer, Folder, append, progress
 from mapo_jax.evaluation.endpoint import Endpoint, for_each
 from mapo_jax.evaluation.local import LocalModel
-from mapo_jax.rollout.collect import Dialogue, derive_seed, finished_groups
-from mapo_jax.scores.speech import spoken, text_of
+from mapo_jax.rollout.collect import derive_seed, finished_groups
+from mapo_jax.running.stop import Check
+from mapo_jax.speech import spoken, text_of
 
 DIALOGUES = "dialogues.jsonl"
 
@@ -34,12 +34,11 @@ class Session:
     model: str  # its name in the rows
     cards: Sequence[Scenario]
     roles: Roles
-    run: Callable[[Coroutine[Any, Any, int], Callable[[], None]], int]  # awaits on the roles' event loop
     config: Config  # uses `evaluation`, `rollout`, `environment.concurrency` and the success tolerance
     seed: int
     file: IO[bytes]  # of an opened folder
     console: Console
-    check: Callable[[], None] = lambda: None  # called after every turn; may raise to stop
+    check: Check = lambda: None  # called after every turn; may raise to stop
 
     @property
     def dialogues(self) -> int:
@@ -52,11 +51,6 @@ class Session:
             append(self.file, to_row(state, self.model, rollout))
 
 
-def limits_of(config: Config) -> Limits:
-    """When the dialogues of a configuration end."""
-    return Limits(config.rollout.min_turns, config.rollout.max_turns, config.environment.success_tolerance)
-
-
 def to_row(state: DialogueState, model: str, rollout: int) -> dict[str, Any]:
     """A finished dialogue as one row: what `empa.make_case` scores, the messages and the judgements."""
     judgements = [turn.judgement for turn in state.turns]
@@ -66,7 +60,7 @@ def to_row(state: DialogueState, model: str, rollout: int) -> dict[str, Any]:
         "rollout": rollout,
         "domain": state.scenario.domain,
         "start": list(state.scenario.start_position),
-        "levels": [judgement and list(judgement.levels) for judgement in judgements],
+        "levels": [turn.levels and list(turn.levels) for turn in state.turns],
         "outcome": state.outcome,
         "rule": state.rule,
         "truncated": [turn.truncated for turn in state.turns],
@@ -122,7 +116,7 @@ def _required(visible: T | None) -> T:
     return visible
 
 
-def hold_locally(session: Session, model: LocalModel, *, slots: int) -> int:
+async def hold_locally(session: Session, model: LocalModel, *, slots: int) -> int:
     """Holds a session's dialogues on our engine; a card's dialogues are saved when all of them have ended.
 
     Args:
@@ -159,10 +153,6 @@ def hold_locally(session: Session, model: LocalModel, *, slots: int) -> int:
         concurrency=config.environment.concurrency,
         on_turn=lambda turns: session.check(),
     )
-    return session.run(_save_groups(session, groups), session.check)
-
-
-async def _save_groups(session: Session, groups: AsyncGenerator[list[Dialogue]]) -> int:
     unanswered = 0
     with progress(session.console, "dialogues", session.dialogues) as advance:
         async with aclosing(groups):
@@ -177,7 +167,7 @@ async def _save_groups(session: Session, groups: AsyncGenerator[list[Dialogue]])
     return unanswered
 
 
-def hold_remotely(session: Session, endpoint: Endpoint) -> int:
+async def hold_remotely(session: Session, endpoint: Endpoint) -> int:
     """Holds a session's dialogues with a model behind an endpoint, several at once.
 
     The model sees its earlier replies without their reasoning.
@@ -188,10 +178,6 @@ def hold_remotely(session: Session, endpoint: Endpoint) -> int:
     Raises:
       UserError: the endpoint failed; finished dialogues are saved.
     """
-    return session.run(_hold_remotely(session, endpoint), session.check)
-
-
-async def _hold_remotely(session: Session, endpoint: Endpoint) -> int:
     roles, limits = session.roles, limits_of(session.config)
     rollouts = range(session.config.evaluation.rollouts)
     openings: dict[str, asyncio.Task[str]] = {}  # by card, shared by its rollouts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,8 +12,9 @@ from mapo_jax.config import RoleConfig
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.keys import read_key
 from mapo_jax.environment.live.limits import allow_connections
+from mapo_jax.environment.roles import Messages
 from mapo_jax.errors import UserError
-from mapo_jax.evaluation.answers import Answer, Messages, Prompt
+from mapo_jax.evaluation.answers import Answer, Prompt
 from mapo_jax.rollout.collect import derive_seed
 
 KEY = "OPENAI_API_KEY"  # the environment variable with the server's key, if it needs one
@@ -63,7 +64,8 @@ class Endpoint:
           UserError: the key or the URL is invalid, the process may not open so many connections, PATIENCE
             calls in a row failed, or one with a status in HOPELESS; at the end, if any call failed.
         """
-        from mapo_jax.environment.live.client import Server  # slow imports, not needed for a local model
+        # Slow imports, not needed for a local model.
+        from mapo_jax.environment.live.client import Connections, Server
 
         allow_connections(self.concurrency, "--concurrency")
         role = RoleConfig(
@@ -82,9 +84,7 @@ class Endpoint:
             try:
                 completion = await server.ask(messages, seed=seed % 2**31 if self.temperature > 0 else None)
             except RoleFailure as failure:
-                if getattr(
-                    failure, "answered", False
-                ):  # a completion without text is no answer, not a failure
+                if getattr(failure, "answered", False):  # a completion without text is no answer, no failure
                     in_a_row = 0
                     return Answer(None, False)
                 failed, in_a_row, reason = failed + 1, in_a_row + 1, str(failure)
@@ -94,13 +94,10 @@ class Endpoint:
             in_a_row = 0
             return Answer(completion.text, completion.cut)
 
-        async with Server(
-            role,
-            key=read_key(KEY),
-            call_seconds=self.timeout,
-            concurrency=self.concurrency,
-            attempts=self.retries + 1,
-        ) as server:
+        key, seconds, attempts = read_key(KEY), self.timeout, self.retries + 1
+        connections = Connections(self.url, concurrency=self.concurrency, call_seconds=seconds)
+        server = Server(role, connections, key=key, call_seconds=seconds, attempts=attempts)
+        async with aclosing(connections):
             yield ask
         if failed:
             raise error()
@@ -129,11 +126,12 @@ def only_model(url: str) -> str:
     Raises:
       UserError: the server cannot be reached, or offers no or several models, or the key is invalid.
     """
-    from mapo_jax.environment.live.client import CallFailed, Server
+    from mapo_jax.environment.live.client import CallFailed, Connections, Server
 
     async def offered() -> list[str]:
-        role = RoleConfig(url=url)
-        async with Server(role, key=read_key(KEY), call_seconds=10, concurrency=1, attempts=2) as server:
+        key = read_key(KEY)
+        async with aclosing(Connections(url, concurrency=1, call_seconds=10)) as connections:
+            server = Server(RoleConfig(url=url), connections, key=key, call_seconds=10, attempts=2)
             return await server.models()
 
     try:

@@ -8,16 +8,13 @@ from typing import Any
 
 from jinja2 import Environment
 
-from mapo_jax.evaluation.transcripts import distances
+from mapo_jax.evaluation.transcripts import distances, exchanges
 from mapo_jax.scores import empa
 
+Values = Mapping[str, Any]
 
-def render_page(
-    title: str,
-    figures: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    worst: Sequence[Mapping[str, Any]],
-) -> str:
+
+def render_page(title: str, figures: Values, rows: Sequence[Values], worst: Sequence[Values]) -> str:
     """The page's HTML.
 
     Args:
@@ -28,19 +25,9 @@ def render_page(
     """
     conversations = []
     for row in rows:
-        reached = distances(row)
-        scores = empa.score_case(row["start"], row["levels"])
-        exchanges = [
-            {
-                "user": row["messages"][2 * index]["content"],
-                "reply": row["messages"][2 * index + 1]["content"],
-                "levels": levels,
-                "reward": None if levels is None else reached[index] - reached[index + 1],
-                "failure": row["failures"][index],
-            }
-            for index, levels in enumerate(row["levels"])
-        ]
-        conversations.append({**row, "exchanges": exchanges, "epm_q": scores["epm_q"], "end": reached[-1]})
+        score = empa.score_case(row["start"], row["levels"])["epm_q"]
+        turns = list(zip(exchanges(row), row["failures"], strict=True))
+        conversations.append({**row, "turns": turns, "epm_q": score, "end": distances(row)[-1]})
     conversations.sort(key=lambda conversation: conversation["epm_q"])
     source = (Path(__file__).parent / "judged_page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -8,18 +8,19 @@ start state. Without either the start state is UNKNOWN_START, the mean of the be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from rich.console import Console
 
-from mapo_jax.algorithm.rewards import distance
+from mapo_jax.algorithm.rewards import distance, incremental
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.card_schema import INDICATORS
-from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState, RoleFailure, Turn
-from mapo_jax.environment.roles import Judge
+from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState, Turn
+from mapo_jax.environment.roles import Judge, score_turn
 from mapo_jax.environment.scenario import Person, Scenario, Stage, Story, start_position
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Folder, append, progress
@@ -27,7 +28,8 @@ from mapo_jax.evaluation.conversations import to_row
 from mapo_jax.evaluation.endpoint import for_each
 from mapo_jax.json_files import read_rows
 from mapo_jax.rollout.collect import derive_seed
-from mapo_jax.scores.speech import spoken, text_of
+from mapo_jax.running.stop import Check
+from mapo_jax.speech import spoken, text_of
 
 JUDGED = "judged.jsonl"
 NO_ANSWER = "no answer"
@@ -160,16 +162,10 @@ async def judge_transcript(transcript: Transcript, judge: Judge) -> DialogueStat
     seed = derive_seed("transcript", transcript.id)
     state = DialogueState(transcript.scenario, seed, (), "")
     for user, reply in transcript.turns:
-        judgement, failure, position = None, NO_ANSWER, state.position
+        turn = Turn(user, "", None, NO_ANSWER, state.position, None)
         if reply is not None:
-            try:
-                judgement = await judge.score(replace(state, user=user), reply)
-                position = calculator.move(position, calculator.points(judgement.levels))
-                failure = None
-            except RoleFailure as problem:
-                failure = problem.kind
-        turn = Turn(user, reply or "", judgement, failure, position, Action("continue"))
-        state = replace(state, turns=(*state.turns, turn))
+            turn = await score_turn(replace(state, user=user), reply, judge)
+        state = replace(state, turns=(*state.turns, replace(turn, action=Action("continue"))))
     return state
 
 
@@ -179,7 +175,7 @@ async def judge_all(
     file: IO[bytes],
     console: Console,
     concurrency: int,
-    check: Callable[[], None] = lambda: None,
+    check: Check = lambda: None,
 ) -> None:
     """Judges conversations, several at once, and saves each when it is whole.
 
@@ -215,6 +211,17 @@ def distances(row: Mapping[str, Any]) -> list[float]:
     return distance(calculator.trajectory(row["start"], increments)).tolist()
 
 
+def exchanges(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per turn of a saved row `reward` (incremental distance; None: unscored), `levels`, `user`, `reply`."""
+    rewards = incremental(np.asarray(distances(row))).tolist()
+    texts = [message["content"] for message in row["messages"]]
+    columns = zip(rewards, row["levels"], texts[::2], texts[1::2], strict=False)
+    return [
+        {"reward": None if levels is None else reward, "levels": levels, "user": user, "reply": reply}
+        for reward, levels, user, reply in columns
+    ]
+
+
 def worst_turns(rows: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:
     """The turns with the lowest rewards, the worst first.
 
@@ -229,22 +236,13 @@ def worst_turns(rows: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, 
     """
     turns = []
     for row in rows:
-        reached = distances(row)
-        for index, levels in enumerate(row["levels"]):
-            if levels is None:
+        judged = zip(exchanges(row), row["judgements"], strict=True)
+        for number, (turn, judgement) in enumerate(judged, start=1):
+            if judgement is None:
                 continue
-            judged = row["judgements"][index]
-            findings = list(zip(LEVEL_NAMES, levels, judged["evidence"], judged["reasons"], strict=True))
-            turns.append(
-                {
-                    "case": row["case"],
-                    "turn": index + 1,
-                    "reward": reached[index] - reached[index + 1],
-                    "levels": levels,
-                    "user": row["messages"][2 * index]["content"],
-                    "reply": row["messages"][2 * index + 1]["content"],
-                    "findings": [finding for finding in findings if finding[1] < 0] or findings,
-                }
-            )
+            texts = (judgement["evidence"], judgement["reasons"])
+            findings = list(zip(LEVEL_NAMES, turn["levels"], *texts, strict=True))
+            harm = [finding for finding in findings if finding[1] < 0]
+            turns.append({"case": row["case"], "turn": number, **turn, "findings": harm or findings})
     # Ties: more harm first, then the order of the file.
     return sorted(turns, key=lambda turn: (turn["reward"], sum(turn["levels"][1::2])))[:most]

@@ -11,15 +11,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Float
 
-from mapo_jax.algorithm.advantages import ESTIMATORS, RETURN_ESTIMATORS, estimator_options
+from mapo_jax.algorithm.advantages import ESTIMATORS, estimator_options
+from mapo_jax.algorithm.cells import Mask, Values
 from mapo_jax.algorithm.returns import monte_carlo
 from mapo_jax.algorithm.rewards import REWARDS
 from mapo_jax.config import AlgorithmConfig
-
-Values = Float[Array, "S R T"]
-Mask = Bool[Array, "S R T"]
 
 
 @partial(jax.jit, static_argnames="algorithm")
@@ -42,6 +40,4 @@ def turn_advantages(
 ) -> Values:
     """Advantages by the configured estimator (`advantages.py`; by default `mapo`), 0 outside `scored`."""
     options = estimator_options(algorithm)
-    if algorithm.estimator in RETURN_ESTIMATORS:
-        options |= {"returns": returns}
-    return ESTIMATORS[algorithm.estimator](rewards, valid, scored, **options)
+    return ESTIMATORS[algorithm.estimator](rewards, returns, valid, scored, **options)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 from mapo_jax.learning.optimizer import Optimizer
 from mapo_jax.model.lora import join, split
 from mapo_jax.model.qwen import Params
+from mapo_jax.model.sharding import with_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -73,11 +74,7 @@ def abstract_state(
         trained if reference and base is None else None,
         base,
     )
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_shardings(optimizer, params, shardings, reference),
-    )
+    return with_shardings(shapes, state_shardings(optimizer, params, shardings, reference))
 
 
 def trained_and_frozen(params: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ it (`actor/skipped`); the caller decides whether to stop.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,10 @@ from mapo_jax.model.attention import causal_attention
 from mapo_jax.model.head import token_logprobs
 from mapo_jax.model.qwen import Params, QwenConfig, RowAttention, hidden_states, parameter_shapes
 from mapo_jax.model.sharding import batch_sharding, row_shards
+
+Scalar = Float[Array, ""]
+Metrics = dict[str, Scalar]
+Loss = tuple[Scalar, Metrics]
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def _policy_loss(
     scoring: Scoring,
     algorithm: AlgorithmConfig,
     constant_length: int | None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+) -> Loss:
     columns = _loss_columns(batch.mask, scoring.loss_tokens)
     mask = _at(columns, batch.mask)
     old, sampled, advantages = (
@@ -167,9 +171,7 @@ def _supervised_mask(batch: SupervisedBatch) -> Bool[Array, "B L"]:
     return batch.mask & (batch.segments == before) & (jnp.arange(batch.mask.shape[1]) > 0)
 
 
-def _supervised_loss(
-    params: Params, batch: SupervisedBatch, total: Float[Array, ""], scoring: Scoring
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+def _supervised_loss(params: Params, batch: SupervisedBatch, total: Scalar, scoring: Scoring) -> Loss:
     wanted = _supervised_mask(batch)
     columns = _loss_columns(wanted, scoring.loss_tokens)
     mask = _at(columns, wanted)
@@ -191,12 +193,8 @@ def _microbatches(batch: Any, rows: int) -> Any:
 
 
 def _gradient(
-    loss: Callable[[Params, Any], tuple[Array, dict[str, Array]]],
-    params: Params,
-    batch: Any,
-    tokens: int,
-    mesh: Mesh | None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Params]:
+    loss: Callable[[Params, Any], Loss], params: Params, batch: Any, tokens: int, mesh: Mesh | None
+) -> tuple[Scalar, Metrics, Params]:
     """Loss, metrics and gradient of a mini-batch, at most `tokens` tokens of each device at a time."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     size, length = batch.tokens.shape
@@ -215,13 +213,8 @@ def _gradient(
 
 
 def _apply(
-    state: TrainState,
-    optimizer: Optimizer,
-    loss: Float[Array, ""],
-    gradient: Params,
-    tokens: Float[Array, ""],
-    shardings: Any,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    state: TrainState, optimizer: Optimizer, loss: Scalar, gradient: Params, tokens: Scalar, shardings: Any
+) -> tuple[TrainState, Metrics]:
     """Applies a gradient; the only function that changes weights.
 
     The state is kept if the loss or the gradient's norm is not finite, or if there is no loss token (weight
@@ -247,7 +240,7 @@ def _apply(
     return replace(state, params=params, opt_state=opt_state, step=state.step + accept), metrics
 
 
-Update = Callable[[TrainState, Any], tuple[TrainState, dict[str, Float[Array, ""]]]]
+Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 def make_update(
@@ -372,7 +365,7 @@ def place(batch: Any, mesh: Mesh | None) -> Any:
     )
 
 
-def fetch(updates: Sequence[Mapping[str, Float[Array, ""]]]) -> dict[str, float]:
+def fetch(updates: Sequence[Metrics]) -> dict[str, float]:
     """One step's metrics from those of its updates, in one transfer from the device.
 
     Means over the updates, except: of `..._max` the largest, of `skipped` the sum, of `lr` the last, and of

@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from mapo_jax.model.cache import LayerCache
 
+Heads = Float[Array, "B L H E"]
+Groups = Float[Array, "B L G E"]  # of the key/value heads
+
 MASKED = -1e30  # finite, so that a row of masked scores gives a (meaningless) average instead of NaN
 MAX_QUERY_BLOCKS = 8
 MIN_QUERY_BLOCK = 64
@@ -25,7 +28,7 @@ def rotary_angles(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B L H E"], rotary: tuple[Array, Array]) -> Float[Array, "B L H E"]:
+def rotate(x: Heads, rotary: tuple[Array, Array]) -> Heads:
     """Rotates each pair (x[i], x[i + E/2]) by its angle: the half-split convention of Hugging Face's Qwen."""
     cos, sin = rotary
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -34,11 +37,8 @@ def rotate(x: Float[Array, "B L H E"], rotary: tuple[Array, Array]) -> Float[Arr
 
 
 def causal_attention(
-    query: Float[Array, "B L H E"],
-    key: Float[Array, "B L G E"],
-    value: Float[Array, "B L G E"],
-    segments: Int[Array, "B L"] | None = None,
-) -> Float[Array, "B L H E"]:
+    query: Heads, key: Groups, value: Groups, segments: Int[Array, "B L"] | None = None
+) -> Heads:
     """Attention of every token to itself and the tokens before it in its row; softmax in float32.
 
     Args:
@@ -83,12 +83,8 @@ def cached_attention(
 
 
 def _attend(
-    query: Float[Array, "B L H E"],
-    key: Float[Array, "B G C E"],
-    value: Float[Array, "B G C E"],
-    allowed: Array,
-    keys: str = "bgce",
-) -> Float[Array, "B L H E"]:
+    query: Heads, key: Array, value: Float[Array, "B G C E"], allowed: Array, keys: str = "bgce"
+) -> Heads:
     """`keys` names the axes of `key` in their order."""
     batch, length, heads, size = query.shape
     groups, share = value.shape[1], heads // value.shape[1]

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
 
 from mapo_jax.errors import UserError
 from mapo_jax.model.attention import causal_attention
@@ -77,27 +76,14 @@ def _limit(name: str, platform: str, config: QwenConfig, dtype: str, packed: boo
     return None
 
 
-def _cudnn(
-    query: Float[Array, "B L H E"],
-    key: Float[Array, "B L G E"],
-    value: Float[Array, "B L G E"],
-    segments: Int[Array, "B L"] | None = None,
-) -> Float[Array, "B L H E"]:
+def _cudnn(query, key, value, segments=None):
     # Rows are right-padded, so that with the causal mask no token attends to padding.
     if segments is not None:
         raise UserError("`model.attention` is 'cudnn', which takes one text to a row; choose xla or auto")
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
 
 
-def _splash(
-    query: Float[Array, "B L H E"],
-    key: Float[Array, "B L G E"],
-    value: Float[Array, "B L G E"],
-    segments: Int[Array, "B L"] | None = None,
-    *,
-    mesh: Mesh,
-    interpret: bool,
-) -> Float[Array, "B L H E"]:
+def _splash(query, key, value, segments=None, *, mesh: Mesh, interpret: bool):
     """Splash attention of each device's rows and heads, without communication."""
     batch, length, _, size = query.shape
     if batch % row_shards(mesh):

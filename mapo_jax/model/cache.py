@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+Entries = Float[Array, "M N G E"]  # keys or values of N tokens of each of M rows
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -30,24 +32,18 @@ class LayerCache:
         return self.values.shape[-2]
 
     def write(
-        self,
-        rows: Int[Array, " M"],
-        positions: Int[Array, "M N"],
-        keys: Float[Array, "M N G E"],
-        values: Float[Array, "M N G E"],
+        self, rows: Int[Array, " M"], positions: Int[Array, "M N"], keys: Entries, values: Entries
     ) -> LayerCache:
         """Writes N tokens into each of M rows; rows and positions that do not exist are dropped."""
         # With features last, every axis but the last is indexed. With a slice among them a TPU would write to
         # a cache with heads after positions: a second cache, and two transpositions of it per block of steps.
         places = (rows[:, None, None], jnp.arange(self.values.shape[1]), positions[:, :, None])
         key_places = (*places[:2], slice(None), places[2]) if self.by_feature else places
-        return LayerCache(
-            self.keys.at[key_places].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[places].set(values.astype(self.values.dtype), mode="drop"),
-            self.by_feature,
-        )
+        keys = self.keys.at[key_places].set(keys.astype(self.keys.dtype), mode="drop")
+        values = self.values.at[places].set(values.astype(self.values.dtype), mode="drop")
+        return LayerCache(keys, values, self.by_feature)
 
-    def read(self, positions: Int[Array, "K N"]) -> tuple[Float[Array, "K N G E"], Float[Array, "K N G E"]]:
+    def read(self, positions: Int[Array, "K N"]) -> tuple[Entries, Entries]:
         """Keys and values of N tokens of each row; arbitrary for positions beyond the cache."""
         rows = jnp.arange(positions.shape[0])[:, None]
         keys = self.keys.at[rows, :, :, positions] if self.by_feature else self.keys.at[rows, :, positions]
@@ -58,11 +54,8 @@ class LayerCache:
         more = (0, length - self.length)
         key_padding = ((0, 0), more) if self.by_feature else (more, (0, 0))
         outer = ((0, 0),) * (self.values.ndim - 2)
-        return LayerCache(
-            numpy.pad(self.keys, (*outer, *key_padding)),
-            numpy.pad(self.values, (*outer, more, (0, 0))),
-            self.by_feature,
-        )
+        keys = numpy.pad(self.keys, (*outer, *key_padding))
+        return LayerCache(keys, numpy.pad(self.values, (*outer, more, (0, 0))), self.by_feature)
 
 
 Cache = list[LayerCache]  # by layer: a list, not a stack, so that with donation each is updated in place

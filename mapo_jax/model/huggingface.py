@@ -37,6 +37,14 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _BLOCK_BYTES = 16 * 2**20  # most bytes of a file's tensor that a comparison holds
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_SIZES = {  # key of config.json -> field of QwenConfig
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+}
 
 # --- config.json -------------------------------------------------------------------------------------------
 
@@ -80,9 +88,8 @@ def read_config(folder: str | Path) -> QwenConfig:
     if theta is None:
         raise UserError(f"{path} lacks `rope_theta` (or `rope_parameters.rope_theta`)")
 
-    layers = require("num_hidden_layers")
     windowed = content.get("use_sliding_window", False) and content.get("sliding_window") is not None
-    if windowed and content.get("max_window_layers", 0) < layers:
+    if windowed and content.get("max_window_layers", 0) < require("num_hidden_layers"):
         refuse("use_sliding_window", True, "only full attention is")
     if any(kind != "full_attention" for kind in content.get("layer_types") or []):
         refuse("layer_types", content["layer_types"], "only full_attention is")
@@ -94,16 +101,10 @@ def read_config(folder: str | Path) -> QwenConfig:
     if content.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", content["hidden_act"], "only silu is")
 
-    hidden, heads = require("hidden_size"), require("num_attention_heads")
     # transformers' own defaults for a missing head_dim
-    default_head = 128 if family == "qwen3" else hidden // heads
+    default_head = 128 if family == "qwen3" else require("hidden_size") // require("num_attention_heads")
     return QwenConfig(
-        vocab_size=require("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=require("intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=require("num_key_value_heads"),
+        **{field: require(key) for key, field in _SIZES.items()},
         head_dim=content.get("head_dim") or default_head,
         rope_theta=float(theta),
         rms_norm_eps=float(content.get("rms_norm_eps", 1e-6)),
@@ -131,12 +132,7 @@ def write_config(
     content = {
         "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
+        **{key: getattr(config, field) for key, field in _SIZES.items()},
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,

@@ -94,7 +94,7 @@ def join(base: Any, adapters: Any) -> Any:
 
 
 def low_rank(
-    a: Float[Array, "*N rank"], b: Float[Array, rank * M], lora: LoRA, shape: tuple[int, ...]
+    a: Float[Array, "*N rank"], b: Float[Array, " rank *M"], lora: LoRA, shape: tuple[int, ...]
 ) -> Float[Array, "*N *M"]:
     """`(alpha / rank) A B` of one layer in the shape of its kernel. Arrays of numpy give one of numpy."""
     return lora.scale * (a.reshape(-1, lora.rank) @ b.reshape(lora.rank, -1)).reshape(shape)

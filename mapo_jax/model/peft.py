@@ -32,25 +32,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Keys of PEFT's LoraConfig that do not change what adapters compute: their origin, and settings of their
 # training. `_Settings` has the keys that are read; any other, of a later PEFT too, must be off.
 _IGNORED = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "inference_mode",
-    "init_lora_weights",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-    "velora_config",
-)
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "inference_mode", "init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "task_type", "velora_config",
+)  # fmt: skip
 _LINEAR = re.compile(r"(?:model\.layers\.\d+\.\w+\.\w+_proj|lm_head)\.weight")
 _OFF = (None, False, "none", "", [], {})
 # The `init_lora_weights` that leave the base unchanged; pissa, olora, corda, loftq and lora_ga subtract from

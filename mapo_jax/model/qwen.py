@@ -8,8 +8,7 @@ queries, keys and values; Qwen3 (arXiv:2505.09388) has none, but an RMSNorm on e
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,11 +213,11 @@ def parameter_shapes(config: QwenConfig, base_dtype: str = "float32") -> Params:
     return shapes if config.lora is None else in_precision(shapes, base_dtype)
 
 
-def in_precision(params: Params, dtype: str) -> Params:
-    """Frozen weights, or their shapes, in the compute dtype; norms stay float32."""
+def in_precision(params: Params, dtype: str, kept: Sequence[str] = ("scale", *ADAPTERS)) -> Params:
+    """Weights, or their shapes, in the compute dtype; `kept` (by default norms and adapters) stay float32."""
 
     def cast(path, leaf):
-        if path[-1].key in ("scale", *ADAPTERS):
+        if path[-1].key in kept:
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
@@ -229,7 +228,7 @@ def in_precision(params: Params, dtype: str) -> Params:
 
 def parameter_count(config: QwenConfig) -> int:
     """Number of weights, adapters included; a tied head is counted once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(config)))
+    return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(config)))
 
 
 def init_params(config: QwenConfig, seed: int, mesh: Mesh | None = None) -> Params:
@@ -311,12 +310,8 @@ def for_decoding(params: Params, config: QwenConfig, dtype) -> Params:
 
     The results stay the same, bit for bit. The scales of norms stay float32.
     """
-
-    def cast(path, leaf):
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
-
-    cast_params = jax.tree_util.tree_map_with_path(cast, params)
-    return cast_params | {"layers": unstack_layers(cast_params["layers"], config.num_layers)}
+    params = in_precision(params, dtype, kept=("scale",))
+    return params | {"layers": unstack_layers(params["layers"], config.num_layers)}
 
 
 def init_cache(

@@ -182,6 +182,13 @@ def param_shardings(
     return jax.tree_util.tree_map_with_path(sharding, shapes)
 
 
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """A tree of arrays or shapes as `jax.ShapeDtypeStruct`s with these shardings."""
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings
+    )
+
+
 def decoding_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """`param_shardings` for what `qwen.for_decoding` returns: each layer is cut like the stack of them."""
     shardings = param_shardings(shapes, mesh)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -40,23 +40,18 @@ Reader = Callable[[str, int | None], np.ndarray]
 
 def tensor_names(config: QwenConfig) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
     """Hugging Face name -> (our path, layer or None, shape in the file), in the order of a forward pass."""
-    before, layered, after = {}, [], {}
-    for path, leaf in _leaves(parameter_shapes(config)).items():
+    shapes = _leaves(parameter_shapes(config))
+    in_layers = [path for path in shapes if path.startswith("layers/")]
+    places = [("embed/embedding", None)]
+    places += [(path, layer) for layer in range(config.num_layers) for path in in_layers]
+    places += [(path, None) for path in ("norm/scale", "head/kernel") if path in shapes]
+    names = {}
+    for path, layer in places:
         template, groups = NAMES[path]
-        in_layers = path.startswith("layers/")
-        sizes = leaf.shape[1:] if in_layers else leaf.shape
+        sizes = shapes[path].shape if layer is None else shapes[path].shape[1:]
         shape = tuple(math.prod(sizes[axis] for axis in group) for group in groups)
-        if in_layers:
-            layered.append((template, path, shape))
-        else:
-            (before if path.startswith("embed/") else after)[template] = (path, None, shape)
-    layers = {
-        template.format(layer): (path, layer, shape)
-        for layer in range(config.num_layers)
-        for template, path, shape in layered
-    }
-    # The norm comes before the head.
-    return before | layers | dict(sorted(after.items(), key=lambda item: item[1], reverse=True))
+        names[template.format(layer)] = (path, layer, shape)
+    return names
 
 
 def params_reader(params: Params) -> Reader:
@@ -72,13 +67,6 @@ def params_reader(params: Params) -> Reader:
 def in_file_layout(read: Reader, path: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
     """One tensor as its file has it; the arguments after `read` are a value of `tensor_names`."""
     return read(path, layer).transpose(sum(NAMES[path][1], ())).reshape(shape)
-
-
-def to_huggingface(params: Params, config: QwenConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under its Hugging Face name and in its layout, one at a time on the host."""
-    read = params_reader(params)
-    for name, source in tensor_names(config).items():
-        yield name, in_file_layout(read, *source)
 
 
 def _leaves(tree: Params) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:

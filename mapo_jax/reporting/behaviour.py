@@ -115,17 +115,17 @@ def typical_pair(before: CreditedBatch, after: CreditedBatch) -> tuple[int, int,
 def changes(before: CreditedBatch, after: CreditedBatch) -> list[tuple[float, int, int]]:
     """(change of return, index before, index after) of the dialogues in both batches, ascending."""
     places = {_key(dialogue): i for i, dialogue in enumerate(before[0].dialogues)}
-    pairs = [(places.get(_key(d)), j) for j, d in enumerate(after[0].dialogues) if d.counts]
+    pairs = [(places.get(_key(d)), j) for j, d in enumerate(after[0].dialogues) if d.state.counts]
     returns = [
         (before[1][i].first_return, after[1][j].first_return, i, j)
         for i, j in pairs
-        if i is not None and before[0].dialogues[i].counts
+        if i is not None and before[0].dialogues[i].state.counts
     ]
     return sorted((b - a, i, j) for a, b, i, j in returns if a is not None and b is not None)
 
 
 def _key(dialogue: SavedDialogue) -> tuple[str, int]:
-    return dialogue.scenario, dialogue.place[1]
+    return dialogue.card, dialogue.place[1]
 
 
 def _scored_levels(batch: SavedBatch) -> list[tuple[int, ...]]:
@@ -140,9 +140,9 @@ def _kinds(before: CreditedBatch, after: CreditedBatch) -> tuple[Kind, ...]:
         replies: dict[str, Counter[str]] = defaultdict(Counter)
         for dialogue, credit in zip(batch.dialogues, credits, strict=True):
             for turn, reward in zip(dialogue.turns, credit.rewards, strict=True):
-                if turn.kind is not None:
-                    replies[turn.kind][turn.reply] += 1
-                    rewards[turn.kind].append(reward)
+                if (kind := (turn.reading or {}).get("kind")) is not None:
+                    replies[kind][turn.reply] += 1
+                    rewards[kind].append(reward)
         counts.append(Counter({name: counter.total() for name, counter in replies.items()}))
         examples |= {name: counter.most_common(1)[0][0] for name, counter in replies.items()}
     totals = [max(1, counter.total()) for counter in counts]

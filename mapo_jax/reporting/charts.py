@@ -20,6 +20,8 @@ from markupsafe import Markup
 
 from mapo_jax.reporting.dialogues import Vector, extended
 
+Ends = Sequence[tuple[float, float]]
+
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 4", "6 2 1 2")
 
 
@@ -32,10 +34,10 @@ class Series:
     y: Sequence[float]
     colour: str = "series-1"  # a variable of the style
     dash: str = ""
-    band: Sequence[tuple[float, float]] = ()  # low and high at each x
+    band: Ends = ()  # low and high at each x
     smooth: Sequence[float] = ()  # drawn bold; y is then drawn faint
     marks: bool = False  # points joined by a thin line, such as evaluations
-    errors: Sequence[tuple[float, float]] = ()  # low and high of each mark
+    errors: Ends = ()  # low and high of each mark
 
 
 @dataclass(frozen=True)
@@ -222,11 +224,7 @@ class TracePath:
 
 
 def draw_plane(
-    axes: tuple[int, int],
-    names: tuple[str, str],
-    low: float,
-    paths: Sequence[TracePath],
-    means: Sequence[TracePath],
+    axes: tuple[int, int], names: tuple[str, str], low: float, paths: list[TracePath], means: list[TracePath]
 ) -> Markup:
     """Trajectories projected on two of the three axes (`assets/plane.html`).
 
@@ -240,7 +238,7 @@ def draw_plane(
     size, high = 300.0, 4.0
     scale = lambda value: size * (value - low) / (high - low)  # noqa: E731
 
-    def projected(paths: Sequence[TracePath]) -> list[tuple[TracePath, list[tuple[float, float]]]]:
+    def projected(paths: list[TracePath]) -> list[tuple[TracePath, list[tuple[float, float]]]]:
         return [(p, [(scale(at[axes[0]]), size - scale(at[axes[1]])) for at in p.positions]) for p in paths]
 
     html = TEMPLATES.get_template("plane.html").render(

@@ -14,7 +14,8 @@ import numpy as np
 from mapo_jax.reporting.charts import format_value
 from mapo_jax.reporting.comparison import Difference
 from mapo_jax.reporting.diversity import Diversity
-from mapo_jax.reporting.folder import SavedRun, setting
+from mapo_jax.reporting.folder import SavedRun
+from mapo_jax.settings import value_at
 
 FINE, LOOK, ALARM, UNKNOWN = "fine", "look", "alarm", "unknown"
 _ORDER = (ALARM, LOOK, UNKNOWN, FINE)
@@ -131,7 +132,7 @@ def _sampler(run: SavedRun) -> Check:
     gaps = run.series("sampler/logprob_diff_mean")[1]
     if not gaps:
         return _unknown("Sampler and trainer", "whether both compute the same log-probabilities")
-    bound = 2e-2 if setting(run.config, "model.dtype") == "bfloat16" else 1e-4
+    bound = 2e-2 if value_at(run.config, "model.dtype") == "bfloat16" else 1e-4
     state = _grade(max(gaps) > bound, max(gaps) > 10 * bound)
     trouble = "more than rounding: the weights or the graphs are not the same"
     return _check(

@@ -66,10 +66,10 @@ def credit_batch(
     exists, judged, valid, scored = np.zeros((4, *shape), bool)
     for cell, dialogue in zip(cells, batch.dialogues, strict=True):
         count = len(dialogue.turns)
-        positions[cell] = extended(dialogue.positions, turns + 1)
+        positions[cell] = extended(dialogue.state.positions, turns + 1)
         exists[cell][:count] = True
-        judged[cell][:count] = dialogue.scored
-        if used_in_training(dialogue, max_failed_share):
+        judged[cell][:count] = [turn.scored for turn in dialogue.turns]
+        if dialogue.state.usable(max_failed_share):
             valid[cell], scored[cell] = exists[cell], judged[cell]
     # Advantages come from the dialogues that training used; rewards and returns are shown for all.
     rewards = turn_rewards(positions, judged, algorithm=algorithm)
@@ -93,11 +93,6 @@ def credit_batch(
         )
         for cell, dialogue in zip(cells, batch.dialogues, strict=True)
     ]
-
-
-def used_in_training(dialogue: SavedDialogue, max_failed_share: float) -> bool:
-    """Whether training uses the dialogue; the rule of `rollout.collect.Dialogue.usable`."""
-    return dialogue.counts and dialogue.unscored_turns <= max_failed_share * len(dialogue.turns)
 
 
 def _turn_values(values: np.ndarray, mask: np.ndarray, dialogue: SavedDialogue) -> tuple[float | None, ...]:

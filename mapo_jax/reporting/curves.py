@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import yaml
 
-from mapo_jax.reporting.charts import Chart, Series, asset, format_value
+from mapo_jax.reporting.charts import Chart, Ends, Series, asset, format_value
 from mapo_jax.reporting.comparison import interval, running_band, running_mean
 from mapo_jax.reporting.study import Study, values_by_card, values_of
 
@@ -47,12 +47,7 @@ def _evaluation_marks(study: Study, many: bool) -> Series | None:
 
 
 def _marks(
-    study: Study,
-    many: bool,
-    label: str,
-    x: Sequence[int],
-    y: Sequence[float],
-    errors: Sequence[tuple[float, float]] = (),
+    study: Study, many: bool, label: str, x: Sequence[int], y: Sequence[float], errors: Ends = ()
 ) -> Series:
     name, colour = (f"{study.run.name}, validation", study.colour) if many else (label, "after")
     return Series(name, x, y, colour, "2 3", marks=True, errors=errors)

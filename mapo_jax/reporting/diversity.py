@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,9 @@ FEWEST_REPLIES = 3  # with a phrase, for its share to count as a shift
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
 Phrase = tuple[str, ...]
+Occurrences = dict[Phrase, set[int]]
+"""Phrase -> indices of the replies that contain it."""
+
 Reply = tuple[int, list[str], float | None]
 """Index of the dialogue, words, reward."""
 
@@ -172,20 +175,15 @@ def _repeats(replies: list[Reply], phrases_of: Callable[[list[str]], set[Phrase]
     return tuple(map(repeat, _without_overlap(ranked, occurrences, TOP)))
 
 
-def _occurrences(
-    replies: list[Reply], phrases_of: Callable[[list[str]], set[Phrase]]
-) -> Mapping[Phrase, set[int]]:
-    """Phrase -> indices of the replies that contain it."""
-    occurrences: dict[Phrase, set[int]] = defaultdict(set)
+def _occurrences(replies: list[Reply], phrases_of: Callable[[list[str]], set[Phrase]]) -> Occurrences:
+    occurrences: Occurrences = defaultdict(set)
     for index, (_, reply, _) in enumerate(replies):
         for phrase in phrases_of(reply):
             occurrences[phrase].add(index)
     return occurrences
 
 
-def _without_overlap(
-    ranked: Sequence[Phrase], occurrences: Mapping[Phrase, set[int]], top: int
-) -> list[Phrase]:
+def _without_overlap(ranked: Sequence[Phrase], occurrences: Occurrences, top: int) -> list[Phrase]:
     """The first `top` phrases; one whose replies overlap by half with those of a kept phrase is skipped."""
     kept: list[Phrase] = []
     for phrase in ranked:

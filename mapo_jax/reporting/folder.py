@@ -21,7 +21,9 @@ from pydantic import ValidationError
 
 from mapo_jax.config import AlgorithmConfig
 from mapo_jax.errors import UserError
+from mapo_jax.files import encodable
 from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue, parse_dialogue
+from mapo_jax.settings import value_at
 
 CONFIG_FILE, METRICS_FILE, DIALOGUES, EVALUATIONS = "config.yaml", "metrics.jsonl", "dialogues", "evaluations"
 HELPER_FILE = "helper.json"  # in EVALUATIONS: figures of the good scripted helper on the same cards
@@ -57,7 +59,7 @@ class SavedRun:
     @property
     def planned(self) -> int | None:
         """Configured number of steps; None if unknown."""
-        steps = setting(self.config, "training.steps")
+        steps = value_at(self.config, "training.steps")
         return steps if isinstance(steps, int) else None
 
     @property
@@ -87,14 +89,6 @@ def _series(rows: Iterable[tuple[int, Mapping[str, Any]]], name: str) -> tuple[l
 def is_number(value: Any) -> bool:
     """Whether it is a finite number and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def setting(config: Mapping[str, Any], dotted: str) -> Any:
-    """The value under a dotted key of a nested mapping; None if there is none."""
-    value: Any = config
-    for name in dotted.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 def counted(count: int, noun: str) -> str:
@@ -278,7 +272,7 @@ def _read_batch(
                 try:
                     dialogue = parse_dialogue(row, step)
                     dialogues[dialogue.place] = dialogue
-                except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError):
+                except (UserError, ValueError, OverflowError):
                     broken += 1
         except OSError as error:
             notes.append(f"{name} cannot be read ({_short(error)})")
@@ -306,7 +300,7 @@ def _json(line: bytes) -> Any:
         return orjson.loads(line)  # three times as fast, but refuses NaN and lone surrogates
     except ValueError:
         try:
-            return json.loads(line)
+            return encodable(json.loads(line))
         except (ValueError, RecursionError):
             return None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from mapo_jax.config import Config, to_yaml, updated
+from mapo_jax.config import Config, to_yaml, updated, value_of
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.files import read_object
@@ -21,14 +21,8 @@ from mapo_jax.model.qwen import QwenConfig, parameter_count
 from mapo_jax.running.metrics import METRICS_FILE, read_rows
 
 CURVE_FILE = "curve.png"
-_PATHS = (
-    ("run", "directory"),
-    ("run", "compilation_cache"),
-    ("model", "path"),
-    ("environment", "scenarios"),
-    ("warmstart", "data"),
-    ("warmstart", "cache"),
-)
+_PATHS = ("run.directory", "run.compilation_cache", "model.path")
+_PATHS += ("environment.scenarios", "warmstart.data", "warmstart.cache")
 
 
 def model_card(
@@ -73,9 +67,9 @@ def model_card(
 
 def _public_yaml(config: Config) -> str:
     """The run's configuration; of each path only the last component, since the card is published."""
-    for section, key in _PATHS:
-        if path := getattr(getattr(config, section), key):
-            config = updated(config, {f"{section}.{key}": Path(path).name})
+    for dotted in _PATHS:
+        if path := value_of(config, dotted):
+            config = updated(config, {dotted: Path(path).name})
     return to_yaml(config).rstrip()
 
 

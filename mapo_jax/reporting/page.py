@@ -20,7 +20,7 @@ from mapo_jax.reporting.curves import curve_groups, hero_chart
 from mapo_jax.reporting.dialogues import SavedDialogue, extended
 from mapo_jax.reporting.diversity import Diversity, Repeat
 from mapo_jax.reporting.folder import Progress, SavedRun, no_progress
-from mapo_jax.reporting.payload import PAYLOAD_BYTES, pack
+from mapo_jax.reporting.payload import PAYLOAD_BYTES, pack, rounded
 from mapo_jax.reporting.study import Study
 
 MOST_RUNS = 8  # more lines cannot be told apart
@@ -99,12 +99,11 @@ def state_space(study: Study) -> dict[str, Any] | None:
         if not dialogues:
             continue
         for d in dialogues:
-            title = f"{colour} training: {d.scenario}, D {d.distances[0]:.1f} → {d.distances[-1]:.1f}"
-            paths.append(charts.TracePath(d.positions, colour, f"#d={_key(study, d)}", title))
-        mean = charts.mean_path([d.positions for d in dialogues])
-        means.append(
-            charts.TracePath(mean, colour, "", f"mean of {len(dialogues)} dialogues {colour} training")
-        )
+            title = f"{colour} training: {d.card}, D {d.distances[0]:.1f} → {d.distances[-1]:.1f}"
+            paths.append(charts.TracePath(d.state.positions, colour, f"#d={_key(study, d)}", title))
+        mean = charts.mean_path([d.state.positions for d in dialogues])
+        title = f"mean of {len(dialogues)} dialogues {colour} training"
+        means.append(charts.TracePath(mean, colour, "", title))
         distances.append(_distance_series(dialogues, colour))
     if not paths:
         return None
@@ -187,7 +186,9 @@ def _steps_json(studies: Sequence[Study]) -> list[list[dict[str, Any]]]:
     """Openings and phrases of every step, for the slider."""
 
     def repeats(entries: Sequence[Repeat]) -> list[list[Any]]:
-        return [[e.text, e.count, round(e.share, 4), _rounded(e.reward), _rounded(e.cost)] for e in entries]
+        return [
+            [e.text, e.count, round(e.share, 4), rounded(e.reward, 3), rounded(e.cost, 3)] for e in entries
+        ]
 
     def step(entry: Diversity) -> dict[str, Any]:
         phrases = {"openings": repeats(entry.openings), "phrases": repeats(entry.phrases)}
@@ -208,7 +209,8 @@ def example(study: Study) -> dict[str, Any] | None:
         turns = list(zip(dialogue.turns, credit.rewards, strict=True))
         sides.append({"label": label, "dialogue": dialogue, "credit": credit, "turns": turns})
     one, other = (side["dialogue"] for side in sides)
-    return {"card": other.card, "standing": standing, "sides": sides, "href": _pair_link(study, one, other)}
+    link = _pair_link(study, one, other)
+    return {"card": other.state.scenario, "standing": standing, "sides": sides, "href": link}
 
 
 def extremes(study: Study) -> list[tuple[str, str]]:
@@ -236,7 +238,3 @@ def _inline(content: Any) -> Markup:
     """JSON for a script element, escaped so that nothing ends the element or begins a comment."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)

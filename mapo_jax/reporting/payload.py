@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
+from mapo_jax.environment.dialogue import Turn
+from mapo_jax.environment.scenario import Scenario
 from mapo_jax.reporting.credit import Credit
 from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue, TokenRow
 from mapo_jax.reporting.folder import TOKENIZER_FILE, Progress, SavedRun, no_progress
@@ -91,7 +94,8 @@ def pack(
     without_tokens = 0
     # Compression releases the interpreter's lock, so two threads help.
     with ThreadPoolExecutor(2) as pool:
-        for group, piece in zip(ordered, pool.map(_texts, ordered), strict=True):
+        texts = pool.map(lambda g: squeeze(list(map(dialogue_json, g.batch.dialogues, g.credits))), ordered)
+        for group, piece in zip(ordered, texts, strict=True):
             progress(f"packing {group.key}")
             if fits(group.key, piece):
                 kept.append(group)
@@ -108,10 +112,6 @@ def pack(
         without_text=sum(len(g.batch.dialogues) for g in groups) - inside,
         without_tokens=without_tokens,
     )
-
-
-def _texts(group: Group) -> str:
-    return squeeze(list(map(dialogue_json, group.batch.dialogues, group.credits)))
 
 
 def by_importance(groups: Sequence[Group]) -> list[Group]:
@@ -157,11 +157,12 @@ def index_json(runs: Sequence[SavedRun], groups: Sequence[Group]) -> dict[str, A
     rows = []
     for group in groups:
         for place, (dialogue, credit) in enumerate(zip(group.batch.dialogues, group.credits, strict=True)):
-            card = card_json(dialogue)
+            card = card_json(dialogue.state.scenario)
             number, _ = cards.setdefault(json.dumps(card, sort_keys=True), (len(cards), card))
             key = [group.run, int(group.batch.validation), group.batch.step, *dialogue.place, number]
-            lengths = [len(dialogue.turns), dialogue.unscored_turns, sum(t.truncated for t in dialogue.turns)]
-            scores = [_round(credit.first_return, 3), _round(dialogue.epm_q, 1)]
+            unscored = sum(not turn.scored for turn in dialogue.turns)
+            lengths = [len(dialogue.turns), unscored, sum(turn.truncated for turn in dialogue.turns)]
+            scores = [rounded(credit.first_return, 3), rounded(dialogue.epm_q, 1)]
             rows.append([*key, dialogue.outcome, *lengths, failure_kinds(dialogue), *scores, place])
     named = [{"name": run.name, "estimator": run.algorithm.estimator} for run in runs]
     return {"runs": named, "cards": [card for _, card in cards.values()], "rows": rows}
@@ -169,26 +170,21 @@ def index_json(runs: Sequence[SavedRun], groups: Sequence[Group]) -> dict[str, A
 
 def failure_kinds(dialogue: SavedDialogue) -> list[str]:
     """The kinds of failures in it: of `timeout: no answer in 60 s` the first word."""
-    failures = [turn.failure for turn in dialogue.turns if turn.levels is None] + [dialogue.failure]
+    failures = [turn.failure for turn in dialogue.turns if not turn.scored] + [dialogue.state.failure]
     return sorted({failure.split(":")[0][:40] for failure in failures if failure})
 
 
-def card_json(dialogue: SavedDialogue) -> dict[str, str]:
+def card_json(card: Scenario) -> dict[str, str]:
     """The fields of the card that the page shows."""
-    card = dialogue.card
-    person, story = (
-        value if isinstance(value := card.get(key), Mapping) else {} for key in ("person", "story")
-    )
-    dislike = card.get("dislike") or ()
-    texts = {
-        "id": card["id"],
-        **{key: card.get(key) for key in ("domain", "split", "topic", "hope")},
-        "dislike": "; ".join(map(str, dislike)) if isinstance(dislike, (list, tuple)) else dislike,
-        **{key: person.get(key) for key in ("name", "age", "social", "inner")},
-        "situation": card.get("situation"),
-        "trigger": story.get("trigger"),
+    person = card.person
+    return {
+        "id": card.id,
+        **{key: getattr(card, key) for key in ("domain", "split", "topic", "hope")},
+        "dislike": "; ".join(card.dislike),
+        **{"name": person.name, "age": str(person.age), "social": person.social, "inner": person.inner},
+        "situation": card.situation,
+        "trigger": card.story.trigger,
     }
-    return {name: str(text) for name, text in texts.items() if text is not None}
 
 
 def dialogue_json(dialogue: SavedDialogue, credit: Credit) -> dict[str, Any]:
@@ -199,30 +195,33 @@ def dialogue_json(dialogue: SavedDialogue, credit: Credit) -> dict[str, Any]:
         dialogue.turns, dialogue.distances[1:], credit.rewards, credit.returns, *advantages, strict=True
     )
     return {
-        "start": dialogue.start,
-        "distance": _round(dialogue.distances[0], 2),
-        "rule": dialogue.rule,
-        "failure": dialogue.failure,
-        "seed": dialogue.seed,
+        "start": dialogue.state.scenario.start_position,
+        "distance": rounded(dialogue.distances[0], 2),
+        "rule": dialogue.state.rule,
+        "failure": dialogue.state.failure,
+        "seed": dialogue.state.seed,
         "turns": [
-            {
-                "u": turn.user,
-                "r": turn.reply,
-                "p": [_round(axis, 2) for axis in turn.position],
-                "d": _round(distance, 2),
-                "c": [_round(value, 3) for value in credit],
-                "l": turn.levels,
-                "e": turn.evidence,
-                "w": turn.reasons,
-                "f": turn.failure,
-                "k": turn.kind,
-                "n": turn.named,
-                "a": turn.action,
-                "g": turn.guidance,
-                "x": int(turn.truncated),
-            }
+            _turn_json(turn) | {"d": rounded(distance, 2), "c": [rounded(value, 3) for value in credit]}
             for turn, distance, *credit in columns
         ],
+    }
+
+
+def _turn_json(turn: Turn) -> dict[str, Any]:
+    judgement, action, reading = turn.judgement, turn.action, turn.reading or {}
+    return {
+        "u": turn.user,
+        "r": turn.reply,
+        "p": [rounded(axis, 2) for axis in turn.position],
+        "l": turn.levels,
+        "e": judgement.evidence if judgement else (),
+        "w": judgement.reasons if judgement else (),
+        "f": turn.failure,
+        "k": reading.get("kind"),
+        "n": [(name["what"], name["right"]) for name in reading.get("named") or ()],
+        "a": action and " ".join(filter(None, (action.kind, action.target))),
+        "g": action.guidance if action else "",
+        "x": int(turn.truncated),
     }
 
 
@@ -269,12 +268,9 @@ def _row_json(row: TokenRow, used: np.ndarray) -> dict[str, Any]:
 
 def _run_lengths(values: np.ndarray) -> list[int]:
     """[value, length, value, length, ...]."""
-    if not values.size:
-        return []
-    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
-    lengths = np.diff(np.r_[starts, values.size])
-    return np.stack([values[starts], lengths], 1).reshape(-1).tolist()
+    return [number for value, run in groupby(values.tolist()) for number in (value, len(list(run)))]
 
 
-def _round(value: float | None, digits: int) -> float | None:
+def rounded(value: float | None, digits: int) -> float | None:
+    """The value for JSON; None stays None."""
     return None if value is None else round(float(value), digits)

@@ -15,8 +15,9 @@ from mapo_jax.reporting.comparison import Difference, compare, mean
 from mapo_jax.reporting.credit import Credit, CreditedBatch, credit_batch
 from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue
 from mapo_jax.reporting.diversity import Diversity, analyse
-from mapo_jax.reporting.folder import SavedRun, counted, setting
+from mapo_jax.reporting.folder import SavedRun, counted
 from mapo_jax.reporting.payload import Group
+from mapo_jax.settings import value_at
 
 # Credit of a dialogue -> its contribution to a metric; None if it does not count.
 _VALUES: dict[str, Callable[[SavedDialogue, Credit], float | None]] = {
@@ -45,10 +46,10 @@ class Study:
     def of(cls, number: int, run: SavedRun) -> Study:
         """Computes the credit of every dialogue and the diversity of every step."""
         sizes = {
-            name: setting(run.config, f"rollout.{name}") for name in ("scenarios", "rollouts", "max_turns")
+            name: value_at(run.config, f"rollout.{name}") for name in ("scenarios", "rollouts", "max_turns")
         }
         shape = {name: size for name, size in sizes.items() if isinstance(size, int) and 0 < size < 10_000}
-        share = setting(run.config, "environment.max_failed_share")
+        share = value_at(run.config, "environment.max_failed_share")
         if isinstance(share, (int, float)):
             shape["max_failed_share"] = share
         cards = max((len({d.place[0] for d in b.dialogues}) for b in run.validation), default=1)
@@ -156,7 +157,7 @@ class Study:
 def values_of(metric: str) -> Callable[[SavedDialogue, Credit], float | None]:
     """A dialogue's contribution to a metric; None for a dialogue that statistics do not count."""
     value = _VALUES[metric]
-    return lambda dialogue, credit: value(dialogue, credit) if dialogue.counts else None
+    return lambda dialogue, credit: value(dialogue, credit) if dialogue.state.counts else None
 
 
 def values_by_card(batch: SavedBatch, credits: Sequence[Credit], metric: str) -> dict[str, list[float]]:
@@ -164,5 +165,5 @@ def values_by_card(batch: SavedBatch, credits: Sequence[Credit], metric: str) ->
     value, values = values_of(metric), defaultdict(list)
     for dialogue, credit in zip(batch.dialogues, credits, strict=True):
         if (figure := value(dialogue, credit)) is not None:
-            values[dialogue.scenario].append(figure)
+            values[dialogue.card].append(figure)
     return dict(values)

@@ -9,8 +9,9 @@ from typing import Any
 from mapo_jax.config import GONE
 from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.comparison import compare
-from mapo_jax.reporting.folder import SavedRun, counted, setting
+from mapo_jax.reporting.folder import SavedRun, counted
 from mapo_jax.reporting.study import Study, values_by_card
+from mapo_jax.settings import value_at
 
 ROLES = ("user", "judge", "director")
 NOT_COMPARED = ("run.directory", "run.name", *GONE)  # settings in which any two runs differ, or did
@@ -28,7 +29,7 @@ def recipe(run: SavedRun) -> str:
     """What was trained, in one sentence."""
     if not run.config:
         return "The settings of this run are unknown."
-    get = partial(setting, run.config)
+    get = partial(value_at, run.config)
     base = get("model.path")
     model = "a small warm-started model" if base is None else str(base).rstrip("/").split("/")[-1]
     players = [str(name) for role in ROLES if (name := get(f"environment.{role}.model"))]
@@ -49,12 +50,12 @@ def recipe(run: SavedRun) -> str:
 
 def key_figures(run: SavedRun) -> list[tuple[str, str]]:
     """Name and value of the run's main figures; unknown ones are left out."""
-    reward, discount = setting(run.config, "algorithm.reward"), setting(run.config, "algorithm.discount")
+    reward, discount = value_at(run.config, "algorithm.reward"), value_at(run.config, "algorithm.discount")
     layers, width = run.shape.get("num_hidden_layers"), run.shape.get("hidden_size")
     seconds = sum(run.series("timing_s/step")[1])
     rows = [
         ("steps", _steps(run)),
-        ("seed", setting(run.config, "training.seed")),
+        ("seed", value_at(run.config, "training.seed")),
         ("reward", f"{reward} distance" if reward else None),
         ("discount", f"{discount} per turn" if discount else None),
         ("model", f"{layers} layers, width {width}" if "hidden_size" in run.shape else None),
@@ -77,17 +78,9 @@ def tiles(study: Study) -> list[dict[str, Any]]:
         if isinstance(helper, (int, float)) and helper > change.before and name != "outcome/success":
             share = change.change / (helper - change.before)
         start = study.changes.get("distance/start") if name == "distance/end" else None
-        rows.append(
-            {
-                "title": title,
-                "form": form,
-                "change": change,
-                "helper": helper,
-                "progress": share,
-                "note": f"{format_value(start.before)} at the start" if start else None,
-                "turned": name in LOWER_IS_BETTER,
-            }
-        )
+        note = f"{format_value(start.before)} at the start" if start else None
+        row = {"title": title, "form": form, "change": change, "helper": helper, "progress": share}
+        rows.append(row | {"note": note, "turned": name in LOWER_IS_BETTER})
     return rows
 
 
@@ -99,14 +92,9 @@ def against_first(studies: Sequence[Study]) -> list[dict[str, Any]]:
         if study is not studies[0] and study.last and studies[0].last:
             sides = (values_by_card(*side, "return/mean") for side in (studies[0].last, study.last))
             against = compare(*sides)
-        rows.append(
-            {
-                "study": study,
-                "change": study.changes.get("return/mean"),
-                "against": against,
-                "step": study.last[0].step if study.last else None,
-            }
-        )
+        step = study.last[0].step if study.last else None
+        change = study.changes.get("return/mean")
+        rows.append({"study": study, "change": change, "against": against, "step": step})
     return rows
 
 

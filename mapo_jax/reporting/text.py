@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import unicodedata
 from collections.abc import Sequence
 
 from rich import box
@@ -12,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from mapo_jax.commands import printable
 from mapo_jax.reporting.behaviour import changes, typical_pair
 from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.credit import Credit
@@ -34,15 +34,8 @@ def render_text(runs: Sequence[SavedRun]) -> RenderableType:
 
 
 def plain(text: str) -> str:
-    """Text that is safe on a terminal: control and direction characters become the replacement sign."""
-    return "".join(
-        " "
-        if letter in "\n\t"
-        else "\ufffd"
-        if unicodedata.category(letter) in ("Cc", "Cf", "Cs")
-        else letter
-        for letter in text.replace("\u00a0%", "%")
-    )
+    """One line of text that is safe on a terminal (`commands.printable`)."""
+    return printable(text.replace("\u00a0%", "%").replace("\n", " ").replace("\t", " "))
 
 
 def _text(text: str, style: str = "") -> Text:
@@ -130,10 +123,9 @@ def _examples(study: Study) -> list[tuple[str, SavedDialogue, Credit]]:
 
 
 def _dialogue(title: str, dialogue: SavedDialogue, credit: Credit) -> RenderableType:
-    topic = dialogue.card.get("topic") or ""
     lines: list[RenderableType] = [
-        _text(f"{title}: {dialogue.scenario}", "bold"),
-        _text(f"{topic} Return {signed(credit.first_return)}.", "dim"),
+        _text(f"{title}: {dialogue.card}", "bold"),
+        _text(f"{dialogue.state.scenario.topic} Return {signed(credit.first_return)}.", "dim"),
     ]
     for turn, reward in zip(dialogue.turns, credit.rewards, strict=True):
         score = ("unscored", "dim") if reward is None else (signed(reward), "red" if reward < 0 else "green")

@@ -16,7 +16,7 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from mapo_jax.environment.dialogue import DialogueState, RoleFailure
 from mapo_jax.environment.roles import Roles, open_dialogue, take_turn
@@ -36,8 +36,8 @@ class Dialogue:
 
     state: DialogueState
     row: Row  # empty if the user could not even open; with history=per_turn: the last turn's
-    scenario: int  # index of its scenario in the batch
-    rollout: int  # index among its scenario's rollouts
+    scenario: NonNegativeInt  # index of its scenario in the batch
+    rollout: NonNegativeInt  # index among its scenario's rollouts
     step: int
     weight_version: int  # of the weights that sampled it
     earlier_rows: tuple[Row, ...] = ()  # history=per_turn only: the rows of the turns before the last
@@ -48,15 +48,8 @@ class Dialogue:
         return (*self.earlier_rows, self.row)
 
     def usable(self, max_failed_share: float) -> bool:
-        """Whether to learn from it.
-
-        Not if its user or director failed for good, if no turn was scored, or if the share of unscored turns
-        exceeds `max_failed_share`.
-        """
-        turns = self.state.turns
-        scored = sum(turn.scored for turn in turns)
-        failed = len(turns) - scored
-        return self.state.outcome != "error" and scored > 0 and failed <= max_failed_share * len(turns)
+        """Whether to learn from it, see `DialogueState.usable`."""
+        return self.state.usable(max_failed_share)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for one line of JSON, the scenario card included; `from_json` gives an equal dialogue.
@@ -78,6 +71,8 @@ class Dialogue:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise UserError(f"this is no saved dialogue: {place}: {first['msg']}") from error
+        except RoleFailure as error:  # a level outside its scale
+            raise UserError(f"this is no saved dialogue: {error}") from error
 
 
 _SAVED = TypeAdapter(Dialogue)

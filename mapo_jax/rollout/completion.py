@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mapo_jax.environment.allowance import waiting
 from mapo_jax.environment.dialogue import RoleFailure
-from mapo_jax.environment.roles import Completion
+from mapo_jax.environment.roles import Completion, Messages, Schema, with_schema
 from mapo_jax.rollout.dispatch import Dispatcher
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Reply, Request
@@ -34,12 +33,7 @@ class EngineModel:
         self._serving: asyncio.Task | None = None
 
     async def __call__(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        seed: int,
-        schema: Mapping[str, Any] | None,
-        max_tokens: int,
+        self, messages: Messages, *, seed: int, schema: Schema | None, max_tokens: int
     ) -> Completion:
         """The model's answer; a schema is added to the last message.
 
@@ -47,9 +41,7 @@ class EngineModel:
           RoleFailure: of kind malformed: the prompt does not fit, or the answer was cut at `max_tokens`.
         """
         if schema is not None:
-            *earlier, last = messages
-            text = f"{last['content']}\n\nJSON schema: {json.dumps(schema, ensure_ascii=False)}"
-            messages = [*earlier, {**last, "content": text}]
+            messages = with_schema(messages, schema)
         ids = self._chat.prompt(messages)
         if len(ids) >= self._engine.length:
             raise RoleFailure(

@@ -60,30 +60,18 @@ def make_programs(
     model = dict(config=config, dtype=dtype, mesh=mesh)
     options = CPU_OPTIONS if on_cpu else None
     to_cache = functools.partial(jax.jit, out_shardings=cache_sharding)
+    ready = functools.partial(for_decoding, config=config, dtype=dtype)
     create = functools.partial(init_cache, config, resident, dtype=dtype, by_feature=on_cpu)
-    decode = functools.partial(
-        generate,
-        **model,
-        in_place=lanes == resident,
-        stop_ids=stop_ids,
-        vocabulary_size=vocabulary_size,
-        sampling=sampling,
-        block=block,
-    )
+    constants = dict(stop_ids=stop_ids, vocabulary_size=vocabulary_size, sampling=sampling, block=block)
+    decode = functools.partial(generate, **model, in_place=lanes == resident, **constants)
+    generated = None if mesh is None else (cache_sharding, *(everywhere,) * 4)
     return EnginePrograms(
-        ready=jax.jit(
-            functools.partial(for_decoding, config=config, dtype=dtype), out_shardings=weights_sharding
-        ),
+        ready=jax.jit(ready, out_shardings=weights_sharding),
         create=to_cache(create, static_argnums=0),
         grow=to_cache(LayerCache.grown, static_argnums=1),
         insert=to_cache(functools.partial(insert, shards=row_shards(mesh)), donate_argnums=0),
         prefill=to_cache(functools.partial(prefill, **model), donate_argnums=1, compiler_options=options),
-        generate=jax.jit(
-            decode,
-            donate_argnums=1,
-            out_shardings=None if mesh is None else (cache_sharding, *(everywhere,) * 4),
-            compiler_options=options,
-        ),
+        generate=jax.jit(decode, donate_argnums=1, out_shardings=generated, compiler_options=options),
         park=jax.jit(park, out_shardings=everywhere),
         restore=to_cache(restore, donate_argnums=0),
     )

@@ -14,6 +14,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class Opening:
 _ENTRY, _OPENING = TypeAdapter(Entry), TypeAdapter(Opening)
 
 
-class Journal:
+class Journal(AbstractContextManager):
     """The journal of one collection; an existing file is read first."""
 
     def __init__(self, file: Path | str, *others: Path | str) -> None:
@@ -136,9 +137,6 @@ class Journal:
         if self._path != self._target:
             write_whole(self._target, self._path.read_bytes())
             self._copied = time.monotonic()
-
-    def __enter__(self) -> Journal:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -147,7 +147,8 @@ class ChatFormat:
         """Ids up to the start of the first reply, for the user's first message."""
         if self.history == "per_turn":
             return self.prompt([{"role": "user", "content": first}])
-        return self._encode(self._system_text() + self._user_text(first))
+        system = f"{START}system\n{self.system}{END}\n" if self.system else ""
+        return self._encode(system + self._user_text(first))
 
     def next_user(self, text: str) -> tuple[int, ...]:
         """Ids from after a reply's closing `<|im_end|>` to the start of the next reply.
@@ -177,9 +178,6 @@ class ChatFormat:
         for marker in self._markers:
             text = text.replace(marker, marker[0] + ZERO_WIDTH_SPACE + marker[1:])
         return text
-
-    def _system_text(self) -> str:
-        return f"{START}system\n{self.system}{END}\n" if self.system else ""
 
     def _user_text(self, text: str) -> str:
         return f"{START}user\n{self.plain(text)}{END}\n{START}assistant\n{self.opening}"

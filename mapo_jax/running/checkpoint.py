@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from mapo_jax.files import (
     CHECKSUMS_FILE,
     as_path,
     checksums,
+    crc_of,
     differing,
     disk_errors,
     in_bucket,
@@ -41,7 +41,7 @@ _PROCESS_CHECKSUMS = "checksums.process_"  # file that each of several processes
 _CHUNK_BYTES = 16 * 2**20  # largest stored chunk of an array
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager):
     """The checkpoints of one run: asynchronous, complete, restored into any sharding.
 
     A checkpoint holds the parameters, the optimizer's state, the frozen reference if there is one, a JSON
@@ -97,14 +97,9 @@ class Checkpoints:
         if step in self.steps:
             return
         with disk_errors(self.folder):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=_chunked(_to_saved(state)),
-                    progress=ocp.args.JsonSave(_with_checksum({**progress, "step": step})),
-                ),
-                force=True,
-            )
+            saved = ocp.args.JsonSave(_with_checksum({**progress, "step": step}))
+            args = ocp.args.Composite(state=_chunked(_to_saved(state)), progress=saved)
+            self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Waits until no save is running. Raises as `save` does."""
@@ -136,9 +131,6 @@ class Checkpoints:
                 self._manager.wait_until_finished()
             finally:
                 self._manager.close()
-
-    def __enter__(self) -> Checkpoints:
-        return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
@@ -176,18 +168,14 @@ def read_progress(checkpoint: Path | str) -> dict[str, Any]:
     saved = read_object(folder / "progress" / "metadata") or {}
     checksum = saved.pop(_CHECKSUM, None)
     summed = (folder / "state" / CHECKSUMS_FILE).exists()
-    if "step" not in saved or summed != (checksum is not None) or (summed and checksum != _checksum(saved)):
+    if "step" not in saved or summed != (checksum is not None) or (summed and checksum != crc_of(saved)):
         raise _damaged(folder, "progress/metadata")
     return saved
 
 
 def _with_checksum(progress: Mapping[str, Any]) -> dict[str, Any]:
     progress = json.loads(json.dumps(progress))
-    return {**progress, _CHECKSUM: _checksum(progress)}
-
-
-def _checksum(progress: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(progress, sort_keys=True).encode())
+    return {**progress, _CHECKSUM: crc_of(progress)}
 
 
 # --- Saving arrays. ---
@@ -302,14 +290,9 @@ def _restore(folder: Path, template: Mapping[str, Any]) -> Any:
     with _read_errors(folder):
         saved = handler.metadata(state).tree
         _refuse_other_shapes(folder, {name: saved.get(name, {}) for name in template}, abstract)
-        return handler.restore(
-            state,
-            args=ocp.args.PyTreeRestore(
-                item=abstract,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                partial_restore=True,
-            ),
-        )
+        places = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(item=abstract, restore_args=places, partial_restore=True)
+        return handler.restore(state, args=args)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -212,11 +212,7 @@ def _kept(batch: _Microbatch, remat: str) -> int:
     kept = jax.tree.leaves(jax.eval_shape(layer, x, weights, rotary))
     # Weights and rotary angles are counted elsewhere.
     elsewhere = {(leaf.shape, leaf.dtype) for leaf in (*jax.tree.leaves(weights), *rotary)}
-    size = sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize
-        for leaf in kept
-        if (leaf.shape, leaf.dtype) not in elsewhere
-    )
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in kept if (leaf.shape, leaf.dtype) not in elsewhere)
     if remat == "none" and batch.attention != "xla":
         size += batch.rows * batch.length * config.num_heads * config.head_dim * dtype.itemsize
     return size

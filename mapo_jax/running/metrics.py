@@ -11,7 +11,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,7 +54,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [row for line in lines if (row := read_row(line)) is not None]
 
 
-class MetricWriter:
+class MetricWriter(AbstractContextManager):
     """Appends each step's metrics to `metrics.jsonl`, and optionally to event files and Weights & Biases.
 
     A row is one system call, so a kill leaves at most one incomplete line at the end, which
@@ -162,9 +162,6 @@ class MetricWriter:
         if self._local != self._target:
             copy_files(self._local, self._target)
             self._copied = time.monotonic()
-
-    def __enter__(self) -> MetricWriter:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

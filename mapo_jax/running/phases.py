@@ -63,6 +63,5 @@ class Phases:
         self._seconds[self.current.phase] += seconds
         self._stretches[self.current.phase] = [*self._stretches[self.current.phase], seconds][-_REMEMBERED:]
         self._names = names
-        self.current = Stretch(
-            names[-1], self.current.number + 1, now
-        )  # one assignment, as other threads read it
+        # One assignment, as other threads read it.
+        self.current = Stretch(names[-1], self.current.number + 1, now)

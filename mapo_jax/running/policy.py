@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,20 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mapo_jax.config import LoraConfig, RolloutConfig
 from mapo_jax.errors import UserError
-from mapo_jax.files import (
-    as_path,
-    copy_files,
-    damaged_file,
-    disk_errors,
-    in_bucket,
-    local_folder,
-    write_checksums,
-)
+from mapo_jax.files import as_path, damaged_file, disk_errors, local_folder, write_checksums
 from mapo_jax.model.huggingface import check_weights, load_params, read_config, write_config
 from mapo_jax.model.lora import ADAPTERS, LoRA, join, low_rank, merge, split
 from mapo_jax.model.peft import base_folder, is_adapter, read_adapter_config, write_adapter_config
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
-from mapo_jax.model.sharding import param_shardings
+from mapo_jax.model.sharding import param_shardings, with_shardings
 from mapo_jax.model.tensor_names import Reader
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.rows import ChatFormat
@@ -87,11 +77,7 @@ def _load(
         return policy, load_params(path, config, mesh, dtype=dtype)
     template = parameter_shapes(config)
     if mesh is not None:
-        template = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            template,
-            param_shardings(parameter_shapes(config), mesh),
-        )
+        template = with_shardings(template, param_shardings(template, mesh))
     checkpoint = checkpoint_folder(path, step)
     if config.lora is None:
         return policy, restore_params(checkpoint, in_precision(template, dtype))
@@ -239,18 +225,12 @@ def save_model_files(run_folder: Path | str, policy: Policy) -> None:
       UserError: the disk is full.
     """
     folder = as_path(run_folder) / MODEL_FOLDER
-    with disk_errors(folder), ExitStack() as stack:
-        folder.mkdir(parents=True, exist_ok=True)
-        local = folder
-        if in_bucket(folder):
-            local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mapo_jax.")))
+    with disk_errors(folder), local_folder(folder, write=True) as local:
         write_tokenizer(local, policy.tokenizer)
         if policy.config.lora is not None:
             write_adapter_config(local, policy.config.lora)
         write_config(local, policy.config)
         write_checksums(local)
-        if local != folder:
-            copy_files(local, folder)
 
 
 def _check_fit(policy: Policy, rollout: RolloutConfig, path: Path | str) -> None:

@@ -7,7 +7,6 @@ the same programs in the same order on the whole mesh.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -30,7 +29,7 @@ from mapo_jax.commands import Sentinel, exit_now, printable
 from mapo_jax.config import Config, RolloutConfig, known_keys, updated, value_of
 from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
-from mapo_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, param_shardings
+from mapo_jax.model.sharding import MESH_AXES, ROLLOUT_RULES, param_shardings, with_shardings
 from mapo_jax.peers import AGAIN, Peers
 from mapo_jax.running.stop import Interrupted
 
@@ -45,7 +44,7 @@ _NO_CLUSTER = ("coordinator_address should be defined", "must be called before a
 
 
 @dataclass(frozen=True)
-class Processes:
+class Processes(AbstractContextManager):
     """The processes of a run, as one of them knows them; a context manager that disconnects at its end."""
 
     index: int = 0
@@ -78,14 +77,13 @@ class Processes:
         """
         if self.peers is None:
             return work()
-        problem = result = None
+        problem = reason = result = None
         try:
             result = work()
-        except (Interrupted, UserError) as error:
-            problem = error
-        reason = None
-        if problem is not None:
-            reason = str(problem) if isinstance(problem, Interrupted) else f"process {self.index}: {problem}"
+        except Interrupted as error:
+            problem, reason = error, str(error)
+        except UserError as error:
+            problem, reason = error, f"process {self.index}: {error}"
         reasons = [reason for reason in self.exchange(what, reason) if reason is not None]
         if reasons:
             raise Interrupted(reasons[0]) from problem
@@ -95,13 +93,10 @@ class Processes:
         """The arrays of all processes, concatenated along their first axis, in every process.
 
         Args:
-          tree: numpy arrays of the same shapes in every process.
+          tree: numpy arrays of the same shapes in every process. An array that is distributed over the
+            devices of all processes is returned whole.
         """
         return tree if self.count == 1 else multihost_utils.process_allgather(tree, tiled=True)
-
-    def whole(self, array: jax.Array) -> np.ndarray:
-        """The whole of an array that is distributed over the devices of all processes. A collective."""
-        return np.asarray(array) if self.count == 1 else multihost_utils.process_allgather(array, tiled=True)
 
     @contextmanager
     def exit_on_error(self) -> Iterator[None]:
@@ -128,9 +123,6 @@ class Processes:
         if self.peers is not None and not self.peers.over:
             self.exchange("the end", None)
             self.peers.leave()
-
-    def __enter__(self) -> Processes:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self.peers is not None:
@@ -303,10 +295,10 @@ def _listener(address: str) -> socket.socket:
 
 def _own_address() -> str:
     """This machine's address in its network."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if not (named := socket.gethostbyname(socket.gethostname())).startswith("127."):
             return named
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # an address for documentation; nothing is sent
         return probe.getsockname()[0]
     return "127.0.0.1"
@@ -389,11 +381,8 @@ def abstract_rollout_weights(
       dtype: of computation; norms and adapters keep theirs.
       rules: their sharding; `sharding.RULES` for the engine's copy.
     """
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        in_precision(params, dtype),
-        param_shardings(parameter_shapes(config), own_mesh, rules),
-    )
+    shardings = param_shardings(parameter_shapes(config), own_mesh, rules)
+    return with_shardings(in_precision(params, dtype), shardings)
 
 
 def share_of(rollout: RolloutConfig, processes: int) -> RolloutConfig:

@@ -11,10 +11,9 @@ import fcntl
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import orbax.checkpoint as ocp
 
@@ -22,6 +21,7 @@ from mapo_jax.config import HELD_OUT, ROLES, Config, differing_keys, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, disk_errors, in_bucket, read_object, write_whole
 from mapo_jax.running.metrics import METRICS_FILE, read_row, read_rows
+from mapo_jax.settings import value_at
 
 CHECKPOINTS_FOLDER = "checkpoints"
 BASE_FOLDER = "base"  # frozen weights of a run with adapters, stored once for all its checkpoints
@@ -218,18 +218,12 @@ def _refuse_other_configuration(file: Path, config: Config) -> None:
         ) from error
     keys = [key for key in differing_keys(saved, config) if not key.startswith(HARMLESS_KEYS)]
     if keys:
-        values = [_value_at(each.model_dump(), keys[0]) for each in (saved, config)]
+        values = [value_at(each.model_dump(), keys[0]) for each in (saved, config)]
         others = f" (and {len(keys) - 1} more: {', '.join(keys[1:4])})" if len(keys) > 1 else ""
         raise UserError(
             f"{file.parent} holds a run with {keys[0]}={values[0]!r}, not {values[1]!r}{others}; "
             "choose another run.directory, or the run's own configuration to continue it"
         )
-
-
-def _value_at(tree: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
-    return tree
 
 
 # --- Restarting. ---

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from mapo_jax.peers import Peers
+
+Check = Callable[[], None]
+"""Raises Interrupted after a stop request; called at safe points."""
 
 
 class Interrupted(Exception):

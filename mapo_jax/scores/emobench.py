@@ -25,7 +25,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.json_files import read_rows
 from mapo_jax.scores.bootstrap import interval_list, intervals
 from mapo_jax.scores.emobench_prompts import KEYS, LETTERS, render
-from mapo_jax.scores.speech import spoken, text_of
+from mapo_jax.speech import spoken, text_of
 
 TASKS = ("EA", "EU")
 LANGUAGES = ("en", "zh")
@@ -348,11 +348,7 @@ def score_answers(items: Sequence[Item], answers: Mapping[Asking, Any], *, seed:
     return scores
 
 
-_GROUPINGS: dict[str, Callable[[Item], str]] = {
-    "languages": attrgetter("language"),
-    "categories": attrgetter("category"),
-    "details": attrgetter("detail"),
-}
+_GROUPINGS = {"languages": "language", "categories": "category", "details": "detail"}  # fields of an item
 
 
 def _task_scores(task: str, items: Sequence[Item], cells: Sequence[_Cell], seed: int) -> dict[str, Any]:
@@ -362,7 +358,8 @@ def _task_scores(task: str, items: Sequence[Item], cells: Sequence[_Cell], seed:
         for question, name in enumerate(("emotion_accuracy", "cause_accuracy")):
             hits = [cell.picked[question] == cell.item.labels[question] for cell in cells]
             scores[name] = float(np.mean(hits))
-    for grouping, group_of in _GROUPINGS.items():
+    for grouping, field in _GROUPINGS.items():
+        group_of = attrgetter(field)
         scores[grouping] = {
             group: _figures(*_where(items, cells, group_of, group), seed)
             for group in sorted(set(map(group_of, items)))

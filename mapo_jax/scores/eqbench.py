@@ -21,7 +21,7 @@ import numpy as np
 from mapo_jax.errors import UserError
 from mapo_jax.json_files import read_json, read_rows
 from mapo_jax.scores.bootstrap import interval_list, intervals
-from mapo_jax.scores.speech import spoken, text_of
+from mapo_jax.speech import spoken, text_of
 
 PARSINGS = ("benchmark", "strict")
 """`benchmark`: as in the benchmark's current script. `strict`: as in its first version."""

@@ -27,7 +27,7 @@ def summarize(states: Sequence[DialogueState], discount: float) -> dict[str, flo
       the share of unscored turns; `dialogues/left_out`, the share of dialogues that no other figure counts.
       Only the last if none counts.
     """
-    counted = [state for state in states if state.outcome != "error" and any(t.scored for t in state.turns)]
+    counted = [state for state in states if state.counts]
     figures = {"dialogues/left_out": 1 - len(counted) / len(states) if states else 0.0}
     if not counted:
         return figures
@@ -35,7 +35,7 @@ def summarize(states: Sequence[DialogueState], discount: float) -> dict[str, flo
     rewards = [reward for rewards in by_dialogue for reward in rewards if reward is not None]
     returns = [_discounted(rewards, discount) for rewards in by_dialogue]
     lengths = [state.turn_count for state in counted]
-    levels = [[turn.judgement.levels if turn.judgement else None for turn in s.turns] for s in counted]
+    levels = [[turn.levels for turn in state.turns] for state in counted]
     starts = [state.scenario.start_position for state in counted]
     scores = [score_case(start, turns)["epm_q"] for start, turns in zip(starts, levels, strict=True)]
     figures |= {

@@ -28,7 +28,7 @@ from mapo_jax.learning.update import (
 )
 from mapo_jax.model.lora import LoRA, join, merge, split
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
-from mapo_jax.model.tensor_names import to_huggingface
+from mapo_jax.model.tensor_names import in_file_layout, params_reader, tensor_names
 from mapo_jax.running.metrics import CompileCounter
 
 CONFIG = QwenConfig(
@@ -60,6 +60,12 @@ EVERYTHING = AlgorithmConfig(
     kl_estimator="k3",
     entropy_coefficient=0.2,
 )
+
+
+def to_huggingface(params):
+    """Every tensor under its Hugging Face name and in its layout."""
+    read = params_reader(params)
+    return {name: in_file_layout(read, *place) for name, place in tensor_names(CONFIG).items()}
 
 
 def make_params(seed):
@@ -259,8 +265,7 @@ def test_update_equals_torch(params):
                 rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta},
             )
         )
-        tensors = {name: torch.tensor(value) for name, value in to_huggingface(weights, CONFIG)}
-        model.load_state_dict(tensors)
+        model.load_state_dict({name: torch.tensor(value) for name, value in to_huggingface(weights).items()})
         return model
 
     batch, reference = loose_rows(), make_params(1)
@@ -276,7 +281,7 @@ def test_update_equals_torch(params):
     assert metrics["actor/loss"] == pytest.approx(loss.item(), rel=1e-5)
     norm = math.sqrt(sum(float((value**2).sum()) for value in expected.values()))
     assert metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-5)
-    found = dict(to_huggingface(gradient, CONFIG))
+    found = to_huggingface(gradient)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=1e-4 * max(1, np.abs(value).max()), err_msg=name)

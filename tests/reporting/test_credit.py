@@ -82,12 +82,12 @@ def test_the_three_advantages_by_an_independent_calculation(run_folder):
     """Plain loops over the formulas, with a discount and a weight that are not the defaults."""
     discount, weight = 0.93, 0.6
     run = read_run(run_folder, dialogues=1000)
-    batch = max(run.training, key=lambda b: sum(d.unscored_turns for d in b.dialogues))
+    batch = max(run.training, key=lambda b: sum(not turn.scored for d in b.dialogues for turn in d.turns))
     algorithm = AlgorithmConfig(discount=discount, turn_weight=weight)
     credits = credit_batch(batch, algorithm, max_failed_share=1.0)
     rewards, returns = {}, {}
     for dialogue in batch.dialogues:
-        lack = [np.sqrt(sum(max(0.0, -1 - axis) ** 2 for axis in p)) for p in dialogue.positions]
+        lack = [np.sqrt(sum(max(0.0, -1 - axis) ** 2 for axis in p)) for p in dialogue.state.positions]
         own = [
             lack[t] - lack[t + 1] if turn.levels is not None else None
             for t, turn in enumerate(dialogue.turns)

@@ -12,10 +12,11 @@ from mapo_jax.reporting.folder import read_run
 def talk(run_folder):
     """Makes a batch from replies and their rewards."""
     model = read_run(run_folder, dialogues=10).training[0].dialogues[0]
+    first = model.turns[0]
 
     def make(dialogues, step=1):
         made = [
-            replace(model, turns=tuple(replace(model.turns[0], reply=reply) for reply, _ in turns))
+            replace(model, state=replace(model.state, turns=tuple(replace(first, reply=r) for r, _ in turns)))
             for turns in dialogues
         ]
         rewards = [tuple(reward for _, reward in turns) for turns in dialogues]

@@ -16,13 +16,13 @@ from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.call_cache import CallCache, address
 from mapo_jax.environment.live.forms import excerpt, whole_characters
 from mapo_jax.environment.live.prompts import render
-from mapo_jax.environment.roles import Completion
+from mapo_jax.environment.roles import Completion, Messages, Schema
 from mapo_jax.environment.scenario import Scenario
 
 FAILURES_FILE = "failures.jsonl"
 
-Messages = Sequence[Mapping[str, str]]
 Complete = Callable[..., Awaitable[str]]  # with the arguments of `Caller.__call__`, on any model
+Check = Callable[[str], Any]  # raises RoleFailure for an unusable answer
 T = TypeVar("T")
 
 
@@ -87,10 +87,6 @@ class CallLog:
         self.lost.clear()
         return drained
 
-    def take(self, prices: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """The metrics since the last `drain` or `take`, see `call_figures`; resets them."""
-        return call_figures([self.drain()], prices)
-
 
 def call_figures(
     drained: Sequence[Mapping[str, Any]], prices: Mapping[str, Sequence[float]]
@@ -151,8 +147,8 @@ class Caller:
         messages: Messages,
         *,
         seed: int = 0,
-        schema: Mapping[str, Any] | None = None,
-        check: Callable[[str], Any] | None = None,
+        schema: Schema | None = None,
+        check: Check | None = None,
         repair: Callable[[str], str] | None = None,
     ) -> str:
         """The text of the model's answer.
@@ -188,12 +184,7 @@ class Caller:
         raise AssertionError("unreachable")
 
     async def _attempt(
-        self,
-        tally: Tally,
-        messages: Messages,
-        seed: int,
-        schema: Mapping[str, Any] | None,
-        check: Callable[[str], Any] | None,
+        self, tally: Tally, messages: Messages, seed: int, schema: Schema | None, check: Check | None
     ) -> str:
         key = address(role=self.role, settings=self.settings, messages=messages, schema=schema, seed=seed)
         cached = None if self.cache is None else self.cache.get(key)
@@ -241,7 +232,7 @@ async def ask(
     return parse(text)
 
 
-def _problem(text: str, check: Callable[[str], Any] | None) -> RoleFailure | None:
+def _problem(text: str, check: Check | None) -> RoleFailure | None:
     """Why an answer is unusable; None if it is not."""
     if not text.strip():
         return RoleFailure("malformed", "it is empty", text)

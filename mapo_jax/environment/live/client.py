@@ -10,11 +10,10 @@ token counts that are counts, and CallFailed for everything else.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
 import httpx2
@@ -27,8 +26,9 @@ from mapo_jax.environment.live.forms import excerpt, whole_characters
 from mapo_jax.environment.live.keys import scrubber
 from mapo_jax.environment.live.limits import PerMinute, prompt_tokens
 from mapo_jax.environment.live.transport import BoundedClient, UnusableResponse, parsed_json, retry_after
-from mapo_jax.environment.roles import Completion
+from mapo_jax.environment.roles import Completion, Messages, Schema, with_schema
 from mapo_jax.errors import UserError
+from mapo_jax.speech import text_of
 
 ATTEMPTS = 4
 LONGEST_WAIT = 30.0  # seconds between two attempts, whatever the server asks for
@@ -37,7 +37,6 @@ _POOL = 16  # connections of one pool, which scans all of them for every request
 _PERMANENT_CODES = ("insufficient_quota", "billing_hard_limit_reached")  # of a 429 that no wait resolves
 _NO_SCHEMA_STATUS = (400, 404, 415, 422, 501)  # from servers that do not support `response_format`
 
-Messages = Sequence[Mapping[str, str]]
 T = TypeVar("T")
 
 
@@ -66,7 +65,7 @@ class ChatCompletion(NamedTuple):
 
 
 class Connections:
-    """Connections to one server, for one event loop."""
+    """Connections to one server, for one event loop; with `contextlib.aclosing` a context manager."""
 
     def __init__(self, url: str, *, concurrency: int = 64, call_seconds: float = 60.0) -> None:
         """Opens no connection yet.
@@ -100,14 +99,14 @@ class Connections:
         for place in reversed(range(concurrency)):
             self.places.put_nowait(place)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Closes all connections."""
         for client in self.clients:
             await client.close()
 
 
 class Server:
-    """Calls one model of one server. A context manager, to be used within one event loop.
+    """Calls one model of one server, within one event loop.
 
     It retries after a timeout, a lost connection, 408, 409, 429 and 5xx, and after a response that is no chat
     completion. The waits grow, have jitter, and respect Retry-After (seconds or a date) up to LONGEST_WAIT.
@@ -117,27 +116,22 @@ class Server:
     def __init__(
         self,
         config: RoleConfig,
+        connections: Connections,
         *,
         key: str | None = None,
         call_seconds: float = 60.0,
-        concurrency: int = 64,
         attempts: int = ATTEMPTS,
-        connections: Connections | None = None,
         on_attempt: Callable[[float | None, str | None], None] | None = None,
     ) -> None:
         """Opens no connection yet.
 
         Args:
-          config: URL, model, sampling, limits.
+          config: model, sampling, limits.
+          connections: to the server; its owner closes them.
           key: of the server, from `read_key`; never part of an error message or an answer.
           call_seconds: longest attempt, from the request to the last byte.
-          concurrency: maximum of concurrent requests, without shared connections.
           attempts: maximum of attempts per call.
-          connections: shared ones to config.url, which their owner closes; None: opens and closes its own.
           on_attempt: called after every attempt, with its seconds if it succeeded, else its kind of failure.
-
-        Raises:
-          UserError: the URL is invalid.
         """
         self._config = config
         self._call_seconds = call_seconds
@@ -148,17 +142,10 @@ class Server:
         self._requests = PerMinute(config.requests_per_minute)
         self._tokens = PerMinute(config.tokens_per_minute)
         self._enforces: bool | None = None  # whether the server enforces a schema; None: not tried yet
-        assert config.url is not None
-        self._close = connections is None
-        if connections is None:
-            connections = Connections(config.url, concurrency=concurrency, call_seconds=call_seconds)
-        self._connections = connections
         self._places = connections.places
         self._clients = [client.with_options(api_key=key or "none") for client in connections.clients]
 
-    async def __call__(
-        self, messages: Messages, *, seed: int, schema: Mapping[str, Any] | None
-    ) -> Completion:
+    async def __call__(self, messages: Messages, *, seed: int, schema: Schema | None) -> Completion:
         """The model's answer; one cut at max_tokens is a failure.
 
         Args:
@@ -176,7 +163,7 @@ class Server:
         return Completion(answer.text, answer.input_tokens, answer.output_tokens)
 
     async def ask(
-        self, messages: Messages, *, seed: int | None, schema: Mapping[str, Any] | None = None
+        self, messages: Messages, *, seed: int | None, schema: Schema | None = None
     ) -> ChatCompletion:
         """The model's answer, perhaps cut at max_tokens. Arguments and errors of a call; seed may be None."""
         messages = [{**message, "content": whole_characters(message["content"])} for message in messages]
@@ -211,17 +198,6 @@ class Server:
 
         return await self._retry(attempt, self._requests.take)
 
-    async def close(self) -> None:
-        """Closes the connections unless they are shared."""
-        if self._close:
-            await self._connections.close()
-
-    async def __aenter__(self) -> Server:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
     async def _retry(
         self, attempt: Callable[[openai.AsyncOpenAI], Awaitable[T]], wait: Callable[[], Awaitable[Any]]
     ) -> T:
@@ -252,11 +228,7 @@ class Server:
         raise AssertionError("unreachable")
 
     async def _attempt(
-        self,
-        client: openai.AsyncOpenAI,
-        messages: Messages,
-        seed: int | None,
-        schema: Mapping[str, Any] | None,
+        self, client: openai.AsyncOpenAI, messages: Messages, seed: int | None, schema: Schema | None
     ) -> ChatCompletion:
         if schema is None:
             return await self._request(client, messages, seed)
@@ -274,9 +246,7 @@ class Server:
                 if self._enforces is None and not answer.cut:
                     self._enforces = answer.text.lstrip().startswith("{")
                 return answer
-        *earlier, last = messages
-        text = f"{last['content']}\n\nJSON schema: {json.dumps(schema, ensure_ascii=False)}"
-        answer = await self._request(client, [*earlier, {**last, "content": text}], seed)
+        answer = await self._request(client, with_schema(messages, schema), seed)
         if not answer.cut:
             self._enforces = False
         return answer
@@ -315,7 +285,10 @@ class Server:
                 raise UnusableResponse("the answer's usage holds no numbers of tokens", _shown(usage))
         if role != "assistant":
             raise UnusableResponse(f"the answer has the role {_shown(role)[:100]!r}", _shown(content))
-        text = self._scrub(whole_characters(_text(content)))
+        try:
+            text = self._scrub(text_of(content) or "")
+        except ValueError:
+            raise UnusableResponse("the answer's content is no text", _shown(content)) from None
         cut = finish == "length"
         if finish == "content_filter":
             detail = "the server's content filter stopped the answer"
@@ -352,19 +325,6 @@ class Server:
         if isinstance(error, (openai.OpenAIError, httpx2.HTTPError)):
             return CallFailed("transport", f"{type(error).__name__}: {detail}"), True, 0.0
         raise error
-
-
-def _text(content: Any) -> str:
-    """The text of a message: the content, or its parts joined without reasoning."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    try:
-        parts = [part for part in content if part["type"] not in ("thinking", "reasoning")]
-        if isinstance(content, list) and all(part["type"] == "text" for part in parts):
-            return "".join(part["text"] for part in parts)
-    except (KeyError, TypeError):
-        pass
-    raise UnusableResponse("the answer's content is no text", _shown(content))
 
 
 def _shown(value: Any) -> str:

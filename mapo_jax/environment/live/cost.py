@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float
 
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, RoleConfig, held_out
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, Turn
@@ -20,19 +23,8 @@ ANSWER_TOKENS = {"user": 45, "judge": 420, "director": 90}
 _SAMPLED_CARDS = 8
 
 
-@dataclass(frozen=True)
-class Load:
-    """Calls of one role and their tokens."""
-
-    calls: float = 0
-    input_tokens: float = 0
-    output_tokens: float = 0
-
-    def __add__(self, other: Load) -> Load:
-        return Load(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
-
-    def __mul__(self, count: float) -> Load:
-        return Load(*(value * count for value in astuple(self)))
+Load = Float[np.ndarray, " 3"]
+"""Calls, prompt tokens and answer tokens of one role."""
 
 
 def run_load(config: Config, training: Sequence[Scenario], validation: int) -> dict[str, Load]:
@@ -63,7 +55,7 @@ def run_load(config: Config, training: Sequence[Scenario], validation: int) -> d
         loads["judge"] += _load("judge", messages) * (evaluations * samples)
     # A custom class may have no model: it is called, but uses no tokens.
     models = {name: getattr(config.environment, name).model for name in loads}
-    return {name: Load(load.calls) if models[name] is None else load for name, load in loads.items()}
+    return {name: load * (1, 0, 0) if models[name] is None else load for name, load in loads.items()}
 
 
 def step_load(config: Config, training: Sequence[Scenario]) -> dict[str, Load]:
@@ -79,8 +71,8 @@ def _averages(config: Config, training: Sequence[Scenario]) -> tuple[Load, dict[
     """The load of a first message, and of a dialogue by role."""
     cards = training[:_SAMPLED_CARDS]
     dialogues = [_dialogue(card, config) for card in cards]
-    turns = {name: _mean([dialogue[name] for dialogue in dialogues]) for name in ROLES}
-    return _mean([_load("user", user_messages(card, ())) for card in cards]), turns
+    turns = {name: np.mean([dialogue[name] for dialogue in dialogues], axis=0) for name in ROLES}
+    return np.mean([_load("user", user_messages(card, ())) for card in cards], axis=0), turns
 
 
 def live_forecast(config: Config, training: Sequence[Scenario], validation: int) -> str:
@@ -90,11 +82,11 @@ def live_forecast(config: Config, training: Sequence[Scenario], validation: int)
         "the live world, if every dialogue goes to its last turn and nothing fails",
         f"  {'role':<14} {'model':<30} {titles}",
     ]
-    total_cost, total = 0.0, Load()
+    total_cost, total = 0.0, np.zeros(3)
     loads = run_load(config, training, validation)
     for name, load in loads.items():
         role = getattr(config.environment, name)
-        cost = (load.input_tokens * role.prices[0] + load.output_tokens * role.prices[1]) / 1e6
+        cost = load[1:] @ role.prices / 1e6
         total_cost, total = total_cost + cost, total + load
         model = role.model or role.implementation or ""
         lines.append(f"  {name:<14} {model[-30:]:<30} {_figures(load, cost)}")
@@ -123,17 +115,17 @@ def live_forecast(config: Config, training: Sequence[Scenario], validation: int)
 
 def _shortest(load: Load, role: RoleConfig) -> float:
     """Shortest time in minutes that the role's limits per minute allow for a load; 0 without limits."""
-    tokens = load.input_tokens + load.output_tokens
-    needed = ((load.calls, role.requests_per_minute), (tokens, role.tokens_per_minute))
+    needed = ((load[0], role.requests_per_minute), (load[1:].sum(), role.tokens_per_minute))
     return max((amount / limit for amount, limit in needed if limit), default=0.0)
 
 
 def _figures(load: Load, cost: float) -> str:
-    return f"{load.calls:11,.0f} {load.input_tokens:15,.0f} {load.output_tokens:15,.0f} {cost:11,.2f}"
+    calls, prompts, answers = load
+    return f"{calls:11,.0f} {prompts:15,.0f} {answers:15,.0f} {cost:11,.2f}"
 
 
 def _load(role: str, messages: Sequence[dict[str, str]]) -> Load:
-    return Load(1, prompt_tokens(messages), ANSWER_TOKENS[role])
+    return np.array([1, prompt_tokens(messages), ANSWER_TOKENS[role]], float)
 
 
 def _dialogue(card: Scenario, config: Config) -> dict[str, Load]:
@@ -142,7 +134,7 @@ def _dialogue(card: Scenario, config: Config) -> dict[str, Load]:
     judgement = Judgement((0,) * 6, ("",) * 6, ("",) * 6)
     filler = Turn(message, reply, judgement, None, card.start_position, Action("continue", None, message))
     state = DialogueState(card, 0, (), message)
-    loads = {name: Load() for name in ROLES}
+    loads = {name: np.zeros(3) for name in ROLES}
     max_turns = config.rollout.max_turns
     for turn in range(max_turns):
         judged = _load("judge", judge_messages(card, state.turns, message, reply))
@@ -152,7 +144,3 @@ def _dialogue(card: Scenario, config: Config) -> dict[str, Load]:
             loads["director"] += _load("director", director_messages(state, max_turns))
             loads["user"] += _load("user", user_messages(card, state.turns))
     return loads
-
-
-def _mean(loads: Sequence[Load]) -> Load:
-    return sum(loads, Load()) * (1 / len(loads))

@@ -77,7 +77,7 @@ class Guarded:
         step_seconds: longest time from `begin` to the last call, including waits.
         clock: for tests.
         """
-        self._roles, self._watch, self._log = roles, watch, log
+        self._roles, self.watch, self._log = roles, watch, log
         self._dialogue_seconds, self._step_seconds, self._clock = dialogue_seconds, step_seconds, clock
         self.begin()
 
@@ -123,9 +123,9 @@ class Guarded:
             raise failure from None
         except RoleFailure as failure:
             self._log.lost[failure.kind] += 1
-            self._watch.note(role, failure)
+            self.watch.note(role, failure)
             raise
         finally:
             self._spent[dialogue] += allowance.used
-        self._watch.note(role, None)
+        self.watch.note(role, None)
         return result

@@ -61,10 +61,10 @@ def test_the_same_call_is_made_once_and_any_difference_is_another_call(tmp_path)
     assert ask(user, CHAT, seed=1) == "f"
     again, _ = make(tmp_path, Model())
     assert ask(again, CHAT, seed=1) == "a"  # from the file
-    metrics = log.take({"judge": (1e6, 2e6)})
+    metrics = call_figures([log.drain()], {"judge": (1e6, 2e6)})
     assert metrics["judge/calls"] == 5 and metrics["judge/cached"] == 1
     assert metrics["judge/cost"] == 4 * (10 + 2 * 5)  # four paid calls: a, b, c, d
-    assert log.take({}) == {"environment/cost": 0.0}
+    assert call_figures([log.drain()], {}) == {"environment/cost": 0.0}
 
 
 def test_one_repair_with_the_reason_and_the_answer_before_it(tmp_path):
@@ -76,7 +76,7 @@ def test_one_repair_with_the_reason_and_the_answer_before_it(tmp_path):
         {"role": "assistant", "content": "bad"},
         {"role": "user", "content": "Mend: bad is not good"},
     ]
-    metrics = log.take({})
+    metrics = call_figures([log.drain()], {})
     assert metrics["judge/repair_rate"] == 1 and metrics["judge/call_failure_rate"] == 0
     (row,) = rows(tmp_path)
     assert (row["kind"], row["raw"], row["final"], row["seed"]) == ("malformed", "bad", False, 1)
@@ -97,7 +97,7 @@ def test_a_transport_failure_is_not_repaired(tmp_path):
     caller, log = make(tmp_path, Model(RoleFailure("timeout", "slow")))
     with pytest.raises(RoleFailure, match="slow"):
         asyncio.run(caller(CHAT, check=check, repair=repair))
-    metrics = log.take({})
+    metrics = call_figures([log.drain()], {})
     assert metrics["judge/call_failure_rate"] == 1 and "failures/timeout" not in metrics
     assert metrics["judge/repair_rate"] == 0
 
@@ -106,7 +106,7 @@ def test_latencies_and_spread(tmp_path):
     log = CallLog()
     tally = log["judge"]
     tally.calls, tally.seconds, tally.spreads = 1, [float(i) for i in range(1, 101)], [0.0, 3.0]
-    metrics = log.take({})
+    metrics = call_figures([log.drain()], {})
     # numpy's linear rule by hand: 1 + 0.5 * 99 and 1 + 0.95 * 99.
     assert metrics["judge/latency_p50"] == 50.5 and metrics["judge/latency_p95"] == pytest.approx(95.05)
     assert metrics["judge/spread"] == 1.5
@@ -141,7 +141,7 @@ def test_figures_of_several_processes_are_those_of_all_calls(tmp_path):
     together["user"].calls += 1
     prices = {"judge": [1.0, 2.0]}
     drained = [json.loads(json.dumps(log.drain())) for log in logs]
-    assert call_figures(drained, prices) == together.take(prices)
+    assert call_figures(drained, prices) == call_figures([together.drain()], prices)
     assert call_figures([log.drain() for log in logs], prices) == {"environment/cost": 0.0}
 
 

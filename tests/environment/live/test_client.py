@@ -1,6 +1,7 @@
 """The client against a scripted server: what it retries, what it does not, and that it reveals no key."""
 
 import asyncio
+import contextlib
 import email.utils
 import gzip
 import json
@@ -27,15 +28,21 @@ KEY = "sk-test-1234567890abcdef"
 CHAT = [{"role": "user", "content": "Hello."}]
 
 
+@contextlib.asynccontextmanager
+async def connected(config, concurrency=64, **options):
+    """A server with connections of its own."""
+    async with contextlib.aclosing(Connections(config.url, concurrency=concurrency)) as connections:
+        yield Server(config, connections, **options)
+
+
 def call(server, times=1, key=KEY, seconds=6.0, schema=None, **settings):
     """Answers or failures of `times` concurrent calls, and the arguments of on_attempt."""
     attempts = []
 
     async def run():
         config = RoleConfig(url=server.url, model="m", **settings)
-        async with Server(
-            config, key=key, call_seconds=seconds, on_attempt=lambda *arguments: attempts.append(arguments)
-        ) as client:
+        options = {"call_seconds": seconds, "on_attempt": lambda *arguments: attempts.append(arguments)}
+        async with connected(config, key=key, **options) as client:
             calls = [client(CHAT, seed=i, schema=schema) for i in range(times)]
             return await asyncio.gather(*calls, return_exceptions=True)
 
@@ -70,7 +77,7 @@ def test_an_answer_with_its_tokens_and_what_was_sent(serve):
         ("stall", 30),
         {"id": "c1", "object": "chat.completion", "choices": []},
         {"choices": [{"index": 0, "message": {"role": "user", "content": "Me."}, "finish_reason": "stop"}]},
-        {"choices": [{"index": 0, "message": {"role": "assistant", "content": ["Me."]}}]},
+        {"choices": [{"index": 0, "message": {"role": "assistant", "content": [{"type": "image"}]}}]},
         {
             "choices": [{"message": {"role": "assistant", "content": "Me."}}],
             "usage": {"prompt_tokens": 1e999},
@@ -165,7 +172,7 @@ def test_a_server_that_ignores_the_schema_gets_it_in_the_prompt(serve):
     server = serve(lambda request, number: "Gladly: {}" if number == 1 else "{}")
 
     async def run():
-        async with Server(RoleConfig(url=server.url, model="m")) as client:
+        async with connected(RoleConfig(url=server.url, model="m")) as client:
             return [(await client(CHAT, seed=i, schema={"type": "object"})).text for i in range(2)]
 
     assert asyncio.run(run()) == ["Gladly: {}", "{}"]
@@ -179,7 +186,7 @@ def test_concurrency_is_bounded(serve):
     server = serve(lambda request, number: "Fine.", latency=0.05)
 
     async def run():
-        async with Server(RoleConfig(url=server.url, model="m"), concurrency=3) as client:
+        async with connected(RoleConfig(url=server.url, model="m"), concurrency=3) as client:
             await asyncio.gather(*[client(CHAT, seed=i, schema=None) for i in range(12)])
 
     asyncio.run(run())
@@ -190,7 +197,7 @@ def test_requests_per_minute_hold_a_call_back(serve):
     server = serve(lambda request, number: "Fine.")
 
     async def run():
-        async with Server(RoleConfig(url=server.url, model="m", requests_per_minute=2)) as client:
+        async with connected(RoleConfig(url=server.url, model="m", requests_per_minute=2)) as client:
             calls = [asyncio.ensure_future(client(CHAT, seed=i, schema=None)) for i in range(3)]
             done, waiting = await asyncio.wait(calls, timeout=3)
             for call in waiting:
@@ -228,7 +235,7 @@ def test_tokens_per_minute_count_what_was_really_used(serve):
 
     async def run():
         config = RoleConfig(url=server.url, model="m", max_tokens=50, tokens_per_minute=300)
-        async with Server(config) as client:
+        async with connected(config) as client:
             passed = 0
             try:
                 async with asyncio.timeout(3):
@@ -360,14 +367,12 @@ def test_roles_of_one_server_share_its_connections(serve):
     async def run():
         shared = Connections(server.url, concurrency=3)
         roles = [
-            Server(RoleConfig(url=server.url, model=name), key=f"sk-{name}", connections=shared)
+            Server(RoleConfig(url=server.url, model=name), shared, key=f"sk-{name}")
             for name in ("user", "judge")
         ]
         await asyncio.gather(*[role(CHAT, seed=i, schema=None) for i in range(6) for role in roles])
-        for role in roles:
-            await role.close()  # shared connections stay open
         assert (await roles[0](CHAT, seed=9, schema=None)).text == "Fine."
-        await shared.close()
+        await shared.aclose()
 
     asyncio.run(run())
     assert server.count == 13 and server.most == 3
@@ -387,8 +392,8 @@ def test_a_role_that_waits_for_its_minute_holds_no_connection(serve):
 
     async def run():
         shared = Connections(server.url, concurrency=1)
-        slow = Server(RoleConfig(url=server.url, model="slow", requests_per_minute=1), connections=shared)
-        fast = Server(RoleConfig(url=server.url, model="fast"), connections=shared)
+        slow = Server(RoleConfig(url=server.url, model="slow", requests_per_minute=1), shared)
+        fast = Server(RoleConfig(url=server.url, model="fast"), shared)
         await slow(CHAT, seed=0, schema=None)
         waiting = asyncio.ensure_future(slow(CHAT, seed=1, schema=None))
         await asyncio.sleep(0)
@@ -396,7 +401,7 @@ def test_a_role_that_waits_for_its_minute_holds_no_connection(serve):
             assert (await fast(CHAT, seed=0, schema=None)).text == "Fine."
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        await shared.close()
+        await shared.aclose()
 
     asyncio.run(run())
 
@@ -405,7 +410,7 @@ def test_half_a_character_in_a_message_is_sent_whole(serve):
     server = serve(lambda request, number: "Fine.")
 
     async def run():
-        async with Server(RoleConfig(url=server.url, model="m")) as client:
+        async with connected(RoleConfig(url=server.url, model="m")) as client:
             await client([{"role": "user", "content": "so \ud83d"}], seed=0, schema={"type": "object"})
 
     asyncio.run(run())
@@ -450,7 +455,7 @@ def test_a_calls_time_is_that_of_its_attempts(serve, monkeypatch, wait):
 
     async def run():
         config = RoleConfig(url=server.url, model="m")
-        async with Server(config, concurrency=1) as client:
+        async with connected(config, concurrency=1) as client:
             if wait == "attempt":
                 monkeypatch.setattr(asyncio, "sleep", slept)
             if wait == "minute":

@@ -1,6 +1,7 @@
 """A failed judgement enters no statistic: a batch computed by hand, from server answers to the loss mask."""
 
 import asyncio
+from contextlib import aclosing
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from mapo_jax.config import AlgorithmConfig, RoleConfig
 from mapo_jax.environment.dialogue import Action, DialogueState
 from mapo_jax.environment.live.calls import Caller, CallLog
-from mapo_jax.environment.live.client import Server
+from mapo_jax.environment.live.client import Connections, Server
 from mapo_jax.environment.live.judge import LiveJudge
 from mapo_jax.environment.roles import Roles, take_turn
 from mapo_jax.environment.scenario import load_scenarios
@@ -49,7 +50,8 @@ def test_a_hand_computed_batch(serve, judged):
     server = serve(answer)
 
     async def hold():
-        async with Server(RoleConfig(url=server.url, model="m"), call_seconds=6.0) as model:
+        async with aclosing(Connections(server.url)) as connections:
+            model = Server(RoleConfig(url=server.url, model="m"), connections, call_seconds=6.0)
             judge = LiveJudge(Caller("judge", model, {}, CallLog()))
             roles = Roles(Quiet(), judge, Quiet())
             states = []

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from mapo_jax.environment.card_schema import INDICATORS, LANGUAGES
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure, Turn
 from mapo_jax.environment.live.call_cache import CallCache
 from mapo_jax.environment.live.calls import Caller, CallLog
-from mapo_jax.environment.live.client import Server
+from mapo_jax.environment.live.client import Connections, Server
 from mapo_jax.environment.live.director import LiveDirector, director_messages, to_action
 from mapo_jax.environment.live.forms import DirectionForm, ReplyForm
 from mapo_jax.environment.live.judge import LiveJudge, judge_messages, median
@@ -243,7 +244,8 @@ def test_no_reply_keeps_its_judge_from_scoring(serve, hostile_replies):
 
     async def score():
         cache = CallCache(":memory:")
-        async with Server(RoleConfig(url=server.url, model="m", max_tokens=10**6)) as model:
+        async with aclosing(Connections(server.url)) as connections:
+            model = Server(RoleConfig(url=server.url, model="m", max_tokens=10**6), connections)
             judge = LiveJudge(Caller("judge", model, {}, CallLog(), cache))
             for reply in hostile_replies:
                 for _ in range(2):  # the second one is from the cache

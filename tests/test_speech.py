@@ -1,6 +1,6 @@
 import pytest
 
-from mapo_jax.scores.speech import spoken, text_of
+from mapo_jax.speech import spoken, text_of
 
 
 @pytest.mark.parametrize(
