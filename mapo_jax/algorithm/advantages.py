@@ -2,13 +2,13 @@
 
 Every estimator of `ESTIMATORS` is a pure function
 
-    f(rewards, returns, valid, scored, *, its options) -> advantages
+    f(rewards, valid, scored=None, *, its options) -> advantages
 
-of arrays `[S, R, T]`: S scenarios, R rollouts of each from one start, T turns. `returns` are discounted
-(`returns.monte_carlo`); each estimator uses the rewards, the returns, or both, as its formula says. `valid`
-marks the turns that exist, `scored` those that have a reward. Unscored turns are imputed for the return and
-are in no statistic. The advantages are 0 outside `scored`, and values outside the masks have no effect. All
-tokens that the policy sampled in turn t of rollout (s, r) get `A[s, r, t]`.
+of arrays `[S, R, T]`: S scenarios, R rollouts of each from one start, T turns. `valid` marks the turns that
+exist, `scored` those that have a reward (default: all valid ones). Unscored turns are imputed for the return
+and are in no statistic. The advantages are 0 outside `scored`, and values outside the masks have no effect.
+Estimators of returns accept them as `returns` (`returns.monte_carlo`, with the same discount), and compute
+them otherwise. All tokens that the policy sampled in turn t of rollout (s, r) get `A[s, r, t]`.
 
 Statistics are over the whole batch of a step: call these before it is cut into mini-batches. Standard
 deviations are of the population. Each function raises ValueError for arrays that are not `[S, R, T]` and for
@@ -28,9 +28,11 @@ from jaxtyping import Array, Bool, Float
 
 from mapo_jax.algorithm import cells
 from mapo_jax.algorithm.cells import Mask, Values
+from mapo_jax.algorithm.returns import monte_carlo
 from mapo_jax.algorithm.rewards import impute_missing
 from mapo_jax.config import AlgorithmConfig
 
+DISCOUNT = 0.85  # gamma of the published runs
 TURN_WEIGHT = 1 / 3  # optimal according to the method's first text
 EPSILON = 1e-6  # added to a standard deviation before dividing by it
 RELATIVE_ZERO = 1e-5  # a deviation below this share of the values' size is rounding, not a difference
@@ -125,10 +127,11 @@ def batch_level(rewards: Values, scored: Mask, *, batch_scope: str = "batch") ->
 
 def mapo(
     rewards: Values,
-    returns: Values,
     valid: Mask,
-    scored: Mask,
+    scored: Mask | None = None,
     *,
+    returns: Values | None = None,
+    discount: float = DISCOUNT,
     turn_weight: float = TURN_WEIGHT,
     batch_scope: str = "batch",
     leave_one_out: bool = False,
@@ -136,27 +139,30 @@ def mapo(
 ) -> Values:
     """`A = w A_turn + (1 - w) A_batch`: the mixed advantage, w = `turn_weight`."""
     scored = cells.scored_cells(valid, scored)
+    if returns is None:
+        returns = monte_carlo(rewards, valid, scored, discount=discount)
     turn_term = turn_level(returns, scored, leave_one_out=leave_one_out, min_group=min_group)
     return turn_weight * turn_term + (1 - turn_weight) * batch_level(rewards, scored, batch_scope=batch_scope)
 
 
 def turn(
     rewards: Values,
-    returns: Values,
     valid: Mask,
-    scored: Mask,
+    scored: Mask | None = None,
     *,
+    returns: Values | None = None,
+    discount: float = DISCOUNT,
     leave_one_out: bool = False,
     min_group: int = 2,
 ) -> Values:
     """`A_turn` of the discounted returns alone: `mapo` with w = 1."""
     scored = cells.scored_cells(valid, scored)
+    if returns is None:
+        returns = monte_carlo(rewards, valid, scored, discount=discount)
     return turn_level(returns, scored, leave_one_out=leave_one_out, min_group=min_group)
 
 
-def batch(
-    rewards: Values, returns: Values, valid: Mask, scored: Mask, *, batch_scope: str = "batch"
-) -> Values:
+def batch(rewards: Values, valid: Mask, scored: Mask | None = None, *, batch_scope: str = "batch") -> Values:
     """`A_batch` of the immediate rewards alone: `mapo` with w = 0."""
     return batch_level(rewards, cells.scored_cells(valid, scored), batch_scope=batch_scope)
 
@@ -170,7 +176,7 @@ def totals(rewards: Values, valid: Mask, scored: Mask) -> tuple[Float[Array, "S 
     return total, jnp.any(scored, axis=-1, keepdims=True)
 
 
-def grpo(rewards: Values, returns: Values, valid: Mask, scored: Mask, *, min_group: int = 2) -> Values:
+def grpo(rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2) -> Values:
     """`(R - mean R) / (std R + e)`, R the rollout's total over its scenario's rollouts; one for all turns.
 
     Outcome credit alone. Source: GRPO (arXiv 2402.03300).
@@ -180,26 +186,34 @@ def grpo(rewards: Values, returns: Values, valid: Mask, scored: Mask, *, min_gro
     return jnp.where(scored, outcome, 0.0)
 
 
-def grpo_per_turn(
-    rewards: Values, returns: Values, valid: Mask, scored: Mask, *, min_group: int = 2
-) -> Values:
+def grpo_per_turn(rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2) -> Values:
     """`(r - mean_r r) / (std_r r + e)` per (scenario, turn): the immediate reward, no return."""
     return turn_level(rewards, cells.scored_cells(valid, scored), min_group=min_group)
 
 
-def reinforce_plus_plus(rewards: Values, returns: Values, valid: Mask, scored: Mask) -> Values:
+def reinforce_plus_plus(
+    rewards: Values,
+    valid: Mask,
+    scored: Mask | None = None,
+    *,
+    returns: Values | None = None,
+    discount: float = DISCOUNT,
+) -> Values:
     """`(G - mean G) / (std G + e)` over the whole batch. Source: REINFORCE++ (arXiv 2501.03262)."""
-    return z_score(returns, cells.scored_cells(valid, scored), BATCH_SCOPES["batch"])
+    scored = cells.scored_cells(valid, scored)
+    if returns is None:
+        returns = monte_carlo(rewards, valid, scored, discount=discount)
+    return z_score(returns, scored, BATCH_SCOPES["batch"])
 
 
-def rloo(rewards: Values, returns: Values, valid: Mask, scored: Mask, *, min_group: int = 2) -> Values:
+def rloo(rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2) -> Values:
     """`R_i - mean_{j != i} R_j`: the total minus that of the other rollouts. Source: arXiv 2402.14740."""
     scored = cells.scored_cells(valid, scored)
     outcome = centre(*totals(rewards, valid, scored), ROLLOUTS, leave_one_out=True, min_count=min_group)
     return jnp.where(scored, outcome, 0.0)
 
 
-def dr_grpo(rewards: Values, returns: Values, valid: Mask, scored: Mask, *, min_group: int = 2) -> Values:
+def dr_grpo(rewards: Values, valid: Mask, scored: Mask | None = None, *, min_group: int = 2) -> Values:
     """`R_i - mean R`: the total minus the group's mean, no division. Source: Dr. GRPO (arXiv 2503.20783)."""
     scored = cells.scored_cells(valid, scored)
     outcome = centre(*totals(rewards, valid, scored), ROLLOUTS, min_count=min_group)
@@ -208,9 +222,8 @@ def dr_grpo(rewards: Values, returns: Values, valid: Mask, scored: Mask, *, min_
 
 def mt_grpo(
     rewards: Values,
-    returns: Values,
     valid: Mask,
-    scored: Mask,
+    scored: Mask | None = None,
     *,
     outcome_weight: float = 1.0,
     min_group: int = 2,
@@ -220,8 +233,8 @@ def mt_grpo(
     Source: MT-GRPO (arXiv 2505.11821).
     """
     scored = cells.scored_cells(valid, scored)
-    outcome = grpo(rewards, returns, valid, scored, min_group=min_group)
-    immediate = grpo_per_turn(rewards, returns, valid, scored, min_group=min_group)
+    outcome = grpo(rewards, valid, scored, min_group=min_group)
+    immediate = grpo_per_turn(rewards, valid, scored, min_group=min_group)
     continues = jnp.pad(jnp.asarray(valid)[..., 1:], [(0, 0), (0, 0), (0, 1)])  # False in the last turn
     return jnp.where(continues, immediate + outcome_weight * outcome, outcome)
 
@@ -235,10 +248,14 @@ ESTIMATORS: MappingProxyType[str, Callable[..., Array]] = MappingProxyType(
 """Name in the configuration -> estimator."""
 
 
+RETURN_ESTIMATORS = ("mapo", "turn", "reinforce_plus_plus")
+"""Names of those that take `returns`."""
+
+
 def estimator_options(config: AlgorithmConfig) -> dict[str, Any]:
-    """The options of `ESTIMATORS[config.estimator]`."""
-    group = {"min_group": config.min_group}
-    turn_options = group | {"leave_one_out": config.leave_one_out}
+    """The options of `ESTIMATORS[config.estimator]`, except `returns`."""
+    discount, group = {"discount": config.discount}, {"min_group": config.min_group}
+    turn_options = discount | group | {"leave_one_out": config.leave_one_out}
     scope = {"batch_scope": config.batch_scope}
     match config.estimator:
         case "mapo":
@@ -248,7 +265,7 @@ def estimator_options(config: AlgorithmConfig) -> dict[str, Any]:
         case "batch":
             return scope
         case "reinforce_plus_plus":
-            return {}
+            return discount
         case "mt_grpo":
             return group | {"outcome_weight": config.outcome_weight}
         case "grpo" | "grpo_per_turn" | "rloo" | "dr_grpo":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from mapo_jax.algorithm.advantages import ESTIMATORS, estimator_options
+from mapo_jax.algorithm.advantages import ESTIMATORS, RETURN_ESTIMATORS, estimator_options
 from mapo_jax.algorithm.cells import Mask, Values
 from mapo_jax.algorithm.returns import monte_carlo
 from mapo_jax.algorithm.rewards import REWARDS
@@ -40,4 +40,6 @@ def turn_advantages(
 ) -> Values:
     """Advantages by the configured estimator (`advantages.py`; by default `mapo`), 0 outside `scored`."""
     options = estimator_options(algorithm)
-    return ESTIMATORS[algorithm.estimator](rewards, returns, valid, scored, **options)
+    if algorithm.estimator in RETURN_ESTIMATORS:
+        options |= {"returns": returns}
+    return ESTIMATORS[algorithm.estimator](rewards, valid, scored, **options)

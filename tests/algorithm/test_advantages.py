@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from mapo_jax import config
 from mapo_jax.algorithm import advantages
 from mapo_jax.algorithm.advantages import ESTIMATORS
-from mapo_jax.algorithm.returns import monte_carlo
 
 NAN = float("nan")
 S, R, T = SHAPE = (2, 3, 4)  # the one shape of the random tests: a new shape is a new compilation
@@ -33,16 +32,9 @@ every_variant = pytest.mark.parametrize(
 )
 
 
-def advantage(name, rewards, valid, scored=None, discount=0.85, **options):
-    """An estimator on Monte Carlo returns of this discount; by default every valid turn is scored."""
-    scored = valid if scored is None else scored
-    returns = monte_carlo(rewards, valid, scored, discount=discount)
-    return ESTIMATORS[name](rewards, returns, valid, scored, **options)
-
-
 @functools.cache
 def compiled(name, **options):
-    return jax.jit(functools.partial(advantage, name, **options))
+    return jax.jit(functools.partial(ESTIMATORS[name], **options))
 
 
 def estimate(name, rewards, valid, scored=None, **options):
@@ -186,10 +178,10 @@ def test_turn_level_by_hand():
     """Two rollouts, discount 1/2. Returns: 3, 4, 4 and -1, -8; means 1, -2, 4; deviations 2, 6, 0."""
     rewards = np.array([[[1.0, 2.0, 4.0], [3.0, -8.0, NAN]]])
     valid = np.array([[[1, 1, 1], [1, 1, 0]]], bool)
-    result = advantage("turn", rewards, valid, discount=0.5)
+    result = ESTIMATORS["turn"](rewards, valid, discount=0.5)
     np.testing.assert_allclose(result, [[[1, 1, 0], [-1, -1, 0]]], atol=1e-6)
     # The mean of the others instead: 3 - -1 = 4 over 2, 4 - -8 = 12 over 6; the deviation stays.
-    result = advantage("turn", rewards, valid, discount=0.5, leave_one_out=True)
+    result = ESTIMATORS["turn"](rewards, valid, discount=0.5, leave_one_out=True)
     np.testing.assert_allclose(result, [[[2, 2, 0], [-2, -2, 0]]], atol=1e-6)
 
 
@@ -199,9 +191,9 @@ def test_batch_level_and_the_mix_by_hand():
     valid = full(2, 2, 1)
     batch = np.array([[[-3.0], [-1.0]], [[1.0], [3.0]]]) / 5**0.5
     group = np.array([[[-1.0], [1.0]], [[-1.0], [1.0]]])
-    np.testing.assert_allclose(advantage("batch", rewards, valid), batch, atol=1e-5)
-    np.testing.assert_allclose(advantage("batch", rewards, valid, batch_scope="group"), group, atol=1e-5)
-    mixed = advantage("mapo", rewards, valid)  # one turn: the turn level is the group's z-score
+    np.testing.assert_allclose(ESTIMATORS["batch"](rewards, valid), batch, atol=1e-5)
+    np.testing.assert_allclose(ESTIMATORS["batch"](rewards, valid, batch_scope="group"), group, atol=1e-5)
+    mixed = ESTIMATORS["mapo"](rewards, valid)  # one turn: the turn level is the group's z-score
     np.testing.assert_allclose(mixed, group / 3 + 2 * batch / 3, atol=1e-5)
 
 
@@ -216,7 +208,7 @@ def test_outcome_baselines_by_hand():
         "rloo": np.array([6 - 3, 2 - 5, 4 - 4]),
     }
     for name, per_rollout in expected.items():
-        result = advantage(name, rewards, valid, scored)
+        result = ESTIMATORS[name](rewards, valid, scored)
         np.testing.assert_allclose(result, per_rollout[None, :, None] * scored, atol=1e-5, err_msg=name)
 
 
@@ -224,7 +216,7 @@ def test_mt_grpo_by_hand():
     """Two rollouts of two turns and of one. Totals 5 and 1: grpo +-1. First turns 4 and 1: +-1."""
     rewards = np.array([[[4.0, 1.0], [1.0, NAN]]])
     valid = np.array([[[1, 1], [1, 0]]], bool)
-    result = advantage("mt_grpo", rewards, valid, outcome_weight=0.5)
+    result = ESTIMATORS["mt_grpo"](rewards, valid, outcome_weight=0.5)
     # The last turn, second of one and first of the other, has the outcome term alone, with weight 1.
     np.testing.assert_allclose(result, [[[1 + 0.5, 1], [-1, 0]]], atol=1e-5)
 
@@ -233,7 +225,7 @@ def test_credit_crosses_turns():
     """Only the last turn is paid; the first turn gets credit for it through the return, and only there."""
     rewards = np.zeros((1, 2, 3), np.float32)
     rewards[0, 0, 2] = 1.0
-    first = {name: advantage(name, rewards, full(1, 2, 3))[0, :, 0] for name in ESTIMATORS}
+    first = {name: ESTIMATORS[name](rewards, full(1, 2, 3))[0, :, 0] for name in ESTIMATORS}
     for name in ("mapo", "turn", "grpo", "reinforce_plus_plus", "rloo", "dr_grpo", "mt_grpo"):
         assert first[name][0] > first[name][1], name
     for name in ("batch", "grpo_per_turn"):
@@ -248,20 +240,20 @@ def test_equal_rewards_give_no_advantage(rollouts, value):
     for name in ESTIMATORS:
         if name in ("reinforce_plus_plus", "rloo", "dr_grpo"):
             continue  # returns differ between turns; and without division there is nothing to blow up
-        np.testing.assert_array_equal(advantage(name, rewards, full(1, rollouts, 3)), 0.0, err_msg=name)
+        np.testing.assert_array_equal(ESTIMATORS[name](rewards, full(1, rollouts, 3)), 0.0, err_msg=name)
 
 
 def test_equal_returns_from_unequal_rewards_give_no_advantage():
     """The returns agree but for rounding: 0.1 + 0.2 + 0.3 in another order."""
     rewards = np.array([[[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.2, 0.3, 0.1]]], np.float32)
-    assert not advantage("turn", rewards, full(1, 3, 3), discount=1.0)[0, :, 0].any()
-    assert not advantage("grpo", rewards, full(1, 3, 3)).any()
+    assert not ESTIMATORS["turn"](rewards, full(1, 3, 3), discount=1.0)[0, :, 0].any()
+    assert not ESTIMATORS["grpo"](rewards, full(1, 3, 3)).any()
 
 
 def test_small_but_real_differences_count():
     rewards = np.array([[[1.0], [1.001]]], np.float32)
     np.testing.assert_allclose(
-        advantage("turn", rewards, full(1, 2, 1))[0, :, 0], [-1, 1], atol=5e-3
+        ESTIMATORS["turn"](rewards, full(1, 2, 1))[0, :, 0], [-1, 1], atol=5e-3
     )  # the 1e-6 beside a deviation of 5e-4 takes off 0.2 %
 
 
@@ -269,16 +261,16 @@ def test_single_survivors_have_no_turn_level_but_a_batch_level():
     rewards = np.array([[[1.0, 5.0], [2.0, NAN], [4.0, NAN]]])
     valid = np.array([[[1, 1], [1, 0], [1, 0]]], bool)
     for options in ({}, {"leave_one_out": True}):
-        assert advantage("turn", rewards, valid, **options)[0, 0, 1] == 0
-    batch = advantage("batch", rewards, valid)[0, 0, 1]
+        assert ESTIMATORS["turn"](rewards, valid, **options)[0, 0, 1] == 0
+    batch = ESTIMATORS["batch"](rewards, valid)[0, 0, 1]
     assert batch > 1
-    np.testing.assert_allclose(advantage("mapo", rewards, valid)[0, 0, 1], 2 / 3 * batch, rtol=1e-6)
+    np.testing.assert_allclose(ESTIMATORS["mapo"](rewards, valid)[0, 0, 1], 2 / 3 * batch, rtol=1e-6)
 
 
 def test_min_group():
     rewards = np.array([[[1.0], [2.0]], [[1.0], [2.0]]])
-    assert advantage("turn", rewards, full(2, 2, 1), min_group=2).all()
-    assert not advantage("turn", rewards, full(2, 2, 1), min_group=3).any()
+    assert ESTIMATORS["turn"](rewards, full(2, 2, 1), min_group=2).all()
+    assert not ESTIMATORS["turn"](rewards, full(2, 2, 1), min_group=3).any()
 
 
 def test_a_hole_costs_one_discount_step_and_is_in_no_statistic():
@@ -287,9 +279,9 @@ def test_a_hole_costs_one_discount_step_and_is_in_no_statistic():
     valid = full(1, 2, 3)
     # Imputed by 2: G_0 = 1 + 2/2 + 3/4 = 2.75 against 0; the second turn has one scored rollout: 0.
     np.testing.assert_allclose(
-        advantage("turn", rewards, valid, scored, discount=0.5), [[[1, 0, 1], [-1, 0, -1]]], atol=1e-5
+        ESTIMATORS["turn"](rewards, valid, scored, discount=0.5), [[[1, 0, 1], [-1, 0, -1]]], atol=1e-5
     )
-    observed = advantage("batch", rewards, valid, scored)  # over 1, 3, 0, 0, 0: mean 0.8
+    observed = ESTIMATORS["batch"](rewards, valid, scored)  # over 1, 3, 0, 0, 0: mean 0.8
     deviation = (sum((x - 0.8) ** 2 for x in (1, 3, 0, 0, 0)) / 5) ** 0.5
     np.testing.assert_allclose(observed[0, 0], [0.2 / deviation, 0, 2.2 / deviation], atol=1e-5)
 
@@ -310,7 +302,7 @@ def test_self_inclusion_shrinks_by_its_share():
 @every_variant
 def test_nothing_outside_the_masks_has_influence(name, options):
     def weighted(rewards, valid, scored, weight):
-        return (advantage(name, rewards, valid, scored, **options) * weight).sum()
+        return (ESTIMATORS[name](rewards, valid, scored, **options) * weight).sum()
 
     slope = jax.jit(jax.grad(weighted))
     weight = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
@@ -384,6 +376,15 @@ def test_batch_level_ignores_scale_and_offset_of_the_rewards(seed, scale, offset
     )
 
 
+@few
+@given(seeds)
+def test_scored_defaults_to_every_valid_turn(seed):
+    rewards, valid, _ = random_dialogues(seed)
+    np.testing.assert_allclose(
+        ESTIMATORS["mapo"](rewards, valid), estimate("mapo", rewards, valid, valid), atol=1e-5
+    )
+
+
 # --- The table, and the door. ---
 
 
@@ -395,6 +396,7 @@ def test_the_table_is_the_configuration_s():
         estimate(name, *random_dialogues(0), **options)  # takes them all
     options = advantages.estimator_options(config.AlgorithmConfig())
     assert options == {
+        "discount": 0.85,
         "turn_weight": 1 / 3,
         "batch_scope": "batch",
         "leave_one_out": False,
@@ -412,12 +414,12 @@ def test_defaults_of_configuration_and_estimators_agree():
 def test_what_is_refused():
     rewards, valid, _ = random_dialogues(0)
     with pytest.raises(TypeError, match="turn_weight"):
-        advantage("grpo", rewards, valid, turn_weight=0.5)
+        ESTIMATORS["grpo"](rewards, valid, turn_weight=0.5)
     with pytest.raises(ValueError, match="batch_scope"):
-        advantage("batch", rewards, valid, batch_scope="world")
+        ESTIMATORS["batch"](rewards, valid, batch_scope="world")
     with pytest.raises(ValueError, match="scenarios, rollouts, turns"):
-        advantage("mapo", rewards[0], valid[0])
+        ESTIMATORS["mapo"](rewards[0], valid[0])
     with pytest.raises(ValueError, match="does not fit"):
-        advantage("mapo", rewards, valid[:, :, :2])
+        ESTIMATORS["mapo"](rewards, valid[:, :, :2])
     with pytest.raises(ValueError, match="boolean"):
-        advantage("mapo", rewards, valid.astype(np.float32))
+        ESTIMATORS["mapo"](rewards, valid.astype(np.float32))

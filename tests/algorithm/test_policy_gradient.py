@@ -108,12 +108,12 @@ def centred_return(rewards, valid, leave_one_out):
 
 
 def normalised_return(rewards, valid):
-    return advantages.turn(rewards, discounted_returns(rewards, valid, 1.0), valid, valid)
+    return advantages.turn(rewards, valid, discount=1.0)
 
 
 def accumulated_normal_rewards(rewards, valid):
     """The other order: normalise the immediate rewards per turn, then accumulate."""
-    return discounted_returns(advantages.grpo_per_turn(rewards, rewards, valid, valid), valid, 1.0)
+    return discounted_returns(advantages.grpo_per_turn(rewards, valid), valid, 1.0)
 
 
 def test_the_enumeration_is_complete():
@@ -157,8 +157,7 @@ def test_a_mean_that_includes_the_rollout_itself_shrinks_sparse_turns():
 def test_leave_one_out_totals_are_unbiased_too():
     """RLOO credits every turn with the whole total: the rewards before a turn add noise, no bias."""
     world = World()
-    estimate = estimated_gradient(world, lambda r, v: advantages.rloo(r, r, v, v))
-    np.testing.assert_allclose(estimate, true_gradient(world), atol=1e-5)
+    np.testing.assert_allclose(estimated_gradient(world, advantages.rloo), true_gradient(world), atol=1e-5)
 
 
 def test_dividing_by_the_deviation_rescales_every_cell():
