@@ -19,6 +19,7 @@ COLUMNS = (  # heading, metric, format
     ("return", "return/mean", "{:+.2f}"),
     ("reward per turn", "reward/mean", "{:+.2f}"),
     ("EPM-Q", "epm_q", "{:.1f}"),
+    ("replies that harm", "judge/harm", "{:.0%}"),
     ("situation named", "naming/situation", "{:.0%}"),
     ("feeling named", "naming/feeling", "{:.0%}"),
     ("largest kind", "kind/most", "{:.0%}"),
@@ -57,7 +58,7 @@ def table(rows: list[list[dict[str, float]]]) -> str:
     for _, metric, form in COLUMNS:
         before = [first[metric] for first, _ in rows if metric in first]
         after = [last[metric] for _, last in rows if metric in last]
-        if metric == "kind/most":
+        if metric in ("kind/most", "judge/harm"):
             worst = f"at most {form.format(max(after))}"
         else:
             worst = f"at least {form.format(min(after))}"

@@ -79,17 +79,6 @@ def command(place: Path, name: str, arguments: Sequence[str]) -> None:
         raise UserError(f"{place}: `{name}` ended with status {done.returncode}; see {log.name}")
 
 
-def states(file: Path) -> list[dict[str, Any]]:
-    """The saved dialogues of a JSONL file."""
-    return [json.loads(line)["state"] for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def harm_share(dialogues: Sequence[dict[str, Any]]) -> float:
-    """Share of the scored replies that harm on any axis."""
-    levels = [turn["judgement"]["levels"] for d in dialogues for turn in d["turns"] if turn["judgement"]]
-    return float(np.mean([min(scores[1::2]) < 0 for scores in levels]))
-
-
 def record(place: Path) -> dict[str, Any]:
     """What is kept of a finished run."""
     lines = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -102,7 +91,7 @@ def record(place: Path) -> dict[str, Any]:
             "reward": round(figures["reward/mean"], 4),
             "epm_q": round(figures["epm_q"], 2),
             "kind_most": round(figures["kind/most"], 3),
-            "harm": round(harm_share(states(file.with_suffix(".jsonl"))), 3),
+            "harm": round(figures["judge/harm"], 3),
         }
     norms = np.array([row["actor/grad_norm"] for row in steps])
     (scores,) = read_json(place / "test.json").values()

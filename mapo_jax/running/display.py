@@ -145,6 +145,7 @@ _RESULTS = (  # label, metric, format
     ("return of a dialogue", "return/mean", "{:+.2f}"),
     ("reward per turn", "reward/mean", "{:+.2f}"),
     ("EPM-Q", "epm_q", "{:.1f}"),
+    ("replies that harm", "judge/harm", "{:.0%}"),
     ("turns", "turns/mean", "{:.1f}"),
 )
 

@@ -24,8 +24,8 @@ def summarize(states: Sequence[DialogueState], discount: float) -> dict[str, flo
       `reward/mean` and `reward/std`, the incremental distance of a scored turn, in points; `return/mean`, the
       mean discounted return of the first turn, where an unscored turn has its dialogue's mean reward;
       `epm_q`, EMPA's score; `turns/{mean,min,max}`; `outcome/*`, share of each outcome; `judge/failure_rate`,
-      the share of unscored turns; `dialogues/left_out`, the share of dialogues that no other figure counts.
-      Only the last if none counts.
+      the share of unscored turns; `judge/harm`, the share of scored turns that harm on any axis;
+      `dialogues/left_out`, the share of dialogues that no other figure counts. Only the last if none counts.
     """
     counted = [state for state in states if state.counts]
     figures = {"dialogues/left_out": 1 - len(counted) / len(states) if states else 0.0}
@@ -47,6 +47,7 @@ def summarize(states: Sequence[DialogueState], discount: float) -> dict[str, flo
         "turns/min": float(min(lengths)),
         "turns/max": float(max(lengths)),
         "judge/failure_rate": 1 - len(rewards) / sum(lengths),
+        "judge/harm": float(np.mean([min(six[1::2]) < 0 for turns in levels for six in turns if six])),
     }
     for outcome in OUTCOMES:
         figures[f"outcome/{outcome}"] = float(np.mean([state.outcome == outcome for state in counted]))

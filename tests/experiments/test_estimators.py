@@ -1,7 +1,5 @@
 """The comparison of estimators on the language model: what it keeps of a run, and its table."""
 
-import pytest
-
 from experiments import estimators
 from experiments.records import read_json
 
@@ -21,17 +19,6 @@ def test_table_pairs_the_seeds_that_both_have():
     assert mapo[1:4] == ["2", "-3.50 [-4.00, -3.00]", "+1.50 [+1.00, +2.00]"] and mapo[4] == ""
     assert grpo[4].startswith("-0.50 [-0.50, -0.50]")  # the third seed has no partner
     assert grpo[5:] == ["25%", "40.0", "0.7 |"]
-
-
-def test_harm_is_counted_by_reply_and_only_where_it_was_scored():
-    def turn(*levels):
-        return {"judgement": {"levels": levels} if levels else None}
-
-    dialogues = [
-        {"turns": [turn(1, 0, 0, -2, 2, -1), turn()]},
-        {"turns": [turn(2, 0, 2, 0, 2, 0), turn(0, 0, 0, 0, 0, -1)]},
-    ]
-    assert estimators.harm_share(dialogues) == pytest.approx(2 / 3)
 
 
 def test_quick_form_trains_tests_and_continues(tmp_path, monkeypatch, capsys):

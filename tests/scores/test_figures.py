@@ -47,6 +47,7 @@ def test_means_over_dialogues_and_turns_by_hand():
     )
     assert (figures["turns/mean"], figures["turns/min"], figures["turns/max"]) == (2.5, 2, 3)
     assert figures["judge/failure_rate"] == pytest.approx(1 / 5)
+    assert figures["judge/harm"] == pytest.approx(1 / 4)  # of the scored turns
     assert figures["outcome/success"] == figures["outcome/timeout"] == 0.5
     assert figures["dialogues/left_out"] == 0
 
