@@ -178,7 +178,8 @@ def read(text: str, form: type[Form], *, silent: bool = False, quoted: str = "")
 
     Text within the answer is never taken for its surroundings: the text from the first brace after a leading
     <think> block to the last brace is parsed as JSON first. If that fails, the objects after the last
-    </think> outside of objects count. Objects that `quoted` contains are quotations, unless there are no others.
+    </think> outside of objects count. Objects that `quoted` contains are quotations, unless there are no
+    others.
 
     Values are not corrected: no number is clamped, no text is converted to a number. Line breaks and tabs in
     a string are accepted; half a surrogate pair becomes U+FFFD.
