@@ -122,9 +122,10 @@ class RolloutConfig(Section):
     system_prompt: str | None = key(None, "first message of every dialogue, if any")
 
 
+SERVER_URL = r"https?://[^/@?#\s]+(/[^@?#\s]*)?"
 _FORMS = {
     "url": (
-        r"https?://[^/@?#\s]+(/[^@?#\s]*)?",
+        SERVER_URL,
         "the http(s) address of an OpenAI-compatible server, without user, password or query (put a key into "
         "the variable named by key_variable)",
     ),

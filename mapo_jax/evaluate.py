@@ -34,7 +34,7 @@ from mapo_jax.evaluation import conversations, tables, transcripts
 from mapo_jax.evaluation import judged_page as page
 from mapo_jax.evaluation.answers import ANSWERS, Folder, Prompt, ask, fingerprint
 from mapo_jax.evaluation.items import HOMES, find_items
-from mapo_jax.evaluation.subject import TRUST, Subject, add_options, find_subject
+from mapo_jax.evaluation.subject import TRUST, Subject, add_options, check_numbers, find_subject
 from mapo_jax.files import encodable, write_whole
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running.stop import Interrupted, StopRequest
@@ -410,7 +410,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input, 128 + n stopped by signal n."""
     options = _parser().parse_args(arguments)
     console = Console(highlight=False, markup=False)  # names and texts from outside are not markup
-    return run_command(lambda: options.command(options, console))
+
+    def command() -> None:
+        check_numbers(options)
+        options.command(options, console)
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -306,7 +306,7 @@ def scenario_deck(config: Config) -> grain.DatasetIterator:
         grain.MapDataset.source(cards(config, "train"))
         .seed(config.training.seed)
         .shuffle()
-        .repeat()
+        .repeat(2**31)  # not `repeat()`: the length of endless batches of one overflows in grain
         .batch(config.rollout.scenarios, batch_fn=list)
         .to_iter_dataset()
     )

@@ -73,6 +73,18 @@ def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
     assert not alive
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_step_may_have_one_scenario(size):
+    settings = [f"rollout.scenarios={size}", "training.minibatch_scenarios=1"]
+    deck = scenario_deck(load_config(None, settings))
+    drawn = [[card.id for card in next(deck)] for _ in range(3)]
+    assert [len(set(cards)) for cards in drawn] == [size] * 3
+    position = deck.get_state()
+    following = next(deck)
+    deck.set_state(position)
+    assert next(deck) == following
+
+
 def overrides(model_folder, folder, cache, **changes):
     settings = {
         "run.directory": folder,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from mapo_jax.commands import printable
-from mapo_jax.config import HELD_OUT, ROLES, Config, load_config
+from mapo_jax.config import HELD_OUT, ROLES, SERVER_URL, Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Answerer
-from mapo_jax.evaluation.endpoint import Endpoint, only_model
+from mapo_jax.evaluation.endpoint import KEY, Endpoint, only_model
 from mapo_jax.evaluation.local import EngineAnswerer, LocalModel, load_model
 from mapo_jax.files import encodable
 from mapo_jax.model.peft import base_folder, is_adapter
@@ -85,6 +87,11 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
         return _run_subject(Path(options.model), options)
     overrides = options.overrides if options.config else (*defaults, *options.overrides)
     if options.endpoint is not None:
+        if not re.fullmatch(SERVER_URL, options.endpoint):
+            raise UserError(  # without the value, which may hold a key
+                "`--endpoint` must be the http(s) address of an OpenAI-compatible server, such as "
+                f"http://HOST:PORT/v1, without user, password or query (its key belongs in {KEY})"
+            )
         config = load_config(options.config, overrides)
         name = options.endpoint_model or only_model(options.endpoint)
         identity = {"endpoint": options.endpoint, "model": name}
@@ -171,6 +178,17 @@ def _live_roles(config: Config) -> str | None:
         for name, role in roles.items()
         if (player := role.implementation or role.model)
     )
+
+
+_LEAST = {"timeout": 0.01, "concurrency": 1, "temperature": 0, "max_tokens": 1, "seed": 0, "worst": 0}
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raises UserError for a number of the command line that is out of bounds."""
+    for name, least in _LEAST.items():
+        value = vars(options).get(name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"`--{name.replace('_', '-')}` is {value}; it must be at least {least}")
 
 
 def add_options(parser: argparse.ArgumentParser, saved: str, help: str) -> None:

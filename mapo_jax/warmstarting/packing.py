@@ -129,7 +129,8 @@ def batches(rows: PackedRows, size: int, seed: int) -> grain.DatasetIterator:
             f"the chats fill {len(rows)} rows, fewer than `warmstart.rows` ({size}) of one update; "
             "give more chats or lower it"
         )
-    dataset = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat().batch(size)
+    # Not `repeat()`: the length of endless batches of one overflows in grain.
+    dataset = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat(2**31).batch(size)
     dataset = dataset.map(lambda chosen: jax.tree.map(lambda array: array[chosen], rows.batch))
     # Rows are in memory: one thread that prefetches is enough, and leaves the cores to the update.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

@@ -11,6 +11,16 @@ from mapo_jax.evaluation.subject import find_subject
 from mapo_jax.scores import emobench
 
 EMOTIONS = ("Calm", "Sad", "Proud", "Afraid")
+ITEM = {
+    "qid": "1",
+    "language": "en",
+    "category": "Social-Self",
+    "question type": "Action",
+    "scenario": "s",
+    "subject": "Bo",
+    "choices": ["east", "west", "north", "south"],
+    "label": "north",
+}
 RIGHT = "\n".join(f"{name}: {i}" for i, name in enumerate(EMOTIONS, 1))
 
 
@@ -85,16 +95,8 @@ def test_reasoning_supplies_no_scores_and_what_holds_nothing_else_is_said(server
 
 
 def test_emobench_asks_in_every_order(server, tmp_path):
-    item = {
-        "qid": "1",
-        "language": "en",
-        "category": "Social-Self",
-        "question type": "Action",
-        "scenario": "s",
-    }
-    item |= {"subject": "Bo", "choices": ["east", "west", "north", "south"], "label": "north"}
     file, out = tmp_path / "items.jsonl", tmp_path / "out"
-    file.write_text(json.dumps(item))
+    file.write_text(json.dumps(ITEM))
 
     def reply(request):
         """Knows that it is north, and says its letter."""
@@ -127,3 +129,30 @@ def test_a_servers_name_of_a_model_leaves_no_folder_of_evaluations(model, folder
         trust_run_world=False, endpoint="http://x/v1", endpoint_model=model, config=None, overrides=[]
     )
     assert find_subject(options).home == Path("evaluations") / folder
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--endpoint", "127.0.0.1:8000/v1"], "`--endpoint` must be the http(s) address"),
+        (["--endpoint", "ftp://127.0.0.1/v1"], "`--endpoint` must be the http(s) address"),
+        (["--endpoint", ""], "`--endpoint` must be the http(s) address"),
+        (["--endpoint", "http://user:sk-secret@127.0.0.1/v1"], "(its key belongs in OPENAI_API_KEY)"),
+        (["--endpoint", "http://127.0.0.1/v1?key=sk-secret"], "(its key belongs in OPENAI_API_KEY)"),
+        (["--temperature", "nan"], "`--temperature` is nan; it must be at least 0"),
+        (["--temperature", "-0.5"], "`--temperature` is -0.5; it must be at least 0"),
+        (["--temperature", "inf"], "`--temperature` is inf"),
+        (["--max-tokens", "0"], "`--max-tokens` is 0; it must be at least 1"),
+        (["--timeout", "-1"], "`--timeout` is -1.0; it must be at least 0.01"),
+        (["--concurrency", "0"], "`--concurrency` is 0; it must be at least 1"),
+        (["--seed", "-1"], "`--seed` is -1; it must be at least 0"),
+    ],
+)
+def test_a_bad_address_or_number_is_one_sentence(options, complaint, server, tmp_path, capsys):
+    (tmp_path / "items.jsonl").write_text(json.dumps(ITEM))
+    command = ["emobench", "--items", str(tmp_path / "items.jsonl"), "--output", str(tmp_path / "out")]
+    endpoint = [] if "--endpoint" in options else ["--endpoint", server.url]
+    assert main([*command, *endpoint, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and complaint in error and "sk-secret" not in error
+    assert not server.requests and not (tmp_path / "out").exists()

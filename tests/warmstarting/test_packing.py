@@ -124,18 +124,19 @@ def test_packing_by_hand():
     assert packed.fill == pytest.approx(10 / 12)
 
 
-def test_batches_pass_over_every_row_and_their_position_can_be_kept():
+@pytest.mark.parametrize("size", [1, 2])
+def test_batches_pass_over_every_row_and_their_position_can_be_kept(size):
     packed = pack([_piece(4, 10 * i) for i in range(6)], 4)
-    deck = batches(packed, 2, seed=3)
-    first_pass = [next(deck) for _ in range(3)]
+    deck = batches(packed, size, seed=3)
+    first_pass = [next(deck) for _ in range(6 // size)]
     assert sorted(int(row[0]) for batch in first_pass for row in batch.tokens) == [0, 10, 20, 30, 40, 50]
     position = deck.get_state()
     following = [next(deck).tokens for _ in range(4)]
-    again = batches(packed, 2, seed=3)
+    again = batches(packed, size, seed=3)
     again.set_state(position)
     for expected in following:
         np.testing.assert_array_equal(next(again).tokens, expected)
-    other = batches(packed, 2, seed=4)
+    other = batches(packed, size, seed=4)
     assert any((next(other).tokens != batch.tokens).any() for batch in first_pass)
 
 

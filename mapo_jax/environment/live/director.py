@@ -28,7 +28,8 @@ class LiveDirector:
         """One of dialogue.ACTIONS; its guidance includes what it reveals."""
 
         def parse(text: str) -> Action:
-            return to_action(read(text, DirectionForm), state)
+            replies = "\n".join(turn.reply for turn in state.turns)
+            return to_action(read(text, DirectionForm, quoted=replies), state)
 
         messages = director_messages(state, self.max_turns)
         return await ask(self.complete, state.scenario, messages, parse, seed=state.seed, schema=SCHEMA)

@@ -173,12 +173,13 @@ def _behind_blocks(text: str) -> str:
     return rest
 
 
-def read(text: str, form: type[Form], *, silent: bool = False) -> Form:
+def read(text: str, form: type[Form], *, silent: bool = False, quoted: str = "") -> Form:
     """Parses the only answer of this form in a model's text; prose, fences and reasoning may surround it.
 
     Text within the answer is never taken for its surroundings: the text from the first brace after a leading
     <think> block to the last brace is parsed as JSON first. If that fails, the objects after the last
-    </think> outside of objects count.
+    </think> outside of objects count. Objects that `quoted` contains are quotations, unless there are no
+    others.
 
     Values are not corrected: no number is clamped, no text is converted to a number. Line breaks and tabs in
     a string are accepted; half a surrogate pair becomes U+FFFD.
@@ -187,12 +188,13 @@ def read(text: str, form: type[Form], *, silent: bool = False) -> Form:
       text: of a model.
       form: of the answer.
       silent: the answer is about an empty reply, in which no level can have evidence.
+      quoted: the policy's replies, which the surroundings of the answer may repeat.
 
     Raises:
       RoleFailure: malformed (no such object, two different ones, a missing, surplus or ill-typed field), or
         out_of_range (a level outside its scale).
     """
-    answers = _answers(text, set(form.model_fields))
+    answers = _answers(text, set(form.model_fields), quoted)
     if not answers:
         raise RoleFailure("malformed", "it holds no complete JSON object of the form asked for", text)
     if any(answer != answers[0] for answer in answers):
@@ -203,8 +205,8 @@ def read(text: str, form: type[Form], *, silent: bool = False) -> Form:
         raise _failure(error, text) from None
 
 
-def _answers(text: str, names: set[str]) -> list[dict[str, Any]]:
-    """The complete JSON objects in a text that have one of these names."""
+def _answers(text: str, names: set[str], quoted: str) -> list[dict[str, Any]]:
+    """The complete JSON objects in a text that have one of these names and are not in `quoted`."""
     text = _behind_blocks(text)
     first, last = text.find("{"), text.rfind("}")
     if first < 0:
@@ -215,13 +217,14 @@ def _answers(text: str, names: set[str]) -> list[dict[str, Any]]:
         pass
     else:
         return [whole] if set(whole) & names else []
+    found = [one for one in _objects(text) if set(one[2]) & names]
+    quotations = [item for _, _, item in _objects(quoted)]
     answers, end_of_last = [], 0
-    for start, end, item in _objects(text):
-        if set(item) & names:
-            if _CLOSE in text[end_of_last:start]:
-                answers = []  # those before it are drafts
-            answers.append(item)
-            end_of_last = end
+    for start, end, item in [one for one in found if one[2] not in quotations] or found:
+        if _CLOSE in text[end_of_last:start]:
+            answers = []  # those before it are drafts
+        answers.append(item)
+        end_of_last = end
     return answers
 
 

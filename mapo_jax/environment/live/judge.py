@@ -31,9 +31,16 @@ class LiveJudge:
         """The judgement; with several samples, that of the successful ones."""
         card = state.scenario
         messages = judge_messages(card, state.turns, state.user, reply)
+        replies = "\n".join([*(turn.reply for turn in state.turns), reply])
         samples = await asyncio.gather(
             *[
-                self._sample(card, messages, state.seed + index * _SEED_STEP, silent=not reply.strip())
+                self._sample(
+                    card,
+                    messages,
+                    state.seed + index * _SEED_STEP,
+                    silent=not reply.strip(),
+                    replies=replies,
+                )
                 for index in range(self.samples)
             ],
             return_exceptions=True,
@@ -47,9 +54,11 @@ class LiveJudge:
             self.on_spread(max(totals) - min(totals))
         return median(judgements)
 
-    async def _sample(self, card: Scenario, messages: Messages, seed: int, *, silent: bool) -> Judgement:
+    async def _sample(
+        self, card: Scenario, messages: Messages, seed: int, *, silent: bool, replies: str
+    ) -> Judgement:
         def parse(text: str) -> Judgement:
-            return to_judgement(read(text, ReplyForm, silent=silent))
+            return to_judgement(read(text, ReplyForm, silent=silent, quoted=replies))
 
         return await ask(self.complete, card, messages, parse, seed=seed % 2**32, schema=SCHEMA)
 
