@@ -119,6 +119,7 @@ def run(options: Namespace, console: Console) -> None:
         chats=chats,
         cards=load_scenarios(subject.config.environment.scenarios, scripted=False),
     )
+    listening.listen(1024)
     port = listening.getsockname()[1]
     host = f"[{options.host}]" if ":" in options.host else options.host
     console.print(f"serving {', '.join(models)} at http://{host}:{port}/ (API: http://{host}:{port}/v1)")

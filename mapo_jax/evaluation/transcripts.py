@@ -8,7 +8,7 @@ start state. Without either the start state is UNKNOWN_START, the mean of the be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from mapo_jax.algorithm.rewards import distance
+from mapo_jax.chat_log import is_chat_log, read_chats
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.card_schema import INDICATORS
 from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState, RoleFailure, Turn
@@ -47,7 +48,7 @@ class Transcript:
 
 
 def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: bool) -> list[Transcript]:
-    """Reads conversations from JSON lines.
+    """Reads conversations from JSON lines, or those that a server kept in a folder (`chat_log.py`).
 
     Content is text or a list of text parts (`speech.text_of`). The assistant's reasoning is removed; a reply
     of null or of reasoning alone is no answer. System messages are skipped, consecutive messages of one role
@@ -63,13 +64,19 @@ def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: 
     """
     by_id = {card.id: card for card in cards}
     transcripts: dict[str, Transcript] = {}
-    for number, (place, row) in enumerate(read_rows(path, "transcripts"), start=1):
+    for number, (place, row) in enumerate(_rows(path), start=1):
         name = str(row.get("id", number))
         if name in transcripts:
             raise UserError(f"{place}: the id {name} occurs a second time")
         turns = _turns(row.get("messages"), place)
         transcripts[name] = Transcript(name, turns, *_scenario(row, name, place, by_id, need_card))
     return list(transcripts.values())
+
+
+def _rows(path: str | Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    if is_chat_log(path):
+        return ((f"{path}, conversation {chat['id']}", chat) for chat in read_chats(path))
+    return read_rows(path, "transcripts")
 
 
 def _scenario(

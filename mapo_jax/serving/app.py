@@ -40,7 +40,7 @@ PING_SECONDS = 15.0  # a stream that waits says so, or proxies would close it
 CLIENTS = 10_000  # whose rates are remembered
 ASSETS = resources.files("mapo_jax.serving") / "assets"
 CONTENT_SECURITY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _LOG = logging.getLogger("mapo_jax.serving")

@@ -83,10 +83,9 @@ def serving(tiny):
 
     with ExitStack() as stack:
 
-        def start(hosts=("*",), reply_tokens=16, **options):
-            engine, chat = tiny
+        def start(engine=tiny[0], hosts=("*",), reply_tokens=16, **options):
             engine.reset()
-            model = ServedModel("tiny", engine, chat, source="tests", reply_tokens=reply_tokens)
+            model = ServedModel("tiny", engine, tiny[1], source="tests", reply_tokens=reply_tokens)
             return stack.enter_context(running(Service({"tiny": model}, **options), hosts))
 
         yield start

@@ -1,5 +1,6 @@
-"""The server as a client sees it that knows HTTP and nothing of OpenAI: raw bodies, raw events, raw sockets."""
+"""The server as a client sees it that knows HTTP and nothing of OpenAI: raw bodies, events, sockets."""
 
+import copy
 import json
 import os
 import re
@@ -10,9 +11,12 @@ import sys
 import time
 
 import httpx2
+import jax
 import pytest
 
+from mapo_jax.errors import UserError
 from mapo_jax.serving.app import Limits
+from mapo_jax.serving.served import ServedModel
 
 HELLO = [{"role": "user", "content": "Hello, it is me."}]
 
@@ -189,23 +193,68 @@ def test_a_broken_engine_is_an_error_and_no_silence(server, monkeypatch):
 
 class TestLoading:
     @pytest.fixture
-    def other(self, tiny, model_folder):
-        """Loads another model of the same shape, whose replies differ."""
-        from mapo_jax.errors import UserError
-        from mapo_jax.serving.served import ServedModel
-        from tests_serving_engine import make_engine
+    def loading(self, serving, tiny):
+        """A server that can load `other`: the same shape with other weights."""
+        engine, chat = tiny
 
         def load(name, path, step):
             if path != "other":
                 raise UserError(f"there is no model folder or run {path}")
-            engine, chat = make_engine(model_folder)
-            import jax
+            other = twin(jax.tree.map(lambda leaf: -leaf, engine._params))
+            return ServedModel(name, other, chat, source="other", reply_tokens=16)
 
-            params = jax.tree.map(lambda leaf: -leaf, engine._params)
-            engine.load(params, 1)
-            return ServedModel(name, engine, chat, source="other", reply_tokens=16)
+        def twin(params):
+            other = copy.copy(engine)  # shares the compiled programs
+            other.reset()
+            other._params = params
+            return other
 
-        return load
+        return serving(twin(engine._params), load=load, admin_key="admin", reply_tokens=None)
+
+    def load(self, server, path="other", model="tiny", key="admin"):
+        headers = {"authorization": f"Bearer {key}"}
+        return post(server, {"model": model, "path": path}, "/admin/load", headers=headers)
+
+    def test_a_stream_ends_on_the_old_weights_and_the_next_begins_on_the_new(self, loading, settled):
+        greedy = body(temperature=0, max_completion_tokens=60)
+        before, old = post(loading, greedy).json(), loading.model
+        url = f"{loading.url}/v1/chat/completions"
+        with httpx2.stream("POST", url, json=greedy | {"stream": True}, timeout=60) as answer:
+            lines = answer.iter_lines()
+            text = ""
+            while not text:
+                text += told(next(lines))
+            loaded = self.load(loading)
+            assert loaded.status_code == 200 and loaded.json()["source"] == "other"
+            after = post(loading, greedy).json()
+            text += "".join(map(told, lines))
+        assert text == before["choices"][0]["message"]["content"]
+        assert after["choices"][0]["message"]["content"] != text
+        settled(old)
+        end = time.monotonic() + 20
+        while old.engine.version is not None:  # its memory is freed
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    def test_a_second_name(self, loading):
+        assert self.load(loading, model="adapter").status_code == 200
+        names = [model["id"] for model in httpx2.get(f"{loading.url}/v1/models").json()["data"]]
+        assert names == ["tiny", "adapter"]
+        texts = [post(loading, body(model=name)).json()["choices"][0]["message"]["content"] for name in names]
+        assert texts[0] != texts[1]
+
+    def test_what_cannot_be_loaded_changes_nothing(self, loading):
+        assert self.load(loading, key="wrong").status_code == 401
+        answer = self.load(loading, path="nowhere")
+        assert answer.status_code == 400 and "nowhere" in answer.json()["error"]["message"]
+        assert post(loading).status_code == 200
+
+
+def told(line):
+    """What a line of a stream adds to the text."""
+    if not line.startswith("data: {"):
+        return ""
+    return json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
 
 
 def test_the_command_refuses_an_open_door(tmp_path):
