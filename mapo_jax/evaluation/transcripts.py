@@ -50,6 +50,8 @@ class Transcript:
 def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: bool) -> list[Transcript]:
     """Reads conversations from JSON lines, or those that a server kept in a folder (`chat_log.py`).
 
+    Of kept conversations those without a card are left out where the judge needs one.
+
     Content is text or a list of text parts (`speech.text_of`). The assistant's reasoning is removed; a reply
     of null or of reasoning alone is no answer. System messages are skipped, consecutive messages of one role
     are joined. Assistant messages before the first user message are not judged, nor is a last user message
@@ -64,7 +66,7 @@ def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: 
     """
     by_id = {card.id: card for card in cards}
     transcripts: dict[str, Transcript] = {}
-    for number, (place, row) in enumerate(_rows(path), start=1):
+    for number, (place, row) in enumerate(_rows(path, need_card), start=1):
         name = str(row.get("id", number))
         if name in transcripts:
             raise UserError(f"{place}: the id {name} occurs a second time")
@@ -73,10 +75,16 @@ def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: 
     return list(transcripts.values())
 
 
-def _rows(path: str | Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    if is_chat_log(path):
-        return ((f"{path}, conversation {chat['id']}", chat) for chat in read_chats(path))
-    return read_rows(path, "transcripts")
+def _rows(path: str | Path, need_card: bool) -> Iterable[tuple[str, dict[str, Any]]]:
+    if not is_chat_log(path):
+        return read_rows(path, "transcripts")
+    chats = [chat for chat in read_chats(path) if not need_card or "scenario" in chat]
+    if not chats:
+        raise UserError(
+            f"no conversation in {path} was held with a scenario, and the scripted judge knows the people on "
+            "cards only; configure a judge played by a language model"
+        )
+    return [(f"{path}, conversation {chat['id']}", chat) for chat in chats]
 
 
 def _scenario(
