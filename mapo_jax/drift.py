@@ -3,8 +3,8 @@
     python -m mapo_jax.drift --before FOLDER [FOLDER ...] --after FOLDER [FOLDER ...]
 
 A folder is that of `mapo_jax.serve --conversations`, or the results of `mapo_jax.evaluate dialogues`; where
-both are given, the judge's levels and the feedback are joined by conversation. The exit status is 1 if a figure
-has changed by at least --effect standard deviations with a corrected p below --p.
+both are given, the judge's levels and the feedback are joined by conversation. The exit status is 1 if a
+figure has changed by at least --effect standard deviations with a corrected p below --p.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.mark.parametrize(
-    "name", ["decode", "hosts", "lanes", "memory", "report", "rollout", "seeds", "update"]
+    "name", ["decode", "hosts", "lanes", "memory", "report", "rollout", "seeds", "serve", "update"]
 )
 def test_it_starts_where_only_the_requirements_are_installed(name, tmp_path):
     command = [sys.executable, BENCHMARKS / f"{name}.py", "--help"]
@@ -80,3 +80,17 @@ def test_update(tmp_path):
     assert row["flops"] == pytest.approx(flops)
     assert row["mfu"] == pytest.approx(flops / row["seconds"] / result["flops_per_second"])
     assert left_out["attention"] == "cudnn" and "runs on GPUs" in left_out["reason"]
+
+
+def test_serve(tmp_path):
+    """The server's throughput against its engine's, and the time to the first token."""
+    command = [sys.executable, BENCHMARKS / "serve.py", "--json", tmp_path / "serve.json"]
+    options = "--quick --rounds 1 --no-transformers"
+    done = subprocess.run([*command, *options.split()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "serve.json").read_text())
+    speeds = result["tokens_per_second"]
+    assert result["ratio"] == {"engine": pytest.approx(speeds["server"] / speeds["engine"])}
+    firsts = result["first_token_seconds"]["server"]
+    assert set(firsts) == {"1", "4"} and 0 < firsts["1"]["median"] <= firsts["1"]["most"]
+    assert "transformers" in result["left_out"]

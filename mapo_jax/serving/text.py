@@ -31,13 +31,13 @@ class ReplyText:
 
     def add(self, ids: Sequence[int], *, last: bool) -> str:
         """What is new in the text after further ids; with `last`, everything that was held back too."""
-        for i in ids:
+        # A stop text must be known token by token; else one decoding is enough for all.
+        for some in ([i] for i in ids) if self._stops else [ids]:
             if self.stopped:
                 break
-            self.ids.append(i)
-            if i not in self._stop_ids:
-                self._shown.append(i)
-                self._extend(self._new_text())
+            self.ids += some
+            self._shown += (i for i in some if i not in self._stop_ids)
+            self._extend(self._new_text())
         if last and not self.stopped:
             self._extend(self._new_text(whole=True))
         end = len(self.text) if last or self.stopped else len(self.text) - self._held_back()
