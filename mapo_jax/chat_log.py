@@ -8,9 +8,10 @@ A line is what one request added to a conversation, or feedback on a reply. `rea
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
@@ -18,8 +19,9 @@ from typing import Any
 
 import orjson
 
+from mapo_jax.commands import run_command
 from mapo_jax.errors import UserError
-from mapo_jax.files import append_line, storage_problem
+from mapo_jax.files import append_line, storage_problem, write_whole
 from mapo_jax.json_files import read_rows
 
 RATEABLE = 100_000  # replies that can still get feedback
@@ -111,3 +113,50 @@ def read_chats(folder: str | Path) -> list[dict[str, Any]]:
         if reply in home and value["rating"]:
             chats[home[reply]]["feedback"][reply] = value
     return list(chats.values())
+
+
+def well_rated(chats: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Conversations with more good ratings than bad ones, as `warmstart.data` has them.
+
+    A badly rated reply gets weight 0: it is read, and not learnt.
+    """
+    rows = []
+    for chat in chats:
+        ratings = {reply: feedback["rating"] for reply, feedback in chat["feedback"].items()}
+        if sum(ratings.values()) <= 0:
+            continue
+        # The first kept line of a conversation may hold earlier replies, which have no ids.
+        spoken = [message for message in chat["messages"] if message["role"] == "assistant"]
+        bad = {
+            id(message)
+            for message, reply in zip(reversed(spoken), reversed(chat["replies"]), strict=False)
+            if ratings.get(reply) == -1
+        }
+        messages = [message | ({"weight": 0} if id(message) in bad else {}) for message in chat["messages"]]
+        rows.append({"id": chat["id"], "messages": messages})
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`FOLDER --output FILE.jsonl`: writes the well-rated conversations for `warmstart.data`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mapo_jax.chat_log",
+        description="Writes the conversations that were rated well, as data for the warm start.",
+    )
+    parser.add_argument("folder", type=Path, help="the folder of `serve --conversations`")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    options = parser.parse_args(arguments)
+
+    def command() -> None:
+        chats = read_chats(options.folder)
+        rows = well_rated(chats)
+        if not rows:
+            raise UserError(f"none of the {len(chats)} conversations in {options.folder} was rated well")
+        write_whole(options.output, b"".join(orjson.dumps(row) + b"\n" for row in rows))
+        print(f"{len(rows)} of {len(chats)} conversations in {options.output}")
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
