@@ -27,8 +27,8 @@ from mapo_jax.files import write_whole
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.role_models import open_models
 
-NOTE = """# Drafts from real conversations. Read and edit every card: is all replaced that leads back to a person?
-# Then: python -m mapo_jax.environment.scenario check FILE, and python -m mapo_jax.rate for the start states.
+NOTE = """# Drafts from real conversations. Read and edit each: nothing in it may lead back to a person. Then:
+# python -m mapo_jax.environment.scenario check FILE, and python -m mapo_jax.rate for the start states.
 """
 
 

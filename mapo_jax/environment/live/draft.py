@@ -17,8 +17,8 @@ from mapo_jax.environment.live.prompts import Messages, chat, render
 Line = Annotated[str, Field(min_length=1)]
 _TRACES = re.compile(r"[\w.+-]+@[\w-]+\.\w+|https?://|\bwww\.|\+?\d[\d ()/-]{7,}\d")
 
-SYSTEM = f"""You write a scenario card about a person from a conversation that they had with an assistant. The \
-card lets an actor play someone with the same trouble. It must not lead back to the real person.
+SYSTEM = f"""You write a scenario card about a person from a conversation that they had with an assistant. \
+The card lets an actor play someone with the same trouble. It must not lead back to the real person.
 
 - Invent the name. Replace every name of a person, place, school, company or product by an invented one of \
 the same kind, and change ages, dates and numbers a little. No addresses, no phone numbers, no links.
