@@ -17,6 +17,7 @@ import signal
 import socket
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -29,12 +30,18 @@ from mapo_jax.evaluation.local import load_model
 from mapo_jax.evaluation.subject import Subject, find_subject
 from mapo_jax.rollout.engine import Engine
 
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from mapo_jax.serving.app import Service
+    from mapo_jax.serving.served import ServedModel
+
 NO_LIMIT_TOKENS = 4096  # cache of a conversation with a model that is no run, if its positions allow
 SLOTS_PER_STREAM = 4  # conversations that keep their cache, for each reply at once
-LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
+LOCAL_NAMES = ("127.0.0.1", "localhost", "[")  # Starlette reads "[" from "[::1]:8000"
 
 
-def load_served(name: str, options: Namespace, config_of: Subject | None = None):
+def load_served(name: str, options: Namespace, subject: Subject | None = None) -> ServedModel:
     """Loads a model and compiles its programs, so that no request waits for that.
 
     Raises:
@@ -42,7 +49,7 @@ def load_served(name: str, options: Namespace, config_of: Subject | None = None)
     """
     from mapo_jax.serving.served import ServedModel
 
-    subject = config_of or find_subject(options)
+    subject = subject or find_subject(options)
     config, model = subject.config, load_model(subject.path, subject.config, step=subject.step)
     positions = model.policy.config.max_position_embeddings
     is_run = subject.step is not None
@@ -97,7 +104,7 @@ def run(options: Namespace, console: Console) -> None:
             raise UserError(f"--adapter {adapter} must be NAME=FOLDER, with a name that is not served yet")
         names[name] = path
 
-    def load(name: str, path: str, step: int | None):
+    def load(name: str, path: str, step: int | None) -> ServedModel:
         return load_served(name, Namespace(**vars(options) | {"model": path, "step": step}))
 
     models = {}
@@ -135,7 +142,7 @@ def run(options: Namespace, console: Console) -> None:
     console.print("stopped: every reply under way was sent")
 
 
-async def _serve(app, service, listening: socket.socket) -> None:
+async def _serve(app: Starlette, service: Service, listening: socket.socket) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
