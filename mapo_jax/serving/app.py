@@ -36,7 +36,6 @@ from mapo_jax.serving.served import Part, Prompt, ServedModel
 T = TypeVar("T")
 Loader = Callable[[str, str, int | None], ServedModel]
 
-PING_SECONDS = 15.0  # a stream that waits says so, or proxies would close it
 CLIENTS = 10_000  # whose rates are remembered
 ASSETS = resources.files("mapo_jax.serving") / "assets"
 CONTENT_SECURITY = (
@@ -295,9 +294,12 @@ class _Exchange:
         self.model.users -= 1
         self.watch.end(outcome)
 
-    async def parts(self) -> AsyncIterator[Part]:
+    async def parts(self) -> AsyncIterator[Part | None]:
         async with aclosing(self.model.replies(self.asked, self.prompt)) as parts:
             async for part in parts:
+                if part is None:
+                    yield None
+                    continue
                 self.texts[part.choice] += part.text
                 self.watch.tokens(part.choice, part.tokens)
                 if part.finish:
@@ -327,7 +329,8 @@ class _Exchange:
         """The answer as one object."""
         entries: list[list[dict[str, Any]]] = [[] for _ in self.texts]
         async for part in self.parts():
-            entries[part.choice] += part.logprobs
+            if part is not None:
+                entries[part.choice] += part.logprobs
         choices = [
             {
                 "index": index,
@@ -339,8 +342,8 @@ class _Exchange:
         ]
         return self._body("chat.completion", choices) | {"usage": self.usage}
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer as chunks."""
+    async def events(self) -> AsyncIterator[dict[str, Any] | None]:
+        """The answer as chunks; None while it waits."""
         options = self.asked.stream_options
         wants_usage = options is not None and options.include_usage
         empty = {"usage": None} if wants_usage else {}
@@ -353,6 +356,9 @@ class _Exchange:
             yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
         async with aclosing(self.parts()) as parts:
             async for part in parts:
+                if part is None:
+                    yield None
+                    continue
                 if part.text or part.logprobs:
                     entries = {"content": part.logprobs, "refusal": None} if self.asked.logprobs else None
                     yield chunk(part.choice, {"content": part.text}, entries)
@@ -380,34 +386,24 @@ class _EventStream(Response):
 
     async def _send(self, send: Send) -> str:
         async def write(data: bytes, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": data, "more_body": more}
-            await asyncio.wait_for(send(message), self._stall_seconds)
+            async with asyncio.timeout(self._stall_seconds):
+                await send({"type": "http.response.body", "body": data, "more_body": more})
 
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        outcome, chunks = "ok", self._exchange.events()
-        following = asyncio.ensure_future(anext(chunks, None))
-        try:
-            while True:
-                done, _ = await asyncio.wait({following}, timeout=PING_SECONDS)
-                if not done:
-                    await write(b": waiting\n\n")
-                    continue
-                chunk = following.result()
-                if chunk is None:
-                    break
-                following = asyncio.ensure_future(anext(chunks, None))
-                await write(b"data: " + orjson.dumps(chunk) + b"\n\n")
-        except (TimeoutError, OSError):
-            raise
-        except Exception:
-            _LOG.exception("a stream ended with an error")
-            outcome = "error"
-            await write(b"data: " + orjson.dumps(_SERVER_ERROR) + b"\n\n")
-        finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-            await chunks.aclose()
+        outcome = "ok"
+        async with aclosing(self._exchange.events()) as chunks:
+            try:
+                async for chunk in chunks:
+                    await write(
+                        b": waiting\n\n" if chunk is None else b"data: " + orjson.dumps(chunk) + b"\n\n"
+                    )
+            except (TimeoutError, OSError):
+                raise
+            except Exception:
+                _LOG.exception("a stream ended with an error")
+                outcome = "error"
+                await write(b"data: " + orjson.dumps(_SERVER_ERROR) + b"\n\n")
         await write(b"data: [DONE]\n\n", more=False)
         return outcome
 

@@ -24,6 +24,7 @@ from mapo_jax.serving.protocol import ChatRequest, ProtocolError, logprob_entrie
 from mapo_jax.serving.text import ReplyText, speller
 
 REMEMBERED_TOKENS = 4_000_000  # of conversations whose rows are kept as ids, 16 MB
+PING_SECONDS = 15.0  # a stream that waits says so, or proxies would close it
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,11 @@ class ServedModel:
 
     # --- Replies. ---
 
-    async def replies(self, request: ChatRequest, prompt: Prompt) -> AsyncIterator[Part]:
-        """The parts of a request's `n` replies as they are sampled; closing it frees their slots."""
+    async def replies(self, request: ChatRequest, prompt: Prompt) -> AsyncIterator[Part | None]:
+        """The parts of a request's `n` replies as they are sampled; closing it frees their slots.
+
+        None after every PING_SECONDS without a part.
+        """
         parts: asyncio.Queue[Part | BaseException] = asyncio.Queue()
         seed = secrets.randbits(32) if request.seed is None else request.seed
 
@@ -156,7 +160,12 @@ class ServedModel:
         try:
             unfinished = request.n
             while unfinished:
-                part = await parts.get()
+                try:
+                    async with asyncio.timeout(PING_SECONDS):
+                        part = await parts.get()
+                except TimeoutError:
+                    yield None
+                    continue
                 if isinstance(part, BaseException):
                     raise part
                 unfinished -= part.finish is not None

@@ -55,6 +55,7 @@ def running(service, hosts=("*",), **options):
     from mapo_jax.serving.app import make_app
 
     listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # so that a slow reader is felt
     listening.bind(("127.0.0.1", 0))
     config = uvicorn.Config(make_app(service, hosts=hosts), log_level="error", lifespan="off", **options)
     server = uvicorn.Server(config)

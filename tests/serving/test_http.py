@@ -132,7 +132,10 @@ def test_a_full_queue_and_a_long_conversation_are_refused(serving):
 
 def raw_request(server, content):
     host, port = re.match(r"http://(.*):(\d+)", server.url).groups()
-    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(20)
+    connection.connect((host, int(port)))
     data = json.dumps(content).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
     connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + data)
@@ -154,6 +157,17 @@ def test_a_client_that_goes_away_frees_its_slot(serving, settled, stream):
     metrics = httpx2.get(f"{server.url}/metrics").text
     assert 'mapo_requests_total{model="tiny",outcome="disconnected"} 1.0' in metrics
     assert post(server).status_code == 200
+
+
+def test_a_client_that_reads_nothing_is_disconnected(serving, settled):
+    server = serving(reply_tokens=None, limits=Limits(stall_seconds=0.5))
+    wordy = body(stream=True, logprobs=True, top_logprobs=20, max_completion_tokens=None)  # half a megabyte
+    connection = raw_request(server, wordy)
+    while not server.model.running:
+        time.sleep(0.005)
+    settled(server.model, 60)
+    assert 'outcome="disconnected"} 1.0' in httpx2.get(f"{server.url}/metrics").text
+    connection.close()
 
 
 def test_metrics_and_health(server):
