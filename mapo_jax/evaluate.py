@@ -389,7 +389,8 @@ def _parser() -> argparse.ArgumentParser:
         "--transcripts",
         required=True,
         metavar="FILE",
-        help="JSONL of chats (`messages`), each with the id of a card (`scenario`) or start levels (`start`)",
+        help="JSONL of chats (`messages`), each with the id of a card (`scenario`) or start levels (`start`)"
+        ", or the folder of `mapo_jax.serve --conversations`",
     )
     option("--worst", type=int, default=10, metavar="N", help="turns shown (default: 10)")
     _common(command, run_dialogues)

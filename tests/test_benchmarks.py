@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.mark.parametrize(
-    "name", ["decode", "hosts", "lanes", "memory", "report", "rollout", "seeds", "update"]
+    "name", ["decode", "hosts", "lanes", "memory", "report", "rollout", "seeds", "serve", "soak", "update"]
 )
 def test_it_starts_where_only_the_requirements_are_installed(name, tmp_path):
     command = [sys.executable, BENCHMARKS / f"{name}.py", "--help"]
@@ -80,3 +80,27 @@ def test_update(tmp_path):
     assert row["flops"] == pytest.approx(flops)
     assert row["mfu"] == pytest.approx(flops / row["seconds"] / result["flops_per_second"])
     assert left_out["attention"] == "cudnn" and "runs on GPUs" in left_out["reason"]
+
+
+def test_serve(tmp_path):
+    """The server's throughput against its engine's, and the time to the first token."""
+    command = [sys.executable, BENCHMARKS / "serve.py", "--json", tmp_path / "serve.json"]
+    options = "--quick --rounds 1 --no-transformers"
+    done = subprocess.run([*command, *options.split()], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "serve.json").read_text())
+    speeds = result["tokens_per_second"]
+    assert result["ratio"] == {"engine": pytest.approx(speeds["server"] / speeds["engine"])}
+    firsts = result["first_token_seconds"]["server"]
+    assert set(firsts) == {"1", "4"} and 0 < firsts["1"]["median"] <= firsts["1"]["most"]
+    assert "transformers" in result["left_out"]
+
+
+def test_soak(tmp_path):
+    """Rude clients: every reply is its own, all slots are free at the end, memory stays."""
+    command = [sys.executable, BENCHMARKS / "soak.py", "--requests", "300", "--json", tmp_path / "soak.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "soak.json").read_text())
+    assert result["problems"] == [] and result["status"] == 0
+    assert 200 < result["kept_lines"] <= 350 and result["seconds"]["p99"] >= result["seconds"]["median"]

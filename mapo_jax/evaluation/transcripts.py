@@ -8,7 +8,7 @@ start state. Without either the start state is UNKNOWN_START, the mean of the be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from mapo_jax.algorithm.rewards import distance, incremental
+from mapo_jax.chat_log import is_chat_log, read_chats
 from mapo_jax.environment import state as calculator
 from mapo_jax.environment.card_schema import INDICATORS
 from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState, Turn
@@ -49,7 +50,9 @@ class Transcript:
 
 
 def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: bool) -> list[Transcript]:
-    """Reads conversations from JSON lines.
+    """Reads conversations from JSON lines, or those that a server kept in a folder (`chat_log.py`).
+
+    Of kept conversations those without a card are left out where the judge needs one.
 
     Content is text or a list of text parts (`speech.text_of`). The assistant's reasoning is removed; a reply
     of null or of reasoning alone is no answer. System messages are skipped, consecutive messages of one role
@@ -65,13 +68,25 @@ def read_transcripts(path: str | Path, cards: Sequence[Scenario], *, need_card: 
     """
     by_id = {card.id: card for card in cards}
     transcripts: dict[str, Transcript] = {}
-    for number, (place, row) in enumerate(read_rows(path, "transcripts"), start=1):
+    for number, (place, row) in enumerate(_rows(path, need_card), start=1):
         name = str(row.get("id", number))
         if name in transcripts:
             raise UserError(f"{place}: the id {name} occurs a second time")
         turns = _turns(row.get("messages"), place)
         transcripts[name] = Transcript(name, turns, *_scenario(row, name, place, by_id, need_card))
     return list(transcripts.values())
+
+
+def _rows(path: str | Path, need_card: bool) -> Iterable[tuple[str, dict[str, Any]]]:
+    if not is_chat_log(path):
+        return read_rows(path, "transcripts")
+    chats = [chat for chat in read_chats(path) if not need_card or "scenario" in chat]
+    if not chats:
+        raise UserError(
+            f"no conversation in {path} was held with a scenario, and the scripted judge knows the people on "
+            "cards only; configure a judge played by a language model"
+        )
+    return [(f"{path}, conversation {chat['id']}", chat) for chat in chats]
 
 
 def _scenario(

@@ -13,16 +13,36 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Int, UInt32
 
 from mapo_jax.model.cache import Cache, LayerCache
 from mapo_jax.model.head import logits
 from mapo_jax.model.qwen import Params, QwenConfig, extend, for_decoding, init_cache, parameter_shapes
 from mapo_jax.model.sharding import activation_spec, constrain, decoding_shardings, platform, row_shards
-from mapo_jax.rollout.sampling import Sampling, penalise, sample, uniforms
+from mapo_jax.rollout.sampling import (
+    ALTERNATIVES,
+    LaneSampling,
+    Sampling,
+    alternatives,
+    count_tokens,
+    penalise,
+    penalise_each,
+    sample,
+    sample_each,
+    uniforms,
+)
 
 # Operations on a few tokens are small: several cores are used only if independent ones run in parallel.
 CPU_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": True}
+
+
+class PerRequest(NamedTuple):
+    """What `generate` needs if every lane has a distribution of its own."""
+
+    lanes: LaneSampling
+    rows: Int[Array, "M C"]  # tokens so far; the vocabulary's size where there are none
+    replies: Int[Array, " M"]  # where the reply begins in each row
+    alternatives: Bool[Array, ""]  # whether any lane wants them
 
 
 class EnginePrograms(NamedTuple):
@@ -33,7 +53,7 @@ class EnginePrograms(NamedTuple):
     grow: Callable[..., Any]  # (cache of one layer, length)
     insert: Callable[..., Cache]  # (cache, source, target)
     prefill: Callable[..., Cache]  # (params, cache, places, tokens, positions)
-    generate: Callable[..., Any]  # (params, cache, places, words, tokens, positions, limits[, seen])
+    generate: Callable[..., Any]  # (params, cache, places, words, tokens, positions, limits[, seen[, each]])
     park: Callable[[Cache, int], Cache]  # (cache, place)
     restore: Callable[[Cache, int, Cache], Cache]  # (cache, place, parked entries)
 
@@ -47,6 +67,7 @@ def make_programs(
     stop_ids: tuple[int, ...],
     vocabulary_size: int,
     sampling: Sampling,
+    per_request: bool,
     dtype,
     mesh: Mesh | None,
 ) -> EnginePrograms:
@@ -64,7 +85,7 @@ def make_programs(
     create = functools.partial(init_cache, config, resident, dtype=dtype, by_feature=on_cpu)
     constants = dict(stop_ids=stop_ids, vocabulary_size=vocabulary_size, sampling=sampling, block=block)
     decode = functools.partial(generate, **model, in_place=lanes == resident, **constants)
-    generated = None if mesh is None else (cache_sharding, *(everywhere,) * 4)
+    generated = None if mesh is None else (cache_sharding, *(everywhere,) * (7 if per_request else 4))
     return EnginePrograms(
         ready=jax.jit(ready, out_shardings=weights_sharding),
         create=to_cache(create, static_argnums=0),
@@ -103,6 +124,7 @@ def generate(
     positions: Int[Array, " M"],
     limits: Int[Array, " M"],
     seen: Bool[Array, "M V"] | None = None,
+    each: PerRequest | None = None,
     *,
     config: QwenConfig,
     dtype,
@@ -112,7 +134,7 @@ def generate(
     vocabulary_size: int,
     sampling: Sampling,
     block: int,
-) -> tuple[Cache, Int[Array, "M N"], Float[Array, "M N"], Int[Array, " M"], Int[Array, ""]]:
+) -> tuple[Any, ...]:
     """Samples up to `limits` tokens in each lane (0: none); stops when all are done.
 
     Args:
@@ -121,35 +143,63 @@ def generate(
       tokens: the last token of each row, not in the cache yet.
       positions: its index in the row.
       seen: tokens in the row; only for the repetition penalty.
+      each: replaces `sampling`.
 
     Returns:
-      (cache, ids, log-probabilities, their number in each lane, decode steps); N = `block`.
+      (cache, ids [M, N], log-probabilities [M, N], their number in each lane [M], decode steps []); N =
+      `block`. With `each` also what `alternatives` returns for every token: [M, N], [M, N, A], [M, N, A];
+      zeros where no lane wants them.
     """
     lanes, length = len(tokens), cache[0].length
     numbers = uniforms(words, positions[:, None] + 1 + jnp.arange(block))
     rows = _local_rows(places, len(cache[0].values), row_shards(mesh))
     work = cache if in_place else jax.tree.map(lambda array: _take(array, rows), cache)
 
+    others = []
+    if each is not None:
+        penalises, size = each.lanes.penalises, config.vocab_size
+        seen = jax.lax.cond(
+            penalises,
+            lambda: count_tokens(each.rows, each.replies, size),
+            lambda: jnp.zeros((lanes, size), jnp.int32),
+        )
+        report = functools.partial(alternatives, count=min(ALTERNATIVES, vocabulary_size))
+        shapes = jax.eval_shape(report, jax.ShapeDtypeStruct((lanes, size), jnp.float32), tokens)
+        others = [jnp.zeros((lanes, block, *new.shape[1:]), new.dtype) for new in shapes]
+
+    def report_nothing(*_):
+        return tuple(jnp.zeros_like(array[:, 0]) for array in others)
+
     def going(state):
         step, *_, done = state
         return (step < block) & ~jnp.all(done)
 
     def advance(state):
-        step, work, token, seen, ids, logprobs, counts, done = state
+        step, work, token, seen, ids, logprobs, others, counts, done = state
         position = jnp.where(done, length, positions + step)
         hidden, work = extend(params, config, token[:, None], position[:, None], work, dtype=dtype, mesh=mesh)
         scores = logits(params, config, hidden[:, 0], vocabulary_size=vocabulary_size)
         scores = constrain(constrain(scores, "lane_logits", mesh), "sampled_logits", mesh)
-        if seen is not None:
+        if each is not None:
+            unpenalised = scores
+            scores = jax.lax.cond(
+                penalises, penalise_each, lambda scores, *_: scores, scores, seen, each.lanes
+            )
+            token, logprob = sample_each(scores, numbers[:, step], each.lanes)
+            seen = seen.at[jnp.arange(lanes), token].add(1)
+            found = jax.lax.cond(each.alternatives, report, report_nothing, unpenalised, token)
+            others = [array.at[:, step].set(new) for array, new in zip(others, found, strict=True)]
+        elif seen is not None:
             scores = penalise(scores, seen, sampling.repetition_penalty)
-        token, logprob = sample(scores, numbers[:, step], sampling)
-        if seen is not None:
+        if each is None:
+            token, logprob = sample(scores, numbers[:, step], sampling)
+        if each is None and seen is not None:
             seen = seen.at[jnp.arange(lanes), token].set(True)
         counts = counts + ~done
         ids = ids.at[:, step].set(token)  # tokens of a done lane are beyond its count
         logprobs = logprobs.at[:, step].set(logprob)
         stopped = functools.reduce(jnp.logical_or, [token == stop for stop in stop_ids], done)
-        return step + 1, work, token, seen, ids, logprobs, counts, stopped | (counts >= limits)
+        return step + 1, work, token, seen, ids, logprobs, others, counts, stopped | (counts >= limits)
 
     start = (
         jnp.int32(0),
@@ -158,15 +208,16 @@ def generate(
         seen,
         jnp.zeros((lanes, block), jnp.int32),
         jnp.zeros((lanes, block), jnp.float32),
+        others,
         jnp.zeros(lanes, jnp.int32),
         limits <= 0,
     )
-    steps, work, _, _, ids, logprobs, counts, _ = jax.lax.while_loop(going, advance, start)
+    steps, work, _, _, ids, logprobs, others, counts, _ = jax.lax.while_loop(going, advance, start)
     if in_place:
-        return work, ids, logprobs, counts, steps
+        return work, ids, logprobs, counts, steps, *others
     written = positions[:, None] + jnp.arange(block)
     written = jnp.where(jnp.arange(block) < counts[:, None], written, length)
-    return _write_back(cache, work, rows, written), ids, logprobs, counts, steps
+    return _write_back(cache, work, rows, written), ids, logprobs, counts, steps, *others
 
 
 def insert(cache: Cache, source: Int[Array, " K"], target: Int[Array, " K"], *, shards: int) -> Cache:

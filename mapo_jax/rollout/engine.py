@@ -39,9 +39,9 @@ from mapo_jax.model.cache import Cache
 from mapo_jax.model.qwen import Params, QwenConfig
 from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.capacity import cache_lengths, check_memory, check_sizes, copies_weights
-from mapo_jax.rollout.decoding import make_programs
-from mapo_jax.rollout.requests import Counts, Reply, Request, StaleSlot
-from mapo_jax.rollout.sampling import KEY_WORDS, Sampling
+from mapo_jax.rollout.decoding import PerRequest, make_programs
+from mapo_jax.rollout.requests import Alternatives, Counts, Reply, Request, StaleSlot
+from mapo_jax.rollout.sampling import KEY_WORDS, LaneSampling, RequestSampling, Sampling
 
 
 @dataclass
@@ -52,6 +52,16 @@ class _ActiveReply:
     left: int  # tokens that it may still have
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    alternatives: list[Alternatives] = field(default_factory=list)
+
+    def reply(self, start: int = 0, truncated: bool = False) -> Reply:
+        """What was sampled from token `start` on."""
+        return Reply(
+            tuple(self.ids[start:]),
+            tuple(self.logprobs[start:]),
+            truncated,
+            tuple(self.alternatives[start:]),
+        )
 
 
 class Engine:
@@ -72,6 +82,7 @@ class Engine:
         stop_ids: Sequence[int],
         vocabulary_size: int,
         sampling: Sampling | None = None,
+        per_request: bool = False,
         resident: int | None = None,
         lanes: int | None = None,
         prefill_rows: int | None = None,
@@ -91,6 +102,8 @@ class Engine:
           stop_ids: ids that end a reply.
           vocabulary_size: ids from here on are never sampled.
           sampling: the distribution; by default at temperature 1, unfiltered.
+          per_request: every request has a distribution of its own, `sampling` is not used, and a request may
+            ask for alternatives.
           resident: K <= slots, caches on the device at once; None: all. The others lie in the host's memory.
           lanes: M <= K, dialogues decoded at once; None: all resident ones. With M = K the caches are decoded
             in place; with fewer lanes, those in the lanes are copied out for a block.
@@ -129,6 +142,7 @@ class Engine:
         self.stop_ids = tuple(stop_ids)
         self.vocabulary_size = vocabulary_size
         self.sampling = sampling or Sampling()
+        self.per_request = per_request
         self.dtype = jnp.dtype(dtype)
         self.lengths = cache_lengths(length)
         self.version: int | None = None
@@ -145,6 +159,7 @@ class Engine:
             stop_ids=self.stop_ids,
             vocabulary_size=vocabulary_size,
             sampling=self.sampling,
+            per_request=per_request,
             dtype=self.dtype,
             mesh=mesh,
         )
@@ -238,6 +253,8 @@ class Engine:
             raise ValueError(f"slot {slot} is none of the engine's {self.slots}")
         if slot in self._unfinished:
             raise ValueError(f"slot {slot} has a reply under way")
+        if (request.sampling or request.alternatives) and not self.per_request:
+            raise ValueError("a request has a distribution of its own; make the engine with `per_request`")
         if request.limit is not None and request.limit < 1:
             raise ValueError(f"a reply of at most {request.limit} tokens")
         for i in ids:
@@ -256,6 +273,35 @@ class Engine:
                 f"a prompt of {size} tokens leaves no room for a reply in a cache of {self.length}; "
                 "raise `rollout.max_tokens` or shorten the prompt"
             )
+
+    def sampled(self, slot: int, start: int = 0) -> Reply | None:
+        """The unfinished reply of a slot from its token `start` on; None before its first block.
+
+        Not while `advance` runs, as `cancel`.
+        """
+        active = self._active.get(slot)
+        return active and active.reply(start)
+
+    def cancel(self, slot: int) -> None:
+        """Ends the unfinished reply of a slot, if there is one; its row keeps what was sampled."""
+        if slot not in self._unfinished:
+            return
+        self._submitted = deque(request for request in self._submitted if request.slot != slot)
+        if self._active.pop(slot, None) is not None:
+            self._idle[slot] = None
+        self._unfinished.remove(slot)
+
+    def continued(self, slots: Iterable[int], ids: Sequence[int]) -> int | None:
+        """The slot among `slots` whose row is the longest start of `ids`, and shorter; None without any.
+
+        A request there continues the row with `ids[len(row):]` and computes nothing twice.
+        """
+        ids, best, longest = list(ids), None, 0
+        for slot in slots:
+            row = self._rows[slot]
+            if longest < len(row) < len(ids) and self._cached[slot] and ids[: len(row)] == row:
+                best, longest = slot, len(row)
+        return best
 
     def advance(self) -> dict[int, Reply]:
         """Prefills the submitted requests, runs one block of decode steps, and returns the finished replies.
@@ -285,7 +331,7 @@ class Engine:
                 place = np.int32(0)
                 parked = jax.tree.map(np.asarray, self._programs.park(cache, place))
                 cache = self._programs.restore(cache, place, parked)
-            cache, *_ = self._programs.generate(self._params, cache, *self._lane_inputs([]))
+            cache, *_ = self._programs.generate(self._params, cache, *self._lane_inputs([], length))
         jax.block_until_ready(cache)
         self.reset()
 
@@ -305,7 +351,7 @@ class Engine:
         padding = np.zeros((self.prefill_rows, self.chunk), np.int32)
         return {
             "prefill": (self._programs.prefill, (weights, cache, rows, padding, padding)),
-            "generate": (self._programs.generate, (weights, cache, *self._lane_inputs([]))),
+            "generate": (self._programs.generate, (weights, cache, *self._lane_inputs([], self.lengths[-1]))),
         }
 
     # --- Prefill. ---
@@ -437,10 +483,11 @@ class Engine:
         if self.lanes == self.resident:
             chosen = [(int(self._place[slot]), slot) for _, slot in chosen]
         self._fit(max(len(self._rows[slot]) + min(self.block, self._active[slot].left) for _, slot in chosen))
-        self._cache, *sampled = self._programs.generate(self._params, self._cache, *self._lane_inputs(chosen))
+        inputs = self._lane_inputs(chosen, self._cache[0].length)
+        self._cache, *sampled = self._programs.generate(self._params, self._cache, *inputs)
         for array in sampled:
             array.copy_to_host_async()
-        ids, logprobs, counts, steps = map(np.asarray, sampled)
+        ids, logprobs, counts, steps, *others = map(np.asarray, sampled)
         self.counts.sampled += int(counts.sum())
         self.counts.steps += int(steps)
         replies = {}
@@ -449,19 +496,22 @@ class Engine:
             new = ids[lane, :count].tolist()
             active.ids += new
             active.logprobs += logprobs[lane, :count].tolist()
+            if active.request.alternatives:
+                own, top, top_logprobs = (array[lane, :count].tolist() for array in others)
+                active.alternatives += map(Alternatives, own, map(tuple, top), map(tuple, top_logprobs))
             active.left -= count
             self._rows[slot] += new
             self._cached[slot] += count  # without the last sampled token, with the one before the first
             stopped = active.ids[-1] in self.stop_ids
             if stopped or active.left == 0:
-                replies[slot] = Reply(tuple(active.ids), tuple(active.logprobs), not stopped)
+                replies[slot] = active.reply(truncated=not stopped)
                 del self._active[slot]
                 self._idle[slot] = None
                 self._unfinished.remove(slot)
         return replies
 
-    def _lane_inputs(self, chosen: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """Arguments of `generate` after the cache, for (lane, slot) pairs; the other lanes stay idle."""
+    def _lane_inputs(self, chosen: Sequence[tuple[int, int]], length: int) -> list[Any]:
+        """Arguments of `generate` after a cache of `length`, for (lane, slot) pairs; the other lanes idle."""
         places = np.full(self.lanes, self.resident, np.int32)
         words = np.zeros((self.lanes, KEY_WORDS), np.uint32)
         tokens, positions, limits = np.zeros((3, self.lanes), np.int32)
@@ -472,6 +522,17 @@ class Engine:
             tokens[lane], positions[lane] = row[-1], len(row) - 1
             limits[lane] = min(active.left, self.block)
         inputs = [places, words, tokens, positions, limits]
+        if self.per_request:
+            lanes = [RequestSampling()] * self.lanes
+            rows = np.full((self.lanes, length), self.config.vocab_size, np.int32)
+            replies = np.zeros(self.lanes, np.int32)
+            for lane, slot in chosen:
+                row, active = self._rows[slot], self._active[slot]
+                lanes[lane] = active.request.sampling or lanes[lane]
+                rows[lane, : len(row)] = row
+                replies[lane] = len(row) - len(active.ids)
+            wanted = np.array(any(self._active[slot].request.alternatives for _, slot in chosen))
+            return [*inputs, None, PerRequest(LaneSampling.of(lanes), rows, replies, wanted)]
         if self.sampling.repetition_penalty != 1:
             seen = np.zeros((self.lanes, self.config.vocab_size), bool)
             for lane, slot in chosen:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+from mapo_jax.rollout.sampling import RequestSampling
+
 
 class StaleSlot(RuntimeError):
     """A dialogue was continued whose cache is gone: newer weights were loaded, or the slot was reset."""
@@ -21,14 +23,29 @@ class Request:
     turn: int
     limit: int | None = None  # most tokens of this reply; None: the engine's `max_reply_tokens`
     start: bool = False  # begin a new row in this slot
+    sampling: RequestSampling | None = None  # only for an engine made with `per_request`; None: its defaults
+    alternatives: bool = False  # the same: report `Reply.alternatives`
+
+
+class Alternatives(NamedTuple):
+    """A token's place in the model's own distribution: at temperature 1, unfiltered, without penalties."""
+
+    logprob: float  # of the sampled token
+    ids: tuple[int, ...]  # the most probable tokens, the most probable first
+    logprobs: tuple[float, ...]
 
 
 class Reply(NamedTuple):
-    """A sampled reply."""
+    """A sampled reply, or a part of one."""
 
     ids: tuple[int, ...]  # a stop id ends it, unless it was cut
     logprobs: tuple[float, ...]  # in the distribution sampled from; float32 values
     truncated: bool  # cut by its limit or by the end of the cache
+    alternatives: tuple[Alternatives, ...] = ()  # of each token, if requested
+
+    def part(self, start: int) -> Reply:
+        """The reply from its token `start` on."""
+        return Reply(self.ids[start:], self.logprobs[start:], self.truncated, self.alternatives[start:])
 
 
 @dataclass

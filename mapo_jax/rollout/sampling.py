@@ -10,15 +10,19 @@ for every entry of the vocabulary (measured on a CPU, 64 rows of 1,024: 0.08 ms 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mapo_jax.errors import UserError
 
 KEY_WORDS = 4  # seed, step, dialogue, turn
+ALTERNATIVES = 20  # most probable tokens that are reported
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,49 @@ class Sampling:
         ):
             if not valid:
                 raise UserError(f"sampling: `{name}` is {getattr(self, name)!r}, which is out of range")
+
+
+@dataclass(frozen=True)
+class RequestSampling(Sampling):
+    """The distribution of one reply. The two penalties act before the temperature."""
+
+    presence_penalty: float = 0.0  # subtracted from the logit of every token that is in the reply already
+    frequency_penalty: float = 0.0  # the same, as often as the token is in the reply
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value outside its range."""
+        super().__post_init__()
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UserError(f"sampling: `{name}` is {getattr(self, name)!r}, which is out of range")
+
+
+class LaneSampling(NamedTuple):
+    """The distributions of all lanes, as arrays [K]; fields as of RequestSampling."""
+
+    repetition_penalty: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    presence_penalty: Array
+    frequency_penalty: Array
+
+    @classmethod
+    def of(cls, lanes: Sequence[RequestSampling]) -> LaneSampling:
+        """The lanes' settings as numpy arrays."""
+        kinds = {"top_k": np.int32}
+        return cls(
+            *(np.array([getattr(lane, f) for lane in lanes], kinds.get(f, np.float32)) for f in cls._fields)
+        )
+
+    @property
+    def penalises(self) -> Bool[Array, ""]:
+        """Whether any lane has a penalty."""
+        neutral = (
+            (self.repetition_penalty == 1) & (self.presence_penalty == 0) & (self.frequency_penalty == 0)
+        )
+        return ~jnp.all(neutral)
 
 
 def uniforms(words: UInt32[Array, "K 4"], positions: Int[Array, "K N"]) -> Float[Array, "K N"]:
@@ -68,6 +115,79 @@ def penalise(logits: Float[Array, "K V"], seen: Bool[Array, "K V"], penalty: flo
     temperature.
     """
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+IN_PROMPT = 2**20  # added to the count of a token that is in the prompt; no reply is that long
+
+
+def count_tokens(tokens: Int[Array, "K N"], replies: Int[Array, " K"], size: int) -> Int[Array, "K V"]:
+    """How often each token is in each reply so far, plus IN_PROMPT if it is in the prompt.
+
+    Args:
+      tokens: the rows; entries from `size` on are padding.
+      replies: where the reply begins in each row.
+      size: V.
+    """
+    lanes = jnp.arange(len(tokens))[:, None]
+    in_reply = jnp.arange(tokens.shape[1]) >= replies[:, None]
+    counts = jnp.zeros((len(tokens), size), jnp.int32)
+    counts = counts.at[lanes, jnp.where(in_reply, size, tokens)].max(IN_PROMPT, mode="drop")
+    return counts.at[lanes, jnp.where(in_reply, tokens, size)].add(1, mode="drop")
+
+
+def penalise_each(
+    logits: Float[Array, "K V"], counts: Int[Array, "K V"], lanes: LaneSampling
+) -> Float[Array, "K V"]:
+    """`penalise` with each lane's penalty, then the presence and frequency penalties of OpenAI's protocol.
+
+    Args:
+      counts: of `count_tokens`.
+    """
+    logits = penalise(logits, counts > 0, lanes.repetition_penalty[:, None])
+    replied = counts % IN_PROMPT
+    logits = logits - jnp.where(replied > 0, lanes.presence_penalty[:, None], 0)
+    return logits - replied * lanes.frequency_penalty[:, None]
+
+
+def shape_each(logits: Float[Array, "K V"], lanes: LaneSampling) -> Float[Array, "K V"]:
+    """`shape` with each lane's settings; a lane of temperature 0 is left as at temperature 1."""
+    logits = logits.astype(jnp.float32) / jnp.where(lanes.temperature > 0, lanes.temperature, 1)[:, None]
+    size = logits.shape[-1]
+
+    def filtered(logits):
+        descending = jnp.sort(logits, axis=-1, descending=True)
+        top_k = jnp.where(lanes.top_k > 0, jnp.minimum(lanes.top_k, size), size)[:, None]
+        allowed = descending >= jnp.take_along_axis(descending, top_k - 1, axis=-1)
+        probabilities = jax.nn.softmax(jnp.where(allowed, descending, -jnp.inf), axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the more probable tokens
+        top_p = lanes.top_p[:, None]
+        kept = jnp.sum(allowed & ((before < top_p) | (top_p >= 1)), axis=-1, keepdims=True)
+        return jnp.where(logits >= jnp.take_along_axis(descending, kept - 1, axis=-1), logits, -jnp.inf)
+
+    needed = jnp.any((lanes.top_k > 0) | (lanes.top_p < 1))  # sorting a vocabulary takes long
+    logits = jax.lax.cond(needed, filtered, lambda logits: logits, logits)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    lowest = jnp.where(lanes.min_p > 0, highest[:, 0] + jnp.log(lanes.min_p), -jnp.inf)
+    return jnp.where(logits >= lowest[:, None], logits, -jnp.inf)
+
+
+def sample_each(
+    logits: Float[Array, "K V"], uniform: Float[Array, " K"], lanes: LaneSampling
+) -> tuple[Int[Array, " K"], Float[Array, " K"]]:
+    """`sample` with each lane's settings."""
+    drawn, logprobs = draw(shape_each(logits, lanes), uniform)
+    greedy = lanes.temperature == 0
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(greedy, likeliest, drawn), jnp.where(greedy, 0.0, logprobs)
+
+
+def alternatives(
+    logits: Float[Array, "K V"], chosen: Int[Array, " K"], count: int
+) -> tuple[Float[Array, " K"], Int[Array, "K A"], Float[Array, "K A"]]:
+    """Log-probability of the chosen tokens, and the `count` most probable ones with theirs."""
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    top, ids = jax.lax.top_k(logprobs, count)
+    return jnp.take_along_axis(logprobs, chosen[:, None], axis=-1)[:, 0], ids.astype(jnp.int32), top
 
 
 def shape(logits: Float[Array, "K V"], sampling: Sampling) -> Float[Array, "K V"]:
@@ -101,14 +221,21 @@ def sample(
     Returns:
       (ids, log-probabilities of the ids in the distribution sampled from, float32). With temperature 0 that
       distribution is a point: the log-probability is 0.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
+    return draw(shape(logits, sampling), uniform)
+
+
+def draw(
+    logits: Float[Array, "K V"], uniform: Float[Array, " K"]
+) -> tuple[Int[Array, " K"], Float[Array, " K"]]:
+    """Draws from the softmax of logits; arguments and results as of `sample`.
 
     The vocabulary is cut into about sqrt(V) blocks; the number first picks a block by the blocks' masses,
     then a token within it. A token of probability 0 is never picked, whatever the rounding; a float32 number
     has 2^23 values, so probabilities are exact to about 1e-7.
     """
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
-    logits = shape(logits, sampling)
     rows, size = logits.shape
     width = max(1, math.isqrt(size))
     highest = jnp.max(logits, axis=-1, keepdims=True)

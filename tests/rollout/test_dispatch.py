@@ -22,6 +22,13 @@ class Counting:
         assert request.slot not in self.left
         self.left[request.slot] = request.slot
 
+    def sampled(self, slot, start):
+        given = slot - self.left[slot]
+        return Reply((slot,) * (given - start), (0.0,) * (given - start), False)
+
+    def cancel(self, slot):
+        self.left.pop(slot, None)
+
     @property
     def busy(self):
         return bool(self.left)
@@ -107,3 +114,49 @@ def test_a_block_under_way_ends_before_the_desk_does():
 
     run(engine, work)
     assert ended
+
+
+def parts(desk, slot):
+    return desk.stream(Request(slot, (1,), key=(0, 0, slot), turn=0, start=True))
+
+
+def test_a_stream_gives_what_is_new_after_every_block():
+    async def work(desk):
+        other = ask(desk, 2)
+        sizes = [len(part.ids) async for part in parts(desk, 4)]
+        return sizes, await other
+
+    sizes, other = run(Counting(), work)
+    assert sizes == [1, 1, 1, 1] and len(other.ids) == 2
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3])
+def test_a_stream_that_is_left_frees_its_slot(blocks):
+    """Before, in the middle, and with its last block; another reply takes the slot from its first token."""
+
+    async def work(desk):
+        other = ask(desk, 9)
+        await asyncio.sleep(0)
+        stream = parts(desk, 3)
+        for _ in range(blocks):
+            await anext(stream)
+        if not blocks:
+            waiting = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+            waiting.cancel()
+        await desk.cancel(3)
+        assert 3 not in engine.left
+        again = [part async for part in parts(desk, 3)]
+        return sum(len(part.ids) for part in again), len((await other).ids)
+
+    engine = Counting()
+    assert run(engine, work) == (3, 9)
+
+
+def test_a_broken_engine_ends_every_stream():
+    async def work(desk):
+        with pytest.raises(ValueError, match="out of order"):
+            async for _ in parts(desk, 9):
+                pass
+
+    run(Counting(broken_from=3), work)

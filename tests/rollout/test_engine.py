@@ -25,7 +25,7 @@ from mapo_jax.rollout.capacity import cache_bytes, cache_lengths
 from mapo_jax.rollout.decoding import generate, prefill
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Request, StaleSlot
-from mapo_jax.rollout.sampling import Sampling
+from mapo_jax.rollout.sampling import RequestSampling, Sampling
 from mapo_jax.running.metrics import CompileCounter
 
 CONFIG = QwenConfig(
@@ -593,3 +593,103 @@ def test_without_a_copy_of_the_weights_the_same_is_sampled_bit_for_bit(engine, p
     bare.load(params, 0)
     assert bare._params is params and engine.copy_weights
     assert bare.reply(requests) == copied
+
+
+class TestPerRequest:
+    """An engine whose requests have distributions of their own, as serving needs it."""
+
+    @pytest.fixture(scope="class")
+    def mixed(self, params):
+        engine = make_engine(per_request=True, lanes=3)
+        engine.load(params, 0)
+        return engine
+
+    def test_each_reply_is_that_of_an_engine_with_its_distribution(self, mixed, params):
+        """Three distributions in one block; each as if it had the engine to itself."""
+        kinds = [
+            Sampling(),
+            Sampling(temperature=0),
+            Sampling(temperature=1.3, top_k=5, repetition_penalty=1.5),
+        ]
+        own = [RequestSampling(**vars(kind)) for kind in kinds]
+        mixed.reset()
+        replies = mixed.reply(
+            [
+                request(s, prompt(40 + s, 9), start=True, sampling=own[s], alternatives=s == 0)
+                for s in range(3)
+            ]
+        )
+        for slot, (kind, reply) in enumerate(zip(kinds, replies, strict=True)):
+            engine = make_engine(sampling=kind)
+            engine.load(params, 0)
+            (alone,) = engine.reply([request(slot, prompt(40 + slot, 9), start=True)])
+            assert reply.ids == alone.ids and reply.truncated == alone.truncated
+            np.testing.assert_allclose(reply.logprobs, alone.logprobs, atol=1e-5)
+
+    def test_alternatives_are_of_the_model_itself(self, mixed, params):
+        mixed.reset()
+        sampling = RequestSampling(temperature=0.4, frequency_penalty=1.5)
+        (reply,) = mixed.reply([request(0, prompt(44, 9), start=True, sampling=sampling, alternatives=True)])
+        row = np.array(mixed.row(0))
+        scores = _scores(params, np.pad(row, (0, LENGTH - len(row)))[None])[0, :, :TOKENS]
+        expected = np.asarray(jax.nn.log_softmax(scores, axis=-1))
+        for place, found in zip(range(9, len(row)), reply.alternatives, strict=True):
+            assert found.logprob == pytest.approx(expected[place - 1, row[place]], abs=1e-4)
+            assert list(found.ids) == np.argsort(-expected[place - 1], kind="stable")[:20].tolist()
+            np.testing.assert_allclose(found.logprobs, np.sort(expected[place - 1])[::-1][:20], atol=1e-4)
+
+    def test_a_frequency_penalty_of_two_ends_repetition(self, mixed):
+        def most(penalty):
+            mixed.reset()
+            sampling = RequestSampling(temperature=0, frequency_penalty=penalty, presence_penalty=penalty)
+            (reply,) = mixed.reply([request(0, prompt(45, 5), start=True, sampling=sampling)])
+            return max(reply.ids.count(i) for i in reply.ids)
+
+        assert most(-2.0) > most(2.0)
+
+    def test_parts_of_a_reply_make_the_whole(self, mixed):
+        mixed.reset()
+        mixed.submit(request(1, prompt(46, 7), start=True, alternatives=True))
+        assert mixed.sampled(1) is None
+        ids, parts = [], 0
+        while True:
+            finished = mixed.advance()
+            if 1 in finished:
+                break
+            part = mixed.sampled(1, len(ids))
+            ids, parts = ids + list(part.ids), parts + 1
+            assert len(part.alternatives) == len(part.ids)
+        assert parts >= 2 and tuple(ids) == finished[1].ids[: len(ids)]
+
+    def test_a_cancelled_reply_frees_its_slot_and_keeps_its_row(self, mixed):
+        mixed.reset()
+        (whole,) = mixed.reply([request(0, prompt(47, 7), dialogue=3, start=True)])
+        mixed.reset()
+        for slot in range(2):
+            mixed.submit(request(slot, prompt(47 + slot, 7), dialogue=3, start=True))
+        mixed.cancel(1)  # before it has a place
+        mixed.advance()
+        mixed.cancel(0)
+        assert not mixed.busy and mixed.advance() == {}
+        row = mixed.row(0)
+        assert len(row) == 7 + 3 and row[7:] == whole.ids[:3]
+        mixed.cancel(0)  # nothing to cancel
+        # The row goes on from where it was cut; the tokens' keys are those of their places.
+        new = [*row, *whole.ids[3:4]]
+        assert mixed.continued(range(4), new) == 0
+        (rest,) = mixed.reply([request(0, new[len(row) :], dialogue=3)])
+        assert rest.ids[: len(whole.ids) - 4] == whole.ids[4:]
+
+    def test_the_longest_row_that_starts_the_new_one_is_continued(self, mixed):
+        mixed.reset()
+        start = prompt(49, 6)
+        mixed.reply([request(0, start, start=True), request(1, [*start, 7, 8, 9], start=True, limit=2)])
+        row = list(mixed.row(1))
+        assert mixed.continued([0, 1, 2], [*row, 9]) == 1
+        assert mixed.continued([0, 2], [*mixed.row(0), 9]) == 0
+        assert mixed.continued([0, 1, 2], row) is None  # nothing would be new
+        assert mixed.continued([2], [*row, 9]) is None
+
+    def test_only_where_the_engine_is_made_for_it(self, engine):
+        with pytest.raises(ValueError, match="per_request"):
+            engine.submit(request(0, [7], start=True, sampling=RequestSampling()))

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,20 @@ import numpy as np
 import pytest
 
 from mapo_jax.errors import UserError
-from mapo_jax.rollout.sampling import Sampling, penalise, sample, shape, uniforms
+from mapo_jax.rollout.sampling import (
+    IN_PROMPT,
+    LaneSampling,
+    RequestSampling,
+    Sampling,
+    alternatives,
+    count_tokens,
+    penalise,
+    penalise_each,
+    sample,
+    sample_each,
+    shape,
+    uniforms,
+)
 
 ROWS, VOCABULARY = 4096, 23  # one shape for all: compilation is most of these tests' cost
 
@@ -197,3 +211,48 @@ def test_filters_keep_the_most_probable():
 def test_bad_values(name, value):
     with pytest.raises(UserError, match=name):
         Sampling(**{name: value})
+
+
+class TestEachLane:
+    SETTINGS = (
+        RequestSampling(),
+        RequestSampling(temperature=0),
+        RequestSampling(temperature=0.7, top_k=3),
+        RequestSampling(top_p=0.6),
+        RequestSampling(temperature=1.4, top_k=9, top_p=0.8, min_p=0.05),
+        RequestSampling(min_p=0.3),
+        RequestSampling(top_k=1000),
+    )
+
+    def test_every_lane_has_its_own_distribution(self):
+        rng = np.random.default_rng(5)
+        row = jnp.asarray(rng.normal(size=(1, 60)) * 2, jnp.float32)
+        scores = jnp.repeat(row, len(self.SETTINGS), axis=0)
+        lanes = LaneSampling.of(self.SETTINGS)
+        for number in rng.uniform(size=20).astype(np.float32):
+            ids, logprobs = sample_each(scores, jnp.full(len(self.SETTINGS), number), lanes)
+            for index, settings in enumerate(self.SETTINGS):
+                alone = sample(row, jnp.full(1, number), settings)
+                assert ids[index] == alone[0][0]
+                assert logprobs[index] == pytest.approx(float(alone[1][0]), abs=1e-6)
+
+    def test_penalties_by_hand(self):
+        # Row: prompt 1 1 2, reply 2 3 3; the vocabulary has five tokens, the row is padded with a sixth.
+        counts = count_tokens(jnp.array([[1, 1, 2, 2, 3, 3, 5, 5]]), jnp.array([3]), 5)
+        assert (counts % IN_PROMPT).tolist() == [[0, 0, 1, 2, 0]]
+        assert (counts > 0).tolist() == [[False, True, True, True, False]]
+        settings = RequestSampling(repetition_penalty=2, presence_penalty=0.5, frequency_penalty=0.25)
+        scores = penalise_each(jnp.array([[1.0, 1, 1, -1, -1]]), counts, LaneSampling.of([settings]))
+        assert scores.tolist() == [[1, 0.5, 0.5 - 0.75, -2 - 1.0, -1]]
+
+    def test_alternatives(self):
+        scores = np.log([[0.1, 0.2, 0.4, 0.3]]) + 3
+        logprob, ids, logprobs = alternatives(jnp.asarray(scores), jnp.array([1]), 3)
+        assert ids.tolist() == [[2, 3, 1]]
+        np.testing.assert_allclose(np.exp(logprobs), [[0.4, 0.3, 0.2]], rtol=1e-5)
+        assert float(logprob[0]) == pytest.approx(math.log(0.2), abs=1e-5)
+
+    @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+    def test_out_of_range(self, name):
+        with pytest.raises(UserError, match=name):
+            RequestSampling(**{name: 2.5})

@@ -1,0 +1,136 @@
+"""Conversations that are kept: whole lines, feedback, who does not agree, a full disk; reading them again."""
+
+import errno
+import json
+import os
+import stat
+
+import httpx2
+import openai
+import pytest
+
+from mapo_jax.chat_log import ChatLog, is_chat_log, read_chats
+from mapo_jax.errors import UserError
+from mapo_jax.evaluation.transcripts import read_transcripts
+
+HELLO = [{"role": "user", "content": "Hello, it is me."}]
+
+
+@pytest.fixture
+def kept(serving, tmp_path):
+    return serving(chats=ChatLog(tmp_path / "kept"))
+
+
+@pytest.fixture
+def say(kept):
+    """`say(messages, **options)`: (reply's id, messages with it)."""
+    with openai.OpenAI(base_url=f"{kept.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+
+        def ask(messages, **options):
+            answer = client.chat.completions.create(model="tiny", messages=messages, **options)
+            return answer.id, [
+                *messages,
+                {"role": "assistant", "content": answer.choices[0].message.content},
+            ]
+
+        yield ask
+
+
+def rate(server, reply, rating, comment="", status=200):
+    answer = httpx2.post(
+        f"{server.url}/v1/feedback", json={"reply": reply, "rating": rating, "comment": comment}
+    )
+    assert answer.status_code == status
+    return answer.json()
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def test_conversations_with_feedback(kept, say):
+    """Two that go on, one of them twice from one place; ratings, one taken back."""
+    first, chat = say(HELLO)
+    other, another = say([user("Another one.")])
+    second, longer = say([*chat, user("And now?")])
+    again, fork = say([*chat, user("Or else?")])
+    rate(kept, first, 1, "kind")
+    rate(kept, second, -1)
+    rate(kept, second, 0)
+    rate(kept, again, -1, 'says "so"\nand so')
+    folder = kept.service.chats.folder
+    assert is_chat_log(folder)
+    (file,) = folder.iterdir()
+    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+    assert len(file.read_text().splitlines()) == 4 + 4
+    chats = read_chats(folder)
+    assert [chat["messages"] for chat in chats] == [
+        longer,
+        another,
+        fork,
+    ]
+    assert [chat["replies"] for chat in chats] == [[first, second], [other], [again]]
+    assert chats[0]["feedback"] == {first: {"rating": 1, "comment": "kind"}}
+    assert chats[2]["feedback"] == {again: {"rating": -1, "comment": 'says "so"\nand so'}}
+
+
+def test_who_does_not_agree_is_not_kept(kept, say):
+    reply, _ = say(HELLO, store=False)
+    assert not list(kept.service.chats.folder.iterdir())
+    assert rate(kept, reply, 1, status=404)["error"]["param"] == "reply"
+
+
+def test_without_a_folder_nothing_is_kept(server):
+    rate(server, "chatcmpl-1", 1, status=404)
+
+
+@pytest.mark.parametrize(
+    "content", [{"reply": "x", "rating": 5}, {"rating": 1}, {"reply": "x", "rating": "good"}]
+)
+def test_malformed_feedback(kept, content):
+    assert httpx2.post(f"{kept.url}/v1/feedback", json=content).status_code == 400
+
+
+def test_a_full_disk_stops_keeping_and_not_serving(kept, say, monkeypatch):
+    first, chat = say(HELLO)
+
+    def full(path, line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mapo_jax.chat_log.append_line", full)
+        _, chat = say([*chat, user("And now?")])
+        health = httpx2.get(f"{kept.url}/health")
+        assert health.status_code == 200 and health.json()["status"] == "degraded"
+        assert "is full" in health.json()["conversations"] and health.json()["lost_lines"] == 1
+        rate(kept, first, 1, status=507)
+    say([*chat, user("Well.")])
+    health = httpx2.get(f"{kept.url}/health").json()
+    assert health["status"] == "ok" and health["lost_lines"] == 2
+    (file,) = kept.service.chats.folder.iterdir()
+    assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == ["turn", "turn"]
+
+
+def test_after_a_restart_a_conversation_is_kept_whole(kept, say, serving, tmp_path):
+    """Its beginning is not known any more, so all of it is written."""
+    _, chat = say(HELLO)
+    kept.model._remembered.clear()
+    _, longer = say([*chat, user("And now?")])
+    assert [chat["messages"] for chat in read_chats(kept.service.chats.folder)] == [chat, longer]
+
+
+def test_what_is_kept_can_be_judged(kept, say):
+    _, chat = say(HELLO)
+    say([*chat, user("And now?")])
+    (transcript,) = read_transcripts(kept.service.chats.folder, [], need_card=False)
+    assert [user for user, _ in transcript.turns] == ["Hello, it is me.", "And now?"]
+    assert transcript.id == read_chats(kept.service.chats.folder)[0]["id"]
+
+
+def test_a_folder_without_conversations(tmp_path):
+    assert not is_chat_log(tmp_path)
+    with pytest.raises(UserError, match="no conversations"):
+        read_chats(tmp_path)
+    (tmp_path / "2026-01-31.jsonl").write_text('{"kind": "turn"}\n')
+    with pytest.raises(UserError, match="line 1"):
+        read_chats(tmp_path)
