@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mapo_jax.files import encodable
 from mapo_jax.rollout.requests import Alternatives
 from mapo_jax.rollout.sampling import ALTERNATIVES, RequestSampling
-from mapo_jax.scores.speech import text_of
+from mapo_jax.speech import text_of
 
 MOST_STOPS = 4
 
