@@ -66,7 +66,7 @@ def test_training_improves_continues_and_collects(tmp_path, capsys):
     lab.main(arguments)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "raw").rglob("*.json")}
     found = records.read_json(tmp_path / "lab.json")["worlds"]["rollouts 2"]
-    assert len(found) == len(files) == 3 * len(lab.RATES)
+    assert len(found) == len(files) == 3 * len(lab.FEWER_RATES)
     for record in found:
         assert len(record["final"]) == 12
         assert record["curve"][-1] > record["curve"][0] + 1.0, record["label"]
