@@ -5,9 +5,9 @@
 
 A setting is a world, an estimator with its options, and a learning rate; all seeds of all settings of a world
 are trained at once. Advantages are divided by their root mean square, and every estimator has two or three
-learning rates, so that the scale of an estimator is not mistaken for its merit. Seeds share their cards, first
-weights and random numbers between settings, so that differences are paired. A sixth of the seeds chooses the
-learning rate, the others judge it.
+learning rates, so that the scale of an estimator is not mistaken for its merit. Seeds share their cards,
+first weights and random numbers between settings, so that differences are paired. A sixth of the seeds
+chooses the learning rate, the others judge it.
 
 Each setting's raw numbers are written whole to `FOLDER/WORLD/SETTING.json`; settings whose file exists are
 skipped, so the same command continues. `--json` collects them in one file. `--quick` takes less than two

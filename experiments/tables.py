@@ -116,7 +116,7 @@ def lab_rates(records: Records, labels: Sequence[str]) -> str:
 
 
 def lab_pairs(results: dict[str, Records], pairs: Sequence[tuple[str, str]] = PAIRS) -> str:
-    """Differences of two estimators in every world, each at its best rate; * if Holm's p over worlds < 0.05."""
+    """Differences of two estimators in every world, each at its best rate; * if Holm's p < 0.05."""
     columns = []
     for one, other in pairs:
         tests = {
