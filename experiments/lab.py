@@ -91,8 +91,8 @@ def horizon(turns: int, **switches: Any) -> world.Rules:
 
 
 BASE = World("base", rates=RATES)
-TRAP = World("trap", world.Rules(trap=world.Trap()), rates=RATES)
-NOISY = World("noise 1", world.Rules(judge_noise=1.0), rates=RATES)
+TRAP = World("trap", world.Rules(trap=world.Trap()))
+NOISY = World("noise 1", world.Rules(judge_noise=1.0))
 WORLDS = (
     BASE,
     *(World(f"horizon {turns}", horizon(turns)) for turns in (4, 12, 20)),

@@ -102,12 +102,12 @@ def test_effects_are_those_of_the_only_turn():
     """In dialogues of one turn the effect of a reply is its reward minus the policy's mean reward."""
     place = replace(lab.BASE, rules=world.Rules(1, 1))
     weights = jnp.broadcast_to(policy.start_weights(), (1, 3, *policy.start_weights().shape))
-    data = credit.measure(place, weights, credit.Size(3, 512))
+    data = credit.measure(place, weights, credit.Size(3, 256))
     effect = data["effects"].mean(axis=0)[..., 0]
     rewards = data["mean"][list(credit.ESTIMATORS).index("dr_grpo")][..., 0].reshape(3, 4, 8)
-    # Within a group, effects and centred rewards differ by a constant; 512 branches leave an error of 0.1.
+    # Within a group, effects and centred rewards differ by a constant; 256 branches leave an error of 0.2.
     gap = effect.reshape(3, 4, 8) - rewards
-    assert np.abs(gap - gap.mean(axis=2, keepdims=True)).max() < 0.35
+    assert np.abs(gap - gap.mean(axis=2, keepdims=True)).max() < 0.6
     assert np.allclose(data["scatter"], 0, atol=1e-6)
 
 
