@@ -74,7 +74,7 @@ class Size:
 
 def policies(place: lab.World, stage: str, size: Size):
     """Weights [1, K, F, A] of policies that `turn` has trained with its middle learning rate."""
-    turn = next(s for s in lab.settings_of(lab.CORE, place) if (s.label, s.rate) == ("turn", lab.RATES[1]))
+    turn = next(s for s in lab.settings_of(lab.CORE, place) if (s.label, s.rate) == ("turn", 0.1))
     steps = EARLY_STEPS if stage == "early" else size.steps
     return lab.train(place, [turn], lab.Size(size.policies, size.steps), min(steps, size.steps))[0]
 

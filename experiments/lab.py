@@ -4,10 +4,10 @@
     python experiments/lab.py --speed
 
 A setting is a world, an estimator with its options, and a learning rate; all seeds of all settings of a world
-are trained at once. Advantages are divided by their root mean square, and every estimator has three learning
-rates, so that the scale of an estimator is not mistaken for its merit. Seeds share their cards, first weights
-and random numbers between settings, so that differences are paired. A sixth of the seeds chooses the learning
-rate, the others judge it.
+are trained at once. Advantages are divided by their root mean square, and every estimator has two or three
+learning rates, so that the scale of an estimator is not mistaken for its merit. Seeds share their cards,
+first weights and random numbers between settings, so that differences are paired. A sixth of the seeds
+chooses the learning rate, the others judge it.
 
 Each setting's raw numbers are written whole to `FOLDER/WORLD/SETTING.json`; settings whose file exists are
 skipped, so the same command continues. `--json` collects them in one file. `--quick` takes less than two
@@ -49,10 +49,11 @@ from mapo_jax.config import AlgorithmConfig
 from mapo_jax.environment.scenario import load_scenarios
 
 RATES = (0.03, 0.1, 0.3)
+FEWER_RATES = RATES[1:]  # where the smallest one has not learnt to the end in the base world
 DIALOGUES = 32  # per step
 EVALUATION_ROUNDS = 3  # dialogues per held-out card after training
 OBJECTIVE = objective_options(AlgorithmConfig())
-LARGEST_PROGRAM = 24  # settings that are trained at once
+LARGEST_PROGRAM = 30  # settings that are trained at once
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class World:
     rules: world.Rules = field(default_factory=world.Rules)
     rollouts: int = 8
     reward: str = "incremental"
+    rates: tuple[float, ...] = FEWER_RATES
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def horizon(turns: int, **switches: Any) -> world.Rules:
     return world.Rules(max(1, round(turns * 5 / 8)), turns, **switches)
 
 
-BASE = World("base")
+BASE = World("base", rates=RATES)
 TRAP = World("trap", world.Rules(trap=world.Trap()))
 NOISY = World("noise 1", world.Rules(judge_noise=1.0))
 WORLDS = (
@@ -148,7 +150,7 @@ def settings_of(variants: Sequence[Variant], place: World, rescale: bool = True)
             rescale,
         )
         for label, fields in variants
-        for rate in RATES
+        for rate in place.rates
     ]
 
 

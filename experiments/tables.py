@@ -19,6 +19,7 @@ from experiments.records import holm, interval, paired, read_json
 Records = Sequence[dict[str, Any]]  # of the settings of one world
 
 CORE = ("mapo 0.33", "mapo 0.50", "turn", "batch", "grpo", "reinforce_plus_plus")
+PAIRS = (("mapo 0.33", "grpo"), ("turn", "grpo"), ("mapo 0.33", "turn"), ("mapo 0.50", "turn"))
 
 
 def labels_of(records: Records) -> list[str]:
@@ -114,9 +115,31 @@ def lab_rates(records: Records, labels: Sequence[str]) -> str:
     return table(("estimator", *(f"rate {rate}" for rate in rates)), rows)
 
 
+def lab_pairs(results: dict[str, Records], pairs: Sequence[tuple[str, str]] = PAIRS) -> str:
+    """Differences of two estimators in every world, each at its best rate; * if Holm's p < 0.05."""
+    columns = []
+    for one, other in pairs:
+        tests = {
+            name: paired(at_best_rate(records, one)[1], at_best_rate(records, other)[1])
+            for name, records in results.items()
+            if {one, other} <= set(labels_of(records))
+        }
+        corrected = holm({name: test["p"] for name, test in tests.items()})
+        columns.append(
+            {
+                name: spread(test["mean"], test["low"], test["high"])
+                + ("*" if corrected[name] < 0.05 else "")
+                for name, test in tests.items()
+            }
+        )
+    names = [name for name in results if any(name in column for column in columns)]
+    header = ("world", *(f"{one} minus {other}" for one, other in pairs))
+    return table(header, [[name, *(column.get(name, "") for column in columns)] for name in names])
+
+
 def print_lab(results: dict[str, Records]) -> None:
     """All tables of the laboratory."""
-    print(lab_overview(results), end="\n\n")
+    print(lab_overview(results), lab_pairs(results), sep="\n\n", end="\n\n")
     for name, records in results.items():
         if records:
             print(f"{name}\n\n{lab_world(records)}\n\n{lab_rates(records, labels_of(records))}\n")

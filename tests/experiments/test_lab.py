@@ -66,7 +66,7 @@ def test_training_improves_continues_and_collects(tmp_path, capsys):
     lab.main(arguments)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "raw").rglob("*.json")}
     found = records.read_json(tmp_path / "lab.json")["worlds"]["rollouts 2"]
-    assert len(found) == len(files) == 3 * len(lab.RATES)
+    assert len(found) == len(files) == 3 * len(lab.FEWER_RATES)
     for record in found:
         assert len(record["final"]) == 12
         assert record["curve"][-1] > record["curve"][0] + 1.0, record["label"]
@@ -98,16 +98,17 @@ def test_advantages_are_the_projects_own():
     np.testing.assert_allclose(found, (0.25 * turn + 0.75 * batch).reshape(32, 8), atol=1e-4)
 
 
-def test_effects_are_those_of_the_only_turn():
+def test_effects_are_those_of_the_only_turn(monkeypatch):
     """In dialogues of one turn the effect of a reply is its reward minus the policy's mean reward."""
+    monkeypatch.setattr(credit, "ESTIMATORS", {"dr_grpo": credit.ESTIMATORS["dr_grpo"]})
     place = replace(lab.BASE, rules=world.Rules(1, 1))
     weights = jnp.broadcast_to(policy.start_weights(), (1, 3, *policy.start_weights().shape))
-    data = credit.measure(place, weights, credit.Size(3, 512))
+    data = credit.measure(place, weights, credit.Size(3, 256))
     effect = data["effects"].mean(axis=0)[..., 0]
-    rewards = data["mean"][list(credit.ESTIMATORS).index("dr_grpo")][..., 0].reshape(3, 4, 8)
-    # Within a group, effects and centred rewards differ by a constant; 512 branches leave an error of 0.1.
+    rewards = data["mean"][0, ..., 0].reshape(3, 4, 8)
+    # Within a group, effects and centred rewards differ by a constant; 256 branches leave an error of 0.2.
     gap = effect.reshape(3, 4, 8) - rewards
-    assert np.abs(gap - gap.mean(axis=2, keepdims=True)).max() < 0.35
+    assert np.abs(gap - gap.mean(axis=2, keepdims=True)).max() < 0.6
     assert np.allclose(data["scatter"], 0, atol=1e-6)
 
 
