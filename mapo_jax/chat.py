@@ -131,6 +131,8 @@ def converse(
                     take_turn(state, reply, ReasoningHidden(roles).roles, limits, truncated=cut)
                 )
                 show(reply, _beside(state))
+        if not console.is_terminal:
+            console.print()  # a live display ends its line only on a terminal
     console.print(f"the conversation is over: {state.outcome}" + (f" ({state.rule})" if state.rule else ""))
 
 

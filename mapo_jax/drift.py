@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     return bool(drifted)
 
 
-_HEADINGS = ("figure", "before", "after", "difference", "effect", "p", "corrected p", "")
+_HEADINGS = ("figure", "before", "after", "change", "effect", "p", "p (Holm)")
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -91,20 +91,19 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
     periods = (f"{shown(mean, '.3f')} ({n})" for mean, n in zip(row["means"], row["counts"], strict=True))
     return [
-        row["name"],
+        row["name"] + (" (drifted)" if row["drifted"] else ""),
         *periods,
         shown(row["difference"], "+.3f"),
         shown(row["effect"], "+.2f"),
         shown(row["p"], ".4f"),
         shown(row["p_holm"], ".4f"),
-        "drifted" if row["drifted"] else "",
     ]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="means by conversation (number of conversations)", title_justify="left")
     for index, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if index in (0, 7) else "right")
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row))
     return table

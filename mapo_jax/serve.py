@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 NO_LIMIT_TOKENS = 4096  # cache of a conversation with a model that is no run, if its positions allow
 SLOTS_PER_STREAM = 4  # conversations that keep their cache, for each reply at once
+STALL_MILLISECONDS = 60_000  # until a connection whose client takes nothing is closed
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[")  # Starlette reads "[" from "[::1]:8000"
 
 
@@ -168,6 +169,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # else a client that reads nothing would hold up the shutdown
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MILLISECONDS)
         listening.bind(address)
     except OSError as error:
         raise UserError(
