@@ -177,7 +177,7 @@ def credit_worlds(content: dict[str, Any]) -> Figure:
 
 def credit_positions(content: dict[str, Any]) -> Figure:
     """Correlation by position in the dialogue, early and late."""
-    shown = [r for r in content["results"] if r["world"] in ("base", "horizon 20")]
+    shown = [r for r in content["results"] if r["world"] in ("base", "trap")] or content["results"][:2]
     places = ("first third", "middle third", "last third")
     figure, panels = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.0), sharey=True, squeeze=False)
     for panel, result in zip(panels[0], shown, strict=True):

@@ -414,6 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=Size.seeds)
     parser.add_argument("--steps", type=int, default=Size.steps)
     parser.add_argument("--quick", action="store_true", help="two worlds, 24 seeds, 10 steps")
+    parser.add_argument("--collect", action="store_true", help="train nothing; collect what exists")
     parser.add_argument("--speed", action="store_true", help="only measure dialogues a second")
     options = parser.parse_args(arguments)
     prepare_jax()
@@ -426,7 +427,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size, studies, names = Size(24, 10), ["estimators"], names or ["base", "trap"]
     worlds = [place for place in WORLDS if names is None or place.name in names]
     began = time.monotonic()
-    if options.processes == 1:
+    if options.collect:
+        print(f"collecting from {options.folder}")
+    elif options.processes == 1:
         for place in worlds:
             work(place, studies, size, options.folder)
     else:
