@@ -340,10 +340,10 @@ def file_of(folder: Path, place: World, setting: Setting) -> Path:
 
 def record(setting: Setting, outcome: Outcome, index: int) -> dict[str, Any]:
     """The raw numbers of one setting: of every seed, and the curve's mean and deviation over the seeds."""
-    per_seed = {name: rounded(getattr(outcome, name)[index]) for name in ("final", "area", "most", "harm")}
+    per_seed = {name: rounded(getattr(outcome, name)[index]) for name in ("final", "area", "harm")}
     means = {
         name: round(float(np.mean(getattr(outcome, name)[index])), 4)
-        for name in ("success", "trap", "gradient", "spike")
+        for name in ("most", "success", "trap", "gradient", "spike")
     }
     curve = np.asarray(outcome.curve[index])
     return {
