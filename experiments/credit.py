@@ -286,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file for all results")
     parser.add_argument("--policies", type=int, default=Size.policies)
     parser.add_argument("--branches", type=int, default=Size.branches, help="an even number")
+    parser.add_argument("--collect", action="store_true", help="compute nothing; collect what exists")
     parser.add_argument("--quick", action="store_true", help="one world, four policies, few branches")
     options = parser.parse_args(arguments)
     prepare_jax()
@@ -297,6 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.world:
         for stage in STAGES:
             file = options.folder / f"{name} {stage}.json"
+            if options.collect and not file.exists():
+                continue
             if not file.exists():
                 start = time.monotonic()
                 write_json(file, record(places[name], stage, size))

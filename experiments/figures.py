@@ -132,9 +132,13 @@ def lab_curves(content: dict[str, Any]) -> Figure:
     return figure
 
 
-def lab_discount(content: dict[str, Any]) -> Figure:
-    """Return over the discount."""
+def lab_discount(content: dict[str, Any]) -> Figure | None:
+    """Return over the discount, if that study has results."""
     worlds = {name: content["worlds"][name] for name in ("base", "trap") if name in content["worlds"]}
+    if not any(
+        label.startswith("turn discount") for records in worlds.values() for label in labels_of(records)
+    ):
+        return None
     figure, panels = plt.subplots(1, len(worlds), figsize=(6.5, 3.0), squeeze=False)
     for panel, (name, records) in zip(panels[0], worlds.items(), strict=True):
         for label in ("mapo 0.33", "turn"):
@@ -177,7 +181,7 @@ def credit_worlds(content: dict[str, Any]) -> Figure:
 
 def credit_positions(content: dict[str, Any]) -> Figure:
     """Correlation by position in the dialogue, early and late."""
-    shown = [r for r in content["results"] if r["world"] in ("base", "horizon 20")]
+    shown = [r for r in content["results"] if r["world"] in ("base", "trap")] or content["results"][:2]
     places = ("first third", "middle third", "last third")
     figure, panels = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.0), sharey=True, squeeze=False)
     for panel, result in zip(panels[0], shown, strict=True):
@@ -192,7 +196,7 @@ def credit_positions(content: dict[str, Any]) -> Figure:
     return figure
 
 
-FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure]]] = {
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     "lab_worlds": ("lab.json", lab_worlds),
     "lab_weight": ("lab.json", lab_weight),
     "lab_curves": ("lab.json", lab_curves),
@@ -216,6 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}: no {options.results / file}")
             continue
         figure = draw(read_json(options.results / file))
+        if figure is None:
+            print(f"{name}: not in {options.results / file}")
+            continue
         figure.savefig(options.output / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
         plt.close(figure)
 

@@ -340,10 +340,10 @@ def file_of(folder: Path, place: World, setting: Setting) -> Path:
 
 def record(setting: Setting, outcome: Outcome, index: int) -> dict[str, Any]:
     """The raw numbers of one setting: of every seed, and the curve's mean and deviation over the seeds."""
-    per_seed = {name: rounded(getattr(outcome, name)[index]) for name in ("final", "area", "most", "harm")}
+    per_seed = {name: rounded(getattr(outcome, name)[index]) for name in ("final", "area", "harm")}
     means = {
         name: round(float(np.mean(getattr(outcome, name)[index])), 4)
-        for name in ("success", "trap", "gradient", "spike")
+        for name in ("most", "success", "trap", "gradient", "spike")
     }
     curve = np.asarray(outcome.curve[index])
     return {
@@ -414,6 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=Size.seeds)
     parser.add_argument("--steps", type=int, default=Size.steps)
     parser.add_argument("--quick", action="store_true", help="two worlds, 24 seeds, 10 steps")
+    parser.add_argument("--collect", action="store_true", help="train nothing; collect what exists")
     parser.add_argument("--speed", action="store_true", help="only measure dialogues a second")
     options = parser.parse_args(arguments)
     prepare_jax()
@@ -426,7 +427,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size, studies, names = Size(24, 10), ["estimators"], names or ["base", "trap"]
     worlds = [place for place in WORLDS if names is None or place.name in names]
     began = time.monotonic()
-    if options.processes == 1:
+    if options.collect:
+        print(f"collecting from {options.folder}")
+    elif options.processes == 1:
         for place in worlds:
             work(place, studies, size, options.folder)
     else:

@@ -41,7 +41,7 @@ def circumstances(seconds: float) -> dict[str, Any]:
     """When, where and how long something was computed."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "minutes": round(seconds / 60, 1),
+        "minutes_of_last_call": round(seconds / 60, 1),
         "command": " ".join(["python", *sys.argv]),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "machine": platform.machine(),
