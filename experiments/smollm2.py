@@ -139,6 +139,10 @@ def stand_in() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 def convert(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a Llama as a Qwen2 folder in float32, with the chat template that renders training rows.
 
+    transformers 5 takes the tokenizer of every Qwen2 folder for a Qwen2Tokenizer, with Qwen2's rule for where
+    a token must end. The scripted world's sentences have the same ids by both rules; other texts (composed
+    accents, opening brackets) need not.
+
     Raises:
       UserError: the Llama has biases or scaled rotary embedding.
     """
