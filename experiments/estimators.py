@@ -27,7 +27,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without installation
 
 from experiments.records import circumstances, holm, interval, paired, read_json, rounded, write_json
+from mapo_jax.algorithm.rewards import distance
 from mapo_jax.config import load_config
+from mapo_jax.environment.scenario import start_position
 from mapo_jax.errors import UserError
 
 VARIANTS = {
@@ -79,6 +81,20 @@ def command(place: Path, name: str, arguments: Sequence[str]) -> None:
         raise UserError(f"{place}: `{name}` ended with status {done.returncode}; see {log.name}")
 
 
+def states(file: Path) -> list[dict[str, Any]]:
+    """The saved dialogues of a JSONL file."""
+    return [json.loads(line)["state"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def better_off(dialogues: Sequence[dict[str, Any]]) -> float:
+    """Share of the dialogues whose user lacks less at the end than at the start."""
+    ends = [
+        [start_position(d["scenario"]["start"]), d["turns"][-1]["position"]] for d in dialogues if d["turns"]
+    ]
+    lack = distance(np.array(ends))
+    return float(np.mean(lack[:, 1] < lack[:, 0]))
+
+
 def record(place: Path) -> dict[str, Any]:
     """What is kept of a finished run."""
     lines = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -92,6 +108,7 @@ def record(place: Path) -> dict[str, Any]:
             "epm_q": round(figures["epm_q"], 2),
             "kind_most": round(figures["kind/most"], 3),
             "harm": round(figures["judge/harm"], 3),
+            "better_off": round(better_off(states(file.with_suffix(".jsonl"))), 3),
         }
     norms = np.array([row["actor/grad_norm"] for row in steps])
     (scores,) = read_json(place / "test.json").values()
@@ -148,6 +165,23 @@ def summary(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def compare(
+    folder: Path, variants: Sequence[str], seeds: int, overrides: Sequence[str], processes: int = 1
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Trains what is missing, `processes` runs at once, and collects every run by variant and seed.
+
+    Raises:
+      UserError: a run failed.
+    """
+    tasks = [(variant, seed) for seed in range(seeds) for variant in variants]  # seed by seed
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(lambda task: train(folder, *task, overrides), tasks))
+    return {
+        variant: {seed: record(run_folder(folder, variant, seed)) for seed in range(seeds)}
+        for variant in variants
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains what is missing, collects every finished run, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -163,17 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quick:
         seeds, variants, overrides = 1, QUICK_VARIANTS, [*QUICK, *overrides]
     began = time.monotonic()
-    tasks = [(variant, seed) for seed in range(seeds) for variant in variants]  # seed by seed
     try:
-        with ThreadPoolExecutor(options.processes) as pool:
-            list(pool.map(lambda task: train(options.folder, *task, overrides), tasks))
+        runs = compare(options.folder, variants, seeds, overrides, options.processes)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    runs = {
-        variant: {seed: record(run_folder(options.folder, variant, seed)) for seed in range(seeds)}
-        for variant in variants
-    }
     if options.json:
         about = circumstances(time.monotonic() - began)
         write_json(options.json, {"about": about, "overrides": overrides, "runs": runs})
