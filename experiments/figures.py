@@ -27,6 +27,7 @@ from experiments.records import interval, paired, read_json
 from experiments.tables import at_best_rate, labels_of, selection_of
 
 ROOT = Path(__file__).resolve().parents[1]
+DISCOUNT_RATE = 0.1
 COLOURS = {
     "mapo 0.33": "#1f77b4",
     "mapo 0.50": "#17becf",
@@ -133,7 +134,7 @@ def lab_curves(content: dict[str, Any]) -> Figure:
 
 
 def lab_discount(content: dict[str, Any]) -> Figure | None:
-    """Return over the discount, if that study has results."""
+    """Return over the discount at the rate that all its settings have, if that study has results."""
     worlds = {name: content["worlds"][name] for name in ("base", "trap") if name in content["worlds"]}
     if not any(
         label.startswith("turn discount") for records in worlds.values() for label in labels_of(records)
@@ -146,7 +147,8 @@ def lab_discount(content: dict[str, Any]) -> Figure | None:
             for other in labels_of(records):
                 if other == label or other.startswith(f"{label} discount "):
                     discount = 0.85 if other == label else float(other.split()[-1])
-                    points.append((discount, *interval(at_best_rate(records, other)[1])))
+                    record = next(r for r in records if (r["label"], r["rate"]) == (other, DISCOUNT_RATE))
+                    points.append((discount, *interval(record["final"])))
             discounts, means, lows, highs = np.array(sorted(points)).T
             panel.fill_between(discounts, lows, highs, color=COLOURS[label], alpha=0.2)
             panel.plot(discounts, means, "o-", color=COLOURS[label], markersize=4, label=NAMES[label])
