@@ -15,14 +15,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without installation
+
+from experiments.records import interval
+
 COLUMNS = (  # heading, metric, format
     ("return", "return/mean", "{:+.2f}"),
     ("reward per turn", "reward/mean", "{:+.2f}"),
     ("EPM-Q", "epm_q", "{:.1f}"),
     ("replies that harm", "judge/harm", "{:.0%}"),
-    ("situation named", "naming/situation", "{:.0%}"),
-    ("feeling named", "naming/feeling", "{:.0%}"),
     ("largest kind", "kind/most", "{:.0%}"),
+    ("steps offered", "kind/offer_step", "{:.0%}"),
 )
 
 
@@ -44,26 +47,17 @@ def main() -> int:
 
 
 def table(rows: list[list[dict[str, float]]]) -> str:
-    """Markdown: a line per seed with before -> after, and a line with the best before and the worst after."""
+    """Markdown: a line per seed with before → after, and a line of means with 95 % bootstrap intervals."""
     lines = ["| seed | " + " | ".join(name for name, _, _ in COLUMNS) + " |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
-
-    def cell(form: str, before: float | None, after: float | None) -> str:
-        return " → ".join("-" if value is None else form.format(value) for value in (before, after))
-
-    for seed, (before, after) in enumerate(rows):
-        cells = [cell(form, before.get(metric), after.get(metric)) for _, metric, form in COLUMNS]
+    for seed, ends in enumerate(rows):
+        cells = [" → ".join(form.format(end.get(key, 0.0)) for end in ends) for _, key, form in COLUMNS]
         lines.append(f"| {seed} | " + " | ".join(cells) + " |")
-    spread = []
-    for _, metric, form in COLUMNS:
-        before = [first[metric] for first, _ in rows if metric in first]
-        after = [last[metric] for _, last in rows if metric in last]
-        if metric in ("kind/most", "judge/harm"):
-            worst = f"at most {form.format(max(after))}"
-        else:
-            worst = f"at least {form.format(min(after))}"
-        spread.append(f"at most {form.format(max(before))} → {worst}")
-    lines.append("| all | " + " | ".join(spread) + " |")
+    means = []
+    for _, key, form in COLUMNS:
+        spreads = [interval([end.get(key, 0.0) for end in column]) for column in zip(*rows, strict=True)]
+        means.append(" → ".join(f"{form} [{form}, {form}]".format(*spread) for spread in spreads))
+    lines.append("| mean | " + " | ".join(means) + " |")
     return "\n".join(lines)
 
 
