@@ -3,12 +3,16 @@
 import errno
 import os
 import platform
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
+import mapo_jax
+from mapo_jax import __main__
 from mapo_jax.commands import Stopped, cache_folder, run_command
 from mapo_jax.errors import UserError
 
@@ -179,3 +183,17 @@ def test_memory_of_programs_is_kept(tmp_path):
 
     assert faults(str(tmp_path)) < 2000
     assert faults() > 3 * 10_000  # else the setting is no longer needed, and can go
+
+
+def test_every_command_is_listed_with_its_first_sentence(capsys):
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out.strip() == mapo_jax.__version__
+    __main__.main([])
+    listed = capsys.readouterr().out
+    package = Path(mapo_jax.__file__).parent
+    commands = [file.stem for file in package.glob("[a-z]*.py") if "\ndef main(" in file.read_text()]
+    assert len(commands) >= 11
+    # `config` prints the JSON schema, for the project's own use.
+    for command in set(commands) - {"config"}:
+        assert re.search(rf"mapo_jax\.{command} +\w+", listed), command
