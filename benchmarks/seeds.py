@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0")
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed to every run")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     rows = []
     for seed in range(options.seeds):
         folder = options.folder / f"seed_{seed}"

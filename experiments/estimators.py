@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for all results")
     parser.add_argument("--quick", action="store_true", help="one seed of MAPO and GRPO, two steps")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed to every run")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     seeds, variants, overrides = options.seeds, options.variants, list(options.overrides)
     if options.quick:
         seeds, variants, overrides = 1, QUICK_VARIANTS, [*QUICK, *overrides]

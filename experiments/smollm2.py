@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for all results")
     parser.add_argument("--quick", action="store_true", help="a tiny random model, one seed, two steps")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the warm start and every run")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     seeds = 1 if options.quick else options.seeds
     overrides = [*(QUICK if options.quick else SETTINGS), *options.overrides]
     began, results = time.monotonic(), {}

@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     option("overrides", nargs="*", metavar="key=value", help="such as rollout.max_reply_tokens=60")
     parser.set_defaults(endpoint=None, endpoint_model=None)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     console = Console(highlight=False, markup=False)
     return run_command(lambda: run(options, console))
 

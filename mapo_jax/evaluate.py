@@ -407,9 +407,19 @@ def _common(command: argparse.ArgumentParser, run: Callable[..., None]) -> None:
     option("overrides", nargs="*", metavar="key=value", help="such as environment.concurrency=8")
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; settings may stand anywhere among them, which argparse does not allow in a subcommand."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [text for text in rest if text.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input, 128 + n stopped by signal n."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     console = Console(highlight=False, markup=False)  # names and texts from outside are not markup
 
     def command() -> None:

@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 after a signal, 2 bad input."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     console = Console(highlight=False, markup=False)  # names from outside are not markup
     return run_command(lambda: run(options, console))
 

@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keys", action="store_true", help="print all keys with their meaning, and exit")
     parser.add_argument("--dry-run", action="store_true", help="print what a run would be, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=20")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     def command() -> None:
         if options.keys:

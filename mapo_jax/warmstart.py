@@ -433,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mapo_jax.warmstart", description=__doc__.split("\n")[0])
     parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. warmstart.steps=100")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     def command() -> None:
         config = load_config(options.config, options.overrides)

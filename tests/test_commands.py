@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import mapo_jax
-from mapo_jax import __main__
+from mapo_jax import __main__, evaluate, train
 from mapo_jax.commands import Stopped, cache_folder, run_command
 from mapo_jax.errors import UserError
 
@@ -197,3 +197,17 @@ def test_every_command_is_listed_with_its_first_sentence(capsys):
     # `config` prints the JSON schema, for the project's own use.
     for command in set(commands) - {"config"}:
         assert re.search(rf"mapo_jax\.{command} +\w+", listed), command
+
+
+def test_settings_may_stand_before_and_after_options(capsys):
+    config = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
+    settings = ["training.steps=3", "--config", str(config), "training.seed=8", "--dry-run"]
+    assert train.main(settings) == 0
+    shown = capsys.readouterr().out
+    assert "  steps: 3\n" in shown and "  seed: 8\n" in shown
+
+    parsed = evaluate._parse(["empa", "a.b=1", "--model", "x", "--seed", "3", "c.d=2", "e.f=3"])
+    assert parsed.overrides == ["a.b=1", "c.d=2", "e.f=3"] and (parsed.model, parsed.seed) == ("x", 3)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["empa", "a=1", "--model", "x", "b=2", "--nonsense"])
+    assert ended.value.code == 2 and "unrecognized arguments: --nonsense" in capsys.readouterr().err

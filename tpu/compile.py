@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--all", action="store_true", help=f"compile the lines of the table that {RESULTS.name} lacks"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     console, good = Console(highlight=False, width=None if sys.stdout.isatty() else 110), False
 
     def command() -> None:
