@@ -529,7 +529,8 @@ class Engine:
             for lane, slot in chosen:
                 row, active = self._rows[slot], self._active[slot]
                 lanes[lane] = active.request.sampling or lanes[lane]
-                rows[lane, : len(row)] = row
+                if lanes[lane].penalises:  # nothing else reads the rows, and filling them takes time
+                    rows[lane, : len(row)] = row
                 replies[lane] = len(row) - len(active.ids)
             wanted = np.array(any(self._active[slot].request.alternatives for _, slot in chosen))
             return [*inputs, None, PerRequest(LaneSampling.of(lanes), rows, replies, wanted)]

@@ -62,6 +62,11 @@ class RequestSampling(Sampling):
             if not -2 <= getattr(self, name) <= 2:
                 raise UserError(f"sampling: `{name}` is {getattr(self, name)!r}, which is out of range")
 
+    @property
+    def penalises(self) -> bool:
+        """Whether earlier tokens matter: there is a penalty."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
 
 class LaneSampling(NamedTuple):
     """The distributions of all lanes, as arrays [K]; fields as of RequestSampling."""
