@@ -73,7 +73,7 @@ def launch(settings, folder, *, count=2, devices=4, present=None, driver="-m map
         own = settings | {"run.directory": folder} | {k.replace("__", "."): v for k, v in own.items()}
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         }
         if count > 1:
             environment |= {

@@ -394,7 +394,7 @@ def test_each_of_two_hosts_holds_less_than_twice_its_own_share_while_it_loads(tm
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }

@@ -139,7 +139,7 @@ def test_eight_devices_create_load_and_compute_the_same(tmp_path):
     """In a process of its own, because the number of virtual devices is fixed when jax starts."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
