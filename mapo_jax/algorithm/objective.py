@@ -259,15 +259,8 @@ def combine_metrics(metrics: Mapping[str, Float[Array, " micro"]]) -> dict[str, 
 
 def objective_options(config: AlgorithmConfig) -> dict[str, Any]:
     """The options of `policy_loss` that are configured."""
-    return {
-        "clip_low": config.clip_low,
-        "clip_high": config.clip_high,
-        "dual_clip": config.dual_clip,
-        "aggregation": config.aggregation,
-        "kl_coefficient": config.kl_coefficient,
-        "kl_estimator": config.kl_estimator,
-        "entropy_coefficient": config.entropy_coefficient,
-    }
+    names = {"clip_low", "clip_high", "dual_clip", "aggregation", "kl_coefficient", "kl_estimator"}
+    return config.model_dump(include=names | {"entropy_coefficient"})
 
 
 def _masked(mask: Mask, *arrays: Tokens) -> tuple[Tokens, ...]:

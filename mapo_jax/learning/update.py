@@ -269,8 +269,6 @@ def make_update(
       and the state was kept), the objective's others, and `sampler/logprob_diff_mean` and `_max`: between the
       sampler's and the trainer's log-probabilities, of the weights before this update.
     """
-    if algorithm.aggregation == "constant-length" and constant_length is None:
-        raise ValueError("the aggregation constant-length needs a constant_length")
     trained = None if shardings is None else trained_and_frozen(shardings)[0]
 
     def update(state: TrainState, batch: Batch):

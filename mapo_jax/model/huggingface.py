@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.files import required_object, write_whole
 from mapo_jax.model.peft import adapt, base_folder, is_adapter
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
@@ -57,16 +57,7 @@ def read_config(folder: str | Path) -> QwenConfig:
         architecture, rope scaling, an active sliding window, experts, quantisation); the key is named.
     """
     path = Path(folder) / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; a model folder needs its config.json"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object")
+    content = required_object(path)
 
     def require(key: str) -> Any:
         if content.get(key) is None:
@@ -222,10 +213,10 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         )
     try:
         files: dict[Path, set[str] | None] = {}
-        for tensor, file in json.loads(index.read_text())["weight_map"].items():
+        for tensor, file in required_object(index)["weight_map"].items():
             files.setdefault(folder / file, set()).add(tensor)
         return files
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no valid index of weights; fetch the file again") from error
 
 

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError, safe_open
 
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.files import required_object, write_whole
 from mapo_jax.model.lora import TARGETS, LoRA
 from mapo_jax.model.qwen import QwenConfig
 from mapo_jax.model.tensor_names import NAMES, Reader
@@ -269,12 +269,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
       UserError: it cannot be read, is of another kind, or a key (named) is neither read nor off.
     """
     file = folder / CONFIG
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object")
+    content = required_object(file)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{file}: `peft_type` is {content.get('peft_type')!r}; only LORA is read")
 
