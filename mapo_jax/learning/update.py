@@ -297,13 +297,11 @@ def _compile(
     return jax.jit(update, donate_argnums=0, out_shardings=state and (state, None))
 
 
-def make_supervised_update(
-    scoring: Scoring, optimizer: Optimizer, *, microbatch_tokens: int = 0, shardings: Any = None
-) -> Update:
+def make_supervised_update(scoring: Scoring, optimizer: Optimizer, *, shardings: Any = None) -> Update:
     """The compiled update of the warm start: token-mean negative log-likelihood; donates the state.
 
     Args:
-      microbatch_tokens, shardings: as in `make_update`.
+      shardings: as in `make_update`.
 
     Returns:
       `(state, SupervisedBatch) -> (state, metrics)` with `loss`, `grad_norm`, `lr`, `loss_tokens`, `skipped`.
@@ -316,7 +314,7 @@ def make_supervised_update(
         def loss(params: Params, microbatch: SupervisedBatch):
             return _supervised_loss(params, microbatch, total, scoring)
 
-        value, _, gradient = _gradient(loss, state.params, batch, microbatch_tokens, scoring.mesh)
+        value, _, gradient = _gradient(loss, state.params, batch, 0, scoring.mesh)
         return _apply(state, optimizer, value, gradient, tokens, shardings)
 
     return _compile(supervised_update, scoring, optimizer, shardings, reference=False)

@@ -37,13 +37,7 @@ from mapo_jax.model.backends import attention_name
 from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import RULES, param_shardings, row_shards
 from mapo_jax.rollout.capacity import cache_bytes, copies_weights
-from mapo_jax.running.processes import (
-    Processes,
-    abstract_rollout_weights,
-    process_count,
-    rollout_mesh,
-    share_of,
-)
+from mapo_jax.running import processes as hosts
 
 GIB = 2**30
 # Factors on a TPU: of the gradient, of a layer's work, and of the head's float32 gradient.
@@ -65,14 +59,13 @@ class Forecast:
         return sum(self.held.values()) + max(sum(self.update.values()), sum(self.rollout.values()))
 
 
-def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: int | None = None) -> Forecast:
+def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
     """The memory that a run will need.
 
     Args:
       model: its shape, with adapters if any.
-      length: of the rows; by default the longest.
     """
-    length = length or row_lengths(config.rollout.max_tokens)[-1]
+    length = row_lengths(config.rollout.max_tokens)[-1]
     dtype = config.model.dtype
     state = abstract_state(
         parameter_shapes(model, dtype),
@@ -116,8 +109,8 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
 
 def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
     """Memory while dialogues are held: each process has its share of them on its devices."""
-    processes = Processes(0, process_count(mesh))
-    share, own_mesh = share_of(config.rollout, processes.count), rollout_mesh(mesh, processes)
+    processes = hosts.Processes(0, hosts.process_count(mesh))
+    share, own_mesh = hosts.share_of(config.rollout, processes.count), hosts.rollout_mesh(mesh, processes)
     dtype = config.model.dtype
     dialogues = share.scenarios * share.rollouts
     resident = min(share.slots or dialogues, dialogues)
@@ -129,11 +122,11 @@ def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> 
     }
     whole = 0
     if processes.count > 1:
-        weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
+        weights = hosts.abstract_rollout_weights(weights, model, own_mesh, dtype)
         whole = _bytes(weights)
     if not copies_weights(share.copy_weights, own_mesh):
         return {f"weights of a host ({dtype})": whole} | sizes
-    copy = abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
+    copy = hosts.abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
     # The gathered weights are freed before caches are allocated.
     more = max(0, whole - sum(sizes.values()))
     return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | sizes
