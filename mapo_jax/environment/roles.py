@@ -25,11 +25,12 @@ Schema = Mapping[str, Any]
 
 
 class Completion(NamedTuple):
-    """The answer of a language model that plays a role."""
+    """The answer of a language model."""
 
     text: str
     input_tokens: int
     output_tokens: int
+    cut: bool = False  # at max_tokens
 
 
 class User(Protocol):

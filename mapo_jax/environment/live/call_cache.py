@@ -55,7 +55,7 @@ class CallCache:
 
     def put(self, key: str, role: str, answer: Completion) -> None:
         """Stores a usable answer."""
-        self._execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?)", key, role, *answer)
+        self._execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?)", key, role, *answer[:3])
 
     def _execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
         try:
