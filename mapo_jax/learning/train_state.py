@@ -66,14 +66,7 @@ def abstract_state(
       params: the weights' tree, arrays or `jax.ShapeDtypeStruct`s.
       shardings, reference: as of `create_state`.
     """
-    trained, base = trained_and_frozen(params)
-    shapes = TrainState(
-        trained,
-        jax.eval_shape(optimizer.transform.init, trained),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        trained if reference and base is None else None,
-        base,
-    )
+    shapes = jax.eval_shape(lambda weights: create_state(weights, optimizer, reference=reference), params)
     return with_shardings(shapes, state_shardings(optimizer, params, shardings, reference))
 
 
