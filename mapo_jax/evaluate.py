@@ -149,17 +149,13 @@ def run_empa(options: argparse.Namespace, console: Console) -> None:
             why.append("the user or the director failed")
         reasons = " and in others ".join(why)
         if not rows:
-            raise UserError(
-                f"no dialogue came to an end in {folder.path}, as {reasons}; the same command tries again"
-            )
+            raise UserError(f"no dialogue ended in {folder.path} as {reasons}; the same command tries again")
         if broken:
             notes.append(
                 f"{broken} of {expected} dialogues broke off, as {reasons}; the same command tries them again"
             )
         if short := sum(row["rule"] == "max_tokens" for row in rows):
-            notes.append(
-                f"{short} of {len(rows)} dialogues ended because no further reply fitted the model's row"
-            )
+            notes.append(f"{short} of {len(rows)} dialogues ended as no further reply fitted the model's row")
         cases = [empa.make_case(row, f"dialogue {row['case']}") for row in rows]
     models = empa.summarize_models(cases, seed=options.seed)
     console.print(Group(*tables.empa_tables(models)))
@@ -357,9 +353,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("emobench", help="EmoBench: what helps best, which emotion, and why")
     option = command.add_argument
-    option(
-        "--items", nargs="+", required=True, metavar="FILE", help=f"JSONL as published, or a name: {homes}"
-    )
+    option("--items", nargs="+", required=True, metavar="FILE", help=f"JSONL as published or a name: {homes}")
     option(
         "--protocol",
         choices=emobench.PROTOCOLS,

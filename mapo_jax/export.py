@@ -92,9 +92,7 @@ def export(
     step = int(checkpoint_folder(run, step).name)
     policy = read_policy(run, config.rollout)
     if part != "merged" and policy.config.lora is None:
-        raise UserError(
-            f"{run} trained all weights (lora.rank=0), so there is no part {part!r}; leave out --part"
-        )
+        raise UserError(f"{run} trained all weights (lora.rank=0) and has no part {part!r}; leave out --part")
     plain = replace(policy, config=replace(policy.config, lora=None))
     try:
         with whole_folder(output) as temporary:
@@ -112,9 +110,7 @@ def export(
             if part != "base":
                 _write_card(temporary, run, policy, config, step, dtype, adapters=part == "adapters")
     except FileExistsError as error:
-        raise UserError(
-            f"the output {output} was filled by another program meanwhile; give another folder"
-        ) from error
+        raise UserError(f"the output {output} was filled by another program; give another folder") from error
     return step
 
 
@@ -210,20 +206,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mapo_jax.export", description="Writes a run's policy as a Hugging Face folder."
     )
-    parser.add_argument("--run", required=True, metavar="RUN", help="run folder")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="new or empty folder")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint; without it the latest")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
-    parser.add_argument(
+    option = parser.add_argument
+    option("--run", required=True, metavar="RUN", help="run folder")
+    option("--output", required=True, metavar="FOLDER", help="new or empty folder")
+    option("--step", type=int, metavar="N", help="checkpoint; without it the latest")
+    option("--dtype", choices=DTYPES, default="float32", help="of the written weights")
+    option(
         "--part",
         choices=PARTS,
         default="merged",
         help="of a run with adapters: merged into the weights (default), alone for PEFT, or the base",
     )
-    parser.add_argument(
-        "--shard-gb", type=float, default=5.0, metavar="GB", help="most of one weights file (default: 5)"
-    )
-    parser.add_argument(
+    option("--shard-gb", type=float, default=5.0, metavar="GB", help="most of one weights file (default: 5)")
+    option(
         "--check",
         action="store_true",
         help="compare logits with transformers' (loads the model; needs torch)",

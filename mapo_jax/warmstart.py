@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -40,7 +40,7 @@ from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.running.forecast import fresh_model
 from mapo_jax.running.model_folder import whole_folder, write_model_folder
 from mapo_jax.running.policy import Policy, load_policy
-from mapo_jax.running.stop import Interrupted, StopRequest
+from mapo_jax.running.stop import Check, Interrupted, StopRequest
 from mapo_jax.tokenizer import train_tokenizer
 from mapo_jax.warmstarting.cache_key import cache_key, determinants
 from mapo_jax.warmstarting.chats import Chat, read_chats, synthetic_chats
@@ -59,7 +59,7 @@ def run_warmstart(
     config: Config,
     *,
     console: Console | None = None,
-    check: Callable[[], None] = lambda: None,
+    check: Check = lambda: None,
     mesh: Mesh | None = None,
 ) -> Path:
     """Makes the warm start of a configuration, or takes it from the cache, and checks that it is good enough.
@@ -93,9 +93,7 @@ def run_warmstart(
     return folder
 
 
-def _make(
-    config: Config, folder: Path, console: Console, check: Callable[[], None], mesh: Mesh
-) -> dict[str, Any]:
+def _make(config: Config, folder: Path, console: Console, check: Check, mesh: Mesh) -> dict[str, Any]:
     started = time.monotonic()
     chats = _chats(config, console)
     policy, params = _start(config, chats, mesh)
@@ -187,7 +185,7 @@ def _train(
     rows: PackedRows,
     mesh: Mesh,
     console: Console,
-    check: Callable[[], None],
+    check: Check,
 ) -> tuple[Params, list[list[float]], float]:
     """The trained weights, the loss curve as [update, loss] pairs, and tokens/s without compilation."""
     settings, shards = config.warmstart, mesh.shape["data"] * mesh.shape["fsdp"]

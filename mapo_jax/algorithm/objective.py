@@ -251,10 +251,7 @@ def policy_loss(
 
 def combine_metrics(metrics: Mapping[str, Float[Array, " micro"]]) -> dict[str, Float[Array, ""]]:
     """Metrics of a mini-batch from those of its micro-batches, stacked: sums, of `..._max` the largest."""
-    return {
-        name: jnp.max(values) if name.endswith("_max") else jnp.sum(values)
-        for name, values in metrics.items()
-    }
+    return {name: jnp.max(x) if name.endswith("_max") else jnp.sum(x) for name, x in metrics.items()}
 
 
 def objective_options(config: AlgorithmConfig) -> dict[str, Any]:
@@ -265,9 +262,7 @@ def objective_options(config: AlgorithmConfig) -> dict[str, Any]:
 
 def _masked(mask: Mask, *arrays: Tokens) -> tuple[Tokens, ...]:
     if mask.dtype != bool or mask.ndim != 2:
-        raise ValueError(
-            f"the loss mask must be boolean [rows, tokens], not {mask.dtype} of shape {mask.shape}"
-        )
+        raise ValueError(f"the loss mask must be boolean [rows, tokens], not {mask.dtype} {mask.shape}")
     for array in arrays:
         if array.shape != mask.shape:
             raise ValueError(f"an array of shape {array.shape} does not fit the loss mask's {mask.shape}")

@@ -65,9 +65,7 @@ def _line(text: str) -> str | None:
     spoken = {word.strip(",").lower() for word in words}
     for feeling in (*FEELINGS, *UNSTATED):
         if feeling in spoken:
-            return (
-                f"must not name a feeling (`{feeling}`); the user states feelings in a sentence of their own"
-            )
+            return f"must not name a feeling (`{feeling}`); feelings are stated in a sentence of their own"
     return None
 
 

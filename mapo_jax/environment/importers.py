@@ -231,9 +231,7 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
             raise UserError(f"{file} holds no start states as EMPA has them: {error!r}") from error
     files = sorted((folder / "character_setting").glob("script_*.md"))
     if not files:
-        raise UserError(
-            f"{folder} has no character_setting/script_*.md; give the folder that holds both parts"
-        )
+        raise UserError(f"{folder} has no character_setting/script_*.md; give the folder with both parts")
     cards = []
     for file in files:
         if file.stem not in stories:
@@ -242,9 +240,7 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
         try:
             cards.append(empa_card(name, _read(file), stories[file.stem], starts.get(file.stem)))
         except (TypeError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"the story or the text of {file.name} is not as EMPA has it: {error!r}"
-            ) from error
+            raise UserError(f"the story or text of {file.name} is not as EMPA has it: {error!r}") from error
     return cards
 
 
@@ -277,9 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(sound)} cards in {options.output}, {len(problems)} problems")
         missing = sum(not card.start for card in sound)
         if missing:
-            print(
-                f"{missing} have no start state: python -m mapo_jax.rate {options.output} --output FILE.jsonl"
-            )
+            print(f"{missing} have no start: python -m mapo_jax.rate {options.output} --output FILE.jsonl")
 
     return run_command(command)
 

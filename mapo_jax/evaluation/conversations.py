@@ -132,9 +132,7 @@ async def hold_locally(session: Session, model: LocalModel, *, slots: int) -> in
     config = session.config
     length = min(config.rollout.max_tokens, model.policy.config.max_position_embeddings)
     if length < config.rollout.max_tokens:
-        session.console.print(
-            f"dialogues of up to {length} tokens, the positions of the model", soft_wrap=True
-        )
+        session.console.print(f"dialogues of up to {length} tokens, the model's positions", soft_wrap=True)
     engine = model.engine(
         slots=min(slots, session.dialogues),
         length=length,

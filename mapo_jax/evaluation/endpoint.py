@@ -72,22 +72,20 @@ class Endpoint:
             url=self.url, model=self.model, temperature=self.temperature, max_tokens=self.max_tokens
         )
         failed = in_a_row = 0
-        reason = ""
+        last = ""
 
         def error() -> UserError:
-            return UserError(
-                f"the endpoint {self.url} failed {failed} calls to {self.model} (last: {reason})"
-            )
+            return UserError(f"the endpoint {self.url} failed {failed} calls to {self.model} (last: {last})")
 
         async def ask(messages: Messages, seed: int) -> Answer | None:
-            nonlocal failed, in_a_row, reason
+            nonlocal failed, in_a_row, last
             try:
                 completion = await server.ask(messages, seed=seed % 2**31 if self.temperature > 0 else None)
             except RoleFailure as failure:
                 if getattr(failure, "answered", False):  # a completion without text is no answer, no failure
                     in_a_row = 0
                     return Answer(None, False)
-                failed, in_a_row, reason = failed + 1, in_a_row + 1, str(failure)
+                failed, in_a_row, last = failed + 1, in_a_row + 1, str(failure)
                 if getattr(failure, "status", None) in HOPELESS or in_a_row >= PATIENCE:
                     raise error() from None
                 return None

@@ -38,9 +38,7 @@ def find_items(source: str, note: Callable[[str], None] = lambda text: None) -> 
         return Path(source)
     if source not in HOMES:
         known = ", ".join(HOMES)
-        raise UserError(
-            f"there is no file {source}; give a file, or one of the names that are fetched: {known}"
-        )
+        raise UserError(f"there is no file {source}; give a file, or a name that is fetched: {known}")
     url = HOMES[source]
     file = cache_folder("items") / Path(url).name
     if not file.is_file():

@@ -152,9 +152,7 @@ def _run_config(file: Path, options: argparse.Namespace) -> tuple[Config, str | 
     """
     if options.config is not None:
         if options.trust_run_world:
-            raise UserError(
-                f"--config names the configuration, so {TRUST} has no effect; leave one of them out"
-            )
+            raise UserError(f"--config names the configuration, so {TRUST} has no effect; leave one out")
         return load_config(options.config, options.overrides), None
     if options.trust_run_world:
         return load_config(file, options.overrides, without=_CODE_KEYS), None
@@ -193,14 +191,10 @@ def check_numbers(options: argparse.Namespace) -> None:
 
 def add_options(parser: argparse.ArgumentParser, saved: str, help: str) -> None:
     """Adds the options that `find_subject` and `Subject` read, and `saved`, the one for saved results."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(saved, metavar="FILE", help=help)
-    source.add_argument(
-        "--model", metavar="FOLDER|RUN", help="Hugging Face folder, PEFT adapters, or a run's folder"
-    )
-    source.add_argument(
-        "--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://HOST:PORT/v1"
-    )
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source(saved, metavar="FILE", help=help)
+    source("--model", metavar="FOLDER|RUN", help="Hugging Face folder, PEFT adapters, or a run's folder")
+    source("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://HOST:PORT/v1")
     option = parser.add_argument
     option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
     option("--endpoint-model", metavar="NAME", help="which of the server's models")

@@ -176,9 +176,7 @@ def microbatch_rows(total: int, length: int, tokens: int, shards: int = 1) -> in
     if not tokens or total % shards:
         return total
     rows = total // shards
-    return shards * max(
-        size for size in range(1, rows + 1) if rows % size == 0 and size * length <= max(tokens, length)
-    )
+    return shards * max(n for n in range(1, rows + 1) if rows % n == 0 and n * length <= max(tokens, length))
 
 
 def scenario_order(

@@ -61,9 +61,8 @@ def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh:
         constant_length=loss_tokens(config),
         shardings=param_shardings(parameter_shapes(model), mesh),
     )
-    return TrainingPrograms(
-        optimizer, update, make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
-    )
+    scorer = make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
+    return TrainingPrograms(optimizer, update, scorer)
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:

@@ -97,9 +97,7 @@ def _splash(query, key, value, segments=None, *, mesh: Mesh, interpret: bool):
     padding = ((0, 0), (0, -length % block))
     if segments is not None:
         segments = jnp.pad(segments, padding, constant_values=-1)
-    query, key, value = (
-        jnp.pad(array, (*padding, (0, 0), (0, 0))) for array in (query * size**-0.5, key, value)
-    )
+    query, key, value = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (query * size**-0.5, key, value))
     attend = functools.partial(_splash_rows, block=block, interpret=interpret)
     heads, groups = activation_spec("heads"), activation_spec("kv_heads")
     attended = jax.shard_map(

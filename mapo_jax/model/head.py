@@ -164,12 +164,10 @@ class _Chunks:
         kernel = PartitionSpec(*(*width, *vocabulary)[order])
         gathered = PartitionSpec(*(None, *vocabulary)[order])
         if cotangents:
-            places = (gathered, *(rows,) * (3 + cotangents)), (kernel, rows)
+            inputs, outputs = (gathered, *(rows,) * (3 + cotangents)), (kernel, rows)
         else:
-            places = (kernel, rows, rows, rows), (rows, rows, gathered)
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=places[0], out_specs=places[1], check_vma=False
-        )
+            inputs, outputs = (kernel, rows, rows, rows), (rows, rows, gathered)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -232,9 +230,8 @@ def _backward(chunks, residuals, cotangents):
             states = jax.lax.psum(states, RULES["vocabulary"])
         return total, states
 
-    total, states = chunks.on_mesh(local, cotangents=len(used))(
-        gathered, hidden, targets, wanted, *cotangents
-    )
+    backward = chunks.on_mesh(local, cotangents=len(used))
+    total, states = backward(gathered, hidden, targets, wanted, *cotangents)
     return total.astype(like_kernel.dtype), states, None, None
 
 

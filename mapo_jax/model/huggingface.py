@@ -23,15 +23,7 @@ from mapo_jax.files import required_object, write_whole
 from mapo_jax.model.peft import adapt, base_folder, is_adapter
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
-from mapo_jax.model.tensor_names import (
-    EMBEDDING,
-    HEAD,
-    NAMES,
-    Reader,
-    in_file_layout,
-    params_reader,
-    tensor_names,
-)
+from mapo_jax.model.tensor_names import EMBEDDING, HEAD, NAMES, Reader, as_stored, read_params, tensor_names
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -208,9 +200,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     if not index.is_file():
         if (folder / SINGLE).is_file():
             return {folder / SINGLE: None}
-        raise UserError(
-            f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; only safetensors files are read"
-        )
+        raise UserError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; only safetensors are read")
     try:
         files: dict[Path, set[str] | None] = {}
         for tensor, file in required_object(index)["weight_map"].items():
@@ -236,9 +226,7 @@ def _open_tensors(folder: Path, config: QwenConfig, stack: ExitStack) -> dict[st
         for name in differing:
             if not _is_redundant(name, config):
                 has, lists = ("lacks", "lists") if name in listed else ("holds", "does not list")
-                raise UserError(
-                    f"the weights file {file} {has} the tensor {name}, but {INDEX} {lists} it there"
-                )
+                raise UserError(f"the file {file} {has} the tensor {name}, but {INDEX} {lists} it there")
         tensors.update((name, handle.get_slice(name)) for name in names)
     return tensors
 
@@ -369,12 +357,12 @@ def save_params(
     kind, places = jnp.dtype(dtype), tensor_names(config)
     sizes = {name: math.prod(shape) * kind.itemsize for name, (_, _, shape) in places.items()}
     shards = _shards(sizes, max_shard_bytes)
-    read = params if callable(params) else params_reader(params)
+    read = params if callable(params) else read_params(params)
     for file, names in shards.items():
         temporary = folder / f".{file}.{os.getpid()}"
         try:
             save_file(
-                {name: np.ascontiguousarray(in_file_layout(read, *places[name]), kind) for name in names},
+                {name: np.ascontiguousarray(as_stored(read, *places[name]), kind) for name in names},
                 temporary,
                 metadata={"format": "pt"},
             )
@@ -403,10 +391,8 @@ def _shards(sizes: Mapping[str, int], most: float) -> dict[str, list[str]]:
         shards[-1].append(name)
     if len(shards) == 1:
         return {SINGLE: shards[0]}
-    return {
-        f"model-{number:05}-of-{len(shards):05}.safetensors": names
-        for number, names in enumerate(shards, start=1)
-    }
+    count = len(shards)
+    return {f"model-{n:05}-of-{count:05}.safetensors": names for n, names in enumerate(shards, start=1)}
 
 
 def differing_tensor(folder: str | Path, read: Reader, config: QwenConfig) -> str | None:
@@ -423,7 +409,7 @@ def differing_tensor(folder: str | Path, read: Reader, config: QwenConfig) -> st
     for file in _weight_files(folder):
         with safe_open(file, framework="numpy") as handle:  # one file: mapped pages count as memory
             for name in sorted(places.keys() & set(handle.keys())):
-                expected = in_file_layout(read, *places[name])
+                expected = as_stored(read, *places[name])
                 for block in _row_blocks(expected.shape):
                     stored = np.asarray(handle.get_slice(name)[block])
                     if stored.tobytes() != expected[block].astype(stored.dtype).tobytes():

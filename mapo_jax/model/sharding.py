@@ -184,18 +184,14 @@ def param_shardings(
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
     """A tree of arrays or shapes as `jax.ShapeDtypeStruct`s with these shardings."""
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings
-    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def decoding_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """`param_shardings` for what `qwen.for_decoding` returns: each layer is cut like the stack of them."""
     shardings = param_shardings(shapes, mesh)
     count = jax.tree.leaves(shapes["layers"])[0].shape[0]
-    layer = jax.tree.map(
-        lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[1:])), shardings["layers"]
-    )
+    layer = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings["layers"])
     return shardings | {"layers": [layer] * count}
 
 
@@ -239,12 +235,12 @@ def sharding_table(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:
             f"{size}/{axis}" if axis else f"{size}" for size, axis in zip(sizes, axes, strict=True)
         )
 
-    lines = []
+    table = []
     parameters = jax.tree_util.tree_leaves_with_path(shapes)
     for (path, leaf), placed in zip(parameters, jax.tree.leaves(param_shardings(shapes, mesh)), strict=True):
         name = "/".join(entry.key for entry in path)
         local = " x ".join(map(str, placed.shard_shape(leaf.shape)))
-        lines.append(f"{name:<30} {cut(leaf.shape, placed.spec)} = {local}")
-    return lines + [
+        table.append(f"{name:<30} {cut(leaf.shape, placed.spec)} = {local}")
+    return table + [
         f"{name:<30} {cut(axes, activation_spec(name))}" for name, axes in ACTIVATION_AXES.items()
     ]

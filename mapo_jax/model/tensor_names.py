@@ -35,7 +35,7 @@ NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
 }
 
 Reader = Callable[[str, int | None], np.ndarray]
-"""Returns one parameter by its path, or one layer of it: from memory (`params_reader`) or from a disk."""
+"""Returns one parameter by its path, or one layer of it: from memory (`read_params`) or from a disk."""
 
 
 def tensor_names(config: QwenConfig) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
@@ -54,7 +54,7 @@ def tensor_names(config: QwenConfig) -> dict[str, tuple[str, int | None, tuple[i
     return names
 
 
-def params_reader(params: Params) -> Reader:
+def read_params(params: Params) -> Reader:
     """Reads from parameters in memory."""
     leaves = _leaves(params)
 
@@ -64,7 +64,7 @@ def params_reader(params: Params) -> Reader:
     return read
 
 
-def in_file_layout(read: Reader, path: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+def as_stored(read: Reader, path: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
     """One tensor as its file has it; the arguments after `read` are a value of `tensor_names`."""
     return read(path, layer).transpose(sum(NAMES[path][1], ())).reshape(shape)
 

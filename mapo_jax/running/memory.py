@@ -146,10 +146,7 @@ def device_memory(mesh: Mesh) -> int | None:
 
 def _bytes(tree: Any) -> int:
     """Bytes of a tree of abstract arrays on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _device_share(model: QwenConfig, mesh: Mesh) -> QwenConfig:
@@ -213,9 +210,7 @@ def _kept(batch: _Microbatch, remat: str) -> int:
 
 def _layer_work(batch: _Microbatch) -> int:
     model, length = batch.model, batch.length
-    scores = (
-        batch.rows * model.num_heads * query_block(length) * length * 4 if batch.attention == "xla" else 0
-    )
+    scores = (batch.attention == "xla") * batch.rows * model.num_heads * query_block(length) * length * 4
     layers = parameter_shapes(model, batch.dtype)["layers"]
     weights = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
     return _kept(batch, "none") + 2 * scores + 2 * weights + 3 * batch.hidden

@@ -119,9 +119,7 @@ def read_items(paths: Sequence[str | Path]) -> list[Item]:
         for place, row in read_rows(path, "items"):
             item = _item(row, place)
             if item.key in items:
-                raise UserError(
-                    f"{place}: item {item.qid} ({item.task}, {item.language}) occurs a second time"
-                )
+                raise UserError(f"{place}: item {item.qid} ({item.task}, {item.language}) occurs twice")
             items[item.key] = item
     return list(items.values())
 

@@ -214,10 +214,8 @@ def score_answers(
             raise UserError(
                 f"there is an answer to question {name}, which is not among the {len(known)} questions"
             )
-    spoken_texts = {name: spoken(text) for name, text in answers.items()}
-    texts = {
-        name: _plain(text, parsing) for name, text in spoken_texts.items() if text and not text.isspace()
-    }
+    replies = {name: spoken(text) for name, text in answers.items()}
+    texts = {name: _plain(text, parsing) for name, text in replies.items() if text and not text.isspace()}
     if revision is None:
         revision = 2 * sum(REVISED in text for text in texts.values()) >= max(1, len(texts))
     head = {
@@ -255,13 +253,9 @@ def _revision_counts(first_pass: Mapping[str, Any], revised: Mapping[str, Any]) 
     return enough and revised["score"] >= first_pass["score"]
 
 
-def _score(
-    questions: Sequence[Question], answers: Mapping[str, str], parsing: str, seed: int
-) -> dict[str, Any]:
+def _score(questions: Sequence[Question], answers: dict[str, str], parsing: str, seed: int) -> dict[str, Any]:
     ratings = {q.id: parse(answers.get(q.id, ""), q.reference, parsing) for q in questions}
-    by_question = {
-        q.id: None if ratings[q.id] is None else question_score(ratings[q.id], q.reference) for q in questions
-    }
+    by_question = {q.id: ratings[q.id] and question_score(ratings[q.id], q.reference) for q in questions}
     scored = np.array([score for score in by_question.values() if score is not None])
     share = len(scored) / len(questions)
     ends = intervals(10 * scored[:, None], np.ones((len(scored), 1)), seed=seed)

@@ -68,9 +68,7 @@ def _parse(row: Any, where: str) -> tuple[Chat, int]:
     if not replies:
         raise UserError(f"{where}: there is no reply by the assistant to learn from")
     if all(chat[i].get("weight") == 0 for i in replies):
-        raise UserError(
-            f"{where}: every reply has `weight` 0, so there is nothing to learn; leave the line out"
-        )
+        raise UserError(f"{where}: every reply has `weight` 0: there is nothing to learn; leave it out")
     reasoned = 0
     for i in replies:
         answer = _answer(chat[i]["content"], places[i])

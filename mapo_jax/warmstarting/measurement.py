@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from jax.sharding import Mesh
 from rich.table import Table
@@ -18,13 +18,14 @@ from mapo_jax.errors import UserError
 from mapo_jax.model.qwen import Params
 from mapo_jax.rollout.collect import collect
 from mapo_jax.running.policy import Policy, make_engine
+from mapo_jax.running.stop import Check
 from mapo_jax.scores.figures import summarize
 
 MEASURE_STREAM = 2_000_003  # added to the seed: no dialogue is also one of training or evaluation
 
 
 def measure(
-    config: Config, policy: Policy, params: Params, mesh: Mesh, check: Callable[[], None] = lambda: None
+    config: Config, policy: Policy, params: Params, mesh: Mesh, check: Check = lambda: None
 ) -> dict[str, float]:
     """Holds dialogues with the validation cards and returns their figures.
 

@@ -246,7 +246,5 @@ def _problem(text: str, check: Check | None) -> RoleFailure | None:
 
 def _plain(message: Mapping[str, str]) -> dict[str, str]:
     """A message of whole characters without a chat template's control tokens, such as <|im_end|>."""
-    return {
-        "role": message["role"],
-        "content": whole_characters(message["content"]).replace("<|", "<\u200b|"),
-    }
+    text = whole_characters(message["content"]).replace("<|", "<\u200b|")
+    return {"role": message["role"], "content": text}

@@ -83,9 +83,7 @@ class Connections:
                 for _ in range(math.ceil(concurrency / _POOL))
             ]
         except (httpx2.InvalidURL, UnicodeError) as error:
-            raise UserError(
-                f"{url!r} is not the URL of a server ({error}); write http://HOST:PORT/v1"
-            ) from None
+            raise UserError(f"{url!r} is no URL of a server ({error}); write http://HOST:PORT/v1") from None
         # Places for requests, last used first, so that few connections stay open.
         self.places: asyncio.LifoQueue[int] = asyncio.LifoQueue()
         for place in reversed(range(concurrency)):

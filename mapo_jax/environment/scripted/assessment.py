@@ -115,15 +115,8 @@ _MISNAMED = {
 }
 _REPAIRED = "owns the misstep"  # reason of the progress that a repair brings
 # The first of these acts gives a reply with several acts its kind: harm first, then the most advanced help.
-_HELP_ORDER = (
-    "offer_step",
-    "reframe",
-    "name_unstated",
-    "affirm_strength",
-    "name_feeling",
-    "reflect_situation",
-)
-_KIND_ORDER = (*HARMFUL, "incoherent", "echo", *_HELP_ORDER, "repair", "ask", "presence", "other")
+_HELPS = ("offer_step", "reframe", "name_unstated", "affirm_strength", "name_feeling", "reflect_situation")
+_KIND_ORDER = (*HARMFUL, "incoherent", "echo", *_HELPS, "repair", "ask", "presence", "other")
 
 
 def assess(mind: Mind, reply: str) -> Assessment:
@@ -152,11 +145,9 @@ def assess(mind: Mind, reply: str) -> Assessment:
             served |= _judge_help(mind, kind, sentence, tally)
         elif kind == "ask":
             tally.reactions.add("asked")
-            filler = dict(sentence.slots)["p"]
-            if _standing(mind, "p", filler) != "right":
-                tally.hurt(
-                    {"C": -1}, sentence.text, f"asks about `{filler}`, which is not at hand", "misread"
-                )
+            said = dict(sentence.slots)["p"]
+            if _standing(mind, "p", said) != "right":
+                tally.hurt({"C": -1}, sentence.text, f"asks about `{said}`, which is not at hand", "misread")
         elif kind == "incoherent" and sentence.kind in HELPFUL:
             # The filler is no phrase of this world: not an act, but a wrong name.
             filler = dict(sentence.slots)[SLOT_OF[sentence.kind]]
