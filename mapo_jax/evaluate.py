@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,8 +69,8 @@ def run_eqbench(options: argparse.Namespace, console: Console) -> None:
     if options.answers is None:  # saved answers are scored even if a prompt cannot be built
         prompts = [Prompt(one.id, one.prompt(revision), {"id": one.id}) for one in questions]
     settings = {"benchmark": "eqbench", "revision": revision, "questions": _fingerprint(prompts)}
-    max_tokens = EQBENCH_REVISION_TOKENS if revision else EQBENCH_TOKENS
-    file, folder = _answers(options, console, prompts, settings, 0.0, max_tokens)
+    settings |= {"temperature": 0.0, "max_tokens": EQBENCH_REVISION_TOKENS if revision else EQBENCH_TOKENS}
+    file, folder = _answers(options, console, prompts, settings)
     answers = eqbench.read_answers(file)
     if options.answers is not None:
         revision = revision or None  # None: read from the answers
@@ -89,7 +89,8 @@ def run_emobench(options: argparse.Namespace, console: Console) -> None:
     protocol = emobench.PROTOCOLS[options.protocol]
     prompts = [_emobench_prompt(asking) for asking in emobench.askings(items, protocol)]
     settings = {"benchmark": "emobench", "protocol": options.protocol, "items": _fingerprint(prompts)}
-    file, folder = _answers(options, console, prompts, settings, protocol.temperature, EMOBENCH_TOKENS)
+    settings |= {"temperature": protocol.temperature, "max_tokens": EMOBENCH_TOKENS}
+    file, folder = _answers(options, console, prompts, settings)
     answers = emobench.read_answers(file, items)
     scores = emobench.score_answers(items, answers, seed=options.seed)
     console.print(Group(*tables.emobench_tables(scores)))
@@ -106,21 +107,17 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def _answers(
-    options: argparse.Namespace,
-    console: Console,
-    prompts: Sequence[Prompt],
-    settings: Mapping[str, Any],
-    temperature: float,
-    max_tokens: int,
+    options: argparse.Namespace, console: Console, prompts: Sequence[Prompt], settings: dict[str, Any]
 ) -> tuple[Path | str, Folder | None]:
-    """The file with the answers, and the folder of this evaluation; none for saved answers."""
+    """The file with the answers, and the folder of this evaluation; none for saved answers.
+
+    `settings` has the benchmark's own `temperature` and `max_tokens`; options take their place.
+    """
     if options.answers is not None:
         return options.answers, None
     subject = find_subject(options)
-    sampling = {
-        "temperature": temperature if options.temperature is None else options.temperature,
-        "max_tokens": options.max_tokens or max_tokens,
-    }
+    given = {"temperature": options.temperature, "max_tokens": options.max_tokens}
+    sampling = {name: settings[name] if value is None else value for name, value in given.items()}
     folder = Folder(options.output or subject.output(settings["benchmark"]), ANSWERS)
     settings = {
         **subject.identity,

@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option(
         "--check",
         action="store_true",
-        help="compare logits with transformers' (loads the model; needs torch)",
+        help="compare logits with transformers' (in memory; needs torch)",
     )
     options = parser.parse_args(arguments)
 
@@ -231,14 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--check computes with a whole model; leave it out with --part adapters")
         if not options.shard_gb > 0:
             raise UserError(f"--shard-gb is {options.shard_gb:g}; it must be above 0")
-        step = export(
-            options.run,
-            options.output,
-            step=options.step,
-            dtype=options.dtype,
-            max_shard_bytes=options.shard_gb * 1e9,
-            part=options.part,
-        )
+        chosen = {"step": options.step, "dtype": options.dtype, "part": options.part}
+        step = export(options.run, options.output, max_shard_bytes=options.shard_gb * 1e9, **chosen)
         show(f"step {step} of {options.run} is in {options.output}: read again and found the same")
         if options.check:
             difference = check_logits(options.output, load_config(Path(options.run) / CONFIG_FILE))

@@ -135,13 +135,10 @@ def _chats(config: Config, console: Console) -> list[Chat]:
     if config.warmstart.data is not None:
         note = partial(console.print, soft_wrap=True, markup=False)
         return read_chats(config.warmstart.data, note)
-    return synthetic_chats(
-        load_scenarios(config.environment.scenarios, "train"),
-        config.warmstart.dialogues,
-        config.training.seed,
-        turns=config.rollout.max_turns,
-        delayed_opening=config.environment.delayed_opening,
-    )
+    cards = load_scenarios(config.environment.scenarios, "train")
+    count, seed = config.warmstart.dialogues, config.training.seed
+    turns, opening = config.rollout.max_turns, config.environment.delayed_opening
+    return synthetic_chats(cards, count, seed, turns=turns, delayed_opening=opening)
 
 
 def _start(config: Config, chats: Sequence[Chat], mesh: Mesh) -> tuple[Policy, Params]:
@@ -212,13 +209,8 @@ def _train(
     tokens = settings.rows * settings.row_tokens
     began, speed = time.monotonic(), 0.0
     live = config.logging.progress and console.is_terminal
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        "{task.fields[figures]}",
-        TimeRemainingColumn(),
-    )
+    bars = BarColumn(), MofNCompleteColumn()
+    columns = ("{task.description}", *bars, "{task.fields[figures]}", TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not live, transient=True) as progress:
         task = progress.add_task("warm start: compiling", total=settings.steps, figures="")
         for step in range(1, settings.steps + 1):

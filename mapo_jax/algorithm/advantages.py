@@ -239,12 +239,8 @@ def mt_grpo(
     return jnp.where(continues, immediate + outcome_weight * outcome, outcome)
 
 
-ESTIMATORS: MappingProxyType[str, Callable[..., Array]] = MappingProxyType(
-    {
-        estimator.__name__: estimator
-        for estimator in (mapo, grpo, turn, batch, grpo_per_turn, reinforce_plus_plus, rloo, dr_grpo, mt_grpo)
-    }
-)
+_ALL = (mapo, grpo, turn, batch, grpo_per_turn, reinforce_plus_plus, rloo, dr_grpo, mt_grpo)
+ESTIMATORS: MappingProxyType[str, Callable[..., Array]] = MappingProxyType({f.__name__: f for f in _ALL})
 """Name in the configuration -> estimator."""
 
 

@@ -158,11 +158,8 @@ def _read(value: Any, schema: Any, field: str, note: Note) -> Any:
         for key in value:
             if key not in schema:
                 note(f"{prefix}{key}", f"is unknown; known here: {', '.join(schema)}")
-        return {
-            key: _read(value[key], inner, f"{prefix}{key}", note)
-            for key, inner in schema.items()
-            if key in value
-        }
+        known = {key: inner for key, inner in schema.items() if key in value}
+        return {key: _read(value[key], inner, f"{prefix}{key}", note) for key, inner in known.items()}
     if isinstance(schema, _ListOf):
         if not isinstance(value, list) or not value or schema.count not in (None, len(value)):
             texts = f"{schema.count or 'one or more'} texts"

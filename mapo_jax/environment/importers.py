@@ -215,11 +215,8 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
     Raises:
       UserError: a missing or unreadable file.
     """
-    stories = {
-        str(entry.get("剧本编号")): entry
-        for entry in read_json(folder / "scenarios" / "character_stories.json", "stories")
-        if isinstance(entry, dict)
-    }
+    entries = read_json(folder / "scenarios" / "character_stories.json", "stories")
+    stories = {str(entry.get("剧本编号")): entry for entry in entries if isinstance(entry, dict)}
     starts: dict[str, dict[str, int]] = {}
     for file in sorted(folder.rglob("iedr_batch_results.json")):
         try:

@@ -34,7 +34,7 @@ def render_page(title: str, figures: Values, rows: Sequence[Values], worst: Sequ
     return environment.from_string(source).render(
         title=title,
         figures=figures,
-        parts={"outcome": empa.OUTCOME, "efficiency": empa.EFFICIENCY, "stability": empa.STABILITY},
+        parts=empa.PARTS,
         worst=worst,
         conversations=conversations,
     )

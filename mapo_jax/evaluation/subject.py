@@ -49,15 +49,9 @@ class Subject:
     def connection(self, options: argparse.Namespace, temperature: float, max_tokens: int) -> Endpoint:
         """The endpoint with its sampling settings."""
         assert self.endpoint is not None, "a local model has no endpoint"
-        return Endpoint(
-            self.endpoint,
-            self.identity["model"],
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=options.seed,
-            concurrency=options.concurrency,
-            timeout=options.timeout,
-        )
+        sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": options.seed}
+        calls = {"concurrency": options.concurrency, "timeout": options.timeout}
+        return Endpoint(self.endpoint, self.identity["model"], **sampling, **calls)
 
     def answerer(
         self, options: argparse.Namespace, console: Console, temperature: float, max_tokens: int

@@ -36,17 +36,13 @@ def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
             f"{figures['idr_mean']:+.2f} ± {figures['idr_std']:.2f}",
         )
         parts.add_row(_text(model))
-        for part, indices in _PARTS.items():
-            parts.add_row(
-                f"  {part}",
-                _with_ends(figures[part], figures["intervals"][part]),
-                "  ".join(f"{index} {figures[index]:5.1f}" for index in indices),
-            )
+        for part, indices in empa.PARTS.items():
+            listed = "  ".join(f"{index} {figures[index]:5.1f}" for index in indices)
+            parts.add_row(f"  {part}", _with_ends(figures[part], figures["intervals"][part]), listed)
         parts.add_section()
     return [scores, parts, *_group_tables(models)]
 
 
-_PARTS = {"outcome": empa.OUTCOME, "efficiency": empa.EFFICIENCY, "stability": empa.STABILITY}
 _GROUPINGS = {"difficulty": "|P| at the start", "strongest_axis": "strongest axis", "domain": "domain"}
 
 
@@ -61,13 +57,8 @@ def _group_tables(models: Mapping[str, Figures]) -> list[Table]:
             continue
         table = _table(f"EPM-Q and passed, by {title}", ("model", *map(_text, groups)))
         for model, by_group in by_model.items():
-            cells = [
-                f"{by_group[group]['epm_q']:.1f}  {by_group[group]['passed']}/{by_group[group]['dialogues']}"
-                if group in by_group
-                else ""
-                for group in groups
-            ]
-            table.add_row(_text(model), *cells)
+            cells = {g: f"{f['epm_q']:.1f}  {f['passed']}/{f['dialogues']}" for g, f in by_group.items()}
+            table.add_row(_text(model), *(cells.get(group, "") for group in groups))
         tables.append(table)
     return tables
 

@@ -84,11 +84,9 @@ def state_shardings(
         return None
     everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
     trained, base = trained_and_frozen(shardings)
+    shapes = jax.eval_shape(optimizer.transform.init, trained_and_frozen(params)[0])
+    place, place_others = (lambda _, sharding: sharding), (lambda _: everywhere)
     moments = optax.tree_utils.tree_map_params(
-        optimizer.transform,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.transform.init, trained_and_frozen(params)[0]),
-        trained,
-        transform_non_params=lambda _: everywhere,
+        optimizer.transform, place, shapes, trained, transform_non_params=place_others
     )
     return TrainState(trained, moments, everywhere, trained if reference and base is None else None, base)

@@ -75,13 +75,9 @@ def token_logprobs(
     kernel, axis = _kernel(params, config)
     if wanted is None:
         wanted = jnp.ones(targets.shape, bool)
-    cut = mesh is not None and mesh.shape[RULES["vocabulary"]] > 1
+    cut_over = RULES["vocabulary"] if mesh is not None and mesh.shape[RULES["vocabulary"]] > 1 else None
     score = functools.partial(
-        _scores,
-        axis=axis,
-        temperature=temperature,
-        vocabulary_size=vocabulary_size,
-        cut_over=RULES["vocabulary"] if cut else None,
+        _scores, axis=axis, temperature=temperature, vocabulary_size=vocabulary_size, cut_over=cut_over
     )
     chunks = _Chunks(score, chunk or head_chunk(config.vocab_size), axis, hidden.dtype, mesh)
     return _in_chunks(chunks, kernel, hidden, targets, wanted)

@@ -22,15 +22,7 @@ from jaxtyping import Array, Float
 
 ADAPTERS = ("lora_a", "lora_b")
 # Our module -> Hugging Face's, in the order of a forward pass.
-TARGETS = {
-    "q": "q_proj",
-    "k": "k_proj",
-    "v": "v_proj",
-    "o": "o_proj",
-    "gate": "gate_proj",
-    "up": "up_proj",
-    "down": "down_proj",
-}
+TARGETS = {name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 @dataclass(frozen=True)

@@ -245,11 +245,8 @@ def read_adapter_config(folder: str | Path) -> LoRA | None:
     content = _read_settings(Path(folder))
     ours = {theirs: name for name, theirs in TARGETS.items()}
     targets = content.get("target_modules")
-    more = [
-        key
-        for key in _Settings.model_fields
-        if content.get(key) and key not in ("r", "lora_alpha", "target_modules")
-    ]
+    written = ("r", "lora_alpha", "target_modules")
+    more = [key for key in _Settings.model_fields if content.get(key) and key not in written]
     if more or not isinstance(targets, list) or not set(targets) <= set(ours):
         key = (more or ["target_modules"])[0]
         raise UserError(f"{file}: `{key}` is {content.get(key)!r}, which no run of this project writes")

@@ -238,12 +238,8 @@ def _to_saved(state: TrainState) -> dict[str, Any]:
 
 def _from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:
     moments = [saved["optimizer"][_dotted(path)] for path, _ in _leaves(template.opt_state)]
-    return TrainState(
-        params=saved["params"],
-        opt_state=jax.tree.unflatten(jax.tree.structure(template.opt_state), moments),
-        step=saved["step"],
-        reference=saved.get("reference"),
-    )
+    opt_state = jax.tree.unflatten(jax.tree.structure(template.opt_state), moments)
+    return TrainState(saved["params"], opt_state, saved["step"], saved.get("reference"))
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

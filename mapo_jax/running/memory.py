@@ -99,12 +99,8 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
         * _kept(microbatch, config.model.remat),
         "work of one layer or of the head": work,
     }
-    return Forecast(
-        *(
-            {kind: size for kind, size in sizes.items() if size}
-            for sizes in (held, update, _rollout(config, model, mesh, state.weights))
-        )
-    )
+    phases = held, update, _rollout(config, model, mesh, state.weights)
+    return Forecast(*({kind: size for kind, size in sizes.items() if size} for sizes in phases))
 
 
 def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:

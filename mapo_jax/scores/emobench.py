@@ -15,6 +15,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product, starmap
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,12 +98,7 @@ class Asking:
 
 def askings(items: Iterable[Item], protocol: AskingProtocol) -> list[Asking]:
     """All prompts of a protocol."""
-    return [
-        Asking(item, order, sample)
-        for item in items
-        for order in range(protocol.orders)
-        for sample in range(protocol.samples)
-    ]
+    return list(starmap(Asking, product(items, range(protocol.orders), range(protocol.samples))))
 
 
 # --- Files ---

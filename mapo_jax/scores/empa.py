@@ -27,6 +27,7 @@ from mapo_jax.scores.bootstrap import interval_list, intervals
 OUTCOME = ("RDI", "E_total", "S_net")
 EFFICIENCY = ("rho", "S_proj", "tau")
 STABILITY = ("R_pos", "Align", "Pen")
+PARTS = {"outcome": OUTCOME, "efficiency": EFFICIENCY, "stability": STABILITY}
 INDICES = (*OUTCOME, *EFFICIENCY, *STABILITY)
 SCORES = (*INDICES, "outcome", "efficiency", "stability", "epm_q")
 
@@ -95,8 +96,8 @@ def score_case(start: state.Vector, levels: Sequence[state.Levels | None]) -> di
         "Align": 100 * (sum(cosines) / rows + 1) / 2,
         "Pen": 100 * max(0.0, 3 - harm_sum / rows) / 3,
     }
-    for group, names in (("outcome", OUTCOME), ("efficiency", EFFICIENCY), ("stability", STABILITY)):
-        scores[group] = sum(scores[name] for name in names) / len(names)
+    for part, names in PARTS.items():
+        scores[part] = sum(scores[name] for name in names) / len(names)
     scores["epm_q"] = 0.4 * scores["outcome"] + 0.2 * scores["efficiency"] + 0.4 * scores["stability"]
     return scores
 

@@ -163,11 +163,8 @@ def assess(mind: Mind, reply: str) -> Assessment:
     for axis in tally.barred:
         tally.progress.pop(axis, None)
     if tally.cancelled or mind.closed:
-        tally.progress = {
-            axis: gain
-            for axis, gain in tally.progress.items()
-            if gain[2] == _REPAIRED and not tally.cancelled
-        }
+        repaired = {axis: gain for axis, gain in tally.progress.items() if gain[2] == _REPAIRED}
+        tally.progress = {} if tally.cancelled else repaired
         tally.credited.clear()
     return _conclude(mind, reply, tally, pairs, idle)
 

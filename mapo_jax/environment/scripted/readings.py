@@ -16,12 +16,7 @@ NAMED = ("situation", "feeling", "unstated", "strength", "step", "value")
 
 def readings(states: Iterable[DialogueState]) -> list[Mapping[str, Any]]:
     """The readings of all scored turns."""
-    return [
-        turn.judgement.reading
-        for state in states
-        for turn in state.turns
-        if turn.judgement is not None and turn.judgement.reading is not None
-    ]
+    return [turn.reading for state in states for turn in state.turns if turn.reading is not None]
 
 
 def reading_metrics(states: Sequence[DialogueState]) -> dict[str, float]:
