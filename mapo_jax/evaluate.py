@@ -119,13 +119,8 @@ def _answers(
     given = {"temperature": options.temperature, "max_tokens": options.max_tokens}
     sampling = {name: settings[name] if value is None else value for name, value in given.items()}
     folder = Folder(options.output or subject.output(settings["benchmark"]), ANSWERS)
-    settings = {
-        **subject.identity,
-        **settings,
-        **sampling,
-        "seed": options.seed,
-        "system_prompt": subject.config.rollout.system_prompt,
-    }
+    prompt = subject.config.rollout.system_prompt
+    settings = {**subject.identity, **settings, **sampling, "seed": options.seed, "system_prompt": prompt}
     prepare_jax(subject.config.run.compilation_cache)
     with stoppable(folder) as check:
         ask(lambda: subject.answerer(options, console, **sampling), prompts, folder, settings, console, check)
@@ -248,11 +243,9 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     chats = transcripts.read_transcripts(options.transcripts, cards, need_card=scripted)
     default = Path("evaluations") / f"dialogues-{Path(options.transcripts).stem}"
     folder = Folder(options.output or default, transcripts.JUDGED)
-    settings = {
-        "benchmark": "dialogues",
-        "transcripts": fingerprint([c.id, c.turns, c.scenario.id, c.scenario.start] for c in chats),
-        **_flat("environment", config.environment),
-    }
+    texts = ([chat.id, chat.turns, chat.scenario.id, chat.scenario.start] for chat in chats)
+    settings = {"benchmark": "dialogues", "transcripts": fingerprint(texts)}
+    settings |= _flat("environment", config.environment)
     with (
         folder.opened(settings) as file,  # refuses another evaluation's folder before a judge writes to it
         stoppable(folder) as check,

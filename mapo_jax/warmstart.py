@@ -165,10 +165,8 @@ def _rows(config: Config, policy: Policy, chats: Sequence[Chat]) -> PackedRows:
         )
     renderer = Renderer(policy.tokenizer, config.rollout.history, config.rollout.system_prompt)
     source, turns = config.warmstart.data or "synthetic dialogues", config.warmstart.turns or None
-    pieces = (
-        renderer.pieces(chat, length, turns, f"{source}, dialogue {number}")
-        for number, chat in enumerate(chats, start=1)
-    )
+    numbered = enumerate(chats, start=1)
+    pieces = (renderer.pieces(chat, length, turns, f"{source}, dialogue {n}") for n, chat in numbered)
     return pack(list(chain.from_iterable(pieces)), length)
 
 

@@ -133,12 +133,9 @@ async def hold_locally(session: Session, model: LocalModel, *, slots: int) -> in
     length = min(config.rollout.max_tokens, model.policy.config.max_position_embeddings)
     if length < config.rollout.max_tokens:
         session.console.print(f"dialogues of up to {length} tokens, the model's positions", soft_wrap=True)
-    engine = model.engine(
-        slots=min(slots, session.dialogues),
-        length=length,
-        max_reply_tokens=config.rollout.max_reply_tokens,
-        temperature=config.evaluation.temperature,
-    )
+    tokens, temperature = config.rollout.max_reply_tokens, config.evaluation.temperature
+    slots = min(slots, session.dialogues)
+    engine = model.engine(slots=slots, length=length, max_reply_tokens=tokens, temperature=temperature)
     groups = finished_groups(
         session.cards,
         config.evaluation.rollouts,

@@ -31,10 +31,5 @@ def render_page(title: str, figures: Values, rows: Sequence[Values], worst: Sequ
     conversations.sort(key=lambda conversation: conversation["epm_q"])
     source = (Path(__file__).parent / "judged_page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source).render(
-        title=title,
-        figures=figures,
-        parts=empa.PARTS,
-        worst=worst,
-        conversations=conversations,
-    )
+    values = {"title": title, "figures": figures, "parts": empa.PARTS, "worst": worst}
+    return environment.from_string(source).render(values, conversations=conversations)

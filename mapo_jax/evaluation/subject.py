@@ -112,16 +112,10 @@ def _run_subject(path: Path, options: argparse.Namespace) -> Subject:
             raise UserError(f"the run {path} is half written: it has no {file}")
     config, unused_world = _run_config(path / CONFIG_FILE, options)
     step = int(checkpoint_folder(path, options.step).name)
-    return Subject(
-        f"{path.resolve().name} step {step}",
-        {"model": str(path.resolve()), "step": step},
-        path / "evaluations",
-        config,
-        suffix=f"_step_{step:06d}",
-        path=str(path),
-        step=step,
-        unused_world=unused_world,
-    )
+    name, suffix = f"{path.resolve().name} step {step}", f"_step_{step:06d}"
+    identity = {"model": str(path.resolve()), "step": step}
+    home = path / "evaluations"
+    return Subject(name, identity, home, config, suffix, str(path), step, unused_world=unused_world)
 
 
 def _folder_name(model: str) -> str:

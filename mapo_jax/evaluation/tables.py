@@ -22,9 +22,8 @@ def _text(words: str) -> Text:
 
 def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
     """The scores of every model; their indices; EPM-Q and passes by group."""
-    scores = _table(
-        "EMPA (95 % intervals over cases)", ("model", "cases", "EPM-Q", "passed", "turns", "IDR per turn")
-    )
+    headings = ("model", "cases", "EPM-Q", "passed", "turns", "IDR per turn")
+    scores = _table("EMPA (95 % intervals over cases)", headings)
     parts = _table("EPM-Q = 0.4 outcome + 0.2 efficiency + 0.4 stability", ("model", "", "its indices"))
     for model, figures in models.items():
         scores.add_row(
@@ -73,10 +72,8 @@ def _table(title: str, headings: Sequence[str | Text]) -> Table:
 
 def eqbench_tables(scores: Figures) -> list[Table]:
     """The result; with a revision, both passes."""
-    table = _table(
-        f"EQ-Bench v2, parsing: {scores['parsing']} (95 % intervals)",
-        ("", "score", "unparseable as 0", "parseable", "counts"),
-    )
+    headings = ("", "score", "unparseable as 0", "parseable", "counts")
+    table = _table(f"EQ-Bench v2, parsing: {scores['parsing']} (95 % intervals)", headings)
     rows = {"result": scores}
     if scores["revision"]:
         passes = {"first_pass": "first pass", "revised": "revised"}
@@ -96,10 +93,8 @@ def eqbench_tables(scores: Figures) -> list[Table]:
 def emobench_tables(scores: Figures) -> list[Table]:
     """Accuracy of each task, and by language and category; an unparseable answer counts as wrong."""
     ordered = "accuracy_by_order" in scores
-    table = _table(
-        "EmoBench, % right (95 % intervals over scenarios)",
-        ("", "items", "right", "of parsed", "unparsed", *(["agree"] if ordered else [])),
-    )
+    headings = ("", "items", "right", "of parsed", "unparsed", *(["agree"] if ordered else []))
+    table = _table("EmoBench, % right (95 % intervals over scenarios)", headings)
     for task, title in (("EA", "EA, what helps best"), ("EU", "EU, emotion and cause")):
         if task not in scores or not scores[task]["answers"]:
             continue

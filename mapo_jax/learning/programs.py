@@ -53,14 +53,9 @@ def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh:
         attention=row_attention(config.model.attention, mesh, model, config.model.dtype),
         mesh=mesh,
     )
-    update = make_update(
-        scoring,
-        optimizer,
-        config.algorithm,
-        microbatch_tokens=training.microbatch_tokens,
-        constant_length=loss_tokens(config),
-        shardings=param_shardings(parameter_shapes(model), mesh),
-    )
+    shardings = param_shardings(parameter_shapes(model), mesh)
+    sizes = {"microbatch_tokens": training.microbatch_tokens, "constant_length": loss_tokens(config)}
+    update = make_update(scoring, optimizer, config.algorithm, shardings=shardings, **sizes)
     scorer = make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
     return TrainingPrograms(optimizer, update, scorer)
 

@@ -79,28 +79,15 @@ def _score(
 
     Valid only where `wanted` is true; finite elsewhere.
     """
+    forward = {"dtype": jnp.dtype(scoring.dtype), "remat": scoring.remat, "attention": scoring.attention}
     hidden = hidden_states(
-        params,
-        scoring.config,
-        batch.tokens,
-        batch.positions,
-        segments,
-        dtype=jnp.dtype(scoring.dtype),
-        remat=scoring.remat,
-        attention=scoring.attention,
-        mesh=scoring.mesh,
+        params, scoring.config, batch.tokens, batch.positions, segments, mesh=scoring.mesh, **forward
     )
     before = jnp.maximum(columns - 1, 0)  # a token is predicted at the position before it
-    return token_logprobs(
-        params,
-        scoring.config,
-        jnp.take_along_axis(hidden, before[:, :, None], axis=1),
-        _at(columns, batch.tokens),
-        wanted,
-        temperature=scoring.temperature,
-        vocabulary_size=scoring.vocabulary_size,
-        mesh=scoring.mesh,
-    )
+    states = jnp.take_along_axis(hidden, before[:, :, None], axis=1)
+    sampling = {"temperature": scoring.temperature, "vocabulary_size": scoring.vocabulary_size}
+    targets = _at(columns, batch.tokens)
+    return token_logprobs(params, scoring.config, states, targets, wanted, mesh=scoring.mesh, **sampling)
 
 
 # --- The two losses: of a micro-batch, divided by the counts of the whole mini-batch. ---

@@ -275,10 +275,9 @@ def _row_blocks(shape: Sequence[int]) -> Iterator[slice]:
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig) -> None:
     expected = tensor_names(config)
-    for holds, names, calls in (
-        ("lack", [name for name in expected if name not in tensors], "calls for"),
-        ("hold", sorted(tensors.keys() - expected.keys()), "does not call for"),
-    ):
+    missing = [name for name in expected if name not in tensors]
+    surplus = sorted(tensors.keys() - expected.keys())
+    for holds, names, calls in (("lack", missing, "calls for"), ("hold", surplus, "does not call for")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(

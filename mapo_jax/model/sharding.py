@@ -241,6 +241,5 @@ def sharding_table(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:
         name = "/".join(entry.key for entry in path)
         local = " x ".join(map(str, placed.shard_shape(leaf.shape)))
         table.append(f"{name:<30} {cut(leaf.shape, placed.spec)} = {local}")
-    return table + [
-        f"{name:<30} {cut(axes, activation_spec(name))}" for name, axes in ACTIVATION_AXES.items()
-    ]
+    table += [f"{name:<30} {cut(axes, activation_spec(name))}" for name, axes in ACTIVATION_AXES.items()]
+    return table

@@ -70,7 +70,5 @@ def as_stored(read: Reader, path: str, layer: int | None, shape: tuple[int, ...]
 
 
 def _leaves(tree: Params) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

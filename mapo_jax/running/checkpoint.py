@@ -228,11 +228,8 @@ def _chunked(saved: Any) -> _Save:
 def _to_saved(state: TrainState) -> dict[str, Any]:
     # The optimizer's named tuples become a flat dict, so that the format has names and arrays only. The base
     # beside adapters never changes: the run folder has it once.
-    saved = {
-        "params": state.params,
-        "optimizer": {_dotted(path): leaf for path, leaf in _leaves(state.opt_state)},
-        "step": state.step,
-    }
+    optimizer = {_dotted(path): leaf for path, leaf in _leaves(state.opt_state)}
+    saved = {"params": state.params, "optimizer": optimizer, "step": state.step}
     return saved if state.reference is None else saved | {"reference": state.reference}
 
 

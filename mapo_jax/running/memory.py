@@ -67,12 +67,9 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
     """
     length = row_lengths(config.rollout.max_tokens)[-1]
     dtype = config.model.dtype
-    state = abstract_state(
-        parameter_shapes(model, dtype),
-        make_optimizer(config.optimizer, 1),
-        shardings=param_shardings(parameter_shapes(model), mesh),
-        reference=config.algorithm.kl_coefficient > 0,
-    )
+    shapes, optimizer = parameter_shapes(model, dtype), make_optimizer(config.optimizer, 1)
+    shardings, reference = param_shardings(parameter_shapes(model), mesh), config.algorithm.kl_coefficient > 0
+    state = abstract_state(shapes, optimizer, shardings=shardings, reference=reference)
     trained = _bytes(state.params)
     held = {
         "weights that are trained": trained,
@@ -111,11 +108,9 @@ def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> 
     dialogues = share.scenarios * share.rollouts
     resident = min(share.slots or dialogues, dialogues)
     vocabulary = _device_share(model, mesh).vocab_size
-    sizes = {
-        f"KV caches ({dtype})": cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(dtype))
-        / own_mesh.size,
-        "logits of the lanes": 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary,
-    }
+    caches = cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(dtype)) / own_mesh.size
+    logits = 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary
+    sizes = {f"KV caches ({dtype})": caches, "logits of the lanes": logits}
     whole = 0
     if processes.count > 1:
         weights = hosts.abstract_rollout_weights(weights, model, own_mesh, dtype)
@@ -188,10 +183,8 @@ def _kept(batch: _Microbatch, remat: str) -> int:
             block = jax.checkpoint(block, policy=qwen.REMAT[remat])
         return jax.vjp(block, x, weights)[1]
 
-    weights = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
-        parameter_shapes(config, batch.dtype)["layers"],
-    )
+    layers = parameter_shapes(config, batch.dtype)["layers"]
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
     x = jax.ShapeDtypeStruct((batch.rows, batch.length, config.hidden_size), dtype)
     positions = jax.ShapeDtypeStruct((batch.rows, batch.length), jnp.int32)
     rotary = jax.eval_shape(lambda at: rotary_angles(at, config.head_dim, config.rope_theta), positions)
@@ -219,9 +212,5 @@ def _head_work(config: Config, batch: _Microbatch, model: QwenConfig, mesh: Mesh
     scored = batch.rows * min(loss_tokens(config), batch.length)
     logits = min(head.head_chunk(model.vocab_size), scored) * share.vocab_size * 4
     frozen = model.lora is not None
-    return (
-        gathered * matrix * jnp.dtype(batch.dtype).itemsize
-        + (not frozen and mesh.shape["fsdp"] > 1) * matrix * 4
-        + 4 * logits
-        + 3 * batch.hidden
-    )
+    gradient = (not frozen and mesh.shape["fsdp"] > 1) * matrix * 4
+    return gathered * matrix * jnp.dtype(batch.dtype).itemsize + gradient + 4 * logits + 3 * batch.hidden

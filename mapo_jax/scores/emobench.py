@@ -354,10 +354,8 @@ def _task_scores(task: str, items: Sequence[Item], cells: Sequence[_Cell], seed:
             scores[name] = float(np.mean(hits))
     for grouping, field in _GROUPINGS.items():
         group_of = attrgetter(field)
-        scores[grouping] = {
-            group: _figures(*_where(items, cells, group_of, group), seed)
-            for group in sorted(set(map(group_of, items)))
-        }
+        groups = sorted(set(map(group_of, items)))
+        scores[grouping] = {g: _figures(*_where(items, cells, group_of, g), seed) for g in groups}
     return scores
 
 

@@ -79,10 +79,8 @@ def score_case(start: state.Vector, levels: Sequence[state.Levels | None]) -> di
     energy = sum(gains)
     level_sum = sum(sum(turn) for turn in levels if turn is not None)
     harm_sum = sum(abs(harm) for turn in levels if turn is not None for harm in turn[1::2])
-    cosines = [
-        gain / state.norm(v) if v is not None and any(v) else 0.0
-        for gain, v in zip(gains[1:], increments, strict=True)
-    ]
+    moves = zip(gains[1:], increments, strict=True)
+    cosines = [gain / state.norm(v) if v is not None and any(v) else 0.0 for gain, v in moves]
     change = 100 * (start_distance - end_distance) / start_distance
 
     scores = {

@@ -115,11 +115,8 @@ def read_answers(path: str | Path) -> dict[str, str | None]:
         content = read_json(path, "answers")
         if not isinstance(content, dict):
             raise UserError(f"{path} must hold an object with an answer's text under each question's id")
-        rows = (
-            (f"{path}, question {name}", name, text)
-            for name, text in content.items()
-            if text is not None  # null: not answered
-        )
+        given = {name: text for name, text in content.items() if text is not None}  # null: not answered
+        rows = ((f"{path}, question {name}", name, text) for name, text in given.items())
     answers = {}
     for place, name, content in rows:
         try:

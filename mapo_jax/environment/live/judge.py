@@ -37,10 +37,8 @@ class LiveJudge:
             return to_judgement(read(text, ReplyForm, silent=not reply.strip(), quoted=replies))
 
         seeds = [(state.seed + index * _SEED_STEP) % 2**32 for index in range(self.samples)]
-        samples = await asyncio.gather(
-            *[ask(self.complete, card, messages, parse, seed=seed, schema=SCHEMA) for seed in seeds],
-            return_exceptions=True,
-        )
+        calls = [ask(self.complete, card, messages, parse, seed=seed, schema=SCHEMA) for seed in seeds]
+        samples = await asyncio.gather(*calls, return_exceptions=True)
         judgements = [sample for sample in samples if isinstance(sample, Judgement)]
         for sample in samples:
             if isinstance(sample, BaseException) and not (judgements and isinstance(sample, RoleFailure)):

@@ -80,13 +80,9 @@ def imagined_scenario(rng: random.Random) -> Scenario:
 
     def stage(first: str, second: str) -> Stage:
         particulars = two(particular)
-        return Stage(
-            telling=_TEXT,
-            particulars=particulars,
-            line=tuple(line.format(p=p) for line, p in zip((first, second), particulars, strict=True)),
-            feeling=rng.choice(FEELINGS),
-            unstated=rng.choice(UNSTATED),
-        )
+        spoken = zip((first, second), particulars, strict=True)
+        lines = tuple(line.format(p=p) for line, p in spoken)
+        return Stage(_TEXT, particulars, lines, rng.choice(FEELINGS), rng.choice(UNSTATED))
 
     stages = tuple(map(stage, lines[::2], lines[1::2]))
     return Scenario(
