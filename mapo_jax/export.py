@@ -189,8 +189,7 @@ def check_logits(folder: Path | str, config: Config) -> float:
     # Both compute in float32, with sums in another order: a hundredth of what would change a token's rank.
     if not difference <= LOGIT_TOLERANCE * max(1.0, float(np.abs(theirs).max())):
         raise UserError(
-            f"transformers computes other logits with {folder} than we do: they differ by up to "
-            f"{difference:.2g}"
+            f"transformers computes other logits with {folder} than we do: they differ by {difference:.2g}"
         )
     return difference
 
@@ -218,11 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of a run with adapters: merged into the weights (default), alone for PEFT, or the base",
     )
     option("--shard-gb", type=float, default=5.0, metavar="GB", help="most of one weights file (default: 5)")
-    option(
-        "--check",
-        action="store_true",
-        help="compare logits with transformers' (in memory; needs torch)",
-    )
+    option("--check", action="store_true", help="compare logits with transformers' (in memory; needs torch)")
     options = parser.parse_args(arguments)
 
     def command() -> None:

@@ -56,11 +56,7 @@ OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0, b2
 
 
 def run_warmstart(
-    config: Config,
-    *,
-    console: Console | None = None,
-    check: Check = lambda: None,
-    mesh: Mesh | None = None,
+    config: Config, *, console: Console | None = None, check: Check = lambda: None, mesh: Mesh | None = None
 ) -> Path:
     """Makes the warm start of a configuration, or takes it from the cache, and checks that it is good enough.
 
@@ -98,10 +94,10 @@ def _make(config: Config, folder: Path, console: Console, check: Check, mesh: Me
     chats = _chats(config, console)
     policy, params = _start(config, chats, mesh)
     rows = _rows(config, policy, chats)
+    size, vocabulary = config.warmstart.row_tokens, policy.chat.vocabulary_size
     console.print(
-        f"warm start: {len(chats):,} dialogues in {len(rows):,} rows of "
-        f"{config.warmstart.row_tokens} tokens, {rows.fill:.0%} full; {policy.chat.vocabulary_size:,} tokens "
-        "in the vocabulary",
+        f"warm start: {len(chats):,} dialogues in {len(rows):,} rows of {size} tokens, {rows.fill:.0%} full; "
+        f"{vocabulary:,} tokens in the vocabulary",
         soft_wrap=True,
     )
     prepared = time.monotonic()

@@ -59,9 +59,7 @@ _ALLOWANCE: ContextVar[Allowance | None] = ContextVar("allowance", default=None)
 
 
 @asynccontextmanager
-async def allow(
-    seconds: float, deadline: float, clock: Callable[[], float] = time.monotonic
-) -> AsyncIterator[Allowance]:
+async def allow(seconds: float, deadline: float, clock=time.monotonic) -> AsyncIterator[Allowance]:
     """Ends what is awaited in this context with TimeoutError when its time is up.
 
     Args:

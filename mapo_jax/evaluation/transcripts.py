@@ -96,8 +96,7 @@ def _scenario(
     if "scenario" in row:
         if not isinstance(row["scenario"], str) or row["scenario"] not in by_id:
             raise UserError(
-                f"{place}: there is no card {row['scenario']!r}; give the cards with "
-                "environment.scenarios=PATH"
+                f"{place}: there is no card {row['scenario']!r}; give cards with environment.scenarios=PATH"
             )
         return by_id[row["scenario"]], "card"
     if need_card:
@@ -127,8 +126,7 @@ def _turns(messages: Any, place: str) -> tuple[tuple[str, str | None], ...]:
             role = None
         if role not in ("system", "user", "assistant") or (role == "user" and content is None):
             raise UserError(
-                f"{place}, message {number}: needs a `role` (system, user or assistant) and its "
-                "`content` as text"
+                f"{place}, message {number}: needs a `role` (system, user or assistant) and `content` as text"
             )
         if role == "system" or (role == "assistant" and not merged):
             continue

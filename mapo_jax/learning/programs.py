@@ -67,9 +67,8 @@ def check_rows(config: Config, mesh: Mesh) -> None:
         raise UserError(
             f"the {size} rows of a mini-batch (training.minibatch_scenarios="
             f"{config.training.minibatch_scenarios} x rollout.rollouts={config.rollout.rollouts}) cannot be "
-            f"spread evenly over the {shards} devices of mesh.data={mesh.shape['data']} x "
-            f"mesh.fsdp={mesh.shape['fsdp']}; use more of mesh.tensor, or begin a new run with a multiple of "
-            f"{shards}"
+            f"spread evenly over the {shards} devices of mesh.data={mesh.shape['data']} x mesh.fsdp="
+            f"{mesh.shape['fsdp']}; use more of mesh.tensor, or begin a new run with a multiple of {shards}"
         )
 
 

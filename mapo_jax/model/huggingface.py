@@ -104,7 +104,7 @@ def write_config(
     config: QwenConfig,
     *,
     dtype: str = "bfloat16",
-    token_ids: Mapping[str, int | list[int]] | None = None,
+    token_ids: dict | None = None,
 ) -> None:
     """Writes `config.json` so that transformers 4 and 5 both read it.
 
@@ -287,13 +287,11 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig)
         stored, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
         if stored != shape:
             raise UserError(
-                f"the tensor {name} in {folder} has shape {list(stored)}, "
-                f"but config.json calls for {list(shape)}"
+                f"the tensor {name} in {folder} has shape {list(stored)}; config.json calls for {list(shape)}"
             )
         if dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(
-                f"the tensor {name} in {folder} has dtype {dtype}; "
-                "only unquantised weights (BF16, F16, F32) are read"
+                f"the tensor {name} in {folder} has dtype {dtype}; only unquantised BF16, F16, F32 are read"
             )
 
 

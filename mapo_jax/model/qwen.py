@@ -69,8 +69,7 @@ class QwenConfig:
             raise UserError(f"the model's head_dim is {self.head_dim}; rotary embedding needs an even one")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"the model's num_kv_heads is {self.num_kv_heads}; "
-                f"it must divide num_heads ({self.num_heads})"
+                f"the model's num_kv_heads is {self.num_kv_heads}; it must divide num_heads, {self.num_heads}"
             )
         expected = {"qwen2": (True, False), "qwen3": (False, True)}
         if expected.get(self.family) != (self.qkv_bias, self.qk_norm):

@@ -173,9 +173,8 @@ def param_shardings(
             mesh_axis = rules[dimension]
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:
                 raise UserError(
-                    f"the model's {dimension} ({size}, in {name}) cannot be cut into "
-                    f"mesh.{mesh_axis}={mesh.shape[mesh_axis]} equal parts; "
-                    f"choose a mesh.{mesh_axis} that divides {size}"
+                    f"the model's {dimension} ({size}, in {name}) cannot be cut into mesh.{mesh_axis}="
+                    f"{mesh.shape[mesh_axis]} equal parts; choose a mesh.{mesh_axis} that divides {size}"
                 )
         return NamedSharding(mesh, PartitionSpec(*(rules[dimension] for dimension in axes)))
 

@@ -40,9 +40,8 @@ class CallCache:
             self._rows.execute("PRAGMA journal_mode=WAL")
             self._rows.execute("PRAGMA synchronous=NORMAL")
             self._rows.execute(
-                "CREATE TABLE IF NOT EXISTS calls (address TEXT PRIMARY KEY, role TEXT NOT NULL, "
-                "text TEXT NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL) "
-                "WITHOUT ROWID"
+                "CREATE TABLE IF NOT EXISTS calls (address TEXT PRIMARY KEY, role TEXT NOT NULL, text TEXT "
+                "NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL) WITHOUT ROWID"
             )
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from error

@@ -20,8 +20,7 @@ def read_key(variable: str) -> str | None:
     key = os.environ.get(variable)
     if key and not re.fullmatch(r"[!-~]+", key):
         raise UserError(
-            f"the key in {variable} holds a space, a line's end or another character that no key has; set "
-            "it again"
+            f"the key in {variable} holds a space, line end or other character that no key has; set it again"
         )
     return key or None
 

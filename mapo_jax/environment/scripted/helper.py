@@ -117,6 +117,7 @@ _WORN = 0.1  # chance that it takes any construction, used up or not
 _UNFOUNDED = 0.05  # chance that it names something although the user has said nothing of the kind
 _HASTY = 0.25  # the same for a step, which is then one of a few stock steps
 _STOCK_STEPS = 12
+_SKILL = (0.7, 1.0)  # range from which the speaker of a synthetic dialogue draws its skill
 
 
 def speaker(
@@ -206,11 +207,7 @@ def hold_dialogue(
 
 
 def synthetic_dialogue(
-    scenario: Scenario,
-    seed: int,
-    turns: int = 8,
-    skill: tuple[float, float] = (0.7, 1.0),
-    delayed_opening: bool = True,
+    scenario: Scenario, seed: int, turns: int = 8, delayed_opening: bool = True
 ) -> list[dict[str, str]]:
     """A dialogue of mixed quality as chat messages, for the warm start.
 
@@ -218,11 +215,10 @@ def synthetic_dialogue(
       scenario: a card, real or imagined.
       seed: of all random choices.
       turns: most turns; failure may end it sooner.
-      skill: range from which this dialogue's speaker draws its skill.
       delayed_opening: the world's switch.
     """
     rng = random.Random(f"{seed}:{scenario.id}:speaker")
-    level = rng.uniform(*skill)
+    level = rng.uniform(*_SKILL)
     roles = Roles(*(role(delayed_opening) for role in (ScriptedUser, ScriptedJudge, ScriptedDirector)))
     limits = Limits(turns, turns)  # nothing ends it before its last turn, so that the data holds late stages
     state = hold_dialogue(
