@@ -21,8 +21,8 @@ from mapo_jax.commands import run_command
 from mapo_jax.environment.card_schema import DOMAINS, INDICATORS
 from mapo_jax.environment.scenario import print_problems, read_cards
 from mapo_jax.errors import UserError
-from mapo_jax.files import encodable, write_whole
-from mapo_jax.json_files import read_json
+from mapo_jax.files import write_whole
+from mapo_jax.json_files import read_json, read_values
 
 UNTOLD = "没有提到。"
 _LONGEST = 1500  # characters of one field
@@ -179,8 +179,9 @@ def empa_card(name: str, text: str, story: dict[str, Any], start: dict[str, int]
     """A card from a character file (`script_NNN.md`), its entry in `character_stories.json`, its start."""
     texts_by_label = sections(text, _EMPA_LABELS)
     threshold = re.search(r"共情阈值【(.)", text)
-    course = story.get("故事的经过", {})
-    numbered = sorted(course.items(), key=lambda item: int(re.sub(r"\D", "", item[0]) or 0))
+    numbered = sorted(
+        story.get("故事的经过", {}).items(), key=lambda item: int(re.sub(r"\D", "", item[0]) or 0)
+    )
     stages = [plain(f"{part.get('标题', '')} {part.get('内容', '')}") for _, part in numbered]
     epilogues = [v for k, v in story.items() if k in ("故事的尾声", "故事的插曲", "尾声")]
     texts = {field: texts_by_label.get(label) for field, label in _EMPA_FIELDS.items()}
@@ -199,11 +200,11 @@ def import_sage(path: Path) -> list[dict[str, Any]]:
       UserError: an unreadable file, or a profile that lacks a field; names its line.
     """
     cards = []
-    for number, line in enumerate(_read(path).rstrip("\n").split("\n"), start=1):
+    for place, profile in read_values(path, "SAGE profiles"):
         try:
-            cards.append(sage_card(encodable(json.loads(line))))
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{path}, line {number} is no SAGE profile: {error!r}") from error
+            cards.append(sage_card(profile))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{place} is no SAGE profile: {error!r}") from error
     return cards
 
 

@@ -211,6 +211,5 @@ def _head_work(config: Config, batch: _Microbatch, model: QwenConfig, mesh: Mesh
     gathered = mesh.shape["fsdp"] > 1 or batch.dtype != "float32"
     scored = batch.rows * min(loss_tokens(config), batch.length)
     logits = min(head.head_chunk(model.vocab_size), scored) * share.vocab_size * 4
-    frozen = model.lora is not None
-    gradient = (not frozen and mesh.shape["fsdp"] > 1) * matrix * 4
+    gradient = (model.lora is None and mesh.shape["fsdp"] > 1) * matrix * 4
     return gathered * matrix * jnp.dtype(batch.dtype).itemsize + gradient + 4 * logits + 3 * batch.hidden

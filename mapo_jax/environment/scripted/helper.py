@@ -133,8 +133,7 @@ def speaker(
       delayed_opening: the world's switch.
     """
     mind = mind_at(state, delayed_opening)
-    most = 2 if rng.random() < 0.6 else 1
-    kinds = dict.fromkeys(_choose_act(mind, rng, skill) for _ in range(most))
+    kinds = dict.fromkeys(_choose_act(mind, rng, skill) for _ in range(2 if rng.random() < 0.6 else 1))
     return " ".join(_word_act(mind, kind, rng) for kind in kinds)
 
 
