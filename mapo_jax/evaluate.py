@@ -11,8 +11,6 @@ before they are scored. So the same command continues an evaluation that was sto
 scored again without any model.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -14,8 +14,6 @@ Of a run with adapters (`lora.rank`) the adapters are merged into the weights; o
 written, in PEFT's format, or the frozen weights beside them.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

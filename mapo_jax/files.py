@@ -1,7 +1,5 @@
 """Files that are either whole or absent, on a disk or in a bucket; errors of disks as one sentence."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Reading JSON and JSON-lines files, with errors that name the file and the line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -8,8 +8,6 @@ policy holds dialogues on the validation cards; their figures are shown and save
 Face folder in a cache. Its name is a hash of everything that determines it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -1,7 +1,5 @@
 """Time limit of a role's call, which does not count the time that the call waits for capacity."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator

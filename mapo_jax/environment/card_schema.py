@@ -1,7 +1,5 @@
 """What a scenario card must hold: its fields, their values, and the phrases of the scripted user."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -7,8 +7,6 @@ Texts that a source lacks become UNTOLD. A judge estimates missing start states 
 The texts keep their licence.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

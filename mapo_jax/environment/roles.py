@@ -4,8 +4,6 @@ A turn of the EMPA loop: the policy replies; the judge scores (sensor); the calc
 the state and decides about the end; the director picks one action (decision maker); the user speaks again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -10,8 +10,6 @@ be read, but no dialogue can begin before a judge has estimated it (`python -m m
 `python -m mapo_jax.environment.scenario check PATH` reads a file or a folder and reports every problem.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

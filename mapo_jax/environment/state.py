@@ -8,8 +8,6 @@ numbers, so that live dialogues and later re-scoring of saved ones share the cod
 Source: EMPA (arXiv 2603.00552), whose state and rules MAPO (arXiv 2603.06194) trains in.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """EMPA's dialogues of a model under evaluation with the world, on every card; saved one by one."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing

@@ -1,7 +1,5 @@
 """A model behind an OpenAI-compatible server, called with bounded concurrency, timeouts and retries."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager

@@ -1,7 +1,5 @@
 """Finds a benchmark's items: a file, or a name whose file is downloaded from its authors."""
 
-from __future__ import annotations
-
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Judged conversations as one HTML page: the scores, the worst turns, every conversation in full."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

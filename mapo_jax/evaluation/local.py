@@ -1,7 +1,5 @@
 """A model on our own engine: loaded from a Hugging Face folder or a run; answers prompts in batches."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The model under evaluation: a model folder, a run's checkpoint, or an endpoint."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

@@ -5,8 +5,6 @@ A transcript is one line of JSON with `messages` (role and content). The judge a
 start state. Without either the start state is UNKNOWN_START, the mean of the benchmark's cases.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 `train` runs them, and `tpu.compile` compiles them for a TPU slice without hardware.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

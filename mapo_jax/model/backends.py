@@ -9,8 +9,6 @@
 The platform is that of the mesh, not of the process: so a TPU program can be compiled without a TPU.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

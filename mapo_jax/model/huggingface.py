@@ -1,7 +1,5 @@
 """Hugging Face model folders: config.json and safetensors weights, read and written."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -6,8 +6,6 @@ The sum is computed for each slice of a tensor as it is read, so that such a mod
 any other.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

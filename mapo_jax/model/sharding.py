@@ -1,7 +1,5 @@
 """Shardings: tables of which array axis is cut along which mesh axis, and functions over them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

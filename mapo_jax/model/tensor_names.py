@@ -1,7 +1,5 @@
 """Hugging Face's names and layouts of our parameters: one table for reading, writing and comparing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

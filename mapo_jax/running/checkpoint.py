@@ -1,7 +1,5 @@
 """Checkpoints of a run: saved in the background, verified by checksums, restored into any sharding."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence

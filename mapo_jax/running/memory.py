@@ -14,8 +14,6 @@ The compiler orders its buffers differently, so its figure differs: by at most 1
 that.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

@@ -7,8 +7,6 @@ several orders: order k rotates the choices, and over four orders each of four c
 Source: Sabour et al., EmoBench: Evaluating the Emotional Intelligence of Large Language Models (ACL 2024).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

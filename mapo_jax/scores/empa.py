@@ -6,8 +6,6 @@ row, in which nothing moves. An index is capped at 100 only if its formula says 
 Source: EMPA (arXiv 2603.00552).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict

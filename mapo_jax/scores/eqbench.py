@@ -7,8 +7,6 @@ Sources: Paech, EQ-Bench: An Emotional Intelligence Benchmark for Large Language
 version 2 of the scoring (full scale); how answers are parsed: `lib/scoring.py` of the benchmark's repository.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What determines the result of a warm start, and the hash of it that names the folder in the cache."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Texts of the warm start: chats from a JSONL file, or synthetic dialogues of the scripted world."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

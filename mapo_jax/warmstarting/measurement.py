@@ -1,7 +1,5 @@
 """The figures of a warm start with the validation cards, and the gate before reinforcement learning."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Finished calls in SQLite, so that a restarted run pays for none of them twice."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sqlite3

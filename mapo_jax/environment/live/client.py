@@ -7,8 +7,6 @@ A server may send anything. The results of this module are valid: text of whole 
 token counts that are counts, and CallFailed for everything else.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import math

@@ -6,8 +6,6 @@ repeated template, flattery, length, an early farewell. If a probe scores as wel
 will learn it.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

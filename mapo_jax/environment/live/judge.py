@@ -1,7 +1,5 @@
 """The judge, played by a language model: 18 fields for one reply, each level after its evidence."""
 
-from __future__ import annotations
-
 import asyncio
 import statistics
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Keys of servers: read from environment variables, checked before use, and removed from servers' texts."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

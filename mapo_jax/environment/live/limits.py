@@ -1,7 +1,5 @@
 """Limits: requests and tokens per minute, estimates of tokens, and open files."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import resource

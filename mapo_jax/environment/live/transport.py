@@ -1,7 +1,5 @@
 """HTTP responses of any size and content: bounded, unpacked, and parsed as JSON."""
 
-from __future__ import annotations
-
 import email.utils
 import math
 import time

@@ -1,7 +1,5 @@
 """Scores a reply to the scripted user: levels with evidence and reasons, and the user's mind after it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The mind of a dialogue, computed turn by turn and cached, so that a new turn costs one step."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 from mapo_jax.environment.dialogue import Action, DialogueState

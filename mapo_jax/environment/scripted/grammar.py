@@ -4,8 +4,6 @@ A sentence counts as an act only if the *whole* sentence fits a construction. An
 checked for coherence, so a list of cue words is never an act.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import defaultdict

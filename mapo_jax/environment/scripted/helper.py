@@ -1,7 +1,5 @@
 """Scripted policies: the good helper, an upper bound, and a speaker of mixed quality for synthetic data."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache

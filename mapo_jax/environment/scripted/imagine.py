@@ -5,8 +5,6 @@ them from the user's message. The words are those of all cards, so that a small 
 world; the phrases of validation and test cards occur by chance only.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

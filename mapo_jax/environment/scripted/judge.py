@@ -1,7 +1,5 @@
 """The scripted judge: parses the reply with the grammar and scores it against what the user has said."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Metrics of the scripted judge's readings: kinds of replies, accuracy of naming, progress of the story."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache

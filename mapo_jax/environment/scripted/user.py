@@ -1,7 +1,5 @@
 """The scripted user: speaks from the card by stage, mood, the last reply, and the director's guidance."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 
