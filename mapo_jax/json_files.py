@@ -33,9 +33,7 @@ def read_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, Any]
         yield place, row
 
 
-def read_values(
-    path: str | Path, what: str, convert: Callable[[Any], Any] = encodable
-) -> Iterator[tuple[str, Any]]:
+def read_values(path: str | Path, what: str, convert: Callable = encodable) -> Iterator[tuple[str, Any]]:
     """The values of a JSON-lines file, each with its place ("FILE, line N"); skips blank lines.
 
     Args:

@@ -134,9 +134,7 @@ def loss_denominator(
         if constant_length is None:
             raise ValueError("the aggregation constant-length needs a constant_length")
         return Denominator(rows * constant_length, tokens)
-    raise ValueError(
-        f"the aggregation is {aggregation!r}; it must be token-mean, sequence-mean or constant-length"
-    )
+    raise ValueError(f"the aggregation is {aggregation!r}, not token-mean, sequence-mean or constant-length")
 
 
 def aggregate(
@@ -222,13 +220,11 @@ def policy_loss(
         return aggregate(values, mask, denominator.tokens)
 
     ratio = importance_ratio(logprobs, old_logprobs)
-    surrogate = clipped_surrogate(
-        ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
-    token_loss = surrogate.loss
+    terms = clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    token_loss = terms.loss
     metrics = {
-        "clip_fraction": token_mean(surrogate.clipped),
-        "dual_clip_fraction": token_mean(surrogate.dual_clipped),
+        "clip_fraction": token_mean(terms.clipped),
+        "dual_clip_fraction": token_mean(terms.dual_clipped),
         "approx_kl": token_mean(ratio - 1.0 - (logprobs - old_logprobs)),
         "ratio_mean": token_mean(ratio),
         "ratio_max": jnp.max(jnp.where(mask, ratio, 0.0)),

@@ -138,7 +138,5 @@ def only_model(url: str) -> str:
             "the URL end with /v1? Name one with --endpoint-model"
         ) from None
     if len(names) != 1:
-        raise UserError(
-            f"the endpoint {url} offers {', '.join(names) or 'no model'}; choose by --endpoint-model"
-        )
+        raise UserError(f"the endpoint {url} offers {', '.join(names) or 'no model'}; use --endpoint-model")
     return names[0]

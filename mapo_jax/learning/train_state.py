@@ -57,9 +57,7 @@ def create_state(
     return TrainState(trained, initial(trained), step, copy(trained) if reference else None, base)
 
 
-def abstract_state(
-    params: Any, optimizer: Optimizer, *, shardings: Any, reference: bool = False
-) -> TrainState:
+def abstract_state(params: Any, optimizer: Optimizer, *, shardings, reference: bool = False) -> TrainState:
     """The shapes, types and shardings of `create_state`'s result, without arrays; the target of a restore.
 
     Args:
@@ -76,9 +74,7 @@ def trained_and_frozen(params: Any) -> tuple[Any, Any]:
     return (adapters, base) if adapters else (params, None)
 
 
-def state_shardings(
-    optimizer: Optimizer, params: Params, shardings: Any, reference: bool
-) -> TrainState | None:
+def state_shardings(optimizer: Optimizer, params: Params, shardings, reference: bool) -> TrainState | None:
     """A TrainState of shardings: the moments are cut like the weights, the counts are replicated."""
     if shardings is None:
         return None

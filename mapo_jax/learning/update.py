@@ -276,9 +276,7 @@ def make_update(
     return _compile(update, scoring, optimizer, shardings, reference=algorithm.kl_coefficient > 0)
 
 
-def _compile(
-    update: Update, scoring: Scoring, optimizer: Optimizer, shardings: Any, reference: bool
-) -> Update:
+def _compile(update: Update, scoring: Scoring, optimizer: Optimizer, shardings, reference: bool) -> Update:
     # With a mesh the new state must have the old one's shardings: else the next call compiles again.
     state = state_shardings(optimizer, parameter_shapes(scoring.config), shardings, reference)
     return jax.jit(update, donate_argnums=0, out_shardings=state and (state, None))

@@ -124,9 +124,7 @@ def adapt(folder: Path | str, tensors: Mapping[str, Any], stack: ExitStack) -> d
         fits = down is not None and up is not None and down.ndim == up.ndim == 2
         if not fits or (len(up), down.shape[1]) != shape or up.shape[1] != len(down):
             name, other = (names["A"], "B") if "A" in names else (names["B"], "A")
-            raise UserError(
-                f"{file}: {name} and its {other} do not fit the base's {target}, which is {list(shape)}"
-            )
+            raise UserError(f"{file}: {name} and its {other} do not fit the base's {target}, {list(shape)}")
         rank = _by_pattern(settings, "rank_pattern", module, settings["r"])
         if len(down) != rank:
             raise UserError(

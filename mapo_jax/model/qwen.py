@@ -163,7 +163,8 @@ class Qwen(nnx.Module):
     """The whole model as a tree of parameters; `hidden_states` and `extend` are its forward passes."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=_normal, rngs=rngs)
+        width, size = config.hidden_size, config.vocab_size
+        self.embed = nnx.Embed(size, width, embedding_init=_normal, rngs=rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -171,11 +172,9 @@ class Qwen(nnx.Module):
             return Block(config, jnp.float32, rngs=rngs)
 
         self.layers = stack(rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(width, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.head = nnx.Linear(
-                config.hidden_size, config.vocab_size, use_bias=False, kernel_init=_normal, rngs=rngs
-            )
+            self.head = nnx.Linear(width, size, use_bias=False, kernel_init=_normal, rngs=rngs)
 
 
 # (query, key, value), rotated -> (output of the heads, the layer's new cache entry or None)

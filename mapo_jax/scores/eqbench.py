@@ -206,9 +206,7 @@ def score_answers(
     known = {question.id for question in questions}
     for name in answers:
         if name not in known:
-            raise UserError(
-                f"there is an answer to question {name}, which is not among the {len(known)} questions"
-            )
+            raise UserError(f"there is an answer to question {name}, not one of the {len(known)} questions")
     replies = {name: spoken(text) for name, text in answers.items()}
     texts = {name: _plain(text, parsing) for name, text in replies.items() if text and not text.isspace()}
     if revision is None:

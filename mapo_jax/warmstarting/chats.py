@@ -104,10 +104,7 @@ def _joined(content: Any) -> Any:
     """The text of a list of text parts; anything else as it is."""
     if not isinstance(content, list):
         return content
-    texts = [
-        part.get("text") if isinstance(part, dict) and part.get("type") in _TEXT_PARTS else part
-        for part in content
-    ]
+    texts = [p.get("text") if isinstance(p, dict) and p.get("type") in _TEXT_PARTS else p for p in content]
     return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 

@@ -112,8 +112,8 @@ def gate(measured: Mapping[str, float], min_naming_ratio: float) -> None:
                 f"the warm start is too weak: it names the user's {what} right {accuracy:.0%} of the time, "
                 f"where {needed:.0%} ({min_naming_ratio:g} times chance) are needed; {remedy}"
             )
-    missing = [kind for kind in (*HELPFUL, "repair") if not measured.get(f"act/{kind}")]
+    missing = ", ".join(kind for kind in (*HELPFUL, "repair") if not measured.get(f"act/{kind}"))
     if missing:
         raise UserError(
-            f"the warm start is too narrow: no reply of the kind {', '.join(missing)} was measured; {remedy}"
+            f"the warm start is too narrow: no reply of the kind {missing} was measured; {remedy}"
         )

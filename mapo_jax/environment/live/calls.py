@@ -78,10 +78,8 @@ class CallLog:
 
     def drain(self) -> dict[str, Any]:
         """All figures since the last `drain`, as JSON values without text; resets them."""
-        roles = {
-            role: {**vars(tally), "failures": dict(tally.failures)}
-            for role, tally in sorted(self._tallies.items())
-        }
+        tallies = sorted(self._tallies.items())
+        roles = {role: {**vars(tally), "failures": dict(tally.failures)} for role, tally in tallies}
         drained = {"roles": roles, "lost": dict(self.lost)}
         self._tallies.clear()
         self.lost.clear()

@@ -258,10 +258,7 @@ def _decode(text: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({name for name, _ in pairs}) != len(pairs):
         raise ValueError("a name occurs twice")
-    return {
-        whole_characters(name): whole_characters(value) if isinstance(value, str) else value
-        for name, value in pairs
-    }
+    return {whole_characters(k): whole_characters(v) if isinstance(v, str) else v for k, v in pairs}
 
 
 def _no_constant(name: str) -> Any:

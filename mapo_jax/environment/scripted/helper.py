@@ -1,8 +1,8 @@
 """Scripted policies: the good helper, an upper bound, and a speaker of mixed quality for synthetic data."""
 
-import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from random import Random
 
 from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
 from mapo_jax.environment.dialogue import DialogueState
@@ -41,7 +41,7 @@ def _fresh_fillers(mind: Mind, kind: str) -> list[str]:
     return [filler for filler in right_fillers(mind, kind) if (kind, bare(filler)) not in mind.credited]
 
 
-def say(mind: Mind, kind: str, rng: random.Random, filler: str | None = None, worn: bool = False) -> str:
+def say(mind: Mind, kind: str, rng: Random, filler: str | None = None, worn: bool = False) -> str:
     """A sentence of this kind.
 
     Args:
@@ -86,7 +86,7 @@ _PLAN = {
 def good_helper(state: DialogueState, delayed_opening: bool = True) -> str:
     """A reply that uses the card and the hidden mind: the upper bound of this world."""
     mind = mind_at(state, delayed_opening)
-    rng = random.Random(f"{state.seed}:{state.turn_count}:helper")
+    rng = Random(f"{state.seed}:{state.turn_count}:helper")
     if mind.closed:
         return say(mind, "repair", rng)
     replies = []
@@ -118,9 +118,7 @@ _STOCK_STEPS = 12
 _SKILL = (0.7, 1.0)  # range from which the speaker of a synthetic dialogue draws its skill
 
 
-def speaker(
-    state: DialogueState, rng: random.Random, skill: float = 0.5, delayed_opening: bool = True
-) -> str:
+def speaker(state: DialogueState, rng: Random, skill: float = 0.5, delayed_opening: bool = True) -> str:
     """A reply of mixed quality, for synthetic dialogues.
 
     Args:
@@ -135,7 +133,7 @@ def speaker(
     return " ".join(_word_act(mind, kind, rng) for kind in kinds)
 
 
-def _choose_act(mind: Mind, rng: random.Random, skill: float) -> str:
+def _choose_act(mind: Mind, rng: Random, skill: float) -> str:
     if rng.random() < skill:
         if mind.closed:
             return "repair"
@@ -149,7 +147,7 @@ def _choose_act(mind: Mind, rng: random.Random, skill: float) -> str:
             return kind
 
 
-def _word_act(mind: Mind, kind: str, rng: random.Random) -> str:
+def _word_act(mind: Mind, kind: str, rng: Random) -> str:
     worn = rng.random() < _WORN
     if kind not in (*HELPFUL, "ask"):
         return say(mind, kind, rng, worn=worn)
@@ -180,16 +178,14 @@ def _any_fillers(mind: Mind, kind: str) -> Sequence[str]:
     return said if len(said) > 2 else pool
 
 
-def hold_dialogue(
-    scenario: Scenario, seed: int, policy: Policy, roles: Roles, limits: Limits
-) -> DialogueState:
+def hold_dialogue(card: Scenario, seed: int, policy: Policy, roles: Roles, limits: Limits) -> DialogueState:
     """A whole dialogue with a scripted policy (any function from the state to a reply).
 
     Scripted roles never wait, so this needs no event loop and also runs inside one.
     """
 
     async def run() -> DialogueState:
-        state = DialogueState(scenario, seed, (), await open_dialogue(scenario, seed, roles))
+        state = DialogueState(card, seed, (), await open_dialogue(card, seed, roles))
         while state.outcome is None:
             state = await take_turn(state, policy(state), roles, limits)
         return state
@@ -214,7 +210,7 @@ def synthetic_dialogue(
       turns: most turns; failure may end it sooner.
       delayed_opening: the world's switch.
     """
-    rng = random.Random(f"{seed}:{scenario.id}:speaker")
+    rng = Random(f"{seed}:{scenario.id}:speaker")
     level = rng.uniform(*_SKILL)
     roles = Roles(*(role(delayed_opening) for role in (ScriptedUser, ScriptedJudge, ScriptedDirector)))
     limits = Limits(turns, turns)  # nothing ends it before its last turn, so that the data holds late stages
