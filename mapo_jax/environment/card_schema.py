@@ -30,15 +30,13 @@ def _text(value: Any, check: Callable[[str], str | None] = lambda text: None) ->
 
 
 def _age(value: Any) -> str | None:
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 120:
-        return None
-    return f"must be a whole number of years, not {value!r}"
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 120
+    return None if fits else f"must be a whole number of years, not {value!r}"
 
 
 def _level(value: Any) -> str | None:
-    if isinstance(value, bool) or value not in (0, 1, 2, 3):
-        return f"must be 0, 1, 2 or 3, not {value!r}"
-    return None
+    fits = not isinstance(value, bool) and value in (0, 1, 2, 3)
+    return None if fits else f"must be 0, 1, 2 or 3, not {value!r}"
 
 
 def _choice(choices: Sequence[str]) -> Callable[[Any], str | None]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-if TYPE_CHECKING:
-    from mapo_jax.rollout.collect import Dialogue
+from mapo_jax.rollout.collect import Dialogue
 
 ONE_LENGTH = 512  # most tokens of rows that are all padded alike
 _SHUFFLE_STREAM = 0x5EED  # keeps the shuffle's numbers apart from other uses of the same seed

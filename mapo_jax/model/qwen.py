@@ -138,8 +138,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"], rotary, attend: Attend):
         query, key, value = self.q(x), self.k(x), self.v(x)
         if self.qk_norm:
-            query = self.q_norm(query)
-            key = self.k_norm(key)
+            query, key = self.q_norm(query), self.k_norm(key)
         output, carried = attend(rotate(query, rotary), rotate(key, rotary), value)
         return self.o(output), carried
 

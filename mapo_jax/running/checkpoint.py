@@ -226,23 +226,19 @@ def _chunked(saved: Any) -> _Save:
 def _to_saved(state: TrainState) -> dict[str, Any]:
     # The optimizer's named tuples become a flat dict, so that the format has names and arrays only. The base
     # beside adapters never changes: the run folder has it once.
-    optimizer = {_dotted(path): leaf for path, leaf in _leaves(state.opt_state)}
-    saved = {"params": state.params, "optimizer": optimizer, "step": state.step}
+    saved = {"params": state.params, "optimizer": _by_name(state.opt_state), "step": state.step}
     return saved if state.reference is None else saved | {"reference": state.reference}
 
 
 def _from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:
-    moments = [saved["optimizer"][_dotted(path)] for path, _ in _leaves(template.opt_state)]
+    moments = [saved["optimizer"][name] for name in _by_name(template.opt_state)]
     opt_state = jax.tree.unflatten(jax.tree.structure(template.opt_state), moments)
     return TrainState(saved["params"], opt_state, saved["step"], saved.get("reference"))
 
 
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
-
-
-def _dotted(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 # --- Reading arrays. ---
@@ -298,7 +294,7 @@ def open_params(folder: Path, template: Any) -> Callable[[str, int | None], np.n
     with _read_errors(folder):
         saved = ocp.PyTreeCheckpointHandler().metadata(state).tree
         _refuse_other_shapes(folder, {"params": saved.get("params", {})}, {"params": template})
-        for name in (_dotted(path) for path, _ in _leaves(template)):
+        for name in _by_name(template):
             kvstore = {"driver": "ocdbt", "base": state.as_uri(), "path": f"params.{name}/"}
             spec = {"driver": "zarr", "kvstore": kvstore}
             stores[name.replace(".", "/")] = tensorstore.open(spec, read=True, open=True)
@@ -313,8 +309,8 @@ def open_params(folder: Path, template: Any) -> Callable[[str, int | None], np.n
 
 
 def _refuse_other_shapes(folder: Path, saved: Any, template: Any) -> None:
-    there = {_dotted(path): tuple(leaf.shape) for path, leaf in _leaves(saved)}
-    here = {_dotted(path): tuple(leaf.shape) for path, leaf in _leaves(template)}
+    there = {name: tuple(leaf.shape) for name, leaf in _by_name(saved).items()}
+    here = {name: tuple(leaf.shape) for name, leaf in _by_name(template).items()}
     for name in (*here, *there):
         if name not in there:
             problem = f"the checkpoint {folder} has no {name}"

@@ -121,10 +121,8 @@ class Server:
           attempts: maximum of attempts per call.
           on_attempt: called after every attempt, with its seconds if it succeeded, else its kind of failure.
         """
-        self._config = config
-        self._call_seconds = call_seconds
-        self._attempts = attempts
-        self._first_wait = min(1.0, call_seconds / 60)
+        self._config, self._attempts = config, attempts
+        self._call_seconds, self._first_wait = call_seconds, min(1.0, call_seconds / 60)
         self._on_attempt = on_attempt or (lambda seconds, failure: None)
         self._scrub = scrubber(key)
         self._requests = PerMinute(config.requests_per_minute)

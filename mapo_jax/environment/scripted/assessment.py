@@ -320,10 +320,9 @@ def _judge_misnaming(mind: Mind, kind: str, filler: str, standing: str, text: st
     elif kind in ("name_feeling", "name_unstated"):
         mild = standing == "stale" or (kind == "name_unstated" and standing == "unsaid")
         levels = {"A": -1} if mild else {"A": -1, "C": -1}
-    elif kind == "affirm_strength":
-        levels = {"C": -1, "P": -1}
-    else:  # offer_step
-        levels = {"P": -1 if mind.heard else -2, "C": -1}
+    else:
+        hasty = kind == "offer_step" and not mind.heard
+        levels = {"C": -1, "P": -2 if hasty else -1}
     reason, reaction = _MISNAMED[standing]
     tally.hurt(levels, text, f"`{filler}` {reason}", reaction)
 
