@@ -66,9 +66,8 @@ class Endpoint:
         from mapo_jax.environment.live.client import Connections, Server
 
         allow_connections(self.concurrency, "--concurrency")
-        role = RoleConfig(
-            url=self.url, model=self.model, temperature=self.temperature, max_tokens=self.max_tokens
-        )
+        sampling = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        role = RoleConfig(url=self.url, model=self.model, **sampling)
         failed = in_a_row = 0
         last = ""
 

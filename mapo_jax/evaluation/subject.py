@@ -57,9 +57,8 @@ class Subject:
         """Answers prompts, whatever kind of model it is."""
         if self.endpoint is not None:
             return self.connection(options, temperature, max_tokens)
-        return EngineAnswerer(
-            self.load(), temperature, max_tokens, options.seed, console, slots=options.concurrency
-        )
+        model, slots = self.load(), options.concurrency
+        return EngineAnswerer(model, temperature, max_tokens, options.seed, console, slots=slots)
 
 
 def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) -> Subject:

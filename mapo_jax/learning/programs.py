@@ -74,9 +74,8 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     """A mini-batch of the longest rows, as `jax.ShapeDtypeStruct`s with shardings."""
     shape = (minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
     sharding = batch_sharding(mesh)
-    whole, truth, real = (
-        jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in (jnp.int32, jnp.bool_, jnp.float32)
-    )
+    kinds = (jnp.int32, jnp.bool_, jnp.float32)
+    whole, truth, real = (jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in kinds)
     return Batch(whole, whole, truth, real, real, real)
 
 

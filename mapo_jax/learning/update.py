@@ -104,9 +104,8 @@ def _policy_loss(
 ) -> Loss:
     columns = _loss_columns(batch.mask, scoring.loss_tokens)
     mask = _at(columns, batch.mask)
-    old, sampled, advantages = (
-        _at(columns, array) for array in (batch.old_logprobs, batch.sampler_logprobs, batch.advantages)
-    )
+    given = (batch.old_logprobs, batch.sampler_logprobs, batch.advantages)
+    old, sampled, advantages = (_at(columns, array) for array in given)
     logprobs, entropy = _score(params, scoring, batch, columns, mask)
     if not algorithm.entropy_coefficient:
         entropy = jax.lax.stop_gradient(entropy)  # only reported: no backward pass for it

@@ -38,9 +38,8 @@ def _kernel(params: Params, config: QwenConfig) -> tuple[Array, int]:
 
 
 def _logits(kernel, axis, hidden, vocabulary, vocabulary_size):
-    scores = jax.lax.dot_general(
-        hidden, kernel, (((hidden.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    axes = (((hidden.ndim - 1,), (axis,)), ((), ()))
+    scores = jax.lax.dot_general(hidden, kernel, axes, preferred_element_type=jnp.float32)
     return scores if vocabulary_size is None else jnp.where(vocabulary < vocabulary_size, scores, MASKED)
 
 

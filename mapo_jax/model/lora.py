@@ -46,9 +46,8 @@ class AdaptedLinear(nnx.LinearGeneral):
         super().__init__(in_features, out_features, rngs=rngs, **options)
         width = math.prod(self.in_features)
         # Uniform in +-1/sqrt(fan-in), as in PEFT.
-        start = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(
-            rngs.params(), (width, lora.rank), jnp.float32
-        )
+        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        start = uniform(rngs.params(), (width, lora.rank), jnp.float32)
         self.lora_a = nnx.Param(start.reshape(*self.in_features, lora.rank))
         self.lora_b = nnx.Param(jnp.zeros((lora.rank, *self.out_features)))
         self.scale = lora.scale

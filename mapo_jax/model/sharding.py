@@ -228,9 +228,8 @@ def sharding_table(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:
 
     def cut(sizes: Sequence[Any], spec: PartitionSpec) -> str:
         axes = ("+".join(axis) if isinstance(axis, tuple) else axis for axis in spec)
-        return " x ".join(
-            f"{size}/{axis}" if axis else f"{size}" for size, axis in zip(sizes, axes, strict=True)
-        )
+        pairs = zip(sizes, axes, strict=True)
+        return " x ".join(f"{size}/{axis}" if axis else f"{size}" for size, axis in pairs)
 
     table = []
     parameters = jax.tree_util.tree_leaves_with_path(shapes)

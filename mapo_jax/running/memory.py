@@ -78,9 +78,8 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
     total, shards = minibatch_rows(config), row_shards(mesh)
     rows = microbatch_rows(total, length, config.training.microbatch_tokens, shards)
     share = _device_share(model, mesh)
-    microbatch = _Microbatch(
-        share, rows // shards, length, dtype, attention_name(config.model.attention, mesh, model, dtype)
-    )
+    attention = attention_name(config.model.attention, mesh, model, dtype)
+    microbatch = _Microbatch(share, rows // shards, length, dtype, attention)
     work = max(_layer_work(microbatch), _head_work(config, microbatch, model, mesh))
     gradient = trained if rows == total else 2 * trained
     if mesh.devices.flat[0].platform == "tpu":

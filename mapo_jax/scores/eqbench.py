@@ -106,9 +106,7 @@ def read_answers(path: str | Path) -> dict[str, str | None]:
       UserError: the file cannot be read, or is neither; names the line or the id.
     """
     if Path(path).suffix == ".jsonl":
-        rows: Iterable[tuple[str, Any, Any]] = (
-            (place, row.get("id"), row.get("answer", ...)) for place, row in read_rows(path, "answers")
-        )
+        rows = ((at, row.get("id"), row.get("answer", ...)) for at, row in read_rows(path, "answers"))
     else:
         content = read_json(path, "answers")
         if not isinstance(content, dict):

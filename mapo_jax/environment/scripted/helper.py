@@ -214,7 +214,8 @@ def synthetic_dialogue(
     level = rng.uniform(*_SKILL)
     roles = Roles(*(role(delayed_opening) for role in (ScriptedUser, ScriptedJudge, ScriptedDirector)))
     limits = Limits(turns, turns)  # nothing ends it before its last turn, so that the data holds late stages
-    state = hold_dialogue(
-        scenario, seed, lambda state: speaker(state, rng, level, delayed_opening), roles, limits
-    )
-    return state.messages
+
+    def policy(state: DialogueState) -> str:
+        return speaker(state, rng, level, delayed_opening)
+
+    return hold_dialogue(scenario, seed, policy, roles, limits).messages
