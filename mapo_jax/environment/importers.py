@@ -19,8 +19,8 @@ from mapo_jax.commands import run_command
 from mapo_jax.environment.card_schema import DOMAINS, INDICATORS
 from mapo_jax.environment.scenario import print_problems, read_cards
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
-from mapo_jax.json_files import read_json, read_values
+from mapo_jax.files import encodable, write_whole
+from mapo_jax.json_files import read_json
 
 UNTOLD = "没有提到。"
 _LONGEST = 1500  # characters of one field
@@ -198,11 +198,11 @@ def import_sage(path: Path) -> list[dict[str, Any]]:
       UserError: an unreadable file, or a profile that lacks a field; names its line.
     """
     cards = []
-    for place, profile in read_values(path, "SAGE profiles"):
+    for number, line in enumerate(_read(path).rstrip("\n").split("\n"), start=1):
         try:
-            cards.append(sage_card(profile))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{place} is no SAGE profile: {error!r}") from error
+            cards.append(sage_card(encodable(json.loads(line))))
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{path}, line {number} is no SAGE profile: {error!r}") from error
     return cards
 
 
