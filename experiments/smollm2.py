@@ -47,8 +47,9 @@ from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.running.model_folder import whole_folder
 from mapo_jax.running.policy import load_policy
 from mapo_jax.tokenizer import train_tokenizer, write_tokenizer
-from mapo_jax.warmstart import measure, run_warmstart
+from mapo_jax.warmstart import run_warmstart
 from mapo_jax.warmstarting.chats import synthetic_chats
+from mapo_jax.warmstarting.measurement import measure
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase

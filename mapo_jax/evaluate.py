@@ -11,12 +11,10 @@ before they are scored. So the same command continues an evaluation that was sto
 scored again without any model.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,8 +67,8 @@ def run_eqbench(options: argparse.Namespace, console: Console) -> None:
     if options.answers is None:  # saved answers are scored even if a prompt cannot be built
         prompts = [Prompt(one.id, one.prompt(revision), {"id": one.id}) for one in questions]
     settings = {"benchmark": "eqbench", "revision": revision, "questions": _fingerprint(prompts)}
-    max_tokens = EQBENCH_REVISION_TOKENS if revision else EQBENCH_TOKENS
-    file, folder = _answers(options, console, prompts, settings, 0.0, max_tokens)
+    settings |= {"temperature": 0.0, "max_tokens": EQBENCH_REVISION_TOKENS if revision else EQBENCH_TOKENS}
+    file, folder = _answers(options, console, prompts, settings)
     answers = eqbench.read_answers(file)
     if options.answers is not None:
         revision = revision or None  # None: read from the answers
@@ -89,7 +87,8 @@ def run_emobench(options: argparse.Namespace, console: Console) -> None:
     protocol = emobench.PROTOCOLS[options.protocol]
     prompts = [_emobench_prompt(asking) for asking in emobench.askings(items, protocol)]
     settings = {"benchmark": "emobench", "protocol": options.protocol, "items": _fingerprint(prompts)}
-    file, folder = _answers(options, console, prompts, settings, protocol.temperature, EMOBENCH_TOKENS)
+    settings |= {"temperature": protocol.temperature, "max_tokens": EMOBENCH_TOKENS}
+    file, folder = _answers(options, console, prompts, settings)
     answers = emobench.read_answers(file, items)
     scores = emobench.score_answers(items, answers, seed=options.seed)
     console.print(Group(*tables.emobench_tables(scores)))
@@ -106,29 +105,20 @@ def _fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def _answers(
-    options: argparse.Namespace,
-    console: Console,
-    prompts: Sequence[Prompt],
-    settings: Mapping[str, Any],
-    temperature: float,
-    max_tokens: int,
+    options: argparse.Namespace, console: Console, prompts: Sequence[Prompt], settings: dict[str, Any]
 ) -> tuple[Path | str, Folder | None]:
-    """The file with the answers, and the folder of this evaluation; none for saved answers."""
+    """The file with the answers, and the folder of this evaluation; none for saved answers.
+
+    `settings` has the benchmark's own `temperature` and `max_tokens`; options take their place.
+    """
     if options.answers is not None:
         return options.answers, None
     subject = find_subject(options)
-    sampling = {
-        "temperature": temperature if options.temperature is None else options.temperature,
-        "max_tokens": options.max_tokens or max_tokens,
-    }
+    given = {"temperature": options.temperature, "max_tokens": options.max_tokens}
+    sampling = {name: settings[name] if value is None else value for name, value in given.items()}
     folder = Folder(options.output or subject.output(settings["benchmark"]), ANSWERS)
-    settings = {
-        **subject.identity,
-        **settings,
-        **sampling,
-        "seed": options.seed,
-        "system_prompt": subject.config.rollout.system_prompt,
-    }
+    prompt = subject.config.rollout.system_prompt
+    settings = {**subject.identity, **settings, **sampling, "seed": options.seed, "system_prompt": prompt}
     prepare_jax(subject.config.run.compilation_cache)
     with stoppable(folder) as check:
         ask(lambda: subject.answerer(options, console, **sampling), prompts, folder, settings, console, check)
@@ -149,17 +139,13 @@ def run_empa(options: argparse.Namespace, console: Console) -> None:
             why.append("the user or the director failed")
         reasons = " and in others ".join(why)
         if not rows:
-            raise UserError(
-                f"no dialogue came to an end in {folder.path}, as {reasons}; the same command tries again"
-            )
+            raise UserError(f"no dialogue ended in {folder.path} as {reasons}; the same command tries again")
         if broken:
             notes.append(
                 f"{broken} of {expected} dialogues broke off, as {reasons}; the same command tries them again"
             )
         if short := sum(row["rule"] == "max_tokens" for row in rows):
-            notes.append(
-                f"{short} of {len(rows)} dialogues ended because no further reply fitted the model's row"
-            )
+            notes.append(f"{short} of {len(rows)} dialogues ended as no further reply fitted the model's row")
         cases = [empa.make_case(row, f"dialogue {row['case']}") for row in rows]
     models = empa.summarize_models(cases, seed=options.seed)
     console.print(Group(*tables.empa_tables(models)))
@@ -255,11 +241,9 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     chats = transcripts.read_transcripts(options.transcripts, cards, need_card=scripted)
     default = Path("evaluations") / f"dialogues-{Path(options.transcripts).stem}"
     folder = Folder(options.output or default, transcripts.JUDGED)
-    settings = {
-        "benchmark": "dialogues",
-        "transcripts": fingerprint([c.id, c.turns, c.scenario.id, c.scenario.start] for c in chats),
-        **_flat("environment", config.environment),
-    }
+    texts = ([chat.id, chat.turns, chat.scenario.id, chat.scenario.start] for chat in chats)
+    settings = {"benchmark": "dialogues", "transcripts": fingerprint(texts)}
+    settings |= _flat("environment", config.environment)
     with (
         folder.opened(settings) as file,  # refuses another evaluation's folder before a judge writes to it
         stoppable(folder) as check,
@@ -357,9 +341,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("emobench", help="EmoBench: what helps best, which emotion, and why")
     option = command.add_argument
-    option(
-        "--items", nargs="+", required=True, metavar="FILE", help=f"JSONL as published, or a name: {homes}"
-    )
+    option("--items", nargs="+", required=True, metavar="FILE", help=f"JSONL as published or a name: {homes}")
     option(
         "--protocol",
         choices=emobench.PROTOCOLS,

@@ -14,8 +14,6 @@ Of a run with adapters (`lora.rank`) the adapters are merged into the weights; o
 written, in PEFT's format, or the frozen weights beside them.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -92,9 +90,7 @@ def export(
     step = int(checkpoint_folder(run, step).name)
     policy = read_policy(run, config.rollout)
     if part != "merged" and policy.config.lora is None:
-        raise UserError(
-            f"{run} trained all weights (lora.rank=0), so there is no part {part!r}; leave out --part"
-        )
+        raise UserError(f"{run} trained all weights (lora.rank=0) and has no part {part!r}; leave out --part")
     plain = replace(policy, config=replace(policy.config, lora=None))
     try:
         with whole_folder(output) as temporary:
@@ -112,9 +108,7 @@ def export(
             if part != "base":
                 _write_card(temporary, run, policy, config, step, dtype, adapters=part == "adapters")
     except FileExistsError as error:
-        raise UserError(
-            f"the output {output} was filled by another program meanwhile; give another folder"
-        ) from error
+        raise UserError(f"the output {output} was filled by another program; give another folder") from error
     return step
 
 
@@ -193,8 +187,7 @@ def check_logits(folder: Path | str, config: Config) -> float:
     # Both compute in float32, with sums in another order: a hundredth of what would change a token's rank.
     if not difference <= LOGIT_TOLERANCE * max(1.0, float(np.abs(theirs).max())):
         raise UserError(
-            f"transformers computes other logits with {folder} than we do: they differ by up to "
-            f"{difference:.2g}"
+            f"transformers computes other logits with {folder} than we do: they differ by {difference:.2g}"
         )
     return difference
 
@@ -210,24 +203,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mapo_jax.export", description="Writes a run's policy as a Hugging Face folder."
     )
-    parser.add_argument("--run", required=True, metavar="RUN", help="run folder")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="new or empty folder")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint; without it the latest")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
-    parser.add_argument(
+    option = parser.add_argument
+    option("--run", required=True, metavar="RUN", help="run folder")
+    option("--output", required=True, metavar="FOLDER", help="new or empty folder")
+    option("--step", type=int, metavar="N", help="checkpoint; without it the latest")
+    option("--dtype", choices=DTYPES, default="float32", help="of the written weights")
+    option(
         "--part",
         choices=PARTS,
         default="merged",
         help="of a run with adapters: merged into the weights (default), alone for PEFT, or the base",
     )
-    parser.add_argument(
-        "--shard-gb", type=float, default=5.0, metavar="GB", help="most of one weights file (default: 5)"
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="compare logits with transformers' (loads the model; needs torch)",
-    )
+    option("--shard-gb", type=float, default=5.0, metavar="GB", help="most of one weights file (default: 5)")
+    option("--check", action="store_true", help="compare logits with transformers' (in memory; needs torch)")
     options = parser.parse_args(arguments)
 
     def command() -> None:
@@ -236,14 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--check computes with a whole model; leave it out with --part adapters")
         if not options.shard_gb > 0:
             raise UserError(f"--shard-gb is {options.shard_gb:g}; it must be above 0")
-        step = export(
-            options.run,
-            options.output,
-            step=options.step,
-            dtype=options.dtype,
-            max_shard_bytes=options.shard_gb * 1e9,
-            part=options.part,
-        )
+        chosen = {"step": options.step, "dtype": options.dtype, "part": options.part}
+        step = export(options.run, options.output, max_shard_bytes=options.shard_gb * 1e9, **chosen)
         show(f"step {step} of {options.run} is in {options.output}: read again and found the same")
         if options.check:
             difference = check_logits(options.output, load_config(Path(options.run) / CONFIG_FILE))
@@ -253,4 +235,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

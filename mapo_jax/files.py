@@ -1,7 +1,5 @@
 """Files that are either whole or absent, on a disk or in a bucket; errors of disks as one sentence."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -70,13 +68,29 @@ def encodable(value: Any) -> Any:
     return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
-def read_object(path: Path | str) -> dict[str, Any] | None:
-    """The JSON object in a file; None if the file is missing, truncated, or holds something else."""
+def required_object(path: Path | str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: the file cannot be read, or holds something else.
+    """
     try:
         value = json.loads(as_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return value
+
+
+def read_object(path: Path | str) -> dict[str, Any] | None:
+    """`required_object`, or None if the file is missing, truncated, or holds something else."""
+    try:
+        return required_object(path)
+    except UserError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def append_line(path: Path | str, line: bytes) -> None:

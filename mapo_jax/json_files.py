@@ -1,7 +1,5 @@
 """Reading JSON and JSON-lines files, with errors that name the file and the line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,9 +33,7 @@ def read_rows(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, Any]
         yield place, row
 
 
-def read_values(
-    path: str | Path, what: str, convert: Callable[[Any], Any] = encodable
-) -> Iterator[tuple[str, Any]]:
+def read_values(path: str | Path, what: str, convert: Callable = encodable) -> Iterator[tuple[str, Any]]:
     """The values of a JSON-lines file, each with its place ("FILE, line N"); skips blank lines.
 
     Args:

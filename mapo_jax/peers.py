@@ -5,8 +5,6 @@ is missing or dies, it aborts the others with a stack trace, and it has no publi
 (docs/design.md, "Several hosts"). Arrays are exchanged by collectives (`running/processes.py`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

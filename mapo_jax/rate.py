@@ -6,8 +6,6 @@ Writes every card with its start, and the evidence for each level to FILE.eviden
 beside the output, so that the same command continues after a stop.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -1,7 +1,5 @@
 """The text of a model's answer, in any form that servers send, and without its reasoning."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -53,7 +53,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, *, max_tokens: int) -
     fewest = BYTES + len(SPECIAL_TOKENS)
     if vocabulary < fewest:
         raise UserError(f"`model.fresh.vocabulary` is {vocabulary}; it must be at least {fewest}")
-    untrained = _import_transformers().Qwen2Tokenizer(
+    empty = _import_transformers().Qwen2Tokenizer(
         vocab={token: number for number, token in enumerate(SPECIAL_TOKENS)},
         merges=[],
         bos_token=None,
@@ -69,9 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, *, max_tokens: int) -
         split_special_tokens=False,
     )
     alphabet = sorted(ByteLevel.alphabet())
-    return untrained.train_new_from_iterator(
-        texts, vocabulary, initial_alphabet=alphabet, show_progress=False
-    )
+    return empty.train_new_from_iterator(texts, vocabulary, initial_alphabet=alphabet, show_progress=False)
 
 
 def write_tokenizer(

@@ -8,15 +8,10 @@ policy holds dialogues on the validation cards; their figures are shown and save
 Face folder in a cache. Its name is a hash of everything that determines it.
 """
 
-from __future__ import annotations
-
 import argparse
-import asyncio
-import hashlib
 import json
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -24,20 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import tokenizers
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
 
 from mapo_jax.commands import Stopped, cache_folder, prepare_jax, run_command
 from mapo_jax.config import Config, OptimizerConfig, load_config, updated
 from mapo_jax.environment.scenario import load_scenarios
-from mapo_jax.environment.scripted import scripted_roles
-from mapo_jax.environment.scripted.grammar import HELPFUL, KINDS
-from mapo_jax.environment.scripted.readings import reading_metrics, readings
-from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.files import damaged_file, read_object, write_checksums, write_whole
 from mapo_jax.learning.optimizer import make_optimizer
@@ -46,46 +34,27 @@ from mapo_jax.learning.update import Scoring, make_supervised_update, place
 from mapo_jax.model.backends import row_attention
 from mapo_jax.model.qwen import Params, init_params, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
-from mapo_jax.rollout.collect import collect
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.running.forecast import fresh_model
 from mapo_jax.running.model_folder import whole_folder, write_model_folder
-from mapo_jax.running.policy import Policy, load_policy, make_engine
-from mapo_jax.running.stop import Interrupted, StopRequest
-from mapo_jax.scores.figures import summarize
+from mapo_jax.running.policy import Policy, load_policy
+from mapo_jax.running.stop import Check, Interrupted, StopRequest
 from mapo_jax.tokenizer import train_tokenizer
+from mapo_jax.warmstarting.cache_key import cache_key, determinants
 from mapo_jax.warmstarting.chats import Chat, read_chats, synthetic_chats
 from mapo_jax.warmstarting.induction import with_induction_heads
+from mapo_jax.warmstarting.measurement import gate, measure, measurement_table
 from mapo_jax.warmstarting.packing import PackedRows, Renderer, batches, pack
 
 RECORD = "warmstart.json"  # in the result's folder: determinants, loss curve, measurements
 REPORT_EVERY = 10  # updates between reads of the loss: each read waits for the device
-MEASURE_STREAM = 2_000_003  # added to the seed: no dialogue is also one of training or evaluation
 TOKENIZER_CHATS = 1000  # chats that the tokenizer is trained on: more only take more time
 # A short b2: over a short training of a small model, old second moments are no estimate of the present ones.
 OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0, b2=0.95)
 
-_PACKAGE = Path(__file__).parent
-_SOURCES = (
-    "environment/scripted",
-    "environment/card_schema.py",
-    "environment/dialogue.py",
-    "environment/scenario.py",
-    "environment/state.py",
-    "model",
-    "warmstarting",
-    "rollout/rows.py",
-    "tokenizer.py",
-    "learning/update.py",
-)
-
 
 def run_warmstart(
-    config: Config,
-    *,
-    console: Console | None = None,
-    check: Callable[[], None] = lambda: None,
-    mesh: Mesh | None = None,
+    config: Config, *, console: Console | None = None, check: Check = lambda: None, mesh: Mesh | None = None
 ) -> Path:
     """Makes the warm start of a configuration, or takes it from the cache, and checks that it is good enough.
 
@@ -102,7 +71,7 @@ def run_warmstart(
       UserError: bad data or a bad model folder, a full disk, or a result that is too weak to start from.
     """
     console = console or Console(highlight=False, markup=False)
-    folder = Path(config.warmstart.cache or cache_folder("warmstart")) / _key(config)
+    folder = Path(config.warmstart.cache or cache_folder("warmstart")) / cache_key(config)
     if (folder / RECORD).is_file():
         record = read_object(folder / RECORD)
         if (damaged := RECORD if record is None else damaged_file(folder)) is not None:
@@ -118,33 +87,31 @@ def run_warmstart(
     return folder
 
 
-def _make(
-    config: Config, folder: Path, console: Console, check: Callable[[], None], mesh: Mesh
-) -> dict[str, Any]:
-    times = [time.monotonic()]
+def _make(config: Config, folder: Path, console: Console, check: Check, mesh: Mesh) -> dict[str, Any]:
+    started = time.monotonic()
     chats = _chats(config, console)
     policy, params = _start(config, chats, mesh)
     rows = _rows(config, policy, chats)
+    size, vocabulary = config.warmstart.row_tokens, policy.chat.vocabulary_size
     console.print(
-        f"warm start: {len(chats):,} dialogues in {len(rows):,} rows of "
-        f"{config.warmstart.row_tokens} tokens, {rows.fill:.0%} full; {policy.chat.vocabulary_size:,} tokens "
-        "in the vocabulary",
+        f"warm start: {len(chats):,} dialogues in {len(rows):,} rows of {size} tokens, {rows.fill:.0%} full; "
+        f"{vocabulary:,} tokens in the vocabulary",
         soft_wrap=True,
     )
-    times.append(time.monotonic())
+    prepared = time.monotonic()
     params, curve, speed = _train(config, policy, params, rows, mesh, console, check)
-    times.append(time.monotonic())
+    trained = time.monotonic()
     measured = measure(config, policy, params, mesh, check)
-    times.append(time.monotonic())
-    total = times[-1] - times[0]
-    seconds = zip(("prepare", "train", "measure"), np.diff(times).tolist(), strict=True)
+    ended = time.monotonic()
+    seconds = {"prepare": prepared - started, "train": trained - prepared, "measure": ended - trained}
+    total = ended - started
     record = {
-        "made_of": _determinants(config),
+        "made_of": determinants(config),
         "rows": len(rows),
         "loss": curve,
         "tokens_per_second": speed,
         "measured": measured,
-        "seconds": {**dict(seconds), "total": total},
+        "seconds": {**seconds, "total": total},
     }
     # Another process may have made the same warm start meanwhile; either result is good.
     with suppress(FileExistsError), whole_folder(folder) as temporary:
@@ -162,13 +129,10 @@ def _chats(config: Config, console: Console) -> list[Chat]:
     if config.warmstart.data is not None:
         note = partial(console.print, soft_wrap=True, markup=False)
         return read_chats(config.warmstart.data, note)
-    return synthetic_chats(
-        load_scenarios(config.environment.scenarios, "train"),
-        config.warmstart.dialogues,
-        config.training.seed,
-        turns=config.rollout.max_turns,
-        delayed_opening=config.environment.delayed_opening,
-    )
+    cards = load_scenarios(config.environment.scenarios, "train")
+    count, seed = config.warmstart.dialogues, config.training.seed
+    turns, opening = config.rollout.max_turns, config.environment.delayed_opening
+    return synthetic_chats(cards, count, seed, turns=turns, delayed_opening=opening)
 
 
 def _start(config: Config, chats: Sequence[Chat], mesh: Mesh) -> tuple[Policy, Params]:
@@ -195,10 +159,8 @@ def _rows(config: Config, policy: Policy, chats: Sequence[Chat]) -> PackedRows:
         )
     renderer = Renderer(policy.tokenizer, config.rollout.history, config.rollout.system_prompt)
     source, turns = config.warmstart.data or "synthetic dialogues", config.warmstart.turns or None
-    pieces = (
-        renderer.pieces(chat, length, turns, f"{source}, dialogue {number}")
-        for number, chat in enumerate(chats, start=1)
-    )
+    numbered = enumerate(chats, start=1)
+    pieces = (renderer.pieces(chat, length, turns, f"{source}, dialogue {n}") for n, chat in numbered)
     return pack(list(chain.from_iterable(pieces)), length)
 
 
@@ -212,7 +174,7 @@ def _train(
     rows: PackedRows,
     mesh: Mesh,
     console: Console,
-    check: Callable[[], None],
+    check: Check,
 ) -> tuple[Params, list[list[float]], float]:
     """The trained weights, the loss curve as [update, loss] pairs, and tokens/s without compilation."""
     settings, shards = config.warmstart, mesh.shape["data"] * mesh.shape["fsdp"]
@@ -239,13 +201,8 @@ def _train(
     tokens = settings.rows * settings.row_tokens
     began, speed = time.monotonic(), 0.0
     live = config.logging.progress and console.is_terminal
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        "{task.fields[figures]}",
-        TimeRemainingColumn(),
-    )
+    bars = BarColumn(), MofNCompleteColumn()
+    columns = ("{task.description}", *bars, "{task.fields[figures]}", TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not live, transient=True) as progress:
         task = progress.add_task("warm start: compiling", total=settings.steps, figures="")
         for step in range(1, settings.steps + 1):
@@ -271,163 +228,6 @@ def _train(
     return state.params, curve, speed
 
 
-# --- Measurement. ---
-
-
-def measure(
-    config: Config, policy: Policy, params: Params, mesh: Mesh, check: Callable[[], None] = lambda: None
-) -> dict[str, float]:
-    """Holds dialogues with the validation cards and returns their figures.
-
-    It holds twice as many dialogues as a training step, with the sampler of training: enough turns for the
-    rarest kinds of reply to occur.
-
-    Returns:
-      The figures of `summarize` and `reading_metrics`, `truncated` (share of replies cut by the token limit),
-      and for every kind `act/KIND`, the share of replies with an act of this kind.
-    """
-    rollout = config.rollout
-    count = 2 * rollout.scenarios * rollout.rollouts
-    cards = load_scenarios(config.environment.scenarios, "validation")[:count]
-    model = policy.config, policy.chat.stop_ids, policy.chat.vocabulary_size
-    engine = make_engine(*model, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
-    engine.load(params, 0)
-    groups = asyncio.run(
-        collect(
-            cards,
-            count // len(cards),
-            engine,
-            policy.chat,
-            scripted_roles(config.environment),
-            Limits(rollout.min_turns, rollout.max_turns, config.environment.success_tolerance),
-            seed=config.training.seed + MEASURE_STREAM,
-            step=0,
-            concurrency=config.environment.concurrency,
-            on_turn=lambda turns: check(),
-        )
-    )
-    states = [dialogue.state for group in groups for dialogue in group]
-    turns = [turn for state in states for turn in state.turns]
-    acts = [set(reading["acts"]) for reading in readings(states)]
-    return {
-        **summarize(states, config.algorithm.discount),
-        **reading_metrics(states),
-        "truncated": sum(turn.truncated for turn in turns) / len(turns),
-        **{f"act/{kind}": sum(kind in reply for reply in acts) / max(1, len(acts)) for kind in KINDS},
-    }
-
-
-def measurement_table(measured: Mapping[str, float]) -> Table:
-    """The figures to look at before reinforcement learning starts."""
-    table = Table(title="the warm start with the validation cards", title_justify="left")
-    for heading, justify in (("", "left"), ("", "right"), ("chance", "right")):
-        table.add_column(heading, justify=justify)
-
-    def row(label: str, name: str, form: str) -> None:
-        if name in measured:
-            chance = measured.get(f"{name}_chance")
-            table.add_row(label, form.format(measured[name]), "" if chance is None else form.format(chance))
-
-    row("reward per turn (mean IDR)", "reward/mean", "{:+.2f}")
-    row("return of a dialogue", "return/mean", "{:+.2f}")
-    row("EPM-Q", "epm_q", "{:.1f}")
-    for what in ("situation", "feeling", "unstated", "strength", "step", "value"):
-        row(f"{what} named right", f"naming/{what}", "{:.0%}")
-    row("replies cut by the token limit", "truncated", "{:.0%}")
-    table.add_section()
-    for name in sorted(name for name in measured if name.startswith("kind/")):
-        label = "largest share of one kind" if name == "kind/most" else f"share of {name[5:]}"
-        row(label, name, "{:.0%}")
-    return table
-
-
-def gate(measured: Mapping[str, float], min_naming_ratio: float) -> None:
-    """Refuses a policy with which reinforcement learning would collapse to replies that name nothing.
-
-    Situation and feeling must be named correctly `min_naming_ratio` times as often as by chance, and every
-    kind of reply that helps must occur: what is never sampled is never reinforced. A ratio of 0 disables the
-    check.
-
-    Raises:
-      UserError: the policy is too weak; names the figure and the remedy.
-    """
-    if min_naming_ratio == 0:
-        return
-    remedy = "raise warmstart.steps or warmstart.dialogues, or lower warmstart.min_naming_ratio (0: no check)"
-    for what in ("situation", "feeling"):
-        accuracy = measured.get(f"naming/{what}")
-        if accuracy is None:
-            raise UserError(f"the warm start is too weak: it never names the user's {what}; {remedy}")
-        needed = min(1.0, min_naming_ratio * measured[f"naming/{what}_chance"])
-        if accuracy < needed:
-            raise UserError(
-                f"the warm start is too weak: it names the user's {what} right {accuracy:.0%} of the time, "
-                f"where {needed:.0%} ({min_naming_ratio:g} times chance) are needed; {remedy}"
-            )
-    missing = [kind for kind in (*HELPFUL, "repair") if not measured.get(f"act/{kind}")]
-    if missing:
-        raise UserError(
-            f"the warm start is too narrow: no reply of the kind {', '.join(missing)} was measured; {remedy}"
-        )
-
-
-# --- Cache key. ---
-
-
-def _key(config: Config) -> str:
-    text = json.dumps(_determinants(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def _determinants(config: Config) -> dict[str, Any]:
-    """Everything that determines the result, as JSON values: settings, texts, and the code that makes it."""
-    settings = config.warmstart.model_dump(exclude={"cache", "min_naming_ratio"})
-    if settings["data"] is not None:
-        settings["data"] = _digest([Path(settings["data"])])
-    model = config.model.model_dump()
-    if model["path"] is not None:
-        model["fresh"] = None
-        model["path"] = _listing(Path(model["path"]))
-    cards = Path(config.environment.scenarios or _PACKAGE / "environment" / "scenarios")
-    return {
-        "model": model,
-        "warmstart": settings,
-        "rollout": config.rollout.model_dump(
-            include={"history", "system_prompt", "max_turns", "max_tokens", "temperature"}
-        ),
-        "delayed_opening": config.environment.delayed_opening,
-        "seed": config.training.seed,
-        "cards": _digest(sorted(cards.glob("*.yaml")) if cards.is_dir() else [cards]),
-        "code": _digest(list(chain.from_iterable(map(_source_files, _SOURCES)))),
-        "versions": {"jax": jax.__version__, "tokenizers": tokenizers.__version__},
-    }
-
-
-def _source_files(source: str) -> list[Path]:
-    """A module, or the modules and tables of a package."""
-    path = _PACKAGE / source
-    return [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".py", ".yaml"))
-
-
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from error
-        digest.update(f"{file.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:16]
-
-
-def _listing(folder: Path) -> list[str]:
-    """Names, sizes and times of a model folder's files: reading gigabytes of weights would take too long."""
-    if not folder.is_dir():
-        raise UserError(f"`model.path` is {folder}, which is no folder; give a model folder")
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [f"{f.relative_to(folder)} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input or too weak, 128 + n signal n."""
     parser = argparse.ArgumentParser(prog="python -m mapo_jax.warmstart", description=__doc__.split("\n")[0])
@@ -449,4 +249,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -18,7 +18,7 @@ from mapo_jax.model.head import logits
 from mapo_jax.model.huggingface import INDEX, load_params, read_config
 from mapo_jax.model.lora import LoRA, join, split
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_params, parameter_shapes
-from mapo_jax.model.tensor_names import params_reader
+from mapo_jax.model.tensor_names import read_params
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.rows import ChatFormat
@@ -404,12 +404,12 @@ def test_a_damaged_copy_is_found_and_not_left_behind(run, exported, tmp_path, mo
     other = jax.tree.map(lambda leaf: leaf * 1.5, params[7])
     config = Config(rollout=ROLLOUT)
     with pytest.raises(UserError, match=r"tensor model.embed_tokens.weight reads back differently"):
-        verify(exported, policy, params_reader(other), config)
+        verify(exported, policy, read_params(other), config)
     # one number of the last tensor
     one = jax.tree.map(np.array, params[7])
     one["norm"]["scale"][-1] += 1e-3
     with pytest.raises(UserError, match=r"tensor model.norm.weight reads back differently"):
-        verify(exported, policy, params_reader(one), config)
+        verify(exported, policy, read_params(one), config)
 
     def break_it(*arguments):
         raise UserError("broken")

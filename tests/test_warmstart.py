@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import mapo_jax
 from mapo_jax import warmstart
 from mapo_jax.config import load_config
 from mapo_jax.environment.scripted.grammar import KINDS
 from mapo_jax.errors import UserError
 from mapo_jax.model.huggingface import load_params, read_config
 from mapo_jax.running.policy import load_policy
+from mapo_jax.warmstarting.cache_key import cache_key
 from mapo_jax.warmstarting.chats import write_chats
+from mapo_jax.warmstarting.measurement import gate, measurement_table
 
 TINY = [
     "model.fresh.vocabulary=400",
@@ -106,9 +109,9 @@ def test_the_gate_is_asked_for_a_finished_one_too(made, cache):
 
 def test_cards_and_data_are_part_of_the_name(tmp_path):
     def key(*changes):
-        return warmstart._key(_config(tmp_path, *changes))
+        return cache_key(_config(tmp_path, *changes))
 
-    embedded = Path(warmstart.__file__).parent / "environment" / "scenarios"
+    embedded = Path(mapo_jax.__file__).parent / "environment" / "scenarios"
     cards = tmp_path / "cards"
     cards.mkdir()
     for file in embedded.glob("*.yaml"):
@@ -176,10 +179,10 @@ GOOD = {
 
 
 def test_the_gate_lets_a_good_warm_start_through():
-    warmstart.gate(GOOD, 2.0)
-    warmstart.gate({}, 0)
+    gate(GOOD, 2.0)
+    gate({}, 0)
     perfect = {**GOOD, "naming/situation": 1.0, "naming/feeling": 1.0}
-    warmstart.gate(perfect, 20)  # nobody can be right more often than always
+    gate(perfect, 20)  # nobody can be right more often than always
 
 
 @pytest.mark.parametrize(
@@ -197,13 +200,13 @@ def test_the_gate_lets_a_good_warm_start_through():
 def test_the_gate_names_what_is_too_weak(change, message):
     measured = {name: value for name, value in {**GOOD, **change}.items() if value is not None}
     with pytest.raises(UserError, match=message) as caught:
-        warmstart.gate(measured, 2.0)
+        gate(measured, 2.0)
     assert "warmstart.steps" in str(caught.value)
 
 
 def test_the_table_shows_naming_beside_chance():
     console = Console(record=True, width=80, file=io.StringIO())
-    console.print(warmstart.measurement_table({**GOOD, "kind/ask": 0.125, "reward/mean": -1.5}))
+    console.print(measurement_table({**GOOD, "kind/ask": 0.125, "reward/mean": -1.5}))
     text = console.export_text()
     assert [cell.strip() for line in text.splitlines() if "situation" in line for cell in line.split("│")][
         1:4

@@ -239,12 +239,8 @@ def mt_grpo(
     return jnp.where(continues, immediate + outcome_weight * outcome, outcome)
 
 
-ESTIMATORS: MappingProxyType[str, Callable[..., Array]] = MappingProxyType(
-    {
-        estimator.__name__: estimator
-        for estimator in (mapo, grpo, turn, batch, grpo_per_turn, reinforce_plus_plus, rloo, dr_grpo, mt_grpo)
-    }
-)
+_ALL = (mapo, grpo, turn, batch, grpo_per_turn, reinforce_plus_plus, rloo, dr_grpo, mt_grpo)
+ESTIMATORS: MappingProxyType[str, Callable[..., Array]] = MappingProxyType({f.__name__: f for f in _ALL})
 """Name in the configuration -> estimator."""
 
 
@@ -252,22 +248,17 @@ RETURN_ESTIMATORS = ("mapo", "turn", "reinforce_plus_plus")
 """Names of those that take `returns`."""
 
 
+_TURN_OPTIONS = ("discount", "leave_one_out", "min_group")
+_OPTIONS = {  # of each estimator: keys of the configuration
+    "mapo": (*_TURN_OPTIONS, "turn_weight", "batch_scope"),
+    "turn": _TURN_OPTIONS,
+    "batch": ("batch_scope",),
+    "reinforce_plus_plus": ("discount",),
+    "mt_grpo": ("min_group", "outcome_weight"),
+    **dict.fromkeys(("grpo", "grpo_per_turn", "rloo", "dr_grpo"), ("min_group",)),
+}
+
+
 def estimator_options(config: AlgorithmConfig) -> dict[str, Any]:
     """The options of `ESTIMATORS[config.estimator]`, except `returns`."""
-    discount, group = {"discount": config.discount}, {"min_group": config.min_group}
-    turn_options = discount | group | {"leave_one_out": config.leave_one_out}
-    scope = {"batch_scope": config.batch_scope}
-    match config.estimator:
-        case "mapo":
-            return turn_options | scope | {"turn_weight": config.turn_weight}
-        case "turn":
-            return turn_options
-        case "batch":
-            return scope
-        case "reinforce_plus_plus":
-            return discount
-        case "mt_grpo":
-            return group | {"outcome_weight": config.outcome_weight}
-        case "grpo" | "grpo_per_turn" | "rloo" | "dr_grpo":
-            return group
-    raise ValueError(f"the estimator is {config.estimator!r}; it must be one of {', '.join(ESTIMATORS)}")
+    return config.model_dump(include=set(_OPTIONS[config.estimator]))

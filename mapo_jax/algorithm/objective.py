@@ -134,9 +134,7 @@ def loss_denominator(
         if constant_length is None:
             raise ValueError("the aggregation constant-length needs a constant_length")
         return Denominator(rows * constant_length, tokens)
-    raise ValueError(
-        f"the aggregation is {aggregation!r}; it must be token-mean, sequence-mean or constant-length"
-    )
+    raise ValueError(f"the aggregation is {aggregation!r}, not token-mean, sequence-mean or constant-length")
 
 
 def aggregate(
@@ -222,13 +220,11 @@ def policy_loss(
         return aggregate(values, mask, denominator.tokens)
 
     ratio = importance_ratio(logprobs, old_logprobs)
-    surrogate = clipped_surrogate(
-        ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
-    token_loss = surrogate.loss
+    terms = clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    token_loss = terms.loss
     metrics = {
-        "clip_fraction": token_mean(surrogate.clipped),
-        "dual_clip_fraction": token_mean(surrogate.dual_clipped),
+        "clip_fraction": token_mean(terms.clipped),
+        "dual_clip_fraction": token_mean(terms.dual_clipped),
         "approx_kl": token_mean(ratio - 1.0 - (logprobs - old_logprobs)),
         "ratio_mean": token_mean(ratio),
         "ratio_max": jnp.max(jnp.where(mask, ratio, 0.0)),
@@ -251,30 +247,18 @@ def policy_loss(
 
 def combine_metrics(metrics: Mapping[str, Float[Array, " micro"]]) -> dict[str, Float[Array, ""]]:
     """Metrics of a mini-batch from those of its micro-batches, stacked: sums, of `..._max` the largest."""
-    return {
-        name: jnp.max(values) if name.endswith("_max") else jnp.sum(values)
-        for name, values in metrics.items()
-    }
+    return {name: jnp.max(x) if name.endswith("_max") else jnp.sum(x) for name, x in metrics.items()}
 
 
 def objective_options(config: AlgorithmConfig) -> dict[str, Any]:
     """The options of `policy_loss` that are configured."""
-    return {
-        "clip_low": config.clip_low,
-        "clip_high": config.clip_high,
-        "dual_clip": config.dual_clip,
-        "aggregation": config.aggregation,
-        "kl_coefficient": config.kl_coefficient,
-        "kl_estimator": config.kl_estimator,
-        "entropy_coefficient": config.entropy_coefficient,
-    }
+    names = {"clip_low", "clip_high", "dual_clip", "aggregation", "kl_coefficient", "kl_estimator"}
+    return config.model_dump(include=names | {"entropy_coefficient"})
 
 
 def _masked(mask: Mask, *arrays: Tokens) -> tuple[Tokens, ...]:
     if mask.dtype != bool or mask.ndim != 2:
-        raise ValueError(
-            f"the loss mask must be boolean [rows, tokens], not {mask.dtype} of shape {mask.shape}"
-        )
+        raise ValueError(f"the loss mask must be boolean [rows, tokens], not {mask.dtype} {mask.shape}")
     for array in arrays:
         if array.shape != mask.shape:
             raise ValueError(f"an array of shape {array.shape} does not fit the loss mask's {mask.shape}")

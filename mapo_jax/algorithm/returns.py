@@ -34,9 +34,8 @@ def discounted_returns(rewards: Values, valid: Mask, discount: float) -> Values:
         current = reward + discount * later
         return current, current
 
-    _, returns = jax.lax.scan(
-        backwards, jnp.zeros_like(rewards[..., 0]), jnp.moveaxis(rewards, -1, 0), reverse=True
-    )
+    last = jnp.zeros_like(rewards[..., 0])
+    _, returns = jax.lax.scan(backwards, last, jnp.moveaxis(rewards, -1, 0), reverse=True)
     return jnp.where(valid, jnp.moveaxis(returns, 0, -1), 0.0)
 
 

@@ -1,7 +1,5 @@
 """Time limit of a role's call, which does not count the time that the call waits for capacity."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -59,9 +57,7 @@ _ALLOWANCE: ContextVar[Allowance | None] = ContextVar("allowance", default=None)
 
 
 @asynccontextmanager
-async def allow(
-    seconds: float, deadline: float, clock: Callable[[], float] = time.monotonic
-) -> AsyncIterator[Allowance]:
+async def allow(seconds: float, deadline: float, clock=time.monotonic) -> AsyncIterator[Allowance]:
     """Ends what is awaited in this context with TimeoutError when its time is up.
 
     Args:

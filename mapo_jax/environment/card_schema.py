@@ -1,7 +1,5 @@
 """What a scenario card must hold: its fields, their values, and the phrases of the scripted user."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -32,15 +30,13 @@ def _text(value: Any, check: Callable[[str], str | None] = lambda text: None) ->
 
 
 def _age(value: Any) -> str | None:
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 120:
-        return None
-    return f"must be a whole number of years, not {value!r}"
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 120
+    return None if fits else f"must be a whole number of years, not {value!r}"
 
 
 def _level(value: Any) -> str | None:
-    if isinstance(value, bool) or value not in (0, 1, 2, 3):
-        return f"must be 0, 1, 2 or 3, not {value!r}"
-    return None
+    fits = not isinstance(value, bool) and value in (0, 1, 2, 3)
+    return None if fits else f"must be 0, 1, 2 or 3, not {value!r}"
 
 
 def _choice(choices: Sequence[str]) -> Callable[[Any], str | None]:
@@ -65,9 +61,7 @@ def _line(text: str) -> str | None:
     spoken = {word.strip(",").lower() for word in words}
     for feeling in (*FEELINGS, *UNSTATED):
         if feeling in spoken:
-            return (
-                f"must not name a feeling (`{feeling}`); the user states feelings in a sentence of their own"
-            )
+            return f"must not name a feeling (`{feeling}`); feelings are stated in a sentence of their own"
     return None
 
 
@@ -160,11 +154,8 @@ def _read(value: Any, schema: Any, field: str, note: Note) -> Any:
         for key in value:
             if key not in schema:
                 note(f"{prefix}{key}", f"is unknown; known here: {', '.join(schema)}")
-        return {
-            key: _read(value[key], inner, f"{prefix}{key}", note)
-            for key, inner in schema.items()
-            if key in value
-        }
+        known = {key: inner for key, inner in schema.items() if key in value}
+        return {key: _read(value[key], inner, f"{prefix}{key}", note) for key, inner in known.items()}
     if isinstance(schema, _ListOf):
         if not isinstance(value, list) or not value or schema.count not in (None, len(value)):
             texts = f"{schema.count or 'one or more'} texts"

@@ -1,7 +1,5 @@
 """A dialogue as a value: its turns, the judge's levels, and the positions of the user's state."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property

@@ -7,13 +7,10 @@ Texts that a source lacks become UNTOLD. A judge estimates missing start states 
 The texts keep their licence.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,8 +177,9 @@ def empa_card(name: str, text: str, story: dict[str, Any], start: dict[str, int]
     """A card from a character file (`script_NNN.md`), its entry in `character_stories.json`, its start."""
     texts_by_label = sections(text, _EMPA_LABELS)
     threshold = re.search(r"共情阈值【(.)", text)
-    course = story.get("故事的经过", {})
-    numbered = sorted(course.items(), key=lambda item: int(re.sub(r"\D", "", item[0]) or 0))
+    numbered = sorted(
+        story.get("故事的经过", {}).items(), key=lambda item: int(re.sub(r"\D", "", item[0]) or 0)
+    )
     stages = [plain(f"{part.get('标题', '')} {part.get('内容', '')}") for _, part in numbered]
     epilogues = [v for k, v in story.items() if k in ("故事的尾声", "故事的插曲", "尾声")]
     texts = {field: texts_by_label.get(label) for field, label in _EMPA_FIELDS.items()}
@@ -216,11 +214,8 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
     Raises:
       UserError: a missing or unreadable file.
     """
-    stories = {
-        str(entry.get("剧本编号")): entry
-        for entry in read_json(folder / "scenarios" / "character_stories.json", "stories")
-        if isinstance(entry, dict)
-    }
+    entries = read_json(folder / "scenarios" / "character_stories.json", "stories")
+    stories = {str(entry.get("剧本编号")): entry for entry in entries if isinstance(entry, dict)}
     starts: dict[str, dict[str, int]] = {}
     for file in sorted(folder.rglob("iedr_batch_results.json")):
         try:
@@ -232,9 +227,7 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
             raise UserError(f"{file} holds no start states as EMPA has them: {error!r}") from error
     files = sorted((folder / "character_setting").glob("script_*.md"))
     if not files:
-        raise UserError(
-            f"{folder} has no character_setting/script_*.md; give the folder that holds both parts"
-        )
+        raise UserError(f"{folder} has no character_setting/script_*.md; give the folder with both parts")
     cards = []
     for file in files:
         if file.stem not in stories:
@@ -243,9 +236,7 @@ def import_empa(folder: Path) -> list[dict[str, Any]]:
         try:
             cards.append(empa_card(name, _read(file), stories[file.stem], starts.get(file.stem)))
         except (TypeError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"the story or the text of {file.name} is not as EMPA has it: {error!r}"
-            ) from error
+            raise UserError(f"the story or text of {file.name} is not as EMPA has it: {error!r}") from error
     return cards
 
 
@@ -278,12 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(sound)} cards in {options.output}, {len(problems)} problems")
         missing = sum(not card.start for card in sound)
         if missing:
-            print(
-                f"{missing} have no start state: python -m mapo_jax.rate {options.output} --output FILE.jsonl"
-            )
+            print(f"{missing} have no start: python -m mapo_jax.rate {options.output} --output FILE.jsonl")
 
     return run_command(command)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

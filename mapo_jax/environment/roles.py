@@ -4,8 +4,6 @@ A turn of the EMPA loop: the policy replies; the judge scores (sensor); the calc
 the state and decides about the end; the director picks one action (decision maker); the user speaks again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +23,12 @@ Schema = Mapping[str, Any]
 
 
 class Completion(NamedTuple):
-    """The answer of a language model that plays a role."""
+    """The answer of a language model."""
 
     text: str
     input_tokens: int
     output_tokens: int
+    cut: bool = False  # at max_tokens
 
 
 class User(Protocol):

@@ -10,8 +10,6 @@ be read, but no dialogue can begin before a judge has estimated it (`python -m m
 `python -m mapo_jax.environment.scenario check PATH` reads a file or a folder and reports every problem.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys
@@ -198,11 +196,9 @@ def read_cards(path: Path) -> tuple[list[Scenario], list[str]]:
         except OSError as error:
             problems.append(f"cannot read the cards {file}: {error.strerror}")
             continue
-        except UnicodeDecodeError as error:
-            problems.append(f"{file} is not valid UTF-8: {error}")
-            continue
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # also an invalid date or number
-            problems.append(f"{file} is not valid YAML: {' '.join(str(error).split())}")
+            form = "UTF-8" if isinstance(error, UnicodeDecodeError) else "YAML"
+            problems.append(f"{file} is not valid {form}: {' '.join(str(error).split())}")
             continue
         if not isinstance(cards, list) or not cards:
             problems.append(f"{file} must hold a list of cards")
@@ -291,11 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {count} with {what}")
     scenarios = [scenario for scenario in scenarios if scenario.start]
     if scenarios:
-        for title, field in (
-            ("domains", "domain"),
-            ("splits", "split"),
-            ("strongest axes", "strongest_axis"),
-        ):
+        groupings = {"domains": "domain", "splits": "split", "strongest axes": "strongest_axis"}
+        for title, field in groupings.items():
             counts = Counter(getattr(scenario, field) for scenario in scenarios)
             print(f"  {title}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
         norms = [norm(scenario.start_position) for scenario in scenarios]

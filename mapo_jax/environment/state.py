@@ -8,8 +8,6 @@ numbers, so that live dialogues and later re-scoring of saved ones share the cod
 Source: EMPA (arXiv 2603.00552), whose state and rules MAPO (arXiv 2603.06194) trains in.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
@@ -120,8 +118,7 @@ def energy_increments(start: Vector, increments: Sequence[Vector | None]) -> lis
 
 def energy(start: Vector, position: Vector) -> float:
     """`E = (P_t - P_0) . v* = sum_t v_t . v*`: progress towards the origin, in points."""
-    ideal = ideal_direction(start)
-    return _dot([p - s for p, s in zip(position, start, strict=True)], ideal)
+    return _dot([p - s for p, s in zip(position, start, strict=True)], ideal_direction(start))
 
 
 def ending(start: Vector, increments: Sequence[Vector | None], limits: Limits) -> Ending | None:

@@ -1,7 +1,5 @@
 """Getting a benchmark's prompts answered; each answer is saved as soon as it arrives."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """EMPA's dialogues of a model under evaluation with the world, on every card; saved one by one."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -132,15 +130,10 @@ async def hold_locally(session: Session, model: LocalModel, *, slots: int) -> in
     config = session.config
     length = min(config.rollout.max_tokens, model.policy.config.max_position_embeddings)
     if length < config.rollout.max_tokens:
-        session.console.print(
-            f"dialogues of up to {length} tokens, the positions of the model", soft_wrap=True
-        )
-    engine = model.engine(
-        slots=min(slots, session.dialogues),
-        length=length,
-        max_reply_tokens=config.rollout.max_reply_tokens,
-        temperature=config.evaluation.temperature,
-    )
+        session.console.print(f"dialogues of up to {length} tokens, the model's positions", soft_wrap=True)
+    tokens, temperature = config.rollout.max_reply_tokens, config.evaluation.temperature
+    slots = min(slots, session.dialogues)
+    engine = model.engine(slots=slots, length=length, max_reply_tokens=tokens, temperature=temperature)
     groups = finished_groups(
         session.cards,
         config.evaluation.rollouts,

@@ -1,7 +1,5 @@
 """A model behind an OpenAI-compatible server, called with bounded concurrency, timeouts and retries."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -68,26 +66,23 @@ class Endpoint:
         from mapo_jax.environment.live.client import Connections, Server
 
         allow_connections(self.concurrency, "--concurrency")
-        role = RoleConfig(
-            url=self.url, model=self.model, temperature=self.temperature, max_tokens=self.max_tokens
-        )
+        sampling = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        role = RoleConfig(url=self.url, model=self.model, **sampling)
         failed = in_a_row = 0
-        reason = ""
+        last = ""
 
         def error() -> UserError:
-            return UserError(
-                f"the endpoint {self.url} failed {failed} calls to {self.model} (last: {reason})"
-            )
+            return UserError(f"the endpoint {self.url} failed {failed} calls to {self.model} (last: {last})")
 
         async def ask(messages: Messages, seed: int) -> Answer | None:
-            nonlocal failed, in_a_row, reason
+            nonlocal failed, in_a_row, last
             try:
                 completion = await server.ask(messages, seed=seed % 2**31 if self.temperature > 0 else None)
             except RoleFailure as failure:
                 if getattr(failure, "answered", False):  # a completion without text is no answer, no failure
                     in_a_row = 0
                     return Answer(None, False)
-                failed, in_a_row, reason = failed + 1, in_a_row + 1, str(failure)
+                failed, in_a_row, last = failed + 1, in_a_row + 1, str(failure)
                 if getattr(failure, "status", None) in HOPELESS or in_a_row >= PATIENCE:
                     raise error() from None
                 return None
@@ -142,7 +137,5 @@ def only_model(url: str) -> str:
             "the URL end with /v1? Name one with --endpoint-model"
         ) from None
     if len(names) != 1:
-        raise UserError(
-            f"the endpoint {url} offers {', '.join(names) or 'no model'}; choose by --endpoint-model"
-        )
+        raise UserError(f"the endpoint {url} offers {', '.join(names) or 'no model'}; use --endpoint-model")
     return names[0]

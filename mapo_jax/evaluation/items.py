@@ -1,7 +1,5 @@
 """Finds a benchmark's items: a file, or a name whose file is downloaded from its authors."""
 
-from __future__ import annotations
-
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -38,9 +36,7 @@ def find_items(source: str, note: Callable[[str], None] = lambda text: None) -> 
         return Path(source)
     if source not in HOMES:
         known = ", ".join(HOMES)
-        raise UserError(
-            f"there is no file {source}; give a file, or one of the names that are fetched: {known}"
-        )
+        raise UserError(f"there is no file {source}; give a file, or a name that is fetched: {known}")
     url = HOMES[source]
     file = cache_folder("items") / Path(url).name
     if not file.is_file():

@@ -1,7 +1,5 @@
 """Judged conversations as one HTML page: the scores, the worst turns, every conversation in full."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,5 @@ def render_page(title: str, figures: Values, rows: Sequence[Values], worst: Sequ
     conversations.sort(key=lambda conversation: conversation["epm_q"])
     source = (Path(__file__).parent / "judged_page.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source).render(
-        title=title,
-        figures=figures,
-        parts={"outcome": empa.OUTCOME, "efficiency": empa.EFFICIENCY, "stability": empa.STABILITY},
-        worst=worst,
-        conversations=conversations,
-    )
+    values = {"title": title, "figures": figures, "parts": empa.PARTS, "worst": worst}
+    return environment.from_string(source).render(values, conversations=conversations)

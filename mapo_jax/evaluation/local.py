@@ -1,7 +1,5 @@
 """A model on our own engine: loaded from a Hugging Face folder or a run; answers prompts in batches."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -101,12 +99,9 @@ class EngineAnswerer:
                 "model was made for; they are answered all the same",
                 soft_wrap=True,
             )
-        engine = self.model.engine(
-            slots=min(self.slots, len(rows)),
-            length=-(-longest // LENGTH_STEP) * LENGTH_STEP,
-            max_reply_tokens=self.max_tokens,
-            temperature=self.temperature,
-        )
+        sampling = {"max_reply_tokens": self.max_tokens, "temperature": self.temperature}
+        length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        engine = self.model.engine(slots=min(self.slots, len(rows)), length=length, **sampling)
         waiting, free = iter(rows), list(range(engine.slots))
         running: dict[int, Prompt] = {}  # by slot
         while True:

@@ -1,7 +1,5 @@
 """The model under evaluation: a model folder, a run's checkpoint, or an endpoint."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import re
@@ -49,15 +47,9 @@ class Subject:
     def connection(self, options: argparse.Namespace, temperature: float, max_tokens: int) -> Endpoint:
         """The endpoint with its sampling settings."""
         assert self.endpoint is not None, "a local model has no endpoint"
-        return Endpoint(
-            self.endpoint,
-            self.identity["model"],
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=options.seed,
-            concurrency=options.concurrency,
-            timeout=options.timeout,
-        )
+        sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": options.seed}
+        calls = {"concurrency": options.concurrency, "timeout": options.timeout}
+        return Endpoint(self.endpoint, self.identity["model"], **sampling, **calls)
 
     def answerer(
         self, options: argparse.Namespace, console: Console, temperature: float, max_tokens: int
@@ -65,9 +57,8 @@ class Subject:
         """Answers prompts, whatever kind of model it is."""
         if self.endpoint is not None:
             return self.connection(options, temperature, max_tokens)
-        return EngineAnswerer(
-            self.load(), temperature, max_tokens, options.seed, console, slots=options.concurrency
-        )
+        model, slots = self.load(), options.concurrency
+        return EngineAnswerer(model, temperature, max_tokens, options.seed, console, slots=slots)
 
 
 def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) -> Subject:
@@ -118,16 +109,10 @@ def _run_subject(path: Path, options: argparse.Namespace) -> Subject:
             raise UserError(f"the run {path} is half written: it has no {file}")
     config, unused_world = _run_config(path / CONFIG_FILE, options)
     step = int(checkpoint_folder(path, options.step).name)
-    return Subject(
-        f"{path.resolve().name} step {step}",
-        {"model": str(path.resolve()), "step": step},
-        path / "evaluations",
-        config,
-        suffix=f"_step_{step:06d}",
-        path=str(path),
-        step=step,
-        unused_world=unused_world,
-    )
+    name, suffix = f"{path.resolve().name} step {step}", f"_step_{step:06d}"
+    identity = {"model": str(path.resolve()), "step": step}
+    home = path / "evaluations"
+    return Subject(name, identity, home, config, suffix, str(path), step, unused_world=unused_world)
 
 
 def _folder_name(model: str) -> str:
@@ -152,9 +137,7 @@ def _run_config(file: Path, options: argparse.Namespace) -> tuple[Config, str | 
     """
     if options.config is not None:
         if options.trust_run_world:
-            raise UserError(
-                f"--config names the configuration, so {TRUST} has no effect; leave one of them out"
-            )
+            raise UserError(f"--config names the configuration, so {TRUST} has no effect; leave one out")
         return load_config(options.config, options.overrides), None
     if options.trust_run_world:
         return load_config(file, options.overrides, without=_CODE_KEYS), None
@@ -193,14 +176,10 @@ def check_numbers(options: argparse.Namespace) -> None:
 
 def add_options(parser: argparse.ArgumentParser, saved: str, help: str) -> None:
     """Adds the options that `find_subject` and `Subject` read, and `saved`, the one for saved results."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(saved, metavar="FILE", help=help)
-    source.add_argument(
-        "--model", metavar="FOLDER|RUN", help="Hugging Face folder, PEFT adapters, or a run's folder"
-    )
-    source.add_argument(
-        "--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://HOST:PORT/v1"
-    )
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source(saved, metavar="FILE", help=help)
+    source("--model", metavar="FOLDER|RUN", help="Hugging Face folder, PEFT adapters, or a run's folder")
+    source("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://HOST:PORT/v1")
     option = parser.add_argument
     option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
     option("--endpoint-model", metavar="NAME", help="which of the server's models")

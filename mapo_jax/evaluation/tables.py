@@ -1,7 +1,5 @@
 """Scores as tables for a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -22,9 +20,8 @@ def _text(words: str) -> Text:
 
 def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
     """The scores of every model; their indices; EPM-Q and passes by group."""
-    scores = _table(
-        "EMPA (95 % intervals over cases)", ("model", "cases", "EPM-Q", "passed", "turns", "IDR per turn")
-    )
+    headings = ("model", "cases", "EPM-Q", "passed", "turns", "IDR per turn")
+    scores = _table("EMPA (95 % intervals over cases)", headings)
     parts = _table("EPM-Q = 0.4 outcome + 0.2 efficiency + 0.4 stability", ("model", "", "its indices"))
     for model, figures in models.items():
         scores.add_row(
@@ -36,17 +33,13 @@ def empa_tables(models: Mapping[str, Figures]) -> list[Table]:
             f"{figures['idr_mean']:+.2f} ± {figures['idr_std']:.2f}",
         )
         parts.add_row(_text(model))
-        for part, indices in _PARTS.items():
-            parts.add_row(
-                f"  {part}",
-                _with_ends(figures[part], figures["intervals"][part]),
-                "  ".join(f"{index} {figures[index]:5.1f}" for index in indices),
-            )
+        for part, indices in empa.PARTS.items():
+            listed = "  ".join(f"{index} {figures[index]:5.1f}" for index in indices)
+            parts.add_row(f"  {part}", _with_ends(figures[part], figures["intervals"][part]), listed)
         parts.add_section()
     return [scores, parts, *_group_tables(models)]
 
 
-_PARTS = {"outcome": empa.OUTCOME, "efficiency": empa.EFFICIENCY, "stability": empa.STABILITY}
 _GROUPINGS = {"difficulty": "|P| at the start", "strongest_axis": "strongest axis", "domain": "domain"}
 
 
@@ -61,13 +54,8 @@ def _group_tables(models: Mapping[str, Figures]) -> list[Table]:
             continue
         table = _table(f"EPM-Q and passed, by {title}", ("model", *map(_text, groups)))
         for model, by_group in by_model.items():
-            cells = [
-                f"{by_group[group]['epm_q']:.1f}  {by_group[group]['passed']}/{by_group[group]['dialogues']}"
-                if group in by_group
-                else ""
-                for group in groups
-            ]
-            table.add_row(_text(model), *cells)
+            cells = {g: f"{f['epm_q']:.1f}  {f['passed']}/{f['dialogues']}" for g, f in by_group.items()}
+            table.add_row(_text(model), *(cells.get(group, "") for group in groups))
         tables.append(table)
     return tables
 
@@ -82,10 +70,8 @@ def _table(title: str, headings: Sequence[str | Text]) -> Table:
 
 def eqbench_tables(scores: Figures) -> list[Table]:
     """The result; with a revision, both passes."""
-    table = _table(
-        f"EQ-Bench v2, parsing: {scores['parsing']} (95 % intervals)",
-        ("", "score", "unparseable as 0", "parseable", "counts"),
-    )
+    headings = ("", "score", "unparseable as 0", "parseable", "counts")
+    table = _table(f"EQ-Bench v2, parsing: {scores['parsing']} (95 % intervals)", headings)
     rows = {"result": scores}
     if scores["revision"]:
         passes = {"first_pass": "first pass", "revised": "revised"}
@@ -105,10 +91,8 @@ def eqbench_tables(scores: Figures) -> list[Table]:
 def emobench_tables(scores: Figures) -> list[Table]:
     """Accuracy of each task, and by language and category; an unparseable answer counts as wrong."""
     ordered = "accuracy_by_order" in scores
-    table = _table(
-        "EmoBench, % right (95 % intervals over scenarios)",
-        ("", "items", "right", "of parsed", "unparsed", *(["agree"] if ordered else [])),
-    )
+    headings = ("", "items", "right", "of parsed", "unparsed", *(["agree"] if ordered else []))
+    table = _table("EmoBench, % right (95 % intervals over scenarios)", headings)
     for task, title in (("EA", "EA, what helps best"), ("EU", "EU, emotion and cause")):
         if task not in scores or not scores[task]["answers"]:
             continue

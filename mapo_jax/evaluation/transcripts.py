@@ -5,8 +5,6 @@ A transcript is one line of JSON with `messages` (role and content). The judge a
 start state. Without either the start state is UNKNOWN_START, the mean of the benchmark's cases.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,8 +94,7 @@ def _scenario(
     if "scenario" in row:
         if not isinstance(row["scenario"], str) or row["scenario"] not in by_id:
             raise UserError(
-                f"{place}: there is no card {row['scenario']!r}; give the cards with "
-                "environment.scenarios=PATH"
+                f"{place}: there is no card {row['scenario']!r}; give cards with environment.scenarios=PATH"
             )
         return by_id[row["scenario"]], "card"
     if need_card:
@@ -127,8 +124,7 @@ def _turns(messages: Any, place: str) -> tuple[tuple[str, str | None], ...]:
             role = None
         if role not in ("system", "user", "assistant") or (role == "user" and content is None):
             raise UserError(
-                f"{place}, message {number}: needs a `role` (system, user or assistant) and its "
-                "`content` as text"
+                f"{place}, message {number}: needs a `role` (system, user or assistant) and `content` as text"
             )
         if role == "system" or (role == "assistant" and not merged):
             continue

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-if TYPE_CHECKING:
-    from mapo_jax.rollout.collect import Dialogue
+from mapo_jax.rollout.collect import Dialogue
 
 ONE_LENGTH = 512  # most tokens of rows that are all padded alike
 _SHUFFLE_STREAM = 0x5EED  # keeps the shuffle's numbers apart from other uses of the same seed
@@ -176,9 +174,7 @@ def microbatch_rows(total: int, length: int, tokens: int, shards: int = 1) -> in
     if not tokens or total % shards:
         return total
     rows = total // shards
-    return shards * max(
-        size for size in range(1, rows + 1) if rows % size == 0 and size * length <= max(tokens, length)
-    )
+    return shards * max(n for n in range(1, rows + 1) if rows % n == 0 and n * length <= max(tokens, length))
 
 
 def scenario_order(

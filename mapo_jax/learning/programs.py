@@ -3,8 +3,6 @@
 `train` runs them, and `tpu.compile` compiles them for a TPU slice without hardware.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,17 +51,11 @@ def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh:
         attention=row_attention(config.model.attention, mesh, model, config.model.dtype),
         mesh=mesh,
     )
-    update = make_update(
-        scoring,
-        optimizer,
-        config.algorithm,
-        microbatch_tokens=training.microbatch_tokens,
-        constant_length=loss_tokens(config),
-        shardings=param_shardings(parameter_shapes(model), mesh),
-    )
-    return TrainingPrograms(
-        optimizer, update, make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
-    )
+    shardings = param_shardings(parameter_shapes(model), mesh)
+    sizes = {"microbatch_tokens": training.microbatch_tokens, "constant_length": loss_tokens(config)}
+    update = make_update(scoring, optimizer, config.algorithm, shardings=shardings, **sizes)
+    scorer = make_scorer(scoring, microbatch_tokens=training.microbatch_tokens)
+    return TrainingPrograms(optimizer, update, scorer)
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:
@@ -73,9 +65,8 @@ def check_rows(config: Config, mesh: Mesh) -> None:
         raise UserError(
             f"the {size} rows of a mini-batch (training.minibatch_scenarios="
             f"{config.training.minibatch_scenarios} x rollout.rollouts={config.rollout.rollouts}) cannot be "
-            f"spread evenly over the {shards} devices of mesh.data={mesh.shape['data']} x "
-            f"mesh.fsdp={mesh.shape['fsdp']}; use more of mesh.tensor, or begin a new run with a multiple of "
-            f"{shards}"
+            f"spread evenly over the {shards} devices of mesh.data={mesh.shape['data']} x mesh.fsdp="
+            f"{mesh.shape['fsdp']}; use more of mesh.tensor, or begin a new run with a multiple of {shards}"
         )
 
 
@@ -83,9 +74,8 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     """A mini-batch of the longest rows, as `jax.ShapeDtypeStruct`s with shardings."""
     shape = (minibatch_rows(config), row_lengths(config.rollout.max_tokens)[-1])
     sharding = batch_sharding(mesh)
-    whole, truth, real = (
-        jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in (jnp.int32, jnp.bool_, jnp.float32)
-    )
+    kinds = (jnp.int32, jnp.bool_, jnp.float32)
+    whole, truth, real = (jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in kinds)
     return Batch(whole, whole, truth, real, real, real)
 
 

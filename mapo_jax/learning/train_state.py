@@ -57,23 +57,14 @@ def create_state(
     return TrainState(trained, initial(trained), step, copy(trained) if reference else None, base)
 
 
-def abstract_state(
-    params: Any, optimizer: Optimizer, *, shardings: Any, reference: bool = False
-) -> TrainState:
+def abstract_state(params: Any, optimizer: Optimizer, *, shardings, reference: bool = False) -> TrainState:
     """The shapes, types and shardings of `create_state`'s result, without arrays; the target of a restore.
 
     Args:
       params: the weights' tree, arrays or `jax.ShapeDtypeStruct`s.
       shardings, reference: as of `create_state`.
     """
-    trained, base = trained_and_frozen(params)
-    shapes = TrainState(
-        trained,
-        jax.eval_shape(optimizer.transform.init, trained),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        trained if reference and base is None else None,
-        base,
-    )
+    shapes = jax.eval_shape(lambda weights: create_state(weights, optimizer, reference=reference), params)
     return with_shardings(shapes, state_shardings(optimizer, params, shardings, reference))
 
 
@@ -83,19 +74,15 @@ def trained_and_frozen(params: Any) -> tuple[Any, Any]:
     return (adapters, base) if adapters else (params, None)
 
 
-def state_shardings(
-    optimizer: Optimizer, params: Params, shardings: Any, reference: bool
-) -> TrainState | None:
+def state_shardings(optimizer: Optimizer, params: Params, shardings, reference: bool) -> TrainState | None:
     """A TrainState of shardings: the moments are cut like the weights, the counts are replicated."""
     if shardings is None:
         return None
     everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
     trained, base = trained_and_frozen(shardings)
+    shapes = jax.eval_shape(optimizer.transform.init, trained_and_frozen(params)[0])
+    place, place_others = (lambda _, sharding: sharding), (lambda _: everywhere)
     moments = optax.tree_utils.tree_map_params(
-        optimizer.transform,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.transform.init, trained_and_frozen(params)[0]),
-        trained,
-        transform_non_params=lambda _: everywhere,
+        optimizer.transform, place, shapes, trained, transform_non_params=place_others
     )
     return TrainState(trained, moments, everywhere, trained if reference and base is None else None, base)

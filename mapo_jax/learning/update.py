@@ -79,28 +79,15 @@ def _score(
 
     Valid only where `wanted` is true; finite elsewhere.
     """
+    forward = {"dtype": jnp.dtype(scoring.dtype), "remat": scoring.remat, "attention": scoring.attention}
     hidden = hidden_states(
-        params,
-        scoring.config,
-        batch.tokens,
-        batch.positions,
-        segments,
-        dtype=jnp.dtype(scoring.dtype),
-        remat=scoring.remat,
-        attention=scoring.attention,
-        mesh=scoring.mesh,
+        params, scoring.config, batch.tokens, batch.positions, segments, mesh=scoring.mesh, **forward
     )
     before = jnp.maximum(columns - 1, 0)  # a token is predicted at the position before it
-    return token_logprobs(
-        params,
-        scoring.config,
-        jnp.take_along_axis(hidden, before[:, :, None], axis=1),
-        _at(columns, batch.tokens),
-        wanted,
-        temperature=scoring.temperature,
-        vocabulary_size=scoring.vocabulary_size,
-        mesh=scoring.mesh,
-    )
+    states = jnp.take_along_axis(hidden, before[:, :, None], axis=1)
+    sampling = {"temperature": scoring.temperature, "vocabulary_size": scoring.vocabulary_size}
+    targets = _at(columns, batch.tokens)
+    return token_logprobs(params, scoring.config, states, targets, wanted, mesh=scoring.mesh, **sampling)
 
 
 # --- The two losses: of a micro-batch, divided by the counts of the whole mini-batch. ---
@@ -117,9 +104,8 @@ def _policy_loss(
 ) -> Loss:
     columns = _loss_columns(batch.mask, scoring.loss_tokens)
     mask = _at(columns, batch.mask)
-    old, sampled, advantages = (
-        _at(columns, array) for array in (batch.old_logprobs, batch.sampler_logprobs, batch.advantages)
-    )
+    given = (batch.old_logprobs, batch.sampler_logprobs, batch.advantages)
+    old, sampled, advantages = (_at(columns, array) for array in given)
     logprobs, entropy = _score(params, scoring, batch, columns, mask)
     if not algorithm.entropy_coefficient:
         entropy = jax.lax.stop_gradient(entropy)  # only reported: no backward pass for it
@@ -269,8 +255,6 @@ def make_update(
       and the state was kept), the objective's others, and `sampler/logprob_diff_mean` and `_max`: between the
       sampler's and the trainer's log-probabilities, of the weights before this update.
     """
-    if algorithm.aggregation == "constant-length" and constant_length is None:
-        raise ValueError("the aggregation constant-length needs a constant_length")
     trained = None if shardings is None else trained_and_frozen(shardings)[0]
 
     def update(state: TrainState, batch: Batch):
@@ -291,21 +275,17 @@ def make_update(
     return _compile(update, scoring, optimizer, shardings, reference=algorithm.kl_coefficient > 0)
 
 
-def _compile(
-    update: Update, scoring: Scoring, optimizer: Optimizer, shardings: Any, reference: bool
-) -> Update:
+def _compile(update: Update, scoring: Scoring, optimizer: Optimizer, shardings, reference: bool) -> Update:
     # With a mesh the new state must have the old one's shardings: else the next call compiles again.
     state = state_shardings(optimizer, parameter_shapes(scoring.config), shardings, reference)
     return jax.jit(update, donate_argnums=0, out_shardings=state and (state, None))
 
 
-def make_supervised_update(
-    scoring: Scoring, optimizer: Optimizer, *, microbatch_tokens: int = 0, shardings: Any = None
-) -> Update:
+def make_supervised_update(scoring: Scoring, optimizer: Optimizer, *, shardings: Any = None) -> Update:
     """The compiled update of the warm start: token-mean negative log-likelihood; donates the state.
 
     Args:
-      microbatch_tokens, shardings: as in `make_update`.
+      shardings: as in `make_update`.
 
     Returns:
       `(state, SupervisedBatch) -> (state, metrics)` with `loss`, `grad_norm`, `lr`, `loss_tokens`, `skipped`.
@@ -318,7 +298,7 @@ def make_supervised_update(
         def loss(params: Params, microbatch: SupervisedBatch):
             return _supervised_loss(params, microbatch, total, scoring)
 
-        value, _, gradient = _gradient(loss, state.params, batch, microbatch_tokens, scoring.mesh)
+        value, _, gradient = _gradient(loss, state.params, batch, 0, scoring.mesh)
         return _apply(state, optimizer, value, gradient, tokens, shardings)
 
     return _compile(supervised_update, scoring, optimizer, shardings, reference=False)

@@ -9,8 +9,6 @@
 The platform is that of the mesh, not of the process: so a TPU program can be compiled without a TPU.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax
@@ -97,19 +95,12 @@ def _splash(query, key, value, segments=None, *, mesh: Mesh, interpret: bool):
     padding = ((0, 0), (0, -length % block))
     if segments is not None:
         segments = jnp.pad(segments, padding, constant_values=-1)
-    query, key, value = (
-        jnp.pad(array, (*padding, (0, 0), (0, 0))) for array in (query * size**-0.5, key, value)
-    )
+    query, key, value = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (query * size**-0.5, key, value))
     attend = functools.partial(_splash_rows, block=block, interpret=interpret)
     heads, groups = activation_spec("heads"), activation_spec("kv_heads")
-    attended = jax.shard_map(
-        attend,
-        mesh=mesh,
-        in_specs=(heads, groups, groups, None if segments is None else activation_spec("tokens")),
-        out_specs=heads,
-        check_vma=False,
-    )(query, key, value, segments)
-    return attended[:, :length]
+    specs = (heads, groups, groups, None if segments is None else activation_spec("tokens"))
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return attend(query, key, value, segments)[:, :length]
 
 
 def _splash_rows(query, key, value, segments, *, block: int, interpret: bool):

@@ -38,9 +38,8 @@ def _kernel(params: Params, config: QwenConfig) -> tuple[Array, int]:
 
 
 def _logits(kernel, axis, hidden, vocabulary, vocabulary_size):
-    scores = jax.lax.dot_general(
-        hidden, kernel, (((hidden.ndim - 1,), (axis,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    axes = (((hidden.ndim - 1,), (axis,)), ((), ()))
+    scores = jax.lax.dot_general(hidden, kernel, axes, preferred_element_type=jnp.float32)
     return scores if vocabulary_size is None else jnp.where(vocabulary < vocabulary_size, scores, MASKED)
 
 
@@ -75,13 +74,9 @@ def token_logprobs(
     kernel, axis = _kernel(params, config)
     if wanted is None:
         wanted = jnp.ones(targets.shape, bool)
-    cut = mesh is not None and mesh.shape[RULES["vocabulary"]] > 1
+    cut_over = RULES["vocabulary"] if mesh is not None and mesh.shape[RULES["vocabulary"]] > 1 else None
     score = functools.partial(
-        _scores,
-        axis=axis,
-        temperature=temperature,
-        vocabulary_size=vocabulary_size,
-        cut_over=RULES["vocabulary"] if cut else None,
+        _scores, axis=axis, temperature=temperature, vocabulary_size=vocabulary_size, cut_over=cut_over
     )
     chunks = _Chunks(score, chunk or head_chunk(config.vocab_size), axis, hidden.dtype, mesh)
     return _in_chunks(chunks, kernel, hidden, targets, wanted)
@@ -164,12 +159,10 @@ class _Chunks:
         kernel = PartitionSpec(*(*width, *vocabulary)[order])
         gathered = PartitionSpec(*(None, *vocabulary)[order])
         if cotangents:
-            places = (gathered, *(rows,) * (3 + cotangents)), (kernel, rows)
+            inputs, outputs = (gathered, *(rows,) * (3 + cotangents)), (kernel, rows)
         else:
-            places = (kernel, rows, rows, rows), (rows, rows, gathered)
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=places[0], out_specs=places[1], check_vma=False
-        )
+            inputs, outputs = (kernel, rows, rows, rows), (rows, rows, gathered)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -232,9 +225,8 @@ def _backward(chunks, residuals, cotangents):
             states = jax.lax.psum(states, RULES["vocabulary"])
         return total, states
 
-    total, states = chunks.on_mesh(local, cotangents=len(used))(
-        gathered, hidden, targets, wanted, *cotangents
-    )
+    backward = chunks.on_mesh(local, cotangents=len(used))
+    total, states = backward(gathered, hidden, targets, wanted, *cotangents)
     return total.astype(like_kernel.dtype), states, None, None
 
 

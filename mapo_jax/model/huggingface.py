@@ -1,7 +1,5 @@
 """Hugging Face model folders: config.json and safetensors weights, read and written."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -19,19 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.files import required_object, write_whole
 from mapo_jax.model.peft import adapt, base_folder, is_adapter
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings
-from mapo_jax.model.tensor_names import (
-    EMBEDDING,
-    HEAD,
-    NAMES,
-    Reader,
-    in_file_layout,
-    params_reader,
-    tensor_names,
-)
+from mapo_jax.model.tensor_names import EMBEDDING, HEAD, NAMES, Reader, as_stored, read_params, tensor_names
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -57,16 +47,7 @@ def read_config(folder: str | Path) -> QwenConfig:
         architecture, rope scaling, an active sliding window, experts, quantisation); the key is named.
     """
     path = Path(folder) / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; a model folder needs its config.json"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object")
+    content = required_object(path)
 
     def require(key: str) -> Any:
         if content.get(key) is None:
@@ -121,7 +102,7 @@ def write_config(
     config: QwenConfig,
     *,
     dtype: str = "bfloat16",
-    token_ids: Mapping[str, int | list[int]] | None = None,
+    token_ids: dict | None = None,
 ) -> None:
     """Writes `config.json` so that transformers 4 and 5 both read it.
 
@@ -217,15 +198,13 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     if not index.is_file():
         if (folder / SINGLE).is_file():
             return {folder / SINGLE: None}
-        raise UserError(
-            f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; only safetensors files are read"
-        )
+        raise UserError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}; only safetensors are read")
     try:
         files: dict[Path, set[str] | None] = {}
-        for tensor, file in json.loads(index.read_text())["weight_map"].items():
+        for tensor, file in required_object(index)["weight_map"].items():
             files.setdefault(folder / file, set()).add(tensor)
         return files
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no valid index of weights; fetch the file again") from error
 
 
@@ -245,9 +224,7 @@ def _open_tensors(folder: Path, config: QwenConfig, stack: ExitStack) -> dict[st
         for name in differing:
             if not _is_redundant(name, config):
                 has, lists = ("lacks", "lists") if name in listed else ("holds", "does not list")
-                raise UserError(
-                    f"the weights file {file} {has} the tensor {name}, but {INDEX} {lists} it there"
-                )
+                raise UserError(f"the file {file} {has} the tensor {name}, but {INDEX} {lists} it there")
         tensors.update((name, handle.get_slice(name)) for name in names)
     return tensors
 
@@ -296,10 +273,9 @@ def _row_blocks(shape: Sequence[int]) -> Iterator[slice]:
 
 def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig) -> None:
     expected = tensor_names(config)
-    for holds, names, calls in (
-        ("lack", [name for name in expected if name not in tensors], "calls for"),
-        ("hold", sorted(tensors.keys() - expected.keys()), "does not call for"),
-    ):
+    missing = [name for name in expected if name not in tensors]
+    surplus = sorted(tensors.keys() - expected.keys())
+    for holds, names, calls in (("lack", missing, "calls for"), ("hold", surplus, "does not call for")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(
@@ -309,13 +285,11 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Any], config: QwenConfig)
         stored, dtype = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
         if stored != shape:
             raise UserError(
-                f"the tensor {name} in {folder} has shape {list(stored)}, "
-                f"but config.json calls for {list(shape)}"
+                f"the tensor {name} in {folder} has shape {list(stored)}; config.json calls for {list(shape)}"
             )
         if dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(
-                f"the tensor {name} in {folder} has dtype {dtype}; "
-                "only unquantised weights (BF16, F16, F32) are read"
+                f"the tensor {name} in {folder} has dtype {dtype}; only unquantised BF16, F16, F32 are read"
             )
 
 
@@ -378,12 +352,12 @@ def save_params(
     kind, places = jnp.dtype(dtype), tensor_names(config)
     sizes = {name: math.prod(shape) * kind.itemsize for name, (_, _, shape) in places.items()}
     shards = _shards(sizes, max_shard_bytes)
-    read = params if callable(params) else params_reader(params)
+    read = params if callable(params) else read_params(params)
     for file, names in shards.items():
         temporary = folder / f".{file}.{os.getpid()}"
         try:
             save_file(
-                {name: np.ascontiguousarray(in_file_layout(read, *places[name]), kind) for name in names},
+                {name: np.ascontiguousarray(as_stored(read, *places[name]), kind) for name in names},
                 temporary,
                 metadata={"format": "pt"},
             )
@@ -412,10 +386,8 @@ def _shards(sizes: Mapping[str, int], most: float) -> dict[str, list[str]]:
         shards[-1].append(name)
     if len(shards) == 1:
         return {SINGLE: shards[0]}
-    return {
-        f"model-{number:05}-of-{len(shards):05}.safetensors": names
-        for number, names in enumerate(shards, start=1)
-    }
+    count = len(shards)
+    return {f"model-{n:05}-of-{count:05}.safetensors": names for n, names in enumerate(shards, start=1)}
 
 
 def differing_tensor(folder: str | Path, read: Reader, config: QwenConfig) -> str | None:
@@ -432,7 +404,7 @@ def differing_tensor(folder: str | Path, read: Reader, config: QwenConfig) -> st
     for file in _weight_files(folder):
         with safe_open(file, framework="numpy") as handle:  # one file: mapped pages count as memory
             for name in sorted(places.keys() & set(handle.keys())):
-                expected = in_file_layout(read, *places[name])
+                expected = as_stored(read, *places[name])
                 for block in _row_blocks(expected.shape):
                     stored = np.asarray(handle.get_slice(name)[block])
                     if stored.tobytes() != expected[block].astype(stored.dtype).tobytes():

@@ -22,15 +22,7 @@ from jaxtyping import Array, Float
 
 ADAPTERS = ("lora_a", "lora_b")
 # Our module -> Hugging Face's, in the order of a forward pass.
-TARGETS = {
-    "q": "q_proj",
-    "k": "k_proj",
-    "v": "v_proj",
-    "o": "o_proj",
-    "gate": "gate_proj",
-    "up": "up_proj",
-    "down": "down_proj",
-}
+TARGETS = {name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
 @dataclass(frozen=True)
@@ -54,9 +46,8 @@ class AdaptedLinear(nnx.LinearGeneral):
         super().__init__(in_features, out_features, rngs=rngs, **options)
         width = math.prod(self.in_features)
         # Uniform in +-1/sqrt(fan-in), as in PEFT.
-        start = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(
-            rngs.params(), (width, lora.rank), jnp.float32
-        )
+        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        start = uniform(rngs.params(), (width, lora.rank), jnp.float32)
         self.lora_a = nnx.Param(start.reshape(*self.in_features, lora.rank))
         self.lora_b = nnx.Param(jnp.zeros((lora.rank, *self.out_features)))
         self.scale = lora.scale

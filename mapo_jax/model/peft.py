@@ -6,8 +6,6 @@ The sum is computed for each slice of a tensor as it is read, so that such a mod
 any other.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -22,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError, safe_open
 
 from mapo_jax.errors import UserError
-from mapo_jax.files import write_whole
+from mapo_jax.files import required_object, write_whole
 from mapo_jax.model.lora import TARGETS, LoRA
 from mapo_jax.model.qwen import QwenConfig
 from mapo_jax.model.tensor_names import NAMES, Reader
@@ -54,9 +52,7 @@ def is_adapter(folder: Path | str) -> bool:
     if not (folder / CONFIG).is_file():
         return False
     if (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} holds both a model (config.json) and adapters ({CONFIG}); move one elsewhere"
-        )
+        raise UserError(f"{folder} holds both a model (config.json) and adapters ({CONFIG}); move one away")
     return True
 
 
@@ -90,37 +86,35 @@ def adapt(folder: Path | str, tensors: Mapping[str, Any], stack: ExitStack) -> d
         its configuration.
     """
     folder = Path(folder)
-    settings = _read_settings(folder)
+    settings, file = _read_settings(folder), folder / WEIGHTS
     try:
-        file = stack.enter_context(safe_open(folder / WEIGHTS, framework="numpy"))
-        matrices = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
+        handle = stack.enter_context(safe_open(file, framework="numpy"))
+        matrices = {name: handle.get_tensor(name).astype(np.float32) for name in handle.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {WEIGHTS}; only adapters in safetensors are read") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS} is truncated or damaged ({error}); save it again") from error
+        raise UserError(f"{file} is truncated or damaged ({error}); save it again") from error
 
     linear = sorted(name.removesuffix(".weight") for name in tensors if _LINEAR.fullmatch(name))
     pairs: dict[str, dict[str, str]] = {}  # module -> side -> name in the file
     for name in sorted(matrices):
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
         if match is None or match[1] not in linear:
-            raise UserError(f"{folder / WEIGHTS} holds {name}, to which the base model has no matrix")
+            raise UserError(f"{file} holds {name}, to which the base model has no matrix")
         if not _is_target(settings, match[1]):
             raise UserError(
-                f"{folder / WEIGHTS} holds {name}, which {CONFIG} leaves out (`target_modules`, "
+                f"{file} holds {name}, which {CONFIG} leaves out (`target_modules`, "
                 "`exclude_modules`, `layers_to_transform`)"
             )
         if match[2] in pairs.setdefault(match[1], {}):
-            raise UserError(f"{folder / WEIGHTS} holds {name} and {pairs[match[1]][match[2]]}, which are one")
+            raise UserError(f"{file} holds {name} and {pairs[match[1]][match[2]]}, which are one")
         pairs[match[1]][match[2]] = name
     if not pairs:
-        raise UserError(f"{folder / WEIGHTS} holds no adapters; save them again")
+        raise UserError(f"{file} holds no adapters; save them again")
     if "target_modules" in settings:
         for module in linear:
             if module not in pairs and _is_target(settings, module):
-                raise UserError(
-                    f"{folder / WEIGHTS} lacks the adapters of {module}, which {CONFIG} names; save it again"
-                )
+                raise UserError(f"{file} lacks the adapters of {module}, which {CONFIG} names; save it again")
 
     adapted = dict(tensors)
     for module, names in pairs.items():
@@ -130,15 +124,11 @@ def adapt(folder: Path | str, tensors: Mapping[str, Any], stack: ExitStack) -> d
         fits = down is not None and up is not None and down.ndim == up.ndim == 2
         if not fits or (len(up), down.shape[1]) != shape or up.shape[1] != len(down):
             name, other = (names["A"], "B") if "A" in names else (names["B"], "A")
-            raise UserError(
-                f"{folder / WEIGHTS}: {name} and its {other} do not fit the base's {target}, which is "
-                f"{list(shape)}"
-            )
+            raise UserError(f"{file}: {name} and its {other} do not fit the base's {target}, {list(shape)}")
         rank = _by_pattern(settings, "rank_pattern", module, settings["r"])
         if len(down) != rank:
             raise UserError(
-                f"{folder / WEIGHTS}: {names['A']} has rank {len(down)}, but {CONFIG} says {rank} (`r`, "
-                "`rank_pattern`)"
+                f"{file}: {names['A']} has rank {len(down)}, but {CONFIG} says {rank} (`r`, `rank_pattern`)"
             )
         alpha = _by_pattern(settings, "alpha_pattern", module, settings["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
@@ -251,11 +241,8 @@ def read_adapter_config(folder: str | Path) -> LoRA | None:
     content = _read_settings(Path(folder))
     ours = {theirs: name for name, theirs in TARGETS.items()}
     targets = content.get("target_modules")
-    more = [
-        key
-        for key in _Settings.model_fields
-        if content.get(key) and key not in ("r", "lora_alpha", "target_modules")
-    ]
+    written = ("r", "lora_alpha", "target_modules")
+    more = [key for key in _Settings.model_fields if content.get(key) and key not in written]
     if more or not isinstance(targets, list) or not set(targets) <= set(ours):
         key = (more or ["target_modules"])[0]
         raise UserError(f"{file}: `{key}` is {content.get(key)!r}, which no run of this project writes")
@@ -269,12 +256,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
       UserError: it cannot be read, is of another kind, or a key (named) is neither read nor off.
     """
     file = folder / CONFIG
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object")
+    content = required_object(file)
     if content.get("peft_type") != "LORA":
         raise UserError(f"{file}: `peft_type` is {content.get('peft_type')!r}; only LORA is read")
 

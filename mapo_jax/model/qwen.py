@@ -69,8 +69,7 @@ class QwenConfig:
             raise UserError(f"the model's head_dim is {self.head_dim}; rotary embedding needs an even one")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"the model's num_kv_heads is {self.num_kv_heads}; "
-                f"it must divide num_heads ({self.num_heads})"
+                f"the model's num_kv_heads is {self.num_kv_heads}; it must divide num_heads, {self.num_heads}"
             )
         expected = {"qwen2": (True, False), "qwen3": (False, True)}
         if expected.get(self.family) != (self.qkv_bias, self.qk_norm):
@@ -139,8 +138,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B L D"], rotary, attend: Attend):
         query, key, value = self.q(x), self.k(x), self.v(x)
         if self.qk_norm:
-            query = self.q_norm(query)
-            key = self.k_norm(key)
+            query, key = self.q_norm(query), self.k_norm(key)
         output, carried = attend(rotate(query, rotary), rotate(key, rotary), value)
         return self.o(output), carried
 
@@ -164,7 +162,8 @@ class Qwen(nnx.Module):
     """The whole model as a tree of parameters; `hidden_states` and `extend` are its forward passes."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=_normal, rngs=rngs)
+        width, size = config.hidden_size, config.vocab_size
+        self.embed = nnx.Embed(size, width, embedding_init=_normal, rngs=rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -172,11 +171,9 @@ class Qwen(nnx.Module):
             return Block(config, jnp.float32, rngs=rngs)
 
         self.layers = stack(rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(width, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.head = nnx.Linear(
-                config.hidden_size, config.vocab_size, use_bias=False, kernel_init=_normal, rngs=rngs
-            )
+            self.head = nnx.Linear(width, size, use_bias=False, kernel_init=_normal, rngs=rngs)
 
 
 # (query, key, value), rotated -> (output of the heads, the layer's new cache entry or None)

@@ -1,7 +1,5 @@
 """Shardings: tables of which array axis is cut along which mesh axis, and functions over them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -173,9 +171,8 @@ def param_shardings(
             mesh_axis = rules[dimension]
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:
                 raise UserError(
-                    f"the model's {dimension} ({size}, in {name}) cannot be cut into "
-                    f"mesh.{mesh_axis}={mesh.shape[mesh_axis]} equal parts; "
-                    f"choose a mesh.{mesh_axis} that divides {size}"
+                    f"the model's {dimension} ({size}, in {name}) cannot be cut into mesh.{mesh_axis}="
+                    f"{mesh.shape[mesh_axis]} equal parts; choose a mesh.{mesh_axis} that divides {size}"
                 )
         return NamedSharding(mesh, PartitionSpec(*(rules[dimension] for dimension in axes)))
 
@@ -184,18 +181,14 @@ def param_shardings(
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
     """A tree of arrays or shapes as `jax.ShapeDtypeStruct`s with these shardings."""
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings
-    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def decoding_shardings(shapes: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """`param_shardings` for what `qwen.for_decoding` returns: each layer is cut like the stack of them."""
     shardings = param_shardings(shapes, mesh)
     count = jax.tree.leaves(shapes["layers"])[0].shape[0]
-    layer = jax.tree.map(
-        lambda sharding: NamedSharding(mesh, PartitionSpec(*sharding.spec[1:])), shardings["layers"]
-    )
+    layer = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), shardings["layers"])
     return shardings | {"layers": [layer] * count}
 
 
@@ -235,16 +228,14 @@ def sharding_table(shapes: Mapping[str, Any], mesh: Mesh) -> list[str]:
 
     def cut(sizes: Sequence[Any], spec: PartitionSpec) -> str:
         axes = ("+".join(axis) if isinstance(axis, tuple) else axis for axis in spec)
-        return " x ".join(
-            f"{size}/{axis}" if axis else f"{size}" for size, axis in zip(sizes, axes, strict=True)
-        )
+        pairs = zip(sizes, axes, strict=True)
+        return " x ".join(f"{size}/{axis}" if axis else f"{size}" for size, axis in pairs)
 
-    lines = []
+    table = []
     parameters = jax.tree_util.tree_leaves_with_path(shapes)
     for (path, leaf), placed in zip(parameters, jax.tree.leaves(param_shardings(shapes, mesh)), strict=True):
         name = "/".join(entry.key for entry in path)
         local = " x ".join(map(str, placed.shard_shape(leaf.shape)))
-        lines.append(f"{name:<30} {cut(leaf.shape, placed.spec)} = {local}")
-    return lines + [
-        f"{name:<30} {cut(axes, activation_spec(name))}" for name, axes in ACTIVATION_AXES.items()
-    ]
+        table.append(f"{name:<30} {cut(leaf.shape, placed.spec)} = {local}")
+    table += [f"{name:<30} {cut(axes, activation_spec(name))}" for name, axes in ACTIVATION_AXES.items()]
+    return table

@@ -1,7 +1,5 @@
 """Hugging Face's names and layouts of our parameters: one table for reading, writing and comparing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -35,7 +33,7 @@ NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
 }
 
 Reader = Callable[[str, int | None], np.ndarray]
-"""Returns one parameter by its path, or one layer of it: from memory (`params_reader`) or from a disk."""
+"""Returns one parameter by its path, or one layer of it: from memory (`read_params`) or from a disk."""
 
 
 def tensor_names(config: QwenConfig) -> dict[str, tuple[str, int | None, tuple[int, ...]]]:
@@ -54,7 +52,7 @@ def tensor_names(config: QwenConfig) -> dict[str, tuple[str, int | None, tuple[i
     return names
 
 
-def params_reader(params: Params) -> Reader:
+def read_params(params: Params) -> Reader:
     """Reads from parameters in memory."""
     leaves = _leaves(params)
 
@@ -64,13 +62,11 @@ def params_reader(params: Params) -> Reader:
     return read
 
 
-def in_file_layout(read: Reader, path: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+def as_stored(read: Reader, path: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
     """One tensor as its file has it; the arguments after `read` are a value of `tensor_names`."""
     return read(path, layer).transpose(sum(NAMES[path][1], ())).reshape(shape)
 
 
 def _leaves(tree: Params) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

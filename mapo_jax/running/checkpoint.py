@@ -1,7 +1,5 @@
 """Checkpoints of a run: saved in the background, verified by checksums, restored into any sharding."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,21 +14,9 @@ import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from mapo_jax import files
 from mapo_jax.commands import machine_errors
 from mapo_jax.errors import UserError
-from mapo_jax.files import (
-    CHECKSUMS_FILE,
-    as_path,
-    checksums,
-    crc_of,
-    differing,
-    disk_errors,
-    in_bucket,
-    read_checksums,
-    read_object,
-    write_checksums,
-    write_whole,
-)
 from mapo_jax.learning.train_state import TrainState
 from mapo_jax.running.run_folder import BASE_FOLDER, CHECKPOINTS_FOLDER, best_steps, whole_steps
 
@@ -60,12 +46,12 @@ class Checkpoints(AbstractContextManager):
         """
         # Errors reach us as exceptions; the library's own tracebacks would bury the one sentence.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        run_folder = as_path(run_folder)
+        run_folder = files.as_path(run_folder)
         self.folder = _absolute(run_folder) / CHECKPOINTS_FOLDER
         policies = [preservation_policy.LatestN(keep)]
         if keep_best:
             policies.append(_Best(run_folder, keep_best))
-        with disk_errors(self.folder):
+        with files.disk_errors(self.folder):
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
@@ -96,14 +82,14 @@ class Checkpoints(AbstractContextManager):
         """
         if step in self.steps:
             return
-        with disk_errors(self.folder):
+        with files.disk_errors(self.folder):
             saved = ocp.args.JsonSave(_with_checksum({**progress, "step": step}))
             args = ocp.args.Composite(state=_chunked(_to_saved(state)), progress=saved)
             self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
         """Waits until no save is running. Raises as `save` does."""
-        with disk_errors(self.folder):
+        with files.disk_errors(self.folder):
             self._manager.wait_until_finished()
 
     def restore_latest(self, template: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -126,7 +112,7 @@ class Checkpoints(AbstractContextManager):
 
     def close(self) -> None:
         """Finishes a running save and closes the manager. Raises as `save` does."""
-        with disk_errors(self.folder):
+        with files.disk_errors(self.folder):
             try:
                 self._manager.wait_until_finished()
             finally:
@@ -152,7 +138,7 @@ class _Best(preservation_policy.PreservationPolicy):
 
 
 def _absolute(path: Path) -> Path:
-    return path if in_bucket(path) else path.absolute()
+    return path if files.in_bucket(path) else path.absolute()
 
 
 # --- Progress. ---
@@ -164,18 +150,18 @@ def read_progress(checkpoint: Path | str) -> dict[str, Any]:
     Raises:
       UserError: it is damaged or cannot be read.
     """
-    folder = _absolute(as_path(checkpoint))
-    saved = read_object(folder / "progress" / "metadata") or {}
+    folder = _absolute(files.as_path(checkpoint))
+    saved = files.read_object(folder / "progress" / "metadata") or {}
     checksum = saved.pop(_CHECKSUM, None)
-    summed = (folder / "state" / CHECKSUMS_FILE).exists()
-    if "step" not in saved or summed != (checksum is not None) or (summed and checksum != crc_of(saved)):
+    expected = files.crc_of(saved) if (folder / "state" / files.CHECKSUMS_FILE).exists() else None
+    if "step" not in saved or checksum != expected:
         raise _damaged(folder, "progress/metadata")
     return saved
 
 
 def _with_checksum(progress: Mapping[str, Any]) -> dict[str, Any]:
     progress = json.loads(json.dumps(progress))
-    return {**progress, _CHECKSUM: crc_of(progress)}
+    return {**progress, _CHECKSUM: files.crc_of(progress)}
 
 
 # --- Saving arrays. ---
@@ -187,8 +173,8 @@ def save_base(run_folder: Path | str, params: Any) -> None:
     Raises:
       UserError: the disk is full.
     """
-    folder = _absolute(as_path(run_folder)) / BASE_FOLDER
-    with disk_errors(folder), ocp.AsyncCheckpointer(_ChecksumHandler()) as checkpointer:
+    folder = _absolute(files.as_path(run_folder)) / BASE_FOLDER
+    with files.disk_errors(folder), ocp.AsyncCheckpointer(_ChecksumHandler()) as checkpointer:
         checkpointer.save(folder / "state", args=_chunked({"params": params}), force=True)
         checkpointer.wait_until_finished()
 
@@ -207,18 +193,18 @@ class _ChecksumHandler(ocp.PyTreeCheckpointHandler):
 
     def _sum_files_of_process(self, directory: Path) -> None:
         name = f"ocdbt.process_{jax.process_index()}"
-        sums = checksums(directory / name) if (directory / name).is_dir() else {}
+        sums = files.checksums(directory / name) if (directory / name).is_dir() else {}
         content = {f"{name}/{file}": value for file, value in sums.items()}
-        write_whole(directory / f"{_PROCESS_CHECKSUMS}{jax.process_index()}", json.dumps(content))
+        files.write_whole(directory / f"{_PROCESS_CHECKSUMS}{jax.process_index()}", json.dumps(content))
 
     def finalize(self, directory: Path) -> None:
         super().finalize(directory)
-        files = [file for file in directory.iterdir() if file.name.startswith(_PROCESS_CHECKSUMS)]
-        known = {name: value for file in files for name, value in (read_object(file) or {}).items()}
-        for file in files:
+        parts = [file for file in directory.iterdir() if file.name.startswith(_PROCESS_CHECKSUMS)]
+        known = {name: value for file in parts for name, value in (files.read_object(file) or {}).items()}
+        for file in parts:
             file.unlink()
         # orbax writes the time of the commit into that file afterwards; no restore reads it
-        write_checksums(directory, known, without="_CHECKPOINT_METADATA")
+        files.write_checksums(directory, known, without="_CHECKPOINT_METADATA")
 
 
 @ocp.args.register_with_handler(_ChecksumHandler, for_save=True, for_restore=True)
@@ -240,30 +226,19 @@ def _chunked(saved: Any) -> _Save:
 def _to_saved(state: TrainState) -> dict[str, Any]:
     # The optimizer's named tuples become a flat dict, so that the format has names and arrays only. The base
     # beside adapters never changes: the run folder has it once.
-    saved = {
-        "params": state.params,
-        "optimizer": {_dotted(path): leaf for path, leaf in _leaves(state.opt_state)},
-        "step": state.step,
-    }
+    saved = {"params": state.params, "optimizer": _by_name(state.opt_state), "step": state.step}
     return saved if state.reference is None else saved | {"reference": state.reference}
 
 
 def _from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:
-    moments = [saved["optimizer"][_dotted(path)] for path, _ in _leaves(template.opt_state)]
-    return TrainState(
-        params=saved["params"],
-        opt_state=jax.tree.unflatten(jax.tree.structure(template.opt_state), moments),
-        step=saved["step"],
-        reference=saved.get("reference"),
-    )
+    moments = [saved["optimizer"][name] for name in _by_name(template.opt_state)]
+    opt_state = jax.tree.unflatten(jax.tree.structure(template.opt_state), moments)
+    return TrainState(saved["params"], opt_state, saved["step"], saved.get("reference"))
 
 
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
-
-
-def _dotted(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 # --- Reading arrays. ---
@@ -319,7 +294,7 @@ def open_params(folder: Path, template: Any) -> Callable[[str, int | None], np.n
     with _read_errors(folder):
         saved = ocp.PyTreeCheckpointHandler().metadata(state).tree
         _refuse_other_shapes(folder, {"params": saved.get("params", {})}, {"params": template})
-        for name in (_dotted(path) for path, _ in _leaves(template)):
+        for name in _by_name(template):
             kvstore = {"driver": "ocdbt", "base": state.as_uri(), "path": f"params.{name}/"}
             spec = {"driver": "zarr", "kvstore": kvstore}
             stores[name.replace(".", "/")] = tensorstore.open(spec, read=True, open=True)
@@ -334,8 +309,8 @@ def open_params(folder: Path, template: Any) -> Callable[[str, int | None], np.n
 
 
 def _refuse_other_shapes(folder: Path, saved: Any, template: Any) -> None:
-    there = {_dotted(path): tuple(leaf.shape) for path, leaf in _leaves(saved)}
-    here = {_dotted(path): tuple(leaf.shape) for path, leaf in _leaves(template)}
+    there = {name: tuple(leaf.shape) for name, leaf in _by_name(saved).items()}
+    here = {name: tuple(leaf.shape) for name, leaf in _by_name(template).items()}
     for name in (*here, *there):
         if name not in there:
             problem = f"the checkpoint {folder} has no {name}"
@@ -360,17 +335,18 @@ def _verified_state(folder: Path) -> Path:
     if not state.is_dir():
         raise _damaged(folder, "state")
     try:
-        known = read_checksums(state)
+        known = files.read_checksums(state)
     except ValueError:
-        raise _damaged(folder, f"state/{CHECKSUMS_FILE}") from None
+        raise _damaged(folder, f"state/{files.CHECKSUMS_FILE}") from None
     if known is None:
-        if folder.name != BASE_FOLDER and _CHECKSUM in (read_object(folder / "progress" / "metadata") or {}):
-            raise _damaged(folder, f"state/{CHECKSUMS_FILE}")
+        progress = files.read_object(folder / "progress" / "metadata") or {}
+        if folder.name != BASE_FOLDER and _CHECKSUM in progress:
+            raise _damaged(folder, f"state/{files.CHECKSUMS_FILE}")
         LOG.warning("%s was saved without checksums, by an earlier version: damage goes unnoticed", folder)
         return state
     names = sorted(known)
     share = {name: known[name] for name in names[jax.process_index() :: jax.process_count()]}
-    damaged = next(differing(state, share), None)
+    damaged = next(files.differing(state, share), None)
     first = len(names) if damaged is None else names.index(damaged)
     if jax.process_count() > 1:
         first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
@@ -383,7 +359,7 @@ def _verified_state(folder: Path) -> Path:
 def _read_errors(folder: Path) -> Iterator[None]:
     """Raises UserError for the errors of orbax and tensorstore about a checkpoint that cannot be read."""
     try:
-        with machine_errors(), disk_errors(folder):
+        with machine_errors(), files.disk_errors(folder):
             yield
     except (UserError, jax.errors.JaxRuntimeError):  # jax: such as out of memory; the files are not to blame
         raise

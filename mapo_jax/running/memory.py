@@ -14,8 +14,6 @@ The compiler orders its buffers differently, so its figure differs: by at most 1
 that.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os
@@ -37,13 +35,7 @@ from mapo_jax.model.backends import attention_name
 from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import RULES, param_shardings, row_shards
 from mapo_jax.rollout.capacity import cache_bytes, copies_weights
-from mapo_jax.running.processes import (
-    Processes,
-    abstract_rollout_weights,
-    process_count,
-    rollout_mesh,
-    share_of,
-)
+from mapo_jax.running import processes as hosts
 
 GIB = 2**30
 # Factors on a TPU: of the gradient, of a layer's work, and of the head's float32 gradient.
@@ -65,21 +57,17 @@ class Forecast:
         return sum(self.held.values()) + max(sum(self.update.values()), sum(self.rollout.values()))
 
 
-def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: int | None = None) -> Forecast:
+def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
     """The memory that a run will need.
 
     Args:
       model: its shape, with adapters if any.
-      length: of the rows; by default the longest.
     """
-    length = length or row_lengths(config.rollout.max_tokens)[-1]
+    length = row_lengths(config.rollout.max_tokens)[-1]
     dtype = config.model.dtype
-    state = abstract_state(
-        parameter_shapes(model, dtype),
-        make_optimizer(config.optimizer, 1),
-        shardings=param_shardings(parameter_shapes(model), mesh),
-        reference=config.algorithm.kl_coefficient > 0,
-    )
+    shapes, optimizer = parameter_shapes(model, dtype), make_optimizer(config.optimizer, 1)
+    shardings, reference = param_shardings(parameter_shapes(model), mesh), config.algorithm.kl_coefficient > 0
+    state = abstract_state(shapes, optimizer, shardings=shardings, reference=reference)
     trained = _bytes(state.params)
     held = {
         "weights that are trained": trained,
@@ -90,9 +78,8 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
     total, shards = minibatch_rows(config), row_shards(mesh)
     rows = microbatch_rows(total, length, config.training.microbatch_tokens, shards)
     share = _device_share(model, mesh)
-    microbatch = _Microbatch(
-        share, rows // shards, length, dtype, attention_name(config.model.attention, mesh, model, dtype)
-    )
+    attention = attention_name(config.model.attention, mesh, model, dtype)
+    microbatch = _Microbatch(share, rows // shards, length, dtype, attention)
     work = max(_layer_work(microbatch), _head_work(config, microbatch, model, mesh))
     gradient = trained if rows == total else 2 * trained
     if mesh.devices.flat[0].platform == "tpu":
@@ -106,34 +93,28 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
         * _kept(microbatch, config.model.remat),
         "work of one layer or of the head": work,
     }
-    return Forecast(
-        *(
-            {kind: size for kind, size in sizes.items() if size}
-            for sizes in (held, update, _rollout(config, model, mesh, state.weights))
-        )
-    )
+    phases = held, update, _rollout(config, model, mesh, state.weights)
+    return Forecast(*({kind: size for kind, size in sizes.items() if size} for sizes in phases))
 
 
 def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
     """Memory while dialogues are held: each process has its share of them on its devices."""
-    processes = Processes(0, process_count(mesh))
-    share, own_mesh = share_of(config.rollout, processes.count), rollout_mesh(mesh, processes)
+    processes = hosts.Processes(0, hosts.process_count(mesh))
+    share, own_mesh = hosts.share_of(config.rollout, processes.count), hosts.rollout_mesh(mesh, processes)
     dtype = config.model.dtype
     dialogues = share.scenarios * share.rollouts
     resident = min(share.slots or dialogues, dialogues)
     vocabulary = _device_share(model, mesh).vocab_size
-    sizes = {
-        f"KV caches ({dtype})": cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(dtype))
-        / own_mesh.size,
-        "logits of the lanes": 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary,
-    }
+    caches = cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(dtype)) / own_mesh.size
+    logits = 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary
+    sizes = {f"KV caches ({dtype})": caches, "logits of the lanes": logits}
     whole = 0
     if processes.count > 1:
-        weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
+        weights = hosts.abstract_rollout_weights(weights, model, own_mesh, dtype)
         whole = _bytes(weights)
     if not copies_weights(share.copy_weights, own_mesh):
         return {f"weights of a host ({dtype})": whole} | sizes
-    copy = abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
+    copy = hosts.abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
     # The gathered weights are freed before caches are allocated.
     more = max(0, whole - sum(sizes.values()))
     return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | sizes
@@ -153,10 +134,7 @@ def device_memory(mesh: Mesh) -> int | None:
 
 def _bytes(tree: Any) -> int:
     """Bytes of a tree of abstract arrays on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _device_share(model: QwenConfig, mesh: Mesh) -> QwenConfig:
@@ -202,10 +180,8 @@ def _kept(batch: _Microbatch, remat: str) -> int:
             block = jax.checkpoint(block, policy=qwen.REMAT[remat])
         return jax.vjp(block, x, weights)[1]
 
-    weights = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
-        parameter_shapes(config, batch.dtype)["layers"],
-    )
+    layers = parameter_shapes(config, batch.dtype)["layers"]
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
     x = jax.ShapeDtypeStruct((batch.rows, batch.length, config.hidden_size), dtype)
     positions = jax.ShapeDtypeStruct((batch.rows, batch.length), jnp.int32)
     rotary = jax.eval_shape(lambda at: rotary_angles(at, config.head_dim, config.rope_theta), positions)
@@ -220,9 +196,7 @@ def _kept(batch: _Microbatch, remat: str) -> int:
 
 def _layer_work(batch: _Microbatch) -> int:
     model, length = batch.model, batch.length
-    scores = (
-        batch.rows * model.num_heads * query_block(length) * length * 4 if batch.attention == "xla" else 0
-    )
+    scores = (batch.attention == "xla") * batch.rows * model.num_heads * query_block(length) * length * 4
     layers = parameter_shapes(model, batch.dtype)["layers"]
     weights = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
     return _kept(batch, "none") + 2 * scores + 2 * weights + 3 * batch.hidden
@@ -234,10 +208,5 @@ def _head_work(config: Config, batch: _Microbatch, model: QwenConfig, mesh: Mesh
     gathered = mesh.shape["fsdp"] > 1 or batch.dtype != "float32"
     scored = batch.rows * min(loss_tokens(config), batch.length)
     logits = min(head.head_chunk(model.vocab_size), scored) * share.vocab_size * 4
-    frozen = model.lora is not None
-    return (
-        gathered * matrix * jnp.dtype(batch.dtype).itemsize
-        + (not frozen and mesh.shape["fsdp"] > 1) * matrix * 4
-        + 4 * logits
-        + 3 * batch.hidden
-    )
+    gradient = (model.lora is None and mesh.shape["fsdp"] > 1) * matrix * 4
+    return gathered * matrix * jnp.dtype(batch.dtype).itemsize + gradient + 4 * logits + 3 * batch.hidden

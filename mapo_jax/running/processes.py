@@ -5,8 +5,6 @@ with its own users and judges, on its own devices. Cells and token rows are gath
 the same programs in the same order on the whole mesh.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ Model FLOPs as in arXiv:2204.02311 (PaLM, appendix B): rematerialisation and pad
 docs/metrics.md has the formula.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections.abc import Mapping, Sequence

@@ -7,14 +7,13 @@ several orders: order k rotates the choices, and over four orders each of four c
 Source: Sabour et al., EmoBench: Evaluating the Emotional Intelligence of Large Language Models (ACL 2024).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product, starmap
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,12 +96,7 @@ class Asking:
 
 def askings(items: Iterable[Item], protocol: AskingProtocol) -> list[Asking]:
     """All prompts of a protocol."""
-    return [
-        Asking(item, order, sample)
-        for item in items
-        for order in range(protocol.orders)
-        for sample in range(protocol.samples)
-    ]
+    return list(starmap(Asking, product(items, range(protocol.orders), range(protocol.samples))))
 
 
 # --- Files ---
@@ -119,9 +113,7 @@ def read_items(paths: Sequence[str | Path]) -> list[Item]:
         for place, row in read_rows(path, "items"):
             item = _item(row, place)
             if item.key in items:
-                raise UserError(
-                    f"{place}: item {item.qid} ({item.task}, {item.language}) occurs a second time"
-                )
+                raise UserError(f"{place}: item {item.qid} ({item.task}, {item.language}) occurs twice")
             items[item.key] = item
     return list(items.values())
 
@@ -360,10 +352,8 @@ def _task_scores(task: str, items: Sequence[Item], cells: Sequence[_Cell], seed:
             scores[name] = float(np.mean(hits))
     for grouping, field in _GROUPINGS.items():
         group_of = attrgetter(field)
-        scores[grouping] = {
-            group: _figures(*_where(items, cells, group_of, group), seed)
-            for group in sorted(set(map(group_of, items)))
-        }
+        groups = sorted(set(map(group_of, items)))
+        scores[grouping] = {g: _figures(*_where(items, cells, group_of, g), seed) for g in groups}
     return scores
 
 

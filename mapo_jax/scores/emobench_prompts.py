@@ -1,7 +1,5 @@
 """The prompts of EmoBench: our wording (`emobench_prompts.yaml`), in the item's language."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

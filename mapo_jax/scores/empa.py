@@ -6,8 +6,6 @@ row, in which nothing moves. An index is capped at 100 only if its formula says 
 Source: EMPA (arXiv 2603.00552).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict
@@ -27,6 +25,7 @@ from mapo_jax.scores.bootstrap import interval_list, intervals
 OUTCOME = ("RDI", "E_total", "S_net")
 EFFICIENCY = ("rho", "S_proj", "tau")
 STABILITY = ("R_pos", "Align", "Pen")
+PARTS = {"outcome": OUTCOME, "efficiency": EFFICIENCY, "stability": STABILITY}
 INDICES = (*OUTCOME, *EFFICIENCY, *STABILITY)
 SCORES = (*INDICES, "outcome", "efficiency", "stability", "epm_q")
 
@@ -78,10 +77,8 @@ def score_case(start: state.Vector, levels: Sequence[state.Levels | None]) -> di
     energy = sum(gains)
     level_sum = sum(sum(turn) for turn in levels if turn is not None)
     harm_sum = sum(abs(harm) for turn in levels if turn is not None for harm in turn[1::2])
-    cosines = [
-        gain / state.norm(v) if v is not None and any(v) else 0.0
-        for gain, v in zip(gains[1:], increments, strict=True)
-    ]
+    moves = zip(gains[1:], increments, strict=True)
+    cosines = [gain / state.norm(v) if v is not None and any(v) else 0.0 for gain, v in moves]
     change = 100 * (start_distance - end_distance) / start_distance
 
     scores = {
@@ -95,8 +92,8 @@ def score_case(start: state.Vector, levels: Sequence[state.Levels | None]) -> di
         "Align": 100 * (sum(cosines) / rows + 1) / 2,
         "Pen": 100 * max(0.0, 3 - harm_sum / rows) / 3,
     }
-    for group, names in (("outcome", OUTCOME), ("efficiency", EFFICIENCY), ("stability", STABILITY)):
-        scores[group] = sum(scores[name] for name in names) / len(names)
+    for part, names in PARTS.items():
+        scores[part] = sum(scores[name] for name in names) / len(names)
     scores["epm_q"] = 0.4 * scores["outcome"] + 0.2 * scores["efficiency"] + 0.4 * scores["stability"]
     return scores
 

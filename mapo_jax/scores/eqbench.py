@@ -7,8 +7,6 @@ Sources: Paech, EQ-Bench: An Emotional Intelligence Benchmark for Large Language
 version 2 of the scoring (full scale); how answers are parsed: `lib/scoring.py` of the benchmark's repository.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,18 +106,13 @@ def read_answers(path: str | Path) -> dict[str, str | None]:
       UserError: the file cannot be read, or is neither; names the line or the id.
     """
     if Path(path).suffix == ".jsonl":
-        rows: Iterable[tuple[str, Any, Any]] = (
-            (place, row.get("id"), row.get("answer", ...)) for place, row in read_rows(path, "answers")
-        )
+        rows = ((at, row.get("id"), row.get("answer", ...)) for at, row in read_rows(path, "answers"))
     else:
         content = read_json(path, "answers")
         if not isinstance(content, dict):
             raise UserError(f"{path} must hold an object with an answer's text under each question's id")
-        rows = (
-            (f"{path}, question {name}", name, text)
-            for name, text in content.items()
-            if text is not None  # null: not answered
-        )
+        given = {name: text for name, text in content.items() if text is not None}  # null: not answered
+        rows = ((f"{path}, question {name}", name, text) for name, text in given.items())
     answers = {}
     for place, name, content in rows:
         try:
@@ -211,13 +204,9 @@ def score_answers(
     known = {question.id for question in questions}
     for name in answers:
         if name not in known:
-            raise UserError(
-                f"there is an answer to question {name}, which is not among the {len(known)} questions"
-            )
-    spoken_texts = {name: spoken(text) for name, text in answers.items()}
-    texts = {
-        name: _plain(text, parsing) for name, text in spoken_texts.items() if text and not text.isspace()
-    }
+            raise UserError(f"there is an answer to question {name}, not one of the {len(known)} questions")
+    replies = {name: spoken(text) for name, text in answers.items()}
+    texts = {name: _plain(text, parsing) for name, text in replies.items() if text and not text.isspace()}
     if revision is None:
         revision = 2 * sum(REVISED in text for text in texts.values()) >= max(1, len(texts))
     head = {
@@ -255,13 +244,9 @@ def _revision_counts(first_pass: Mapping[str, Any], revised: Mapping[str, Any]) 
     return enough and revised["score"] >= first_pass["score"]
 
 
-def _score(
-    questions: Sequence[Question], answers: Mapping[str, str], parsing: str, seed: int
-) -> dict[str, Any]:
+def _score(questions: Sequence[Question], answers: dict[str, str], parsing: str, seed: int) -> dict[str, Any]:
     ratings = {q.id: parse(answers.get(q.id, ""), q.reference, parsing) for q in questions}
-    by_question = {
-        q.id: None if ratings[q.id] is None else question_score(ratings[q.id], q.reference) for q in questions
-    }
+    by_question = {q.id: ratings[q.id] and question_score(ratings[q.id], q.reference) for q in questions}
     scored = np.array([score for score in by_question.values() if score is not None])
     share = len(scored) / len(questions)
     ends = intervals(10 * scored[:, None], np.ones((len(scored), 1)), seed=seed)

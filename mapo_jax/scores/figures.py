@@ -1,7 +1,5 @@
 """The figures that a run reports about a set of dialogues."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Texts of the warm start: chats from a JSONL file, or synthetic dialogues of the scripted world."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -68,9 +66,7 @@ def _parse(row: Any, where: str) -> tuple[Chat, int]:
     if not replies:
         raise UserError(f"{where}: there is no reply by the assistant to learn from")
     if all(chat[i].get("weight") == 0 for i in replies):
-        raise UserError(
-            f"{where}: every reply has `weight` 0, so there is nothing to learn; leave the line out"
-        )
+        raise UserError(f"{where}: every reply has `weight` 0: there is nothing to learn; leave it out")
     reasoned = 0
     for i in replies:
         answer = _answer(chat[i]["content"], places[i])
@@ -108,10 +104,7 @@ def _joined(content: Any) -> Any:
     """The text of a list of text parts; anything else as it is."""
     if not isinstance(content, list):
         return content
-    texts = [
-        part.get("text") if isinstance(part, dict) and part.get("type") in _TEXT_PARTS else part
-        for part in content
-    ]
+    texts = [p.get("text") if isinstance(p, dict) and p.get("type") in _TEXT_PARTS else p for p in content]
     return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 

@@ -17,8 +17,6 @@ Only Qwen3 (with its query and key norms) is supported. Every group of key/value
 the first of its query heads.
 """
 
-from __future__ import annotations
-
 import jax
 import numpy as np
 

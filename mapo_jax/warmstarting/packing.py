@@ -1,7 +1,5 @@
 """Rows of the warm start: chats as the tokens that RL will see, packed to one length and batched by grain."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -153,7 +153,7 @@ def test_what_is_no_list_of_models_is_the_sentence_about_v1(server, models):
 @pytest.mark.parametrize("url", ["http://127.0.0.1:x/v1", "http://[::1/v1"])
 def test_what_is_no_url_is_one_sentence(url):
     for ask in (lambda: only_model(url), lambda: endpoint(url).answer(PROMPTS, lambda *_: None)):
-        with pytest.raises(UserError, match="is not the URL of a server"):
+        with pytest.raises(UserError, match="is no URL of a server"):
             ask()
 
 

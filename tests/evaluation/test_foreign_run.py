@@ -128,7 +128,7 @@ def test_the_flag_is_refused_where_it_cannot_act(run, model_folder, tmp_path, ca
     assert main(["empa", "--model", str(model_folder), *flag]) == 2
     assert "is for --model RUN" in capsys.readouterr().err
     assert empa(run, tmp_path, "--trust-run-world", "--config", f"{run.folder}/config.yaml") == 2
-    assert "leave one of them out" in capsys.readouterr().err
+    assert "leave one out" in capsys.readouterr().err
 
 
 def test_prompts_reports_and_exports_ask_and_import_nobody(run, tmp_path):

@@ -28,7 +28,7 @@ from mapo_jax.learning.update import (
 )
 from mapo_jax.model.lora import LoRA, join, merge, split
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
-from mapo_jax.model.tensor_names import in_file_layout, params_reader, tensor_names
+from mapo_jax.model.tensor_names import as_stored, read_params, tensor_names
 from mapo_jax.running.metrics import CompileCounter
 
 CONFIG = QwenConfig(
@@ -64,8 +64,8 @@ EVERYTHING = AlgorithmConfig(
 
 def to_huggingface(params):
     """Every tensor under its Hugging Face name and in its layout."""
-    read = params_reader(params)
-    return {name: in_file_layout(read, *place) for name, place in tensor_names(CONFIG).items()}
+    read = read_params(params)
+    return {name: as_stored(read, *place) for name, place in tensor_names(CONFIG).items()}
 
 
 def make_params(seed):

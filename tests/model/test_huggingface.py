@@ -26,7 +26,7 @@ from mapo_jax.model.huggingface import (
     write_config,
 )
 from mapo_jax.model.qwen import QwenConfig, hidden_states, parameter_count, parameter_shapes
-from mapo_jax.model.tensor_names import EMBEDDING, HEAD, in_file_layout, params_reader, tensor_names
+from mapo_jax.model.tensor_names import EMBEDDING, HEAD, as_stored, read_params, tensor_names
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -100,8 +100,8 @@ def test_logits_and_gradients_equal_transformers(reference):
 
     np.testing.assert_allclose(found, logits.detach().numpy(), atol=TOLERANCE)
     assert float(value) == pytest.approx(expected.item(), rel=1e-5)
-    read = params_reader(gradient)
-    ours = {name: in_file_layout(read, *place) for name, place in tensor_names(config).items()}
+    read = read_params(gradient)
+    ours = {name: as_stored(read, *place) for name, place in tensor_names(config).items()}
     theirs = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():

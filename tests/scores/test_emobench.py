@@ -198,7 +198,7 @@ def test_prompts_are_in_the_language_of_the_item(items):
         (ea("3", label=0) | {"label": "Run"}, "line 2: `label` 'Run' must be one of `choices`"),
         (ea("3", choices="ABC"), "line 2: `choices` must be a list"),
         (ea("3", scenario=None), "line 2: `scenario` must be text"),
-        (ea("1"), "line 2: item 1 .* occurs a second time"),
+        (ea("1"), "line 2: item 1 .* occurs twice"),
         (eu("3", cause_label="snow"), "line 2: `cause_label` 'snow'"),
     ],
 )

@@ -1,7 +1,5 @@
 """Finished calls in SQLite, so that a restarted run pays for none of them twice."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sqlite3
@@ -40,9 +38,8 @@ class CallCache:
             self._rows.execute("PRAGMA journal_mode=WAL")
             self._rows.execute("PRAGMA synchronous=NORMAL")
             self._rows.execute(
-                "CREATE TABLE IF NOT EXISTS calls (address TEXT PRIMARY KEY, role TEXT NOT NULL, "
-                "text TEXT NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL) "
-                "WITHOUT ROWID"
+                "CREATE TABLE IF NOT EXISTS calls (address TEXT PRIMARY KEY, role TEXT NOT NULL, text TEXT "
+                "NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL) WITHOUT ROWID"
             )
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from error
@@ -55,7 +52,7 @@ class CallCache:
 
     def put(self, key: str, role: str, answer: Completion) -> None:
         """Stores a usable answer."""
-        self._execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?)", key, role, *answer)
+        self._execute("INSERT OR REPLACE INTO calls VALUES (?, ?, ?, ?, ?)", key, role, *answer[:3])
 
     def _execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
         try:

@@ -78,10 +78,8 @@ class CallLog:
 
     def drain(self) -> dict[str, Any]:
         """All figures since the last `drain`, as JSON values without text; resets them."""
-        roles = {
-            role: {**vars(tally), "failures": dict(tally.failures)}
-            for role, tally in sorted(self._tallies.items())
-        }
+        tallies = sorted(self._tallies.items())
+        roles = {role: {**vars(tally), "failures": dict(tally.failures)} for role, tally in tallies}
         drained = {"roles": roles, "lost": dict(self.lost)}
         self._tallies.clear()
         self.lost.clear()
@@ -166,7 +164,7 @@ class Caller:
         """
         tally = self.log[self.role]
         tally.calls += 1
-        messages = [_plain(message) for message in messages]
+        messages = [_plain(message["role"], message["content"]) for message in messages]
         for repair_message in (repair, None):
             try:
                 return await self._attempt(tally, messages, seed, schema, check)
@@ -176,11 +174,8 @@ class Caller:
                 if final:
                     raise
                 tally.repairs += 1
-                messages = [
-                    *messages,
-                    _plain({"role": "assistant", "content": excerpt(failure.raw) or "(nothing)"}),
-                    _plain({"role": "user", "content": repair_message(excerpt(failure.detail))}),
-                ]
+                answer = _plain("assistant", excerpt(failure.raw) or "(nothing)")
+                messages = [*messages, answer, _plain("user", repair_message(excerpt(failure.detail)))]
         raise AssertionError("unreachable")
 
     async def _attempt(
@@ -223,13 +218,11 @@ async def ask(
     Raises:
       RoleFailure: the call finally failed.
     """
-    text = await complete(
-        messages,
-        check=parse,
-        repair=lambda problem: render(card.language, repair_prompt, problem=problem),
-        **options,
-    )
-    return parse(text)
+
+    def repair(problem: str) -> str:
+        return render(card.language, repair_prompt, problem=problem)
+
+    return parse(await complete(messages, check=parse, repair=repair, **options))
 
 
 def _problem(text: str, check: Check | None) -> RoleFailure | None:
@@ -244,9 +237,6 @@ def _problem(text: str, check: Check | None) -> RoleFailure | None:
     return None
 
 
-def _plain(message: Mapping[str, str]) -> dict[str, str]:
+def _plain(role: str, text: str) -> dict[str, str]:
     """A message of whole characters without a chat template's control tokens, such as <|im_end|>."""
-    return {
-        "role": message["role"],
-        "content": whole_characters(message["content"]).replace("<|", "<\u200b|"),
-    }
+    return {"role": role, "content": whole_characters(text).replace("<|", "<\u200b|")}

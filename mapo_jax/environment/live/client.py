@@ -7,14 +7,13 @@ A server may send anything. The results of this module are valid: text of whole 
 token counts that are counts, and CallFailed for everything else.
 """
 
-from __future__ import annotations
-
 import asyncio
+import itertools
 import math
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 import openai
@@ -55,15 +54,6 @@ class CallFailed(RoleFailure):
         self.status, self.answered = status, answered
 
 
-class ChatCompletion(NamedTuple):
-    """The answer of a model."""
-
-    text: str
-    input_tokens: int
-    output_tokens: int
-    cut: bool  # at max_tokens
-
-
 class Connections:
     """Connections to one server, for one event loop; with `contextlib.aclosing` a context manager."""
 
@@ -91,9 +81,7 @@ class Connections:
                 for _ in range(math.ceil(concurrency / _POOL))
             ]
         except (httpx2.InvalidURL, UnicodeError) as error:
-            raise UserError(
-                f"{url!r} is not the URL of a server ({error}); write http://HOST:PORT/v1"
-            ) from None
+            raise UserError(f"{url!r} is no URL of a server ({error}); write http://HOST:PORT/v1") from None
         # Places for requests, last used first, so that few connections stay open.
         self.places: asyncio.LifoQueue[int] = asyncio.LifoQueue()
         for place in reversed(range(concurrency)):
@@ -133,10 +121,8 @@ class Server:
           attempts: maximum of attempts per call.
           on_attempt: called after every attempt, with its seconds if it succeeded, else its kind of failure.
         """
-        self._config = config
-        self._call_seconds = call_seconds
-        self._attempts = attempts
-        self._first_wait = min(1.0, call_seconds / 60)
+        self._config, self._attempts = config, attempts
+        self._call_seconds, self._first_wait = call_seconds, min(1.0, call_seconds / 60)
         self._on_attempt = on_attempt or (lambda seconds, failure: None)
         self._scrub = scrubber(key)
         self._requests = PerMinute(config.requests_per_minute)
@@ -160,17 +146,15 @@ class Server:
         if answer.cut:
             detail = f"the answer was cut at max_tokens={self._config.max_tokens}"
             raise CallFailed("malformed", detail, answer.text, answered=True)
-        return Completion(answer.text, answer.input_tokens, answer.output_tokens)
+        return answer
 
-    async def ask(
-        self, messages: Messages, *, seed: int | None, schema: Schema | None = None
-    ) -> ChatCompletion:
+    async def ask(self, messages: Messages, *, seed: int | None, schema: Schema | None = None) -> Completion:
         """The model's answer, perhaps cut at max_tokens. Arguments and errors of a call; seed may be None."""
         messages = [{**message, "content": whole_characters(message["content"])} for message in messages]
         estimate = prompt_tokens(messages) + min(self._config.max_tokens, 512)  # corrected after the answer
         taken = None
 
-        async def attempt(client: openai.AsyncOpenAI) -> ChatCompletion:
+        async def attempt(client: openai.AsyncOpenAI) -> Completion:
             return await self._attempt(client, messages, seed, schema)
 
         async def wait() -> None:
@@ -202,7 +186,7 @@ class Server:
         self, attempt: Callable[[openai.AsyncOpenAI], Awaitable[T]], wait: Callable[[], Awaitable[Any]]
     ) -> T:
         """Makes attempts until one succeeds; awaits `wait` before each, for the limits per minute."""
-        for number in range(self._attempts):
+        for number in itertools.count(1):
             await wait()
             # The place is taken for the attempt only: other calls may use it while this one waits.
             with waiting():
@@ -219,17 +203,16 @@ class Server:
             finally:
                 self._places.put_nowait(place)
             self._on_attempt(None, failure.kind)
-            if not retry or number == self._attempts - 1:
+            if not retry or number == self._attempts:
                 # Without its cause, whose text and request may contain the key.
                 raise failure from None
-            backoff = self._first_wait * 2**number * random.uniform(0.5, 1.5)
+            backoff = self._first_wait * 2 ** (number - 1) * random.uniform(0.5, 1.5)
             with waiting():
                 await asyncio.sleep(min(LONGEST_WAIT, max(backoff, requested_wait)))
-        raise AssertionError("unreachable")
 
     async def _attempt(
         self, client: openai.AsyncOpenAI, messages: Messages, seed: int | None, schema: Schema | None
-    ) -> ChatCompletion:
+    ) -> Completion:
         if schema is None:
             return await self._request(client, messages, seed)
         if self._enforces is not False:
@@ -253,7 +236,7 @@ class Server:
 
     async def _request(
         self, client: openai.AsyncOpenAI, messages: Messages, seed: int | None, **options: Any
-    ) -> ChatCompletion:
+    ) -> Completion:
         config = self._config
         # The library's plain POST: its typed call inspects every message and field, which at hundreds of
         # calls a second costs twice as much as everything else.
@@ -270,7 +253,7 @@ class Server:
         response = await parsed_json(client.post("/chat/completions", cast_to=object, body=body))
         return self._read(response, messages)
 
-    def _read(self, response: Any, messages: Messages) -> ChatCompletion:
+    def _read(self, response: Any, messages: Messages) -> Completion:
         """The answer in a response, which may be any JSON value."""
         try:
             choice = response["choices"][0]
@@ -303,7 +286,7 @@ class Server:
             raise CallFailed("malformed", detail, answered=True)
         prompts = (messages, [{"content": text}])
         used = (count or math.ceil(prompt_tokens(chat)) for count, chat in zip(counts, prompts, strict=True))
-        return ChatCompletion(text, *used, cut)
+        return Completion(text, *used, cut)
 
     def _classify(self, error: Exception) -> tuple[CallFailed, bool, float]:
         """(the failure, whether to retry, the wait in seconds that the server requests)."""

@@ -1,7 +1,5 @@
 """The director, played by a language model: one of seven function calls."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from mapo_jax.environment.card_schema import PERIODS

@@ -7,15 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 
 from mapo_jax.environment.dialogue import ACTIONS, RoleFailure
 
@@ -55,14 +48,14 @@ class _Finding(_Strict):
     evidence: str
     reason: str
 
-    @field_validator("reason")
+    @pydantic.field_validator("reason")
     @classmethod
     def _has_reason(cls, reason: str) -> str:
         if not reason.strip():
             raise ValueError("a level needs a reason")
         return reason
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _has_evidence(self, info: ValidationInfo) -> _Finding:
         if info.context == _SILENT:
             return self
@@ -265,10 +258,7 @@ def _decode(text: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({name for name, _ in pairs}) != len(pairs):
         raise ValueError("a name occurs twice")
-    return {
-        whole_characters(name): whole_characters(value) if isinstance(value, str) else value
-        for name, value in pairs
-    }
+    return {whole_characters(k): whole_characters(v) if isinstance(v, str) else v for k, v in pairs}
 
 
 def _no_constant(name: str) -> Any:

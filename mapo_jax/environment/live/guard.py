@@ -1,7 +1,5 @@
 """Time limits for the roles' calls, built-in or custom, and a maximum failure rate."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable

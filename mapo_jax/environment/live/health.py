@@ -6,8 +6,6 @@ repeated template, flattery, length, an early farewell. If a probe scores as wel
 will learn it.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -133,8 +131,6 @@ def warnings(metrics: Mapping[str, Any]) -> list[str]:
         sentences.append(
             "warning: in most calibration contexts the judge does not rank good above plain above harmful"
         )
-    if metrics.get("calibration/failure_rate", 0.0) > 0.2:
-        sentences.append(
-            f"warning: the judge failed on {metrics['calibration/failure_rate']:.0%} of its calibration"
-        )
+    if (failed := metrics.get("calibration/failure_rate", 0.0)) > 0.2:
+        sentences.append(f"warning: the judge failed on {failed:.0%} of its calibration")
     return sentences

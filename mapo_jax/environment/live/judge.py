@@ -1,7 +1,5 @@
 """The judge, played by a language model: 18 fields for one reply, each level after its evidence."""
 
-from __future__ import annotations
-
 import asyncio
 import statistics
 from collections.abc import Callable, Sequence
@@ -32,19 +30,13 @@ class LiveJudge:
         card = state.scenario
         messages = judge_messages(card, state.turns, state.user, reply)
         replies = "\n".join([*(turn.reply for turn in state.turns), reply])
-        samples = await asyncio.gather(
-            *[
-                self._sample(
-                    card,
-                    messages,
-                    state.seed + index * _SEED_STEP,
-                    silent=not reply.strip(),
-                    replies=replies,
-                )
-                for index in range(self.samples)
-            ],
-            return_exceptions=True,
-        )
+
+        def parse(text: str) -> Judgement:
+            return to_judgement(read(text, ReplyForm, silent=not reply.strip(), quoted=replies))
+
+        seeds = [(state.seed + index * _SEED_STEP) % 2**32 for index in range(self.samples)]
+        calls = [ask(self.complete, card, messages, parse, seed=seed, schema=SCHEMA) for seed in seeds]
+        samples = await asyncio.gather(*calls, return_exceptions=True)
         judgements = [sample for sample in samples if isinstance(sample, Judgement)]
         for sample in samples:
             if isinstance(sample, BaseException) and not (judgements and isinstance(sample, RoleFailure)):
@@ -53,14 +45,6 @@ class LiveJudge:
             totals = [sum(calculator.points(judgement.levels)) for judgement in judgements]
             self.on_spread(max(totals) - min(totals))
         return median(judgements)
-
-    async def _sample(
-        self, card: Scenario, messages: Messages, seed: int, *, silent: bool, replies: str
-    ) -> Judgement:
-        def parse(text: str) -> Judgement:
-            return to_judgement(read(text, ReplyForm, silent=silent, quoted=replies))
-
-        return await ask(self.complete, card, messages, parse, seed=seed % 2**32, schema=SCHEMA)
 
 
 def judge_messages(card: Scenario, turns: Sequence[Turn], message: str, reply: str) -> Messages:

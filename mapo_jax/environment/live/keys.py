@@ -1,7 +1,5 @@
 """Keys of servers: read from environment variables, checked before use, and removed from servers' texts."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable
@@ -20,8 +18,7 @@ def read_key(variable: str) -> str | None:
     key = os.environ.get(variable)
     if key and not re.fullmatch(r"[!-~]+", key):
         raise UserError(
-            f"the key in {variable} holds a space, a line's end or another character that no key has; set "
-            "it again"
+            f"the key in {variable} holds a space, line end or other character that no key has; set it again"
         )
     return key or None
 

@@ -1,13 +1,11 @@
 """Limits: requests and tokens per minute, estimates of tokens, and open files."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import resource
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from mapo_jax.environment.allowance import waiting
 from mapo_jax.errors import UserError
@@ -22,13 +20,7 @@ class PerMinute:
     A single amount above the limit waits for an empty window and then passes; the server decides about it.
     """
 
-    def __init__(
-        self,
-        limit: int,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
+    def __init__(self, limit: int, *, clock=time.monotonic, sleep=asyncio.sleep) -> None:
         """Args: limit: maximum per minute; 0 for no limit. clock, sleep: for tests."""
         self._limit, self._clock, self._sleep = limit, clock, sleep
         self._passed: deque[list[float]] = deque()  # [time, amount] of the last minute

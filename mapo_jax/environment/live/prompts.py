@@ -4,8 +4,6 @@ Texts of models and cards are only values in a template, never templates. Messag
 JSON strings, so that no text can imitate another speaker or the end of the quotation.
 """
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 from typing import Any

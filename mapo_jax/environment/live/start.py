@@ -1,7 +1,5 @@
 """The start state of a card: nine indicators, estimated once by a language model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from mapo_jax.environment.dialogue import RoleFailure

@@ -1,7 +1,5 @@
 """HTTP responses of any size and content: bounded, unpacked, and parsed as JSON."""
 
-from __future__ import annotations
-
 import email.utils
 import math
 import time
@@ -44,12 +42,10 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
                 break
             request = response.next_request
         headers = response.headers.copy()
-        content = _unpacked(bytes(body), headers.pop("content-encoding", ""))
+        body = _unpacked(bytes(body), headers.pop("content-encoding", ""))
         for name in ("content-length", "transfer-encoding"):
             headers.pop(name, None)
-        return httpx2.Response(
-            response.status_code, headers=headers, content=content, request=response.request
-        )
+        return httpx2.Response(response.status_code, headers=headers, content=body, request=response.request)
 
 
 def _unpacked(body: bytes, encoding: str) -> bytes:

@@ -1,7 +1,5 @@
 """The user, played by a language model with the card, the revealed story, and the director's guidance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

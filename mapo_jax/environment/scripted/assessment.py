@@ -1,11 +1,11 @@
 """Scores a reply to the scripted user: levels with evidence and reasons, and the user's mind after it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from mapo_jax.environment.card_schema import UNSTATED
+from mapo_jax.environment.dialogue import Judgement
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.environment.scripted.grammar import HARMFUL, HELPFUL, Reading, Sentence, bare, coherent, read
 from mapo_jax.environment.scripted.lexicon import REACTIONS
@@ -31,18 +31,14 @@ EXCERPT = 200  # most characters of a reply quoted as evidence
 Pairs = Sequence[tuple[str, Sentence]]  # the sentences of a reply, each with its kind
 
 
-@dataclass(frozen=True)
-class Assessment:
-    """A judged reply: levels with evidence and reasons, what was recognised, and the mind after it."""
+class Assessment(NamedTuple):
+    """A judged reply, and the mind after it.
 
-    levels: tuple[int, int, int, int, int, int]
-    evidence: tuple[str, ...]
-    reasons: tuple[str, ...]
-    kind: str
-    acts: tuple[str, ...]
-    named: tuple[tuple[str, str, bool], ...]  # (what, filler, right)
-    stage: int  # highest story stage revealed when the reply came
-    need: str
+    The judgement's `reading` says what was recognised: `kind`; `acts`; `named`, what the reply named, and
+    whether it was right; `stage`, the highest story stage revealed when the reply came; and `need`.
+    """
+
+    judgement: Judgement
     after: Mind
 
 
@@ -84,17 +80,41 @@ HARMS = {
     "praise": ({"A": -1, "P": -1}, "flatters without having seen anything", "empty"),
     "farewell": ({"C": -1, "A": -1, "P": -1}, "leaves while the user is still talking", "hurtful"),
 }
+
+
+class Help(NamedTuple):
+    """What a helpful act brings that names something right."""
+
+    axis: str
+    level: int
+    reason: str
+    reaction: str
+    needs: tuple[str, ...]  # in which it brings this
+
+
+_HELP = {
+    "reflect_situation": Help("C", 1, "takes up the situation", "situation", ("heard", "weight", "way")),
+    "name_feeling": Help("A", 1, "names the stated feeling", "feeling", ("heard", "weight", "way")),
+    "name_unstated": Help("A", 2, "names the feeling behind", "unstated", ("weight",)),
+    "affirm_strength": Help("P", 1, "affirms a strength of the person's own", "strength", ("meaning", "way")),
+    "reframe": Help("C", 2, "ties it to what matters to the person", "reframe", ("meaning",)),
+    "offer_step": Help("P", 2, "offers a step as a choice", "step", ("way",)),
+}
+# Reason, and how the user takes it, of acts that harm in any other need.
+_EARLY = {
+    "name_unstated": ("digs for hidden feelings before the person feels heard", "early"),
+    "reframe": ("explains before the ground is laid", "early"),
+    "offer_step": ("offers a way out before the time has come", "pushed"),
+}
+_MISNAMED = {
+    "stale": ("belongs to an earlier part", "stale"),
+    "unsaid": ("has not been said yet", "early"),
+    "wrong": ("is not theirs", "misread"),
+}
 _REPAIRED = "owns the misstep"  # reason of the progress that a repair brings
 # The first of these acts gives a reply with several acts its kind: harm first, then the most advanced help.
-_HELP_ORDER = (
-    "offer_step",
-    "reframe",
-    "name_unstated",
-    "affirm_strength",
-    "name_feeling",
-    "reflect_situation",
-)
-_KIND_ORDER = (*HARMFUL, "incoherent", "echo", *_HELP_ORDER, "repair", "ask", "presence", "other")
+_HELPS = ("offer_step", "reframe", "name_unstated", "affirm_strength", "name_feeling", "reflect_situation")
+_KIND_ORDER = (*HARMFUL, "incoherent", "echo", *_HELPS, "repair", "ask", "presence", "other")
 
 
 def assess(mind: Mind, reply: str) -> Assessment:
@@ -123,11 +143,9 @@ def assess(mind: Mind, reply: str) -> Assessment:
             served |= _judge_help(mind, kind, sentence, tally)
         elif kind == "ask":
             tally.reactions.add("asked")
-            filler = dict(sentence.slots)["p"]
-            if _standing(mind, "p", filler) != "right":
-                tally.hurt(
-                    {"C": -1}, sentence.text, f"asks about `{filler}`, which is not at hand", "misread"
-                )
+            said = dict(sentence.slots)["p"]
+            if _standing(mind, "p", said) != "right":
+                tally.hurt({"C": -1}, sentence.text, f"asks about `{said}`, which is not at hand", "misread")
         elif kind == "incoherent" and sentence.kind in HELPFUL:
             # The filler is no phrase of this world: not an act, but a wrong name.
             filler = dict(sentence.slots)[SLOT_OF[sentence.kind]]
@@ -143,11 +161,8 @@ def assess(mind: Mind, reply: str) -> Assessment:
     for axis in tally.barred:
         tally.progress.pop(axis, None)
     if tally.cancelled or mind.closed:
-        tally.progress = {
-            axis: gain
-            for axis, gain in tally.progress.items()
-            if gain[2] == _REPAIRED and not tally.cancelled
-        }
+        repaired = {axis: gain for axis, gain in tally.progress.items() if gain[2] == _REPAIRED}
+        tally.progress = {} if tally.cancelled else repaired
         tally.credited.clear()
     return _conclude(mind, reply, tally, pairs, idle)
 
@@ -278,43 +293,24 @@ def _judge_help(mind: Mind, kind: str, sentence: Sentence, tally: _Tally) -> boo
         _judge_misnaming(mind, kind, filler, standing, text, tally)
         return False
 
-    def gain(axis: str, level: int, reason: str, reaction: str) -> bool:
-        tally.reactions.add(reaction)
-        if (kind, filler) in mind.credited:
-            tally.hurt({"A": -1}, text, f"`{filler}` has been named already", "routine")
-            return False
-        tally.credited.add((kind, filler))
-        if kind in ("reframe", "offer_step") and mind.delayed_opening and not mind.deep:
-            level, reason = 1, reason + "; but the person was never fully heard, and opens only half way"
-        tally.gain(axis, level, text, reason)
-        return True
-
-    if kind in ("reflect_situation", "name_feeling"):
-        if need == "meaning":
-            return False
-        if kind == "reflect_situation":
-            fresh = gain("C", 1, f"takes up the situation: `{filler}`", "situation")
-        else:
-            fresh = gain("A", 1, f"names the stated feeling: `{filler}`", "feeling")
-        return fresh and (need == "heard" or (need == "weight" and not mind.unstated_hinted))
-    if kind == "affirm_strength":
-        if need in ("meaning", "way"):
-            gain("P", 1, f"affirms a strength of the person's own: `{filler}`", "strength")
+    help = _HELP[kind]
+    if need not in help.needs:
+        if kind in _EARLY:
+            level = -2 if kind == "offer_step" and not mind.heard else -1
+            tally.hurt({help.axis: level}, text, *_EARLY[kind])
         return False
-    if kind == "name_unstated":
-        if need == "weight":
-            return gain("A", 2, f"names the feeling behind: `{filler}`", "unstated")
-        tally.hurt({"A": -1}, text, "digs for hidden feelings before the person feels heard", "early")
-    elif kind == "reframe":
-        if need == "meaning":
-            return gain("C", 2, f"ties it to what matters to the person: `{filler}`", "reframe")
-        tally.hurt({"C": -1}, text, "explains before the ground is laid", "early")
-    else:
-        if need == "way":
-            return gain("P", 2, f"offers a step as a choice: `{filler}`", "step")
-        levels = {"P": -1 if mind.heard else -2}
-        tally.hurt(levels, text, "offers a way out before the time has come", "pushed")
-    return False
+    tally.reactions.add(help.reaction)
+    if (kind, filler) in mind.credited:
+        tally.hurt({"A": -1}, text, f"`{filler}` has been named already", "routine")
+        return False
+    tally.credited.add((kind, filler))
+    level, reason = help.level, f"{help.reason}: `{filler}`"
+    if kind in ("reframe", "offer_step") and mind.delayed_opening and not mind.deep:
+        level, reason = 1, reason + "; but the person was never fully heard, and opens only half way"
+    tally.gain(help.axis, level, text, reason)
+    if kind in ("reflect_situation", "name_feeling"):
+        return need == "heard" or (need == "weight" and not mind.unstated_hinted)
+    return kind != "affirm_strength"
 
 
 def _judge_misnaming(mind: Mind, kind: str, filler: str, standing: str, text: str, tally: _Tally) -> None:
@@ -324,15 +320,10 @@ def _judge_misnaming(mind: Mind, kind: str, filler: str, standing: str, text: st
     elif kind in ("name_feeling", "name_unstated"):
         mild = standing == "stale" or (kind == "name_unstated" and standing == "unsaid")
         levels = {"A": -1} if mild else {"A": -1, "C": -1}
-    elif kind == "affirm_strength":
-        levels = {"C": -1, "P": -1}
-    else:  # offer_step
-        levels = {"P": -1 if mind.heard else -2, "C": -1}
-    reason, reaction = {
-        "stale": ("belongs to an earlier part", "stale"),
-        "unsaid": ("has not been said yet", "early"),
-        "wrong": ("is not theirs", "misread"),
-    }[standing]
+    else:
+        hasty = kind == "offer_step" and not mind.heard
+        levels = {"C": -1, "P": -2 if hasty else -1}
+    reason, reaction = _MISNAMED[standing]
     tally.hurt(levels, text, f"`{filler}` {reason}", reaction)
 
 
@@ -377,17 +368,14 @@ def _conclude(mind: Mind, reply: str, tally: _Tally, pairs: Pairs, idle: int) ->
         kinds=(*mind.kinds, acts)[-KIND_MEMORY:],
         reaction=next((name for name in REACTIONS if name in tally.reactions), None),
     )
-    return Assessment(
-        tuple(levels),
-        tuple(evidence),
-        tuple(reasons),
-        kind=next((kind for kind in _KIND_ORDER if kind in acts), "silence"),
-        acts=tuple(kind for kind, _ in pairs),
-        named=tuple(tally.named),
-        stage=mind.stage,
-        need=mind.episode.need,
-        after=after,
-    )
+    reading = {
+        "kind": next((kind for kind in _KIND_ORDER if kind in acts), "silence"),
+        "acts": [kind for kind, _ in pairs],
+        "named": [{"what": what, "said": filler, "right": right} for what, filler, right in tally.named],
+        "stage": mind.stage,
+        "need": mind.episode.need,
+    }
+    return Assessment(Judgement(tuple(levels), tuple(evidence), tuple(reasons), reading), after)
 
 
 def _met(mind: Mind, credited: frozenset[tuple[str, str]]) -> bool:

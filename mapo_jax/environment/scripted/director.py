@@ -1,7 +1,5 @@
 """The scripted director: moves on once the need of an episode is met, and when a story is stuck."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The mind of a dialogue, computed turn by turn and cached, so that a new turn costs one step."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 from mapo_jax.environment.dialogue import Action, DialogueState
@@ -23,20 +21,18 @@ def mind_at(state: DialogueState, delayed_opening: bool = True) -> Mind:
 
 
 @lru_cache(maxsize=16384)
-def _after(scenario: Scenario, delayed_opening: bool, turns: Exchanges) -> Mind:
+def _after(scenario: Scenario, opening: bool, turns: Exchanges) -> Mind:
     if not turns:
-        return begin(scenario, delayed_opening)
+        return begin(scenario, opening)
     user, reply, action = turns[-1]
     if action is not None:
-        return follow(_after(scenario, delayed_opening, (*turns[:-1], (user, reply, None))), action)
-    return _assessed(scenario, delayed_opening, turns[:-1], user, reply).after
+        return follow(_after(scenario, opening, (*turns[:-1], (user, reply, None))), action)
+    return _assessed(scenario, opening, turns[:-1], user, reply).after
 
 
 @lru_cache(maxsize=16384)
-def _assessed(
-    scenario: Scenario, delayed_opening: bool, turns: Exchanges, user: str, reply: str
-) -> Assessment:
-    return assess(hear(_after(scenario, delayed_opening, turns), user), reply)
+def _assessed(scenario: Scenario, opening: bool, turns: Exchanges, user: str, reply: str) -> Assessment:
+    return assess(hear(_after(scenario, opening, turns), user), reply)
 
 
 def assess_reply(state: DialogueState, reply: str, delayed_opening: bool = True) -> Assessment:

@@ -4,8 +4,6 @@ A sentence counts as an act only if the *whole* sentence fits a construction. An
 checked for coherence, so a list of cue words is never an act.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import defaultdict
@@ -80,12 +78,8 @@ def _tokens(frame: str) -> list[str]:
 
 def _pattern(frame: str) -> re.Pattern[str]:
     """A named group for each slot. A slot that occurs twice raises re.error."""
-    return re.compile(
-        " ".join(
-            f"(?P<{token[1]}>{_SLOT_PATTERNS[token[1]]})" if token[0] == "{" else re.escape(token)
-            for token in _tokens(frame)
-        )
-    )
+    parts = (f"(?P<{t[1]}>{_SLOT_PATTERNS[t[1]]})" if t[0] == "{" else re.escape(t) for t in _tokens(frame))
+    return re.compile(" ".join(parts))
 
 
 @lru_cache(maxsize=1)

@@ -1,10 +1,8 @@
 """Scripted policies: the good helper, an upper bound, and a speaker of mixed quality for synthetic data."""
 
-from __future__ import annotations
-
-import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from random import Random
 
 from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
 from mapo_jax.environment.dialogue import DialogueState
@@ -43,7 +41,7 @@ def _fresh_fillers(mind: Mind, kind: str) -> list[str]:
     return [filler for filler in right_fillers(mind, kind) if (kind, bare(filler)) not in mind.credited]
 
 
-def say(mind: Mind, kind: str, rng: random.Random, filler: str | None = None, worn: bool = False) -> str:
+def say(mind: Mind, kind: str, rng: Random, filler: str | None = None, worn: bool = False) -> str:
     """A sentence of this kind.
 
     Args:
@@ -88,7 +86,7 @@ _PLAN = {
 def good_helper(state: DialogueState, delayed_opening: bool = True) -> str:
     """A reply that uses the card and the hidden mind: the upper bound of this world."""
     mind = mind_at(state, delayed_opening)
-    rng = random.Random(f"{state.seed}:{state.turn_count}:helper")
+    rng = Random(f"{state.seed}:{state.turn_count}:helper")
     if mind.closed:
         return say(mind, "repair", rng)
     replies = []
@@ -117,11 +115,10 @@ _WORN = 0.1  # chance that it takes any construction, used up or not
 _UNFOUNDED = 0.05  # chance that it names something although the user has said nothing of the kind
 _HASTY = 0.25  # the same for a step, which is then one of a few stock steps
 _STOCK_STEPS = 12
+_SKILL = (0.7, 1.0)  # range from which the speaker of a synthetic dialogue draws its skill
 
 
-def speaker(
-    state: DialogueState, rng: random.Random, skill: float = 0.5, delayed_opening: bool = True
-) -> str:
+def speaker(state: DialogueState, rng: Random, skill: float = 0.5, delayed_opening: bool = True) -> str:
     """A reply of mixed quality, for synthetic dialogues.
 
     Args:
@@ -132,12 +129,11 @@ def speaker(
       delayed_opening: the world's switch.
     """
     mind = mind_at(state, delayed_opening)
-    most = 2 if rng.random() < 0.6 else 1
-    kinds = dict.fromkeys(_choose_act(mind, rng, skill) for _ in range(most))
+    kinds = dict.fromkeys(_choose_act(mind, rng, skill) for _ in range(2 if rng.random() < 0.6 else 1))
     return " ".join(_word_act(mind, kind, rng) for kind in kinds)
 
 
-def _choose_act(mind: Mind, rng: random.Random, skill: float) -> str:
+def _choose_act(mind: Mind, rng: Random, skill: float) -> str:
     if rng.random() < skill:
         if mind.closed:
             return "repair"
@@ -151,7 +147,7 @@ def _choose_act(mind: Mind, rng: random.Random, skill: float) -> str:
             return kind
 
 
-def _word_act(mind: Mind, kind: str, rng: random.Random) -> str:
+def _word_act(mind: Mind, kind: str, rng: Random) -> str:
     worn = rng.random() < _WORN
     if kind not in (*HELPFUL, "ask"):
         return say(mind, kind, rng, worn=worn)
@@ -182,16 +178,14 @@ def _any_fillers(mind: Mind, kind: str) -> Sequence[str]:
     return said if len(said) > 2 else pool
 
 
-def hold_dialogue(
-    scenario: Scenario, seed: int, policy: Policy, roles: Roles, limits: Limits
-) -> DialogueState:
+def hold_dialogue(card: Scenario, seed: int, policy: Policy, roles: Roles, limits: Limits) -> DialogueState:
     """A whole dialogue with a scripted policy (any function from the state to a reply).
 
     Scripted roles never wait, so this needs no event loop and also runs inside one.
     """
 
     async def run() -> DialogueState:
-        state = DialogueState(scenario, seed, (), await open_dialogue(scenario, seed, roles))
+        state = DialogueState(card, seed, (), await open_dialogue(card, seed, roles))
         while state.outcome is None:
             state = await take_turn(state, policy(state), roles, limits)
         return state
@@ -206,11 +200,7 @@ def hold_dialogue(
 
 
 def synthetic_dialogue(
-    scenario: Scenario,
-    seed: int,
-    turns: int = 8,
-    skill: tuple[float, float] = (0.7, 1.0),
-    delayed_opening: bool = True,
+    scenario: Scenario, seed: int, turns: int = 8, delayed_opening: bool = True
 ) -> list[dict[str, str]]:
     """A dialogue of mixed quality as chat messages, for the warm start.
 
@@ -218,14 +208,14 @@ def synthetic_dialogue(
       scenario: a card, real or imagined.
       seed: of all random choices.
       turns: most turns; failure may end it sooner.
-      skill: range from which this dialogue's speaker draws its skill.
       delayed_opening: the world's switch.
     """
-    rng = random.Random(f"{seed}:{scenario.id}:speaker")
-    level = rng.uniform(*skill)
+    rng = Random(f"{seed}:{scenario.id}:speaker")
+    level = rng.uniform(*_SKILL)
     roles = Roles(*(role(delayed_opening) for role in (ScriptedUser, ScriptedJudge, ScriptedDirector)))
     limits = Limits(turns, turns)  # nothing ends it before its last turn, so that the data holds late stages
-    state = hold_dialogue(
-        scenario, seed, lambda state: speaker(state, rng, level, delayed_opening), roles, limits
-    )
-    return state.messages
+
+    def policy(state: DialogueState) -> str:
+        return speaker(state, rng, level, delayed_opening)
+
+    return hold_dialogue(scenario, seed, policy, roles, limits).messages

@@ -5,8 +5,6 @@ them from the user's message. The words are those of all cards, so that a small 
 world; the phrases of validation and test cards occur by chance only.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,13 +78,9 @@ def imagined_scenario(rng: random.Random) -> Scenario:
 
     def stage(first: str, second: str) -> Stage:
         particulars = two(particular)
-        return Stage(
-            telling=_TEXT,
-            particulars=particulars,
-            line=tuple(line.format(p=p) for line, p in zip((first, second), particulars, strict=True)),
-            feeling=rng.choice(FEELINGS),
-            unstated=rng.choice(UNSTATED),
-        )
+        spoken = zip((first, second), particulars, strict=True)
+        lines = tuple(line.format(p=p) for line, p in spoken)
+        return Stage(_TEXT, particulars, lines, rng.choice(FEELINGS), rng.choice(UNSTATED))
 
     stages = tuple(map(stage, lines[::2], lines[1::2]))
     return Scenario(

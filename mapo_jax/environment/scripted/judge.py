@@ -1,7 +1,5 @@
 """The scripted judge: parses the reply with the grammar and scores it against what the user has said."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 
@@ -26,14 +24,4 @@ class ScriptedJudge:
             rng = random.Random(f"{state.seed}:{state.turn_count}:{reply}:fault")
             if rng.random() < self.fault_rate:
                 raise RoleFailure(rng.choice(FAILURE_KINDS), "injected")
-        assessment = assess_reply(state, reply, self.delayed_opening)
-        reading = {
-            "kind": assessment.kind,
-            "acts": list(assessment.acts),
-            "named": [
-                {"what": what, "said": filler, "right": right} for what, filler, right in assessment.named
-            ],
-            "stage": assessment.stage,
-            "need": assessment.need,
-        }
-        return Judgement(assessment.levels, assessment.evidence, assessment.reasons, reading)
+        return assess_reply(state, reply, self.delayed_opening).judgement

@@ -14,8 +14,6 @@ The story is told in episodes. The first four are the card's stages, in order; e
 After them the director stays with memories (heard) or the axis that lacks most (weight, meaning or way).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import lru_cache
 

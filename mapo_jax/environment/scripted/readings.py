@@ -1,7 +1,5 @@
 """Metrics of the scripted judge's readings: kinds of replies, accuracy of naming, progress of the story."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -16,12 +14,7 @@ NAMED = ("situation", "feeling", "unstated", "strength", "step", "value")
 
 def readings(states: Iterable[DialogueState]) -> list[Mapping[str, Any]]:
     """The readings of all scored turns."""
-    return [
-        turn.judgement.reading
-        for state in states
-        for turn in state.turns
-        if turn.judgement is not None and turn.judgement.reading is not None
-    ]
+    return [turn.reading for state in states for turn in state.turns if turn.reading is not None]
 
 
 def reading_metrics(states: Sequence[DialogueState]) -> dict[str, float]:

@@ -1,7 +1,5 @@
 """The scripted user: speaks from the card by stage, mood, the last reply, and the director's guidance."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 
@@ -43,8 +41,7 @@ def _speak(rng: random.Random, mind: Mind, earlier: tuple[str, ...]) -> str:
         sentences = _compose(rng, mind, spoken)
         late = attempt >= _ATTEMPTS // 2
         if late:  # every sentence that fits has been said
-            place = rng.randrange(len(sentences) + 1)
-            sentences.insert(place, _fresh(rng, MESSAGES["idle"], spoken))
+            sentences.insert(rng.randrange(len(sentences) + 1), _fresh(rng, MESSAGES["idle"], spoken))
         message = " ".join(sentences)
         if message not in earlier and (late or message.count(" ") < _LONGEST):
             return message

@@ -52,7 +52,7 @@ def call(server, times=1, key=KEY, seconds=6.0, schema=None, **settings):
 def test_an_answer_with_its_tokens_and_what_was_sent(serve):
     server = serve(lambda request, number: "Fine.")
     (answer,), attempts = call(server, extra_body={"top_k": 3}, temperature=0.5, max_tokens=7)
-    assert answer == ("Fine.", 100, 20)
+    assert answer == ("Fine.", 100, 20, False)
     (request,) = server.requests
     assert request["model"] == "m" and request["messages"] == CHAT and request["top_k"] == 3
     assert request["temperature"] == 0.5 and request["max_tokens"] == 7 and request["seed"] == 0

@@ -171,7 +171,7 @@ def test_an_apology_for_nothing_leaves_the_need_unanswered():
         mind = mind_at(hold_dialogue(card, 0, good_helper, ROLES, Limits(1, 1)))
         first = assess(mind, sorry)
         assert first.after.idle == mind.idle + 1
-        assert "apologises for nothing" in first.reasons[3]
+        assert "apologises for nothing" in first.judgement.reasons[3]
         assert assess(first.after, sorry_again).after.idle == first.after.idle
 
 
