@@ -77,7 +77,8 @@ def load_served(name: str, options: Namespace, subject: Subject | None = None) -
 def run(options: Namespace, console: Console) -> None:
     """Loads the models and serves them until a signal."""
     try:
-        from mapo_jax.serving.app import Limits, Service, make_app
+        from mapo_jax.serving.app import Service, make_app
+        from mapo_jax.serving.limits import Limits
     except ImportError as error:
         raise UserError(
             f"serving needs the package {error.name}; `pip install -r requirements-serve.txt`"
@@ -115,12 +116,7 @@ def run(options: Namespace, console: Console) -> None:
     chats = None if options.conversations is None else ChatLog(options.conversations)
     service = Service(
         models,
-        Limits(
-            options.max_body,
-            options.max_messages,
-            options.requests_per_minute,
-            options.queue,
-        ),
+        Limits(options.max_body, options.max_messages, options.requests_per_minute, options.queue),
         key=key,
         admin_key=admin_key,
         load=load,
