@@ -75,7 +75,7 @@ class Service:
         Raises:
           ProtocolError: it is not.
         """
-        check_key(request, self.key)
+        check_key(request.headers.get("authorization", ""), self.key)
         if self.closing:
             raise ProtocolError(
                 "The server is shutting down.", status=503, kind="server_error", headers={"retry-after": "10"}
@@ -108,7 +108,7 @@ class Service:
 
     async def models_list(self, request: Request) -> Response:
         """GET /v1/models and /v1/models/{name}."""
-        check_key(request, self.key)
+        check_key(request.headers.get("authorization", ""), self.key)
         name = request.path_params.get("name")
         if name is not None and name not in self.models:
             raise _no_model(name)
@@ -163,7 +163,7 @@ class Service:
 
     async def metrics_page(self, request: Request) -> Response:
         """GET /metrics, for Prometheus."""
-        check_key(request, self.key)
+        check_key(request.headers.get("authorization", ""), self.key)
         models = self.models.values()
         self.metrics.running.set(sum(model.running for model in models))
         self.metrics.waiting.set(sum(model.waiting for model in models))
@@ -173,7 +173,7 @@ class Service:
         """POST /admin/load: loads weights for a new or known name; replies under way end on the old."""
         if self.admin_key is None or self.load is None:
             raise HTTPException(404)
-        check_key(request, self.admin_key)
+        check_key(request.headers.get("authorization", ""), self.admin_key)
         asked = read_request(Load, await read_body(request, self.limits.body_bytes))
         async with self._loading:
             try:
