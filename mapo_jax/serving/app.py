@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, TypeVar
@@ -112,12 +112,11 @@ class Service:
         name = request.path_params.get("name")
         if name is not None and name not in self.models:
             raise _no_model(name)
-        found = [
-            {"id": model.name, "object": "model", "created": model.created, "owned_by": "mapo_jax"}
-            for model in self.models.values()
-            if name in (None, model.name)
-        ]
-        return JSONResponse({"object": "list", "data": found} if name is None else found[0])
+        found = {
+            key: {"id": key, "object": "model", "created": model.created, "owned_by": "mapo_jax"}
+            for key, model in self.models.items()
+        }
+        return JSONResponse(found[name] if name else {"object": "list", "data": list(found.values())})
 
     async def feedback(self, request: Request) -> Response:
         """POST /v1/feedback: a rating of a kept reply."""
@@ -157,9 +156,8 @@ class Service:
         status = "closing" if self.closing else "degraded" if problem else "ok"
         kept = "off" if self.chats is None else problem or "on"
         content = {"status": status, "models": list(self.models), "conversations": kept}
-        if self.chats is not None and self.chats.lost:
-            content["lost_lines"] = self.chats.lost
-        return JSONResponse(content, status_code=503 if self.closing else 200)
+        lost = {"lost_lines": self.chats.lost} if self.chats is not None and self.chats.lost else {}
+        return JSONResponse(content | lost, status_code=503 if self.closing else 200)
 
     async def metrics_page(self, request: Request) -> Response:
         """GET /metrics, for Prometheus."""
@@ -249,11 +247,7 @@ def make_app(service: Service, *, hosts: Sequence[str] = ("*",)) -> Starlette:
     async def server_error(request: Request, error: Exception) -> Response:
         return JSONResponse(SERVER_ERROR, 500)
 
-    handlers: Mapping[Any, Any] = {
-        ProtocolError: protocol_error,
-        HTTPException: http_error,
-        Exception: server_error,
-    }
+    handlers: dict[Any, Any] = {ProtocolError: protocol_error, HTTPException: http_error}
     return Starlette(
         routes=[
             Route("/v1/chat/completions", service.chat, methods=["POST"]),
@@ -266,6 +260,6 @@ def make_app(service: Service, *, hosts: Sequence[str] = ("*",)) -> Starlette:
             *(Route(path, service.page) for path in ("/", "/page.css", "/page.js")),
             Route("/page.json", service.page_facts),
         ],
-        exception_handlers=handlers,
+        exception_handlers=handlers | {Exception: server_error},
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
     )

@@ -43,7 +43,7 @@ class Exchange:
         self._watch, self._keep = metrics.request(model.name, len(prompt.ids)), keep
         self._name, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         self._texts = [""] * asked.n
-        self._lasts: list[Part | None] = [None] * asked.n
+        self._lasts: dict[int, Part] = {}
 
     def end(self, outcome: str) -> None:
         """The answer was sent (ok), or could not be."""
@@ -63,19 +63,13 @@ class Exchange:
                 yield part
 
     def _usage(self) -> dict[str, Any]:
-        lasts = [part for part in self._lasts if part]
-        cached = sum(part.cached for part in lasts[:1])
+        cached = self._lasts[0].cached
         self._watch.usage(cached)
-        return usage(len(self.prompt.ids), cached, sum(part.tokens for part in lasts))
+        return usage(len(self.prompt.ids), cached, sum(part.tokens for part in self._lasts.values()))
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._name,
-            "object": kind,
-            "created": self._created,
-            "model": self.model.name,
-            "choices": choices,
-        }
+        head = {"id": self._name, "object": kind, "created": self._created, "model": self.model.name}
+        return head | {"choices": choices}
 
     async def completion(self) -> dict[str, Any]:
         """The answer as one object."""
@@ -108,12 +102,13 @@ class Exchange:
                     # As few events as blocks: an event costs both sides more than what is in it.
                     role = {} if part.choice in begun else {"role": "assistant"}
                     begun.add(part.choice)
+                    entries = {"content": part.logprobs, "refusal": None} if part.logprobs else None
                     choice = {
                         "index": part.choice,
                         "delta": role | {"content": part.text},
-                        "logprobs": {"content": part.logprobs, "refusal": None} if part.logprobs else None,
-                        "finish_reason": part.finish,
+                        "logprobs": entries,
                     }
+                    choice["finish_reason"] = part.finish
                     yield _event(self._body("chat.completion.chunk", [choice]) | empty)
         used = self._usage()
         last = _event(self._body("chat.completion.chunk", []) | {"usage": used}) if wants_usage else b""

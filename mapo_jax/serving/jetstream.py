@@ -14,6 +14,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -173,19 +174,14 @@ class _Orchestrator(orchestrator.LLMOrchestrator):
         return ids
 
 
-async def serve_jetstream(
-    served: ServedModel,
-    limits: Limits,
-    key: str | None,
-    address: str,
-    report: Callable[[str], None],
-    stop: asyncio.Event | None = None,
-) -> None:
-    """Serves one model until SIGTERM or SIGINT, or until `stop` is set; replies under way end first.
+@asynccontextmanager
+async def running(
+    served: ServedModel, limits: Limits, key: str | None, address: str
+) -> AsyncIterator[tuple[grpc.aio.Server, int]]:
+    """A server and its port. `server.stop(seconds)` ends it; the orchestrator's threads end with the context.
 
     Args:
       address: HOST:PORT; port 0: any free one.
-      report: prints a line.
 
     Raises:
       UserError: the address is taken.
@@ -202,18 +198,22 @@ async def serve_jetstream(
         except RuntimeError as error:
             raise UserError(f"cannot listen at {address}; choose another --host or --port") from error
         await server.start()
-        report(f"serving JetStream's protocol at {address.rpartition(':')[0]}:{port}")
-        if stop is None:
-            stop, loop = asyncio.Event(), asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, stop.set)
-        await stop.wait()
-        stop.clear()
-        ending = asyncio.ensure_future(server.stop(GRACE_SECONDS))
-        second = asyncio.ensure_future(stop.wait())
-        await asyncio.wait({ending, second}, return_when=asyncio.FIRST_COMPLETED)
-        if not ending.done():
-            await server.stop(None)
-        second.cancel()
+        yield server, port
     finally:
         await asyncio.to_thread(driver.stop)
+
+
+async def serve_jetstream(
+    served: ServedModel, limits: Limits, key: str | None, address: str, report: Callable[[str], None]
+) -> None:
+    """Serves one model until SIGTERM or SIGINT; replies under way end first. Errors as of `running`."""
+    async with running(served, limits, key, address) as (server, port):
+        report(f"serving JetStream's protocol at {address.rpartition(':')[0]}:{port}")
+        ends: list[asyncio.Task[None]] = []
+
+        def end() -> None:  # a second signal does not wait
+            ends.append(asyncio.ensure_future(server.stop(None if ends else GRACE_SECONDS)))
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, end)
+        await server.wait_for_termination()

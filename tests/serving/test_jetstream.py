@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from contextlib import AsyncExitStack
 
 import pytest
 
@@ -36,33 +36,25 @@ TEXTS = [f"Hello, it is me, number {number}. I am 累了 😀." for number in ra
 @pytest.fixture
 def running(tiny):
     """`running(key=..., limits=...)`: the stub of a server with four slots."""
-    started = []
+    loop, stack = asyncio.new_event_loop(), AsyncExitStack()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
 
-    def start(key=None, limits=Limits(), reply_tokens=16):  # noqa: B008
+    def run(work):
+        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+    def start(key=None, limits=Limits()):  # noqa: B008
         tiny[0].reset()
-        served = ServedModel("tiny", *tiny, source="tests", reply_tokens=reply_tokens)
-        ready, state = threading.Event(), SimpleNamespace(line="")
-
-        async def work():
-            state.loop, state.stop = asyncio.get_running_loop(), asyncio.Event()
-
-            def report(line):
-                state.line = line
-                ready.set()
-
-            await jetstream.serve_jetstream(served, limits, key, "127.0.0.1:0", report, state.stop)
-
-        state.thread = threading.Thread(target=lambda: asyncio.run(work()))
-        state.thread.start()
-        assert ready.wait(30)
-        started.append(state)
-        return OrchestratorStub(grpc.insecure_channel(re.search(r"at (\S+)", state.line)[1]))
+        served = ServedModel("tiny", *tiny, source="tests", reply_tokens=16)
+        context = jetstream.running(served, limits, key, "127.0.0.1:0")
+        server, port = run(stack.enter_async_context(context))
+        stack.push_async_callback(server.stop, 30)
+        return OrchestratorStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
 
     yield start
-    for state in started:
-        state.loop.call_soon_threadsafe(state.stop.set)
-        state.thread.join(30)
-        assert not state.thread.is_alive()
+    run(stack.aclose())
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(30)
 
 
 def ask(stub, text=None, ids=None, max_tokens=12, **options):
