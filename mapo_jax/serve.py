@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 NO_LIMIT_TOKENS = 4096  # cache of a conversation with a model that is no run, if its positions allow
 SLOTS_PER_STREAM = 4  # conversations that keep their cache, for each reply at once
 STALL_MILLISECONDS = 60_000  # until a connection whose client takes nothing is closed
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, or a request meets one that is closing
 HTTP_ONLY = (
     "name", "adapter", "admin_key_variable", "conversations", "max_messages", "requests_per_minute",
 )  # fmt: skip
@@ -163,9 +164,15 @@ async def _serve(app: Starlette, service: Service, listening: socket.socket) -> 
         def capture_signals(self):
             return contextlib.nullcontext()  # the handlers below
 
-    server = Server(
-        uvicorn.Config(app, access_log=False, log_level="warning", lifespan="off", server_header=False)
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_level="warning",
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
+    server = Server(config)
 
     def stop() -> None:
         server.force_exit = service.closing  # a second signal does not wait
