@@ -158,7 +158,7 @@ def test_the_import_leaves_the_log_alone():
     assert printed == "30 []\n"
 
 
-def test_the_command_and_its_end(model_folder, tiny):
+def test_the_command_and_its_end(model_folder):
     """A signal in the middle of a reply: it is sent to its end, and the status is 0."""
     command = [sys.executable, "-m", "mapo_jax.serve", "--model", str(model_folder), "--port", "0"]
     command += ["--protocol", "jetstream", "--streams", "2", "--max-tokens", "256"]
