@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 NO_LIMIT_TOKENS = 4096  # cache of a conversation with a model that is no run, if its positions allow
 SLOTS_PER_STREAM = 4  # conversations that keep their cache, for each reply at once
 STALL_MILLISECONDS = 60_000  # until a connection whose client takes nothing is closed
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, or a request meets one that is closing
+HTTP_ONLY = (
+    "name", "adapter", "admin_key_variable", "conversations", "max_messages", "requests_per_minute",
+)  # fmt: skip
 LOCAL_NAMES = ("127.0.0.1", "localhost", "[")  # Starlette reads "[" from "[::1]:8000"
 
 
@@ -76,12 +80,19 @@ def load_served(name: str, options: Namespace, subject: Subject | None = None) -
 
 def run(options: Namespace, console: Console) -> None:
     """Loads the models and serves them until a signal."""
+    grpc = options.protocol == "jetstream"
     try:
-        from mapo_jax.serving.app import Limits, Service, make_app
+        from mapo_jax.serving.app import Service, make_app
+        from mapo_jax.serving.limits import Limits
+
+        if grpc:
+            from mapo_jax.serving.jetstream import serve_jetstream
     except ImportError as error:
-        raise UserError(
-            f"serving needs the package {error.name}; `pip install -r requirements-serve.txt`"
-        ) from error
+        needed = f"requirements-{'jetstream' if grpc else 'serve'}.txt"
+        raise UserError(f"serving needs the package {error.name}; `pip install -r {needed}`") from error
+    for name in HTTP_ONLY if grpc else ():
+        if getattr(options, name) != _parser().get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect with JetStream; leave it out")
     key, admin_key = (
         _key(variable, option)
         for variable, option in (
@@ -95,9 +106,18 @@ def run(options: Namespace, console: Console) -> None:
             f"--host {options.host} lets others in; name the environment variable of a key that they must "
             "have with --key-variable, or leave --host out"
         )
-    listening = _listen(options.host, options.port)
+    limits = Limits(options.max_body, options.max_messages, options.requests_per_minute, options.queue)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    listening = None if grpc else _listen(options.host, options.port)
     subject = find_subject(options)
     prepare_jax(subject.config.run.compilation_cache)
+    if grpc:
+        console.print(f"loading {printable(options.model)} and compiling ...", soft_wrap=True)
+        served = load_served(subject.name, options, subject)
+        address = f"{host}:{options.port}"
+        asyncio.run(serve_jetstream(served, limits, key, address, lambda line: console.print(line)))
+        console.print("stopped: every reply under way was sent")
+        return
     names = {options.name or subject.name.split()[0]: options.model}
     for adapter in options.adapter:
         name, _, path = adapter.partition("=")
@@ -115,12 +135,7 @@ def run(options: Namespace, console: Console) -> None:
     chats = None if options.conversations is None else ChatLog(options.conversations)
     service = Service(
         models,
-        Limits(
-            options.max_body,
-            options.max_messages,
-            options.requests_per_minute,
-            options.queue,
-        ),
+        limits,
         key=key,
         admin_key=admin_key,
         load=load,
@@ -129,7 +144,6 @@ def run(options: Namespace, console: Console) -> None:
     )
     listening.listen(1024)
     port = listening.getsockname()[1]
-    host = f"[{options.host}]" if ":" in options.host else options.host
     console.print(f"serving {', '.join(models)} at http://{host}:{port}/ (API: http://{host}:{port}/v1)")
     console.print(
         "conversations are not kept"
@@ -150,9 +164,15 @@ async def _serve(app: Starlette, service: Service, listening: socket.socket) -> 
         def capture_signals(self):
             return contextlib.nullcontext()  # the handlers below
 
-    server = Server(
-        uvicorn.Config(app, access_log=False, log_level="warning", lifespan="off", server_header=False)
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_level="warning",
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
     )
+    server = Server(config)
 
     def stop() -> None:
         server.force_exit = service.closing  # a second signal does not wait
@@ -218,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Hugging Face folder, PEFT adapters, or a run's folder",
     )
     option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
+    option("--protocol", choices=("openai", "jetstream"), default="openai", help="default: openai")
     option("--name", help="of the model in requests (default: its folder's name)")
     option(
         "--adapter", action="append", default=[], metavar="NAME=FOLDER", help="a further model; repeatable"

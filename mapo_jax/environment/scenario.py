@@ -274,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`check PATH`: prints every problem and a summary of the cards; returns 0 if all are sound, else 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 2 or arguments[0] != "check":
-        print("usage: python -m mapo_jax.environment.scenario check PATH", file=sys.stderr)
+        usage = "usage: python -m mapo_jax.environment.scenario check PATH"
+        print(f"{usage} (cards from conversations: python -m mapo_jax.draft)", file=sys.stderr)
         return 2
     scenarios, problems = read_cards(Path(arguments[1]))
     print_problems(problems)

@@ -53,7 +53,7 @@ class Watch:
                 self._metrics.first.observe(now - then)
         self._seen[choice] = (count, now)
 
-    def usage(self, prompt: int, cached: int) -> None:
+    def usage(self, cached: int) -> None:
         """The prompt's tokens that were in the cache are known."""
         self._metrics.token_counts.labels("cached").inc(cached)
 

@@ -12,6 +12,7 @@ import pytest
 from mapo_jax.chat_log import ChatLog, is_chat_log, read_chats
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.transcripts import read_transcripts
+from mapo_jax.serving.limits import Limits
 
 HELLO = [{"role": "user", "content": "Hello, it is me."}]
 
@@ -78,6 +79,12 @@ def test_who_does_not_agree_is_not_kept(kept, say):
     reply, _ = say(HELLO, store=False)
     assert not list(kept.service.chats.folder.iterdir())
     assert rate(kept, reply, 1, status=404)["error"]["param"] == "reply"
+
+
+def test_a_rate_covers_feedback(serving, tmp_path):
+    server = serving(chats=ChatLog(tmp_path / "kept"), limits=Limits(requests_per_minute=2))
+    for status in (404, 404, 429):
+        rate(server, "chatcmpl-1", 1, status=status)
 
 
 def test_without_a_folder_nothing_is_kept(server):

@@ -16,7 +16,7 @@ import pytest
 
 from mapo_jax import serve
 from mapo_jax.errors import UserError
-from mapo_jax.serving.app import Limits
+from mapo_jax.serving.limits import Limits
 from mapo_jax.serving.served import ServedModel
 
 HELLO = [{"role": "user", "content": "Hello, it is me."}]
