@@ -1,6 +1,6 @@
 """Talks with a policy in the terminal, or watches the scripted user do it.
 
-    python -m mapo_jax.chat --model FOLDER|RUN [--scenario ID] [--user person|scripted]
+    python -m mapo_jax.chat --model FOLDER|ID|RUN [--scenario ID] [--user person|scripted]
 
 With a scenario the judge scores every reply: its levels, the person's state and the energy are shown beside
 the text. Ctrl-D ends the conversation.
@@ -215,7 +215,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m mapo_jax.chat", description=__doc__.split("\n\n")[0].replace("\n", " ")
     )
     option = parser.add_argument
-    option("--model", required=True, metavar="FOLDER|RUN", help="model folder, PEFT adapters, or a run")
+    option(
+        "--model",
+        required=True,
+        metavar="FOLDER|ID|RUN",
+        help="model folder or id, PEFT adapters, or a run",
+    )
     option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
     option("--scenario", metavar="ID", help="of the card that the user plays (default: a free talk)")
     option(

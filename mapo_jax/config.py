@@ -79,7 +79,9 @@ class FreshModelConfig(Section):
 class ModelConfig(Section):
     """The weights, and how the model is computed."""
 
-    path: str | None = key(None, "Hugging Face folder or run folder; empty: the small model, warm-started")
+    path: str | None = key(
+        None, "Hugging Face folder or id, or run folder; empty: a small model, warm-started"
+    )
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute dtype; master weights stay float32")
     remat: Literal["none", "minimal", "block"] = key("none", "what the backward pass recomputes (qwen.REMAT)")
     attention: Literal["auto", "xla", "splash", "cudnn"] = key(

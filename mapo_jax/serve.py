@@ -1,6 +1,6 @@
 """Serves a policy to OpenAI's clients and, at `/`, to a browser.
 
-    python -m mapo_jax.serve --model FOLDER|RUN [--port 8000] [--conversations FOLDER]
+    python -m mapo_jax.serve --model FOLDER|ID|RUN [--port 8000] [--conversations FOLDER]
 
 It listens at 127.0.0.1 unless --host says otherwise, and then only with a key. SIGTERM or Ctrl-C ends it when
 the replies under way have been sent.
@@ -214,8 +214,8 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--model",
         required=True,
-        metavar="FOLDER|RUN",
-        help="Hugging Face folder, PEFT adapters, or a run's folder",
+        metavar="FOLDER|ID|RUN",
+        help="Hugging Face folder or id (ORG/NAME[@REVISION]), PEFT adapters, or a run's folder",
     )
     option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
     option("--name", help="of the model in requests (default: its folder's name)")

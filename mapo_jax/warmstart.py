@@ -40,6 +40,7 @@ from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.files import damaged_file, read_object, write_checksums, write_whole
+from mapo_jax.hub import fetch
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import create_state
 from mapo_jax.learning.update import Scoring, make_supervised_update, place
@@ -387,7 +388,7 @@ def _determinants(config: Config) -> dict[str, Any]:
     model = config.model.model_dump()
     if model["path"] is not None:
         model["fresh"] = None
-        model["path"] = _listing(Path(model["path"]))
+        model["path"] = _listing(Path(fetch(model["path"])))
     cards = Path(config.environment.scenarios or _PACKAGE / "environment" / "scenarios")
     return {
         "model": model,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads a model
 
 # Files that take minutes. Each is one worker's work: begun last, one of them would keep a core waiting.
 LONG_FILES = ("test_train.py", "test_hosts.py", "test_live_train.py")
