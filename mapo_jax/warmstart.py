@@ -11,7 +11,6 @@ Face folder in a cache. Its name is a hash of everything that determines it.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import hashlib
 import json
 import sys
@@ -39,6 +38,7 @@ from mapo_jax.environment.scripted.grammar import HELPFUL, KINDS
 from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
+from mapo_jax.event_loop import open_runner
 from mapo_jax.files import damaged_file, read_object, write_checksums, write_whole
 from mapo_jax.hub import fetch
 from mapo_jax.learning.optimizer import make_optimizer
@@ -293,20 +293,21 @@ def measure(
     model = policy.config, policy.chat.stop_ids, policy.chat.vocabulary_size
     engine = make_engine(*model, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
     engine.load(params, 0)
-    groups = asyncio.run(
-        collect(
-            cards,
-            count // len(cards),
-            engine,
-            policy.chat,
-            scripted_roles(config.environment),
-            Limits(rollout.min_turns, rollout.max_turns, config.environment.success_tolerance),
-            seed=config.training.seed + MEASURE_STREAM,
-            step=0,
-            concurrency=config.environment.concurrency,
-            on_turn=lambda turns: check(),
+    with open_runner() as runner:
+        groups = runner.run(
+            collect(
+                cards,
+                count // len(cards),
+                engine,
+                policy.chat,
+                scripted_roles(config.environment),
+                Limits(rollout.min_turns, rollout.max_turns, config.environment.success_tolerance),
+                seed=config.training.seed + MEASURE_STREAM,
+                step=0,
+                concurrency=config.environment.concurrency,
+                on_turn=lambda turns: check(),
+            )
         )
-    )
     states = [dialogue.state for group in groups for dialogue in group]
     turns = [turn for state in states for turn in state.turns]
     acts = [set(reading["acts"]) for reading in readings(states)]
@@ -432,7 +433,7 @@ def _listing(folder: Path) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input or too weak, 128 + n signal n."""
     parser = argparse.ArgumentParser(prog="python -m mapo_jax.warmstart", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
+    parser.add_argument("--config", metavar="FILE|NAME", help="YAML file, or one of configs/ by name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. warmstart.steps=100")
     options = parser.parse_intermixed_args(arguments)
 
