@@ -80,7 +80,8 @@ def run(options: Namespace, console: Console) -> None:
         from mapo_jax.serving.app import Limits, Service, make_app
     except ImportError as error:
         raise UserError(
-            f"serving needs the package {error.name}; `pip install -r requirements-serve.txt`"
+            f"serving needs the package {error.name}; `pip install -r requirements-serve.txt`, or the extra "
+            "mapo_jax[serve]"
         ) from error
     key, admin_key = (
         _key(variable, option)
