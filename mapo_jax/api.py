@@ -103,6 +103,7 @@ class Model:
           messages: `role` and `content` of each, the user's last.
           max_tokens: of the reply; by default `rollout.max_reply_tokens`.
           temperature: by default `evaluation.temperature`; 0 takes the most probable tokens.
+          seed: of sampling.
 
         Raises:
           UserError: the conversation leaves no room for a reply.
@@ -121,6 +122,7 @@ class Model:
         Args:
           card: a scenario card, or the id of one.
           temperature: by default `evaluation.temperature`.
+          seed: of sampling and of the user.
 
         Returns:
           The dialogue: `messages`, `turns` with their judgements, `positions` (C, A, P) from the start on,
