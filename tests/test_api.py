@@ -1,8 +1,11 @@
 """The package's use from Python, also inside a running event loop, as in a notebook."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,8 @@ from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.event_loop import open_runner
 from mapo_jax.model.head import logits
 from mapo_jax.model.qwen import hidden_states
+from mapo_jax.running.stop import Interrupted, StopRequest
+from mapo_jax.world import _watched
 
 SETTINGS = [
     "rollout.max_reply_tokens=8",
@@ -115,6 +120,18 @@ def test_a_runner_passes_errors_on():
     for run in (work, lambda: asyncio.run(notebook())):
         with pytest.raises(ValueError, match="inside"):
             run()
+
+
+def test_an_interrupt_reaches_a_run_inside_a_running_loop():
+    """As when the kernel of a notebook is interrupted."""
+
+    async def notebook():
+        with StopRequest() as stop, open_runner() as runner:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            runner.run(_watched(asyncio.sleep(60), stop.check))
+
+    with pytest.raises(Interrupted, match="SIGINT"):
+        asyncio.run(notebook())
 
 
 def test_a_configuration_is_found_by_its_name(tmp_path, monkeypatch):
