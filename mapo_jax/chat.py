@@ -1,6 +1,6 @@
 """Talks with a policy in the terminal, or watches the scripted user do it.
 
-    python -m mapo_jax.chat --model FOLDER|RUN [--scenario ID] [--user person|scripted]
+    python -m mapo_jax.chat --model FOLDER|ID|RUN [--scenario ID] [--user person|scripted]
 
 With a scenario the judge scores every reply: its levels, the person's state and the energy are shown beside
 the text. Ctrl-D ends the conversation.
@@ -21,7 +21,7 @@ from rich.text import Text
 from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
 from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState
 from mapo_jax.environment.roles import Roles, take_turn
-from mapo_jax.environment.scenario import Scenario, load_scenarios
+from mapo_jax.environment.scenario import Scenario, find_scenario
 from mapo_jax.environment.state import AXES, norm
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.conversations import ReasoningHidden, limits_of
@@ -178,14 +178,9 @@ def run(options: argparse.Namespace, console: Console) -> None:
     subject = find_subject(options)
     config, card = subject.config, None
     if options.scenario is not None:
-        live = config.environment.family == "live"
-        cards = {card.id: card for card in load_scenarios(config.environment.scenarios, scripted=not live)}
-        card = cards.get(options.scenario)
-        if card is None:
-            some = ", ".join(list(cards)[:5])
-            raise UserError(
-                f"there is no scenario {options.scenario!r}; there are {some}, ... ({len(cards)})"
-            )
+        environment = config.environment
+        scripted_cards = environment.family == "scripted"
+        card = find_scenario(options.scenario, environment.scenarios, scripted=scripted_cards)
     prepare_jax(config.run.compilation_cache)
     model = subject.load()
     positions = model.policy.config.max_position_embeddings
@@ -215,7 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m mapo_jax.chat", description=__doc__.split("\n\n")[0].replace("\n", " ")
     )
     option = parser.add_argument
-    option("--model", required=True, metavar="FOLDER|RUN", help="model folder, PEFT adapters, or a run")
+    option(
+        "--model",
+        required=True,
+        metavar="FOLDER|ID|RUN",
+        help="model folder or id, PEFT adapters, or a run",
+    )
     option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
     option("--scenario", metavar="ID", help="of the card that the user plays (default: a free talk)")
     option(

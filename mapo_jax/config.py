@@ -79,7 +79,9 @@ class FreshModelConfig(Section):
 class ModelConfig(Section):
     """The weights, and how the model is computed."""
 
-    path: str | None = key(None, "Hugging Face folder or run folder; empty: the small model, warm-started")
+    path: str | None = key(
+        None, "Hugging Face folder or id, or run folder; empty: a small model, warm-started"
+    )
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute dtype; master weights stay float32")
     remat: Literal["none", "minimal", "block"] = key("none", "what the backward pass recomputes (qwen.REMAT)")
     attention: Literal["auto", "xla", "splash", "cudnn"] = key(
@@ -370,13 +372,30 @@ def _refusal(gone: Mapping[str, Any], places: Mapping[str, str]) -> str:
     return f"{named} is gone: {GONE[dotted].sentence}; remove the key{also}"
 
 
+def find_config(name: str | Path) -> str | Path:
+    """A configuration file: `name` itself, or, if that is no file, the one of that name in `configs/`.
+
+    Raises:
+      UserError: a name without a folder is neither.
+    """
+    if "/" in str(name) or Path(name).is_file():
+        return name
+    package = Path(__file__).parent  # an installed one has its own copy of configs/
+    folders = (package.parent / "configs", package / "configs")
+    files = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if (stem := str(name).removesuffix(".yaml")) in files:
+        return files[stem]
+    raise UserError(f"there is no file {name}; configurations known by name are {', '.join(files)}")
+
+
 def load_config(
     path: str | Path | None = None, overrides: Sequence[str] = (), *, without: Sequence[str] = ()
 ) -> Config:
     """Reads a YAML file and `key=value` overrides on top of the defaults, and validates the result.
 
     Args:
-      path: YAML file with any subset of the keys; None for the defaults, which `configs/tiny.yaml` lists.
+      path: YAML file with any subset of the keys, or the name of one in `configs/`, such as live; None for
+        the defaults, which `configs/tiny.yaml` lists.
       overrides: dotted assignments such as `training.steps=20`.
       without: dotted sections and keys of the file that are ignored, for a file that another person may have
         written, such as a run's.
@@ -385,7 +404,7 @@ def load_config(
       UserError: an unknown key (the message names the nearest known one) or a removed one, a value of the
         wrong type or out of bounds, an invalid combination, or a file that cannot be read.
     """
-    content, places = ({}, {}) if path is None else settings.read_yaml(path)
+    content, places = ({}, {}) if path is None else settings.read_yaml(find_config(path))
     values = {
         dotted: value
         for dotted, value in settings.leaves(Config, content).items()

@@ -29,6 +29,7 @@ from mapo_jax.commands import run_command
 from mapo_jax.config import Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
+from mapo_jax.hub import hub_id
 from mapo_jax.model import peft
 from mapo_jax.model.head import logits
 from mapo_jax.model.huggingface import differing_tensor
@@ -126,7 +127,10 @@ def _write_adapters(folder: Path, run: Path, policy: Policy, config: Config, ste
     """Writes adapters in PEFT's format, reads them again and compares; and the tokenizer."""
     read = open_params(checkpoint_folder(run, step), split(parameter_shapes(policy.config))[0])
     tensors = peft.adapter_tensors(read, policy.config)
-    peft.write_adapter_config(folder, policy.config.lora, config.model.path and Path(config.model.path).name)
+    base = config.model.path
+    if base is not None:
+        base = model.repo if (model := hub_id(base)) else Path(base).name
+    peft.write_adapter_config(folder, policy.config.lora, base)
     save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
     again = load_file(folder / peft.WEIGHTS)
     if name := next((name for name in tensors if not np.array_equal(tensors[name], again.get(name))), None):

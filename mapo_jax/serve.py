@@ -1,6 +1,6 @@
 """Serves a policy to OpenAI's clients and, at `/`, to a browser.
 
-    python -m mapo_jax.serve --model FOLDER|RUN [--port 8000] [--conversations FOLDER]
+    python -m mapo_jax.serve --model FOLDER|ID|RUN [--port 8000] [--conversations FOLDER]
 
 It listens at 127.0.0.1 unless --host says otherwise, and then only with a key. SIGTERM or Ctrl-C ends it when
 the replies under way have been sent.
@@ -88,8 +88,11 @@ def run(options: Namespace, console: Console) -> None:
         if grpc:
             from mapo_jax.serving.jetstream import serve_jetstream
     except ImportError as error:
-        needed = f"requirements-{'jetstream' if grpc else 'serve'}.txt"
-        raise UserError(f"serving needs the package {error.name}; `pip install -r {needed}`") from error
+        name = "jetstream" if grpc else "serve"
+        needed = f"`pip install -r requirements-{name}.txt`" + (
+            "" if grpc else ", or the extra mapo_jax[serve]"
+        )
+        raise UserError(f"serving needs the package {error.name}; {needed}") from error
     for name in HTTP_ONLY if grpc else ():
         if getattr(options, name) != _parser().get_default(name):
             raise UserError(f"--{name.replace('_', '-')} has no effect with JetStream; leave it out")
@@ -234,8 +237,8 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--model",
         required=True,
-        metavar="FOLDER|RUN",
-        help="Hugging Face folder, PEFT adapters, or a run's folder",
+        metavar="FOLDER|ID|RUN",
+        help="Hugging Face folder or id (ORG/NAME[@REVISION]), PEFT adapters, or a run's folder",
     )
     option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
     option("--protocol", choices=("openai", "jetstream"), default="openai", help="default: openai")

@@ -17,8 +17,10 @@ The same command started again continues the run from its newest whole checkpoin
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
+from types import ModuleType
 
 from rich.console import Console
 
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Trains a dialogue policy with MAPO or one of its baselines. Without arguments: a tiny "
         "model in the scripted world, on the CPU, in minutes. The same command continues an unfinished run.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
+    parser.add_argument("--config", metavar="FILE|NAME", help="YAML file, or one of configs/ by name")
     parser.add_argument("--keys", action="store_true", help="print all keys with their meaning, and exit")
     parser.add_argument("--dry-run", action="store_true", help="print what a run would be, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=20")
@@ -121,6 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     return run_command(command)
 
+
+class _Callable(ModuleType):
+    """Makes `mapo_jax.train(config)` a call of `train`, while `mapo_jax.train` stays this module."""
+
+    def __call__(self, config: Config, console: Console | None = None) -> None:
+        train(config, console)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -231,7 +231,7 @@ def _train(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input or too weak, 128 + n signal n."""
     parser = argparse.ArgumentParser(prog="python -m mapo_jax.warmstart", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
+    parser.add_argument("--config", metavar="FILE|NAME", help="YAML file, or one of configs/ by name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. warmstart.steps=100")
     options = parser.parse_intermixed_args(arguments)
 

@@ -21,6 +21,7 @@ from mapo_jax.environment.live.health import score_all
 from mapo_jax.environment.roles import Roles
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.errors import UserError
+from mapo_jax.event_loop import open_runner
 from mapo_jax.files import disk_errors, part_name
 from mapo_jax.role_models import make_role, open_models
 from mapo_jax.rollout.journal import Journal, journal_files, prune
@@ -221,7 +222,7 @@ def open_world(
     environment = _share(config.environment, processes.count)
     config = updated(config, {"environment": environment})
     with ExitStack() as stack:
-        runner = stack.enter_context(asyncio.Runner())
+        runner = stack.enter_context(open_runner())
         if environment.family == "scripted":
             yield World(scripted_roles(environment), config, folder, runner, processes=processes)
             return
@@ -251,7 +252,7 @@ def open_judge(config: Config, folder: Path, mesh: Mesh | None) -> Iterator[Worl
     role = config.environment.judge
     scripted = scripted_roles(config.environment)
     with ExitStack() as stack:
-        runner = stack.enter_context(asyncio.Runner())
+        runner = stack.enter_context(open_runner())
         if role.model is None and role.implementation is None:
             yield World(scripted, config, folder, runner)
             return

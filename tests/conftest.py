@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile more than they compute: without LLVM's expensive passes they take a third less time. Every process
-# that a test starts inherits this.
+# Tests compile more than they compute: without LLVM's expensive passes they take a third less time. Every
+# process that a test starts inherits this.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads a model
 
 # Files that take minutes. Each is one worker's work: begun last, one of them would keep a core waiting.
 LONG_FILES = ("test_train.py", "test_hosts.py", "test_live_train.py")

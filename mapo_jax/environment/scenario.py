@@ -137,6 +137,15 @@ def start_position(levels: Mapping[str, int] | Sequence[int]) -> tuple[float, fl
     return points["C"], points["A"], points["P"]
 
 
+def find_scenario(name: str, folder: str | Path | None = None, *, scripted: bool = True) -> Scenario:
+    """The card with this id; other arguments and errors as of `load_scenarios`."""
+    cards = {card.id: card for card in load_scenarios(folder, scripted=scripted)}
+    if name not in cards:
+        some = ", ".join(list(cards)[:5])
+        raise UserError(f"there is no scenario {name!r}; there are {some}, ... ({len(cards)})")
+    return cards[name]
+
+
 def load_scenarios(
     folder: str | Path | None = None, split: str | None = None, *, scripted: bool = True
 ) -> list[Scenario]:

@@ -16,6 +16,7 @@ from mapo_jax.evaluation.answers import Answerer
 from mapo_jax.evaluation.endpoint import KEY, Endpoint, only_model
 from mapo_jax.evaluation.local import EngineAnswerer, LocalModel, load_model
 from mapo_jax.files import encodable
+from mapo_jax.hub import fetch, hub_id
 from mapo_jax.model.peft import base_folder, is_adapter
 from mapo_jax.running.policy import MODEL_FOLDER
 from mapo_jax.running.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, checkpoint_folder
@@ -88,18 +89,22 @@ def find_subject(options: argparse.Namespace, defaults: tuple[str, ...] = ()) ->
         identity = {"endpoint": options.endpoint, "model": name}
         home = Path("evaluations") / _folder_name(name)
         return Subject(name, identity, home, config, endpoint=options.endpoint)
-    path = Path(options.model)
-    if not path.is_dir():
-        raise UserError(f"there is no model folder or run {path}")
+    model = hub_id(options.model)
+    if model is None and not Path(options.model).is_dir():
+        raise UserError(f"there is no model folder or run {options.model}")
+    if options.step is not None:
+        raise UserError(
+            f"{options.model} is no run, so it has no checkpoint of step {options.step}; leave out --step"
+        )
+    config, path = load_config(options.config, overrides), Path(fetch(options.model))
     identity = {"model": str(path.resolve())}
+    if model is not None:
+        identity = {"model": model.repo, "commit": path.name}
     if is_adapter(path):
         identity["base"] = str(base_folder(path).resolve())
     elif not (path / "config.json").is_file():
         raise UserError(f"{path} is neither a Hugging Face model folder (no config.json) nor a run")
-    if options.step is not None:
-        raise UserError(f"{path} is no run, so it has no checkpoint of step {options.step}; leave out --step")
-    name = path.resolve().name
-    config = load_config(options.config, overrides)
+    name = path.resolve().name if model is None else model.name
     return Subject(name, identity, Path("evaluations") / name, config, path=str(path))
 
 
@@ -178,7 +183,8 @@ def add_options(parser: argparse.ArgumentParser, saved: str, help: str) -> None:
     """Adds the options that `find_subject` and `Subject` read, and `saved`, the one for saved results."""
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     source(saved, metavar="FILE", help=help)
-    source("--model", metavar="FOLDER|RUN", help="Hugging Face folder, PEFT adapters, or a run's folder")
+    model = "Hugging Face folder or id (ORG/NAME[@REVISION]), PEFT adapters, or a run's folder"
+    source("--model", metavar="FOLDER|ID|RUN", help=model)
     source("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://HOST:PORT/v1")
     option = parser.add_argument
     option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")

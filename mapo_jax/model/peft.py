@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import required_object, write_whole
+from mapo_jax.hub import fetch, hub_id
 from mapo_jax.model.lora import TARGETS, LoRA
 from mapo_jax.model.qwen import QwenConfig
 from mapo_jax.model.tensor_names import NAMES, Reader
@@ -60,18 +61,24 @@ def base_folder(folder: Path | str) -> Path:
     """The folder of the adapters' base model.
 
     Raises:
-      UserError: `base_model_name_or_path` names no existing folder (relative to the current folder or to the
-        adapters), or the adapters are of a kind that is not read.
+      UserError: `base_model_name_or_path` names neither an existing folder (relative to the current folder or
+        to the adapters) nor a model of the Hugging Face Hub, or the adapters are of a kind that is not read.
     """
     folder = Path(folder)
-    name = str(_read_settings(folder).get("base_model_name_or_path"))
+    settings = _read_settings(folder)
+    name = str(settings.get("base_model_name_or_path"))
     for place in (Path(name), folder / name):
         if (place / "config.json").is_file():
             return place
-    raise UserError(
-        f"{folder / CONFIG}: `base_model_name_or_path` is {name!r}, and there is no model folder of that "
-        "path; put the path of the base model there"
+    named = (
+        f"{folder / CONFIG}: `base_model_name_or_path` is {name!r}, and there is no model folder of that path"
     )
+    if hub_id(name) is None:
+        raise UserError(f"{named}; put the path of the base model there")
+    try:
+        return Path(fetch(f"{name}@{revision}" if (revision := settings.get("revision")) else name))
+    except UserError as error:
+        raise UserError(f"{named}: {error}") from error
 
 
 def adapt(folder: Path | str, tensors: Mapping[str, Any], stack: ExitStack) -> dict[str, Any]:

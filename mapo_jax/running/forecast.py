@@ -11,11 +11,10 @@ from mapo_jax.config import Config, FreshModelConfig, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.learning.programs import abstract_batch, check_rows
 from mapo_jax.learning.train_state import TrainState
-from mapo_jax.model.huggingface import read_config
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, sharding_table
 from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory
-from mapo_jax.running.policy import adapters, check_policy, model_files
+from mapo_jax.running.policy import adapters, check_policy, read_shape
 
 FRESH_ROPE_THETA = 10_000.0  # base of the small model's rotary frequencies
 
@@ -162,13 +161,10 @@ def model_shape(config: Config) -> QwenConfig:
     """The shape of the model that a run would train, with adapters, from its folder or the configuration.
 
     Raises:
-      UserError: there is no such folder, or its configuration cannot be read.
+      UserError: there is no such folder or Hugging Face id, or its configuration cannot be read.
     """
     lora = adapters(config.lora)
     if config.model.path is None:
         fresh = config.model.fresh
         return replace(fresh_model(fresh, fresh.vocabulary, config.rollout.max_tokens), lora=lora)
-    folder = model_files(config.model.path)
-    if not folder.is_dir():
-        raise UserError(f"`model.path` is {config.model.path!r}; there is no such folder")
-    return replace(read_config(folder), lora=lora)
+    return replace(read_shape(config.model.path), lora=lora)

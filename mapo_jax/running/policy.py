@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mapo_jax.config import LoraConfig, RolloutConfig
 from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, damaged_file, disk_errors, local_folder, write_checksums
+from mapo_jax.hub import cached, fetch, hub_id
 from mapo_jax.model.huggingface import check_weights, load_params, read_config, write_config
 from mapo_jax.model.lora import ADAPTERS, LoRA, join, low_rank, merge, split
 from mapo_jax.model.peft import base_folder, is_adapter, read_adapter_config, write_adapter_config
@@ -25,6 +26,7 @@ from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.checkpoint import open_params, restore_params
+from mapo_jax.running.published import published_shape
 from mapo_jax.running.run_folder import BASE_FOLDER, CHECKPOINTS_FOLDER, checkpoint_folder
 from mapo_jax.tokenizer import load_tokenizer, write_tokenizer
 
@@ -54,7 +56,8 @@ def load_policy(
     """Loads a policy and its weights onto the devices of `mesh`; adapters of a run are merged.
 
     Args:
-      path: a Hugging Face folder, a folder of LoRA adapters in PEFT's format, or a run folder.
+      path: a Hugging Face folder or id (downloaded if needed), a folder of LoRA adapters in PEFT's format, or
+        a run folder.
       rollout: how dialogues are rendered.
       mesh: where the weights go.
       step: checkpoint of a run; the newest by default.
@@ -63,6 +66,7 @@ def load_policy(
     Raises:
       UserError: no such folder, one that cannot be read, or weights that are not finite.
     """
+    path = fetch(path)
     policy = read_policy(path, rollout)
     policy, params = _load(path, policy, mesh, step, dtype)
     _refuse_not_finite(path, params, mesh)
@@ -159,8 +163,28 @@ def read_policy(path: Path | str, rollout: RolloutConfig) -> Policy:
     return policy
 
 
+def read_shape(path: Path | str) -> QwenConfig:
+    """The shape of the model in a folder, or of a Hugging Face id, of which no weights are downloaded.
+
+    Raises:
+      UserError: there is no such folder or id, or its configuration cannot be read.
+    """
+    model = hub_id(path)
+    if model is not None and (folder := cached(path)) is None and (shape := published_shape(model)):
+        return shape
+    folder = model_files(path if model is None else folder or fetch(path, weights=False))
+    if not folder.is_dir():
+        raise UserError(f"`model.path` is {str(path)!r}; there is no such folder")
+    return read_config(folder)
+
+
 def check_policy(path: Path | str, rollout: RolloutConfig) -> None:
-    """Raises what `load_policy` would raise, except for errors found only by reading all weights."""
+    """Raises what `load_policy` would raise, except for errors found only by reading all weights.
+
+    Of a Hugging Face id nothing is checked that is not in the cache.
+    """
+    if (path := cached(path)) is None:
+        return
     policy = read_policy(path, rollout)
     if _is_run(path):
         checkpoint_folder(path)

@@ -12,6 +12,7 @@ import tokenizers
 
 from mapo_jax.config import Config
 from mapo_jax.errors import UserError
+from mapo_jax.hub import fetch
 
 _PACKAGE = Path(__file__).parents[1]
 _SOURCES = (
@@ -42,7 +43,7 @@ def determinants(config: Config) -> dict[str, Any]:
     model = config.model.model_dump()
     if model["path"] is not None:
         model["fresh"] = None
-        model["path"] = _listing(Path(model["path"]))
+        model["path"] = _listing(Path(fetch(model["path"])))
     cards = Path(config.environment.scenarios or _PACKAGE / "environment" / "scenarios")
     return {
         "model": model,

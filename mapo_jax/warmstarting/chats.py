@@ -41,14 +41,22 @@ def read_chats(path: str | Path, note: Callable[[str], None] = lambda text: None
       UserError: the file cannot be read or holds no chats, or a line breaks these rules; names the line.
     """
     values = read_values(path, "chats", convert=lambda value: value)  # keeps surrogates, which are refused
-    parsed = [_parse(row, place) for place, row in values]
+    parsed = [parse_chat(row, place) for place, row in values]
     if reasoned := sum(count for _, count in parsed):
         note(f"{path}: {reasoned:,} replies have think blocks, which are left out; their answers are learnt")
     return [chat for chat, _ in parsed]
 
 
-def _parse(row: Any, where: str) -> tuple[Chat, int]:
-    """The chat of a line, and how many of its replies had reasoning."""
+def parse_chat(row: Any, where: str) -> tuple[Chat, int]:
+    """The chat of a line, and how many of its replies had reasoning; the rules are those of `read_chats`.
+
+    Args:
+      row: a mapping with `messages`.
+      where: names the chat in errors.
+
+    Raises:
+      UserError: the chat breaks the rules.
+    """
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: `messages` must be a list of messages with `role` and `content`")

@@ -1,6 +1,5 @@
 """The figures of a warm start with the validation cards, and the gate before reinforcement learning."""
 
-import asyncio
 from collections.abc import Mapping
 
 from jax.sharding import Mesh
@@ -13,6 +12,7 @@ from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.grammar import HELPFUL, KINDS
 from mapo_jax.environment.scripted.readings import NAMED, reading_metrics, readings
 from mapo_jax.errors import UserError
+from mapo_jax.event_loop import open_runner
 from mapo_jax.model.qwen import Params
 from mapo_jax.rollout.collect import collect
 from mapo_jax.running.policy import Policy, make_engine
@@ -40,20 +40,21 @@ def measure(
     model = policy.config, policy.chat.stop_ids, policy.chat.vocabulary_size
     engine = make_engine(*model, rollout, rollout.temperature, dtype=config.model.dtype, mesh=mesh)
     engine.load(params, 0)
-    groups = asyncio.run(
-        collect(
-            cards,
-            count // len(cards),
-            engine,
-            policy.chat,
-            scripted_roles(config.environment),
-            limits_of(config),
-            seed=config.training.seed + MEASURE_STREAM,
-            step=0,
-            concurrency=config.environment.concurrency,
-            on_turn=lambda turns: check(),
+    with open_runner() as runner:
+        groups = runner.run(
+            collect(
+                cards,
+                count // len(cards),
+                engine,
+                policy.chat,
+                scripted_roles(config.environment),
+                limits_of(config),
+                seed=config.training.seed + MEASURE_STREAM,
+                step=0,
+                concurrency=config.environment.concurrency,
+                on_turn=lambda turns: check(),
+            )
         )
-    )
     states = [dialogue.state for group in groups for dialogue in group]
     turns = [turn for state in states for turn in state.turns]
     acts = [set(reading["acts"]) for reading in readings(states)]

@@ -70,8 +70,8 @@ def test_training_improves_continues_and_collects(tmp_path, capsys):
     for record in found:
         assert len(record["final"]) == 12
         assert record["curve"][-1] > record["curve"][0] + 1.0, record["label"]
-    # What exists is not computed again; what is missing is. In a smaller batch sums may round otherwise, so only
-    # the return before the first update is sure to be the same.
+    # What exists is not computed again; what is missing is. In a smaller batch sums may round otherwise, so
+    # only the return before the first update is sure to be the same.
     gone = next(iter(files))
     before = records.read_json(gone)
     gone.unlink()

@@ -549,7 +549,10 @@ def test_on_a_mesh_of_four_as_on_one_device():
             assert one.ids == other.ids
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)  # programs of other widths
     """
-    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4",
+    }
     command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
