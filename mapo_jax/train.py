@@ -32,6 +32,7 @@ from mapo_jax.learning.update import place
 from mapo_jax.run import Position, begin, cards, checkpoint_due, evaluation_due, open_run, save, scenario_deck
 from mapo_jax.running.forecast import forecast
 from mapo_jax.running.stop import Interrupted
+from mapo_jax.settings import parse_settings
 from mapo_jax.validation import conclude, validate
 
 
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keys", action="store_true", help="print all keys with their meaning, and exit")
     parser.add_argument("--dry-run", action="store_true", help="print what a run would be, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=20")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_settings(Config, parser, arguments)
 
     def command() -> None:
         if options.keys:

@@ -53,6 +53,7 @@ from mapo_jax.running.model_folder import whole_folder, write_model_folder
 from mapo_jax.running.policy import Policy, load_policy, make_engine
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.scores.figures import summarize
+from mapo_jax.settings import parse_settings
 from mapo_jax.tokenizer import train_tokenizer
 from mapo_jax.warmstarting.chats import Chat, read_chats, synthetic_chats
 from mapo_jax.warmstarting.induction import with_induction_heads
@@ -433,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mapo_jax.warmstart", description=__doc__.split("\n")[0])
     parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. warmstart.steps=100")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_settings(Config, parser, arguments)
 
     def command() -> None:
         config = load_config(options.config, options.overrides)

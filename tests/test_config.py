@@ -90,6 +90,10 @@ def test_the_schema_for_editors_is_what_the_models_give():
     [
         (["training.step=3"], ["training.step", "training.steps"]),
         (["algoritm.discount=0.9"], ["algorithm.discount"]),
+        (["optimizer.lr=1e-3"], ["`optimizer.learning_rate`"]),
+        (["lr=1e-3"], ["`optimizer.learning_rate`"]),
+        (["steps=3"], ["`training.steps`"]),
+        (["algorithm.gamma=1"], ["`algorithm.discount`"]),
         (["training.steps=many"], ["training.steps", "whole number", "many"]),
         (["training.steps=2.5"], ["training.steps", "whole number"]),
         (["training.steps=true"], ["training.steps", "whole number"]),
@@ -145,12 +149,32 @@ def test_bad_input_names_key_value_and_remedy(overrides, words):
         assert word in message
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "training: 3\n"])
-def test_a_broken_file_is_one_clear_error(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("- a\n- b\n", ""),
+        ("a: [\n", ", line 2: not valid YAML"),
+        ("training: 3\n", ""),
+        ("training:\n  steps: 3\n seed: 1\n", ", line 3: not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_one_clear_error(tmp_path, content, place):
     file = tmp_path / "broken.yaml"
     file.write_text(content)
-    with pytest.raises(UserError, match=r"broken\.yaml"):
+    with pytest.raises(UserError) as caught:
         load_config(file)
+    assert f"broken.yaml{place}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words", [["--steps", "3"], ["--training.steps=3"], ["training.seed=1", "--steps", "3"]]
+)
+def test_a_setting_written_as_an_option_is_told_its_form(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(words)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert "write the setting training.steps=3" in error
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path):

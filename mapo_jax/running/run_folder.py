@@ -220,9 +220,14 @@ def _refuse_other_configuration(file: Path, config: Config) -> None:
     if keys:
         values = [value_at(each.model_dump(), keys[0]) for each in (saved, config)]
         others = f" (and {len(keys) - 1} more: {', '.join(keys[1:4])})" if len(keys) > 1 else ""
+        remedy = "choose another run.directory, or the run's own configuration to continue it"
+        if keys == ["training.steps"] and whole_steps(file.parent):
+            remedy = (
+                "train its weights further in a new folder: python -m mapo_jax.train "
+                f"model.path={file.parent} run.directory=NEW training.steps={config.training.steps}"
+            )
         raise UserError(
-            f"{file.parent} holds a run with {keys[0]}={values[0]!r}, not {values[1]!r}{others}; "
-            "choose another run.directory, or the run's own configuration to continue it"
+            f"{file.parent} holds a run with {keys[0]}={values[0]!r}, not {values[1]!r}{others}; {remedy}"
         )
 
 
