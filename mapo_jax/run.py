@@ -33,7 +33,7 @@ from mapo_jax.running.checkpoint import Checkpoints, restore_params, save_base
 from mapo_jax.running.display import Display
 from mapo_jax.running.forecast import check_memory, model_shape
 from mapo_jax.running.heartbeat import Heartbeat
-from mapo_jax.running.metrics import CompileCounter, MetricWriter
+from mapo_jax.running.metrics import CompileCounter, MetricWriter, import_wandb
 from mapo_jax.running.phases import Phases
 from mapo_jax.running.policy import Policy, adapters, load_policy, make_engine, read_policy, save_model_files
 from mapo_jax.running.processes import Processes, rollout_mesh, rollout_weights, share_of
@@ -136,6 +136,8 @@ def prepare(
 ) -> Run:
     """Builds a run; refuses bad input before anything is written."""
     folder = as_path(config.run.directory)
+    if config.logging.wandb and processes.first:
+        import_wandb()  # before anything is spent
     compiles, phases = stack.enter_context(CompileCounter()), Phases()
     stack.enter_context(Heartbeat(phases))
     training = cards(config, "train")

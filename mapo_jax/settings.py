@@ -70,6 +70,14 @@ def value_at(tree: Any, dotted: str) -> Any:
     return tree
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    dotted = ((f"{prefix}.{name}" if prefix else str(name), value) for name, value in tree.items())
+    return {key: value for name, inner in dotted for key, value in flat(inner, name).items()}
+
+
 def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
     """Dotted keys in which two nested mappings or sections differ."""
     one, other = (tree.model_dump() if isinstance(tree, Section) else tree for tree in (one, other))

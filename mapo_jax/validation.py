@@ -20,6 +20,8 @@ from mapo_jax.running.display import results_table, transcript
 from mapo_jax.scores.figures import summarize
 from mapo_jax.stages import EVALUATION_STREAM, converse, measure, write_dialogues
 
+SAMPLES = 3  # dialogues of an evaluation that the loggers show
+
 
 def validate(run: Run, at: Position) -> None:
     """Evaluates the current weights, and tests a live judge."""
@@ -55,6 +57,8 @@ def evaluate(run: Run, at: Position) -> None:
     _write(run, at.step, metrics)
     write_whole(file, json.dumps(metrics, indent=1))
     run.display.evaluation(at.step, metrics)
+    samples = [group[0].state for group in dialogues[:SAMPLES] if group]
+    run.writer.write_dialogues(at.step, [(s.scenario.id, transcript(s, f"step {at.step}")) for s in samples])
     if dialogues and at.step in (0, run.config.training.steps):
         run.display.note(transcript(dialogues[0][0].state, "before" if at.step == 0 else "after"))
 

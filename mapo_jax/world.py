@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from mapo_jax.commands import printable
 from mapo_jax.config import HELD_OUT, ROLES, Config, EnvironmentConfig, held_out, updated, validate_role
+from mapo_jax.environment.dialogue import FAILURE_KINDS
 from mapo_jax.environment.live.calls import FAILURES_FILE, CallLog, call_figures
 from mapo_jax.environment.live.guard import Guarded, Watch, WorldFailing
 from mapo_jax.environment.live.health import score_all
@@ -190,7 +191,8 @@ class World:
         if not self.live:
             return {}
         prices = {name: getattr(self._config, name).prices for name in (*ROLES, HELD_OUT)}
-        return call_figures([self.drain()] if drained is None else drained, prices)
+        none_lost = {f"failures/{kind}": 0.0 for kind in FAILURE_KINDS}
+        return none_lost | call_figures([self.drain()] if drained is None else drained, prices)
 
     def status(self) -> str:
         """Failures since the last `metrics` by kind, for the display; empty without failures."""

@@ -643,7 +643,7 @@ def test_many_dialogues_are_bound_by_latency_alone(serve, well_formed, chat, tmp
 
 def test_metrics_stay_apart_from_the_check(serve, well_formed, tmp_path):
     with open_world(configure(serve(well_formed).url), tmp_path, None) as world:
-        assert world.metrics() == {"environment/cost": 0.0}
+        assert not any(world.metrics().values())
         levels = world.score_calibration(5, lambda: None)
         assert len(levels) == 32 and set(levels.values()) == {(1, 0, 1, 0, 0, 0)}
         assert world.metrics()["judge/calls"] == 32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.comparison import compare
 from mapo_jax.reporting.folder import SavedRun, counted
 from mapo_jax.reporting.study import Study, values_by_card
-from mapo_jax.settings import value_at
+from mapo_jax.settings import flat, value_at
 
 ROLES = ("user", "judge", "director")
 NOT_COMPARED = ("run.directory", "run.name", *GONE)  # settings in which any two runs differ, or did
@@ -100,19 +100,13 @@ def against_first(studies: Sequence[Study]) -> list[dict[str, Any]]:
 
 def settings_that_differ(studies: Sequence[Study]) -> list[tuple[str, list[str]]]:
     """Dotted key and each run's value, of the settings that are not the same in all runs."""
-    flat = [_flat(study.run.config) for study in studies]
-    keys = dict.fromkeys(key for settings in flat for key in settings if key not in NOT_COMPARED)
-    rows = [(key, [settings.get(key, "\u2013") for settings in flat]) for key in keys]
+    runs = [
+        {key: "empty" if value is None else str(value) for key, value in flat(study.run.config).items()}
+        for study in studies
+    ]
+    keys = dict.fromkeys(key for settings in runs for key in settings if key not in NOT_COMPARED)
+    rows = [(key, [settings.get(key, "\u2013") for settings in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, str]:
-    if not isinstance(settings, Mapping):
-        return {prefix: "empty" if settings is None else str(settings)}
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
-    return flat
 
 
 def comparison_sentences(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -162,7 +162,7 @@ def results_table(
         group, _, rest = name.partition("/")
         if group == "naming" and not rest.endswith(("_chance", "_rate")):
             rows.append((f"{rest} named right", name, "{:.0%}"))
-        if group == "kind":
+        if group == "kind" and any(figures.get(name) for figures in (first, last, helper)):
             rows.append(
                 ("largest share of one kind" if rest == "most" else f"share of {rest}", name, "{:.0%}")
             )
