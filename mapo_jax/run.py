@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from mapo_jax.commands import Stopped, cache_folder, machine_errors
-from mapo_jax.config import Config, to_yaml
+from mapo_jax.config import Config, idle_settings, refuse_unused_roles, to_yaml
 from mapo_jax.environment.roles import limits_of
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
@@ -136,6 +136,7 @@ def prepare(
 ) -> Run:
     """Builds a run; refuses bad input before anything is written."""
     folder = as_path(config.run.directory)
+    refuse_unused_roles(config)
     if config.logging.wandb and processes.first:
         import_wandb()  # before anything is spent
     compiles, phases = stack.enter_context(CompileCounter()), Phases()
@@ -170,6 +171,8 @@ def prepare(
     done = max(checkpoints.steps, default=-1)
     writer = None
     if processes.first:
+        if idle := idle_settings(config):
+            display.note(f"no effect in this run: {', '.join(idle)}")
         for problem in cut_back(folder, done):
             display.note(problem)
         logging = config.logging

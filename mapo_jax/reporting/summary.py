@@ -32,10 +32,16 @@ def recipe(run: SavedRun) -> str:
     get = partial(value_at, run.config)
     base = get("model.path")
     model = "a small warm-started model" if base is None else str(base).rstrip("/").split("/")[-1]
+    own_judge = next(
+        filter(None, map(get, ("environment.judge.model", "environment.judge.implementation"))), None
+    )
+    scripted = "a scripted user, judge and director"
+    if own_judge:
+        scripted = f"a scripted user and director, judged by {own_judge},"
     players = [str(name) for role in ROLES if (name := get(f"environment.{role}.model"))]
     played = f" ({', '.join(dict.fromkeys(players))})" if players else ""
     family = {
-        "scripted": "a scripted user, judge and director",
+        "scripted": scripted,
         "live": f"a user, judge and director played by language models{played}",
     }.get(str(get("environment.family")), "a user, judge and director")
     estimator, weight = str(get("algorithm.estimator")), get("algorithm.turn_weight")
