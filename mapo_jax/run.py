@@ -139,15 +139,9 @@ def prepare(
     refuse_unused_roles(config)
     if config.logging.wandb and processes.first:
         import_wandb()  # before anything is spent
+    _, validation = cards_of_run(config)
     compiles, phases = stack.enter_context(CompileCounter()), Phases()
     stack.enter_context(Heartbeat(phases))
-    training = cards(config, "train")
-    validation = cards(config, "validation")[: config.evaluation.scenarios]
-    if config.rollout.scenarios > len(training):
-        raise UserError(
-            f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
-            "training scenarios there are"
-        )
     share = share_of(config.rollout, processes.count)  # may raise, so before anything is read
     mesh = make_mesh(config.mesh)
     sampling_mesh = rollout_mesh(mesh, processes)
@@ -303,6 +297,21 @@ def cards(config: Config, split: str) -> list[Scenario]:
     """The scenario cards of a split for this run's world. Raises as `load_scenarios` does."""
     scripted = config.environment.family == "scripted"
     return load_scenarios(config.environment.scenarios, split, scripted=scripted)
+
+
+def cards_of_run(config: Config) -> tuple[list[Scenario], list[Scenario]]:
+    """The training cards, and the validation cards of an evaluation.
+
+    Raises:
+      UserError: as `load_scenarios`, or there are too few for a step.
+    """
+    training, validation = cards(config, "train"), cards(config, "validation")
+    if config.rollout.scenarios > len(training):
+        raise UserError(
+            f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
+            "training scenarios there are"
+        )
+    return training, validation[: config.evaluation.scenarios]
 
 
 def scenario_deck(config: Config) -> grain.DatasetIterator:

@@ -172,7 +172,7 @@ def read_override(root: type[Section], override: str) -> dict[str, Any]:
     field = fields(root).get(dotted)
     if field and field.annotation in _TEXT and isinstance(value, int | float | datetime.date):
         value = text
-    return leaves(root, _nested(dotted, value))
+    return leaves(root, nested(dotted, value))
 
 
 def leaves(root: type[Section], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -209,9 +209,9 @@ def validated(root: type[S], values: Mapping[str, Any], places: Mapping[str, str
         if dotted not in fields(root):
             raise UserError(f"{places.get(dotted, '')}{_unknown(root, dotted)}")
     kinds = {dotted: fields(root)[dotted].annotation for dotted in values}
-    nested = (_nested(dotted, _converted(kinds[dotted], value)) for dotted, value in values.items())
+    trees = (nested(dotted, _converted(kinds[dotted], value)) for dotted, value in values.items())
     try:
-        return root.model_validate(functools.reduce(merged, nested, {}))
+        return root.model_validate(functools.reduce(merged, trees, {}))
     except ValidationError as error:
         raise UserError(_message(root, error.errors(include_url=False)[0], values, places)) from None
 
@@ -227,7 +227,8 @@ def _converted(kind: Any, value: Any) -> Any:
     return str(value) if is_name and kind in _TEXT else value
 
 
-def _nested(dotted: str, value: Any) -> dict[str, Any]:
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    """Mappings in which the dotted key has the value."""
     for name in reversed(dotted.split(".")):
         value = {name: value}
     return value

@@ -25,12 +25,11 @@ from rich.console import Console
 from mapo_jax import stages
 from mapo_jax.commands import prepare_jax, run_command
 from mapo_jax.config import Config, describe_keys, load_config
-from mapo_jax.environment.live.cost import live_forecast
+from mapo_jax.dry_run import dry_run
 from mapo_jax.learning.batch import minibatches
 from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
 from mapo_jax.learning.update import place
-from mapo_jax.run import Position, begin, cards, checkpoint_due, evaluation_due, open_run, save, scenario_deck
-from mapo_jax.running.forecast import forecast
+from mapo_jax.run import Position, begin, checkpoint_due, evaluation_due, open_run, save, scenario_deck
 from mapo_jax.running.stop import Interrupted
 from mapo_jax.settings import parse_settings
 from mapo_jax.validation import conclude, validate
@@ -102,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; without it the embedded defaults")
     parser.add_argument("--keys", action="store_true", help="print all keys with their meaning, and exit")
-    parser.add_argument("--dry-run", action="store_true", help="print what a run would be, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and print what a run would be, and exit"
+    )
+    parser.add_argument("--full", action="store_true", help="with --dry-run: all settings and tables")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=20")
     options = parse_settings(Config, parser, arguments)
 
@@ -114,11 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.dry_run:
             train(config)
             return
-        console = Console(highlight=False, markup=False)
-        console.print(forecast(config), markup=False, soft_wrap=True)
-        if config.environment.family == "live":
-            table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))
-            console.print(table, markup=False, soft_wrap=True)
+        Console(highlight=False, markup=False).print(dry_run(config, full=options.full), soft_wrap=True)
 
     return run_command(command)
 

@@ -11,6 +11,7 @@ from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.comparison import compare
 from mapo_jax.reporting.folder import SavedRun, counted
 from mapo_jax.reporting.study import Study, values_by_card
+from mapo_jax.running.display import duration
 from mapo_jax.settings import flat, value_at
 
 ROLES = ("user", "judge", "director")
@@ -65,7 +66,7 @@ def key_figures(run: SavedRun) -> list[tuple[str, str]]:
         ("reward", f"{reward} distance" if reward else None),
         ("discount", f"{discount} per turn" if discount else None),
         ("model", f"{layers} layers, width {width}" if "hidden_size" in run.shape else None),
-        ("time in steps", _duration(seconds) if seconds else None),
+        ("time in steps", duration(seconds) if seconds else None),
     ]
     return [(name, str(value)) for name, value in rows if value is not None]
 
@@ -136,11 +137,3 @@ def comparison_sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["step"] != rows[0]["step"]:
             sentences.append(f"Their last evaluations were after {row['step']} and {rows[0]['step']} steps.")
     return sentences
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -48,6 +48,15 @@ def plot(values: Sequence[float], width: int = 60, height: int = 6) -> str:
     )
 
 
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units: "3 h 05 min", "4 min 10 s", "12 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 class Display:
     """Shows a run's progress; a context manager.
 

@@ -135,19 +135,10 @@ def claim(run_folder: Path | str, config: Config) -> Iterator[bool]:
         another process is training in it.
     """
     folder = as_path(run_folder)
-    with _unusable_folder_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"`run.directory` {folder} is a file; choose a folder")
-        file = folder / CONFIG_FILE
-        if file.exists():
-            _refuse_other_configuration(file, config)
-        elif foreign := sorted(_visible_names(folder)):
-            raise UserError(
-                f"`run.directory` {folder} holds files but no run ({foreign[0]}, ...); "
-                "choose a new or empty folder"
-            )
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+    file = folder / CONFIG_FILE
+    refuse_folder(folder, config)
+    with _unusable_folder_errors(folder), disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         continues = file.exists()
         if continues:
@@ -161,6 +152,20 @@ def claim(run_folder: Path | str, config: Config) -> Iterator[bool]:
             if not continues and _visible_names(folder) == {CONFIG_FILE}:
                 file.unlink()  # free for another configuration
             raise
+
+
+def refuse_folder(folder: Path, config: Config) -> None:
+    """Raises UserError unless the folder is new, empty, or holds an earlier part of the run."""
+    with _unusable_folder_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"`run.directory` {folder} is a file; choose a folder")
+        if (folder / CONFIG_FILE).exists():
+            _refuse_other_configuration(folder / CONFIG_FILE, config)
+        elif foreign := sorted(_visible_names(folder)):
+            raise UserError(
+                f"`run.directory` {folder} holds files but no run ({foreign[0]}, ...); "
+                "choose a new or empty folder"
+            )
 
 
 def _visible_names(folder: Path) -> set[str]:
