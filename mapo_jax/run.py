@@ -33,7 +33,7 @@ from mapo_jax.running.checkpoint import Checkpoints, restore_params, save_base
 from mapo_jax.running.display import Display
 from mapo_jax.running.forecast import check_memory, model_shape
 from mapo_jax.running.heartbeat import Heartbeat
-from mapo_jax.running.metrics import CompileCounter, MetricWriter, import_wandb
+from mapo_jax.running.metrics import METRICS_FILE, CompileCounter, MetricWriter, import_wandb, read_rows
 from mapo_jax.running.phases import Phases
 from mapo_jax.running.policy import Policy, adapters, load_policy, make_engine, read_policy, save_model_files
 from mapo_jax.running.processes import Processes, rollout_mesh, rollout_weights, share_of
@@ -101,8 +101,12 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
+def open_run(config: Config, console: Console | None = None, *, verbose: bool = False) -> Iterator[Run]:
     """A run in all of its processes, built from its configuration; closed at the end of the context.
+
+    Args:
+      console: for its output; None for standard output.
+      verbose: as of `Display`.
 
     Raises:
       UserError: bad input; nothing was written.
@@ -115,9 +119,10 @@ def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
         machine_errors(),
     ):
         console = console or Console(highlight=False, markup=False, quiet=not processes.first)
-        stop = stack.enter_context(StopRequest(config.run.deadline_minutes, processes.peers))
+        answer = partial(console.print, markup=False)
+        stop = stack.enter_context(StopRequest(config.run.deadline_minutes, processes.peers, answer))
         try:
-            run = prepare(config, stack, stop, console, processes)
+            run = prepare(config, stack, stop, console, processes, verbose=verbose)
         except Interrupted as interruption:
             _end(processes, interruption, " before the first step; the same command starts again")
         yield run
@@ -132,7 +137,13 @@ def _end(processes: Processes, interruption: Interrupted, where: str) -> NoRetur
 
 
 def prepare(
-    config: Config, stack: ExitStack, stop: StopRequest, console: Console, processes: Processes
+    config: Config,
+    stack: ExitStack,
+    stop: StopRequest,
+    console: Console,
+    processes: Processes,
+    *,
+    verbose: bool = False,
 ) -> Run:
     """Builds a run; refuses bad input before anything is written."""
     folder = as_path(config.run.directory)
@@ -149,6 +160,7 @@ def prepare(
     local = cache_folder("runs") / str(folder).replace("/", "-") if in_bucket(folder) else folder
     opened = open_world(config, local, sampling_mesh, run_folder=folder, processes=processes)
     world = stack.enter_context(opened)
+    console.print(f"{folder}: building the run", soft_wrap=True)
     policy, params = starting_policy(config, folder, mesh, stop, console, processes)
     chat = policy.chat
     programs = make_programs(config, policy.config, chat.vocabulary_size, mesh)
@@ -158,7 +170,8 @@ def prepare(
     if config.evaluation.temperature != config.rollout.temperature:
         evaluator = sampler(config.evaluation.temperature)
     title, live = f"{config.algorithm.estimator} · {folder}", config.logging.progress and processes.first
-    display = Display(title, config.training.steps, live=live, console=console)
+    display = Display(title, config.training.steps, live=live, console=console, verbose=verbose)
+    phases.entered = display.enter
     kept = config.checkpoint
     checkpoints = stack.enter_context(Checkpoints(folder, keep=kept.keep, keep_best=kept.keep_best))
     # Before anything is appended: files after the newest whole checkpoint will be written again.
@@ -169,6 +182,7 @@ def prepare(
             display.note(f"no effect in this run: {', '.join(idle)}")
         for problem in cut_back(folder, done):
             display.note(problem)
+        display.continue_after(read_rows(folder / METRICS_FILE))
         logging = config.logging
         options = dict(tensorboard=logging.tensorboard, wandb=logging.wandb, after=done)
         writer = stack.enter_context(MetricWriter(folder, configuration=config.model_dump(), **options))
@@ -224,6 +238,7 @@ def starting_policy(
     check_memory(config, model_shape(config), mesh)
     lora = adapters(config.lora)
     dtype = "float32" if lora is None else config.model.dtype
+    console.print(f"loading the model {path}", soft_wrap=True)
     policy, params = load_policy(path, config.rollout, mesh=mesh, dtype=dtype)
     if lora is not None:
         policy = replace(policy, config=replace(policy.config, lora=lora))

@@ -106,11 +106,18 @@ def converse(
         name, stream, engine, roles = "dialogues", "train", run.engine, run.world.roles
         rollouts, seed, step = config.rollout.rollouts, config.training.seed, at.step
     else:
-        name, stream, engine, roles = "validation", "evaluation", run.evaluator, run.world.evaluation_roles
+        name, stream, engine, roles = (
+            "validation dialogues",
+            "evaluation",
+            run.evaluator,
+            run.world.evaluation_roles,
+        )
         rollouts, seed, step = config.evaluation.rollouts, config.training.seed + EVALUATION_STREAM, 0
     total = (share.stop - share.start) * rollouts * run.limits.max_turns
     if run.processes.count == 1:  # of several each pauses alone, and cannot save alone
         run.world.on_pause = partial(save, run, at)
+
+    name = f"turns of {(share.stop - share.start) * rollouts} {name}"
 
     def progress(turns: int) -> None:
         run.stop.check()

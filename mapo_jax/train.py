@@ -17,8 +17,12 @@ The same command started again continues the run from its newest whole checkpoin
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
+
+if __name__ == "__main__" and not {"--keys", "--help", "-h"} & set(sys.argv):
+    print("mapo_jax.train: starting", flush=True)  # before the imports below, which take seconds
 
 from rich.console import Console
 
@@ -35,7 +39,7 @@ from mapo_jax.settings import parse_settings
 from mapo_jax.validation import conclude, validate
 
 
-def train(config: Config, console: Console | None = None) -> None:
+def train(config: Config, console: Console | None = None, *, verbose: bool = False) -> None:
     """Starts or continues the run of `config`; it writes below `run.directory` only.
 
     Raises:
@@ -44,7 +48,7 @@ def train(config: Config, console: Console | None = None) -> None:
     """
     prepare_jax(config.run.compilation_cache)
     algorithm, training = config.algorithm, config.training
-    with open_run(config, console) as run:
+    with open_run(config, console, verbose=verbose) as run:
         deck = scenario_deck(config)
         at = begin(run, deck)
         try:
@@ -105,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="check and print what a run would be, and exit"
     )
     parser.add_argument("--full", action="store_true", help="with --dry-run: all settings and tables")
+    parser.add_argument("--verbose", action="store_true", help="more figures, and a table at the end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=20")
     options = parse_settings(Config, parser, arguments)
 
@@ -114,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return
         config = load_config(options.config, options.overrides)
         if not options.dry_run:
-            train(config)
+            train(config, verbose=options.verbose)
             return
         Console(highlight=False, markup=False).print(dry_run(config, full=options.full), soft_wrap=True)
 

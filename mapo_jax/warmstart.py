@@ -48,6 +48,7 @@ from mapo_jax.model.qwen import Params, init_params, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.collect import collect
 from mapo_jax.rollout.rows import ChatFormat
+from mapo_jax.running.display import duration
 from mapo_jax.running.forecast import fresh_model
 from mapo_jax.running.model_folder import whole_folder, write_model_folder
 from mapo_jax.running.policy import Policy, load_policy, make_engine
@@ -123,6 +124,7 @@ def _make(
     config: Config, folder: Path, console: Console, check: Callable[[], None], mesh: Mesh
 ) -> dict[str, Any]:
     times = [time.monotonic()]
+    console.print("warm start: making dialogues, tokenizer and model")
     chats = _chats(config, console)
     policy, params = _start(config, chats, mesh)
     rows = _rows(config, policy, chats)
@@ -133,8 +135,10 @@ def _make(
         soft_wrap=True,
     )
     times.append(time.monotonic())
+    console.print("warm start: compiling the update")
     params, curve, speed = _train(config, policy, params, rows, mesh, console, check)
     times.append(time.monotonic())
+    console.print("warm start: measuring it in dialogues")
     measured = measure(config, policy, params, mesh, check)
     times.append(time.monotonic())
     total = times[-1] - times[0]
@@ -268,7 +272,8 @@ def _train(
             figures = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
             progress.update(task, completed=step, description="warm start", figures=figures)
             if not live and step % (10 * REPORT_EVERY) == 0:
-                console.print(f"warm start: update {step} of {settings.steps}, {figures}")
+                left = duration((settings.steps - step) * (time.monotonic() - began) / (step - 1))
+                console.print(f"warm start: update {step} of {settings.steps}, {figures}, {left} left")
     return state.params, curve, speed
 
 
@@ -439,7 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command() -> None:
         config = load_config(options.config, options.overrides)
         prepare_jax(config.run.compilation_cache)
-        with StopRequest() as stop:
+        with StopRequest(answer=print) as stop:
             try:
                 run_warmstart(config, check=stop.check)
             except Interrupted as interruption:
