@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", required=True, metavar="RUN", help="run folder")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="new or empty folder")
     parser.add_argument(
-        "--step", type=_step, metavar="N|best", help="checkpoint; best: by validation (default: the latest)"
+        "--step", type=_step, metavar="N|best", help="checkpoint (default: latest; best: by validation)"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     parser.add_argument(

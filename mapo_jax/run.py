@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from mapo_jax.environment.roles import limits_of
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.files import as_path, in_bucket
+from mapo_jax.files import append_line, as_path, disk_errors, in_bucket
 from mapo_jax.learning.optimizer import Optimizer
 from mapo_jax.learning.programs import make_programs
 from mapo_jax.learning.train_state import TrainState, abstract_state, create_state
@@ -34,6 +35,7 @@ from mapo_jax.running.display import Display
 from mapo_jax.running.forecast import check_memory, model_shape
 from mapo_jax.running.heartbeat import Heartbeat
 from mapo_jax.running.metrics import METRICS_FILE, CompileCounter, MetricWriter, import_wandb, read_rows
+from mapo_jax.running.origin import start_row
 from mapo_jax.running.phases import Phases
 from mapo_jax.running.policy import Policy, adapters, load_policy, make_engine, read_policy, save_model_files
 from mapo_jax.running.processes import Processes, rollout_mesh, rollout_weights, share_of
@@ -41,6 +43,7 @@ from mapo_jax.running.processes import join as join_processes
 from mapo_jax.running.run_folder import (
     BASE_FOLDER,
     CONFIG_FILE,
+    STARTS_FILE,
     claim,
     cut_back,
     refuse_lost_checkpoints,
@@ -119,7 +122,7 @@ def open_run(config: Config, console: Console | None = None, *, verbose: bool = 
         machine_errors(),
     ):
         console = console or Console(highlight=False, markup=False, quiet=not processes.first)
-        answer = partial(console.print, markup=False)
+        answer = partial(console.print, markup=False, soft_wrap=True)
         stop = stack.enter_context(StopRequest(config.run.deadline_minutes, processes.peers, answer))
         try:
             run = prepare(config, stack, stop, console, processes, verbose=verbose)
@@ -182,6 +185,8 @@ def prepare(
             display.note(f"no effect in this run: {', '.join(idle)}")
         for problem in cut_back(folder, done):
             display.note(problem)
+        with disk_errors(folder / STARTS_FILE):
+            append_line(folder / STARTS_FILE, (json.dumps(start_row(mesh)) + "\n").encode())
         display.continue_after(read_rows(folder / METRICS_FILE))
         logging = config.logging
         options = dict(tensorboard=logging.tensorboard, wandb=logging.wandb, after=done)

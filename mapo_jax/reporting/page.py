@@ -74,6 +74,7 @@ def view(study: Study) -> dict[str, Any]:
         "study": study,
         "key_figures": summary.key_figures(run),
         "recipe": summary.recipe(run),
+        "origin": summary.origin(run),
         "tiles": summary.tiles(study),
         "example": example(study),
         "extremes": extremes(study),

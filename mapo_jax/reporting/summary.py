@@ -75,6 +75,22 @@ def _steps(run: SavedRun) -> str:
     return f"{run.done} of {'?' if run.planned is None else run.planned}"
 
 
+def origin(run: SavedRun) -> str:
+    """Hardware, versions, commit and command of the run's last start; empty if they are unknown."""
+    if not run.starts:
+        return ""
+    last = run.starts[-1]
+    versions = ", ".join(f"{name} {number}" for name, number in (last.get("versions") or {}).items())
+    starts = f"{len(run.starts)} starts, the last" if len(run.starts) > 1 else "Started"
+    parts = [f"{starts} with {last.get('command', '?')}", f"on {last.get('devices', '?')}"]
+    parts += [
+        f"{last.get('machine', '')}",
+        versions,
+        f"commit {last['commit']}" if last.get("commit") else "",
+    ]
+    return "; ".join(filter(None, parts))
+
+
 def tiles(study: Study) -> list[dict[str, Any]]:
     """Before, after, and the difference with its interval."""
     rows = []

@@ -157,7 +157,7 @@ class Display:
         """Shows the current phase and its progress."""
         self._show(name, done, total)
         seconds = self._now() - self._began
-        if not self._live and done and total and self._now() - self._spoke > PLAIN_SECONDS:
+        if not self._live and done and total and self._now() - self._spoke > PLAIN_SECONDS < seconds:
             left = duration(seconds / done * (total - done))
             self.note(f"{name}: {done} of {total}, {left} left")
 
@@ -172,7 +172,8 @@ class Display:
         self._returns.append(metrics["return/mean"])
         self._seconds.append(metrics["timing_s/step"])
         self._progress.update(self._step_task, completed=step)
-        left = (self._steps - step) * statistics.median(self._seconds[-_PACE:])
+        # Without the first step, which compiles.
+        left = (self._steps - step) * statistics.median(self._seconds[1:][-_PACE:] or self._seconds)
         self._last = (
             f"step {step:>4}/{self._steps}  return {metrics['return/mean']:+7.3f}  "
             f"reward {metrics['reward/mean']:+6.3f}  turns {metrics['turns/mean']:4.1f}  "

@@ -26,6 +26,7 @@ from mapo_jax.settings import value_at
 CHECKPOINTS_FOLDER = "checkpoints"
 BASE_FOLDER = "base"  # frozen weights of a run with adapters, stored once for all its checkpoints
 CONFIG_FILE = "config.yaml"
+STARTS_FILE = "starts.jsonl"  # one row per start: command, versions, machine (`running/origin.py`)
 STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
 
 # A run continues under other values of these keys: they change its numbers by rounding at most. An error

@@ -15,7 +15,7 @@ Check = Callable[[], None]
 """Raises Interrupted after a stop request; called at safe points."""
 
 
-ANSWER = "stopping: what runs now is finished, then the run is saved; again to quit at once"
+ANSWER = "stopping: finishing what runs, then saving; again to quit at once"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
