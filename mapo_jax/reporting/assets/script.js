@@ -449,7 +449,8 @@
       }
       limit = 60;
       list();
-      if (open) await present(open, false);
+      const hit = found === null || !open || found.has(open.row.key) ? open : { row: shown[0], other: null, turn: null };
+      if (hit?.row) await present(hit, false);
     }
     $("#more").addEventListener("click", () => {
       limit += 200;
