@@ -88,6 +88,17 @@ def test_a_run_that_has_only_begun(run_copy):
     assert "Not known yet" in html and "0 of 6 steps" in html
 
 
+def test_charts_of_several_runs_have_one_scale(run_folder, run_copy):
+    short = read_run(run_copy, dialogues=10)
+    batch = short.validation[-1]
+    short = replace(short, validation=(replace(batch, dialogues=batch.dialogues[:1]),))
+    html = render([read_run(run_folder, dialogues=1000), short])
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])["charts"]
+    for name in ("distance", "distinct", "repeats"):
+        one, other = (data[f"{name}-{number}"]["domain"][2:] for number in (0, 1))
+        assert one == other, name
+
+
 def test_the_best_checkpoint_and_the_origin_are_named(run_copy):
     row = {
         "command": "python -m mapo_jax.train a=<b>",

@@ -173,7 +173,8 @@
     const ways = JSON.parse($(".ways", box).textContent);
     const canvas = $("canvas", box);
     const pen = canvas.getContext("2d");
-    const low = Math.min(-10, ...ways.flatMap((way) => way.p.flat()));
+    const all = $$(".ways").flatMap((node) => JSON.parse(node.textContent)); // all runs have one scale
+    const low = Math.min(-10, ...all.flatMap((way) => way.p.flat()));
     const longest = Math.max(...ways.map((way) => way.p.length));
     const means = ["before", "after"].flatMap((colour) => {
       const own = ways.filter((way) => way.c === colour);
