@@ -44,7 +44,7 @@ def warm_up(run: Run, at: Position) -> None:
     """
     with run.phases("warm_up"):
         for engine in dict.fromkeys((run.engine, run.evaluator)):
-            run.display.phase("compiling")
+            run.display.phase("compiling the sampler")
             engine.load(run.sampling_weights(at.state.weights), -1)
             engine.warm_up()
             engine.unload()  # one engine at a time has weights

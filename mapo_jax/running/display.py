@@ -113,7 +113,7 @@ class Display:
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("· left"),
             TimeRemainingColumn(),
         )
         self._step_task = self._progress.add_task("steps", total=steps)
