@@ -49,6 +49,7 @@ def warm_up(run: Run, at: Position) -> None:
             engine.warm_up()
             engine.unload()  # one engine at a time has weights
             run.processes.together("compiling", run.stop.check)
+        run.display.phase("compiling the update")
         check_update(run.update, at.state, run.config, run.mesh)
     finished = run.writer and run.writer.last("timing_s/unix")
     if finished is not None:  # time since the end of the last finished step

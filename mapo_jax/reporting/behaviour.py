@@ -195,6 +195,7 @@ def _naming(run: SavedRun, first: int, last: int, replies: tuple[int, int]) -> t
 
 def _headline(before: SavedBatch, after: SavedBatch, kinds: Sequence[Kind]) -> str:
     """The most important changes: harm, help, and the kinds of reply that changed most."""
+    counts = " and ".join(str(len(_scored_levels(batch))) for batch in (before, after))
     parts = []
     for sign, what in ((-1, "harm"), (+1, "help")):
         one, other = (
@@ -204,7 +205,7 @@ def _headline(before: SavedBatch, after: SavedBatch, kinds: Sequence[Kind]) -> s
         if abs(other - one) >= NOTABLE:
             parts.append(f"{'more' if other > one else 'fewer'} replies {what} ({_change(one, other)})")
     text = " and ".join(parts)
-    sentences = [f"{text[:1].upper()}{text[1:]}."] if parts else []
+    sentences = [f"{text[:1].upper()}{text[1:]}, of {counts} replies."] if parts else []
     for label, chosen in _movers([k for k in kinds if k.meaning and k.reward is not None], 2):
         shares = " or ".join(f"{k.meaning} ({_change(k.before, k.after)})" for k in chosen)
         sentences.append(f"{label} often it {shares}.")
