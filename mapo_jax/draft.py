@@ -18,7 +18,7 @@ import yaml
 
 from mapo_jax.chat_log import read_chats
 from mapo_jax.commands import run_command
-from mapo_jax.config import load_config
+from mapo_jax.config import Config, load_config
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.calls import Complete
 from mapo_jax.environment.live.draft import draft_card
@@ -26,6 +26,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.role_models import open_models
+from mapo_jax.settings import parse_settings
 
 NOTE = """# Drafts from real conversations. Read and edit each: nothing in it may lead back to a person. Then:
 # python -m mapo_jax.environment.scenario check FILE, and python -m mapo_jax.rate for the start states.
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.yaml")
     parser.add_argument("--config", metavar="FILE", help="YAML file with environment.judge")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_settings(Config, parser, arguments)
     return run_command(lambda: run(options))
 
 

@@ -1,6 +1,6 @@
 """Writes a run's checkpoint as a Hugging Face folder that others can load, with a model card.
 
-    python -m mapo_jax.export --run RUN --output FOLDER [--step N] [--dtype float32|bfloat16] [--check]
+    python -m mapo_jax.export --run RUN --output FOLDER [--step N|best] [--dtype float32|bfloat16] [--check]
                               [--part merged|adapters|base]
 
 The folder holds weights (safetensors, in files of up to 5 GB), config.json, the tokenizer with the chat
@@ -41,12 +41,19 @@ from mapo_jax.running.checkpoint import open_params
 from mapo_jax.running.metrics import METRICS_FILE
 from mapo_jax.running.model_folder import whole_folder, write_model_folder
 from mapo_jax.running.policy import Policy, load_policy, open_weights, read_policy
-from mapo_jax.running.run_folder import BASE_FOLDER, CONFIG_FILE, checkpoint_folder
+from mapo_jax.running.run_folder import (
+    BASE_FOLDER,
+    CONFIG_FILE,
+    best_steps,
+    checkpoint_folder,
+    whole_steps,
+)
 from mapo_jax.tokenizer import write_tokenizer
 from mapo_jax.warmstarting.packing import Renderer
 
 DTYPES = ("float32", "bfloat16")
 PARTS = ("merged", "adapters", "base")
+BEST = "best"
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
 _SAMPLE = [
     {"role": "user", "content": "I keep thinking about the night shifts."},
@@ -60,7 +67,7 @@ def export(
     run: Path | str,
     output: Path | str,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     dtype: str = "float32",
     max_shard_bytes: float = 5e9,
     part: str = "merged",
@@ -70,7 +77,7 @@ def export(
     Args:
       run: run folder.
       output: a folder that does not exist yet, or an empty one.
-      step: which checkpoint; the latest by default.
+      step: which checkpoint: the latest by default, or `best`, the one with the best validation return.
       dtype: of the written weights; the run's own are float32.
       max_shard_bytes: of one weights file.
       part: one of PARTS: the policy's weights; its adapters alone; or the frozen weights beside them.
@@ -88,6 +95,10 @@ def export(
     if not (run / CONFIG_FILE).is_file():
         raise UserError(f"{run} is no run folder (no {CONFIG_FILE}); give the folder of a training run")
     config = load_config(run / CONFIG_FILE)
+    if step == BEST:
+        step = next(iter(best_steps(run, whole_steps(run))), None)
+        if step is None:
+            raise UserError(f"no checkpoint of {run} has an evaluation; give its number with --step")
     step = int(checkpoint_folder(run, step).name)
     policy = read_policy(run, config.rollout)
     if part != "merged" and policy.config.lora is None:
@@ -202,6 +213,10 @@ def _sample_row(policy: Policy, config: Config) -> tuple[int, ...]:
     return renderer.pieces(_SAMPLE, sys.maxsize)[-1].ids
 
 
+def _step(text: str) -> int | str:
+    return text if text == BEST else int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -210,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option = parser.add_argument
     option("--run", required=True, metavar="RUN", help="run folder")
     option("--output", required=True, metavar="FOLDER", help="new or empty folder")
-    option("--step", type=int, metavar="N", help="checkpoint; without it the latest")
+    option("--step", type=_step, metavar="N|best", help="checkpoint (default: latest; best: by validation)")
     option("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     option(
         "--part",

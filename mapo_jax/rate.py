@@ -17,7 +17,7 @@ from typing import Any
 from rich.progress import track
 
 from mapo_jax.commands import run_command
-from mapo_jax.config import load_config
+from mapo_jax.config import Config, load_config
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.calls import Complete
 from mapo_jax.environment.live.start import StartState, estimate_start
@@ -26,6 +26,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.role_models import open_models
+from mapo_jax.settings import parse_settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--config", metavar="FILE", help="YAML file with environment.judge")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_settings(Config, parser, arguments)
 
     def command() -> None:
         config = load_config(options.config, options.overrides)

@@ -28,7 +28,7 @@ from mapo_jax.files import part_of
 from mapo_jax.rollout.completion import EngineModel
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.sampling import Sampling
-from mapo_jax.running.policy import load_policy
+from mapo_jax.running.policy import check_policy, load_policy
 
 if TYPE_CHECKING:
     from mapo_jax.environment.live.client import Connections, Server
@@ -105,6 +105,29 @@ def make_role(name: str, config: Config, callers: dict[str, Complete | None], lo
     return LiveJudge(complete, role.samples, lambda spread: log[name].spreads.append(spread))
 
 
+def check_roles(config: Config, names: Sequence[str]) -> None:
+    """Makes the named roles as a run does, but without a request to a server and without an engine's weights.
+
+    Raises:
+      UserError: as `open_models` and `make_role`.
+    """
+
+    async def complete(*arguments: Any, **options: Any) -> str:
+        raise AssertionError("a dry run asks no model")
+
+    for name in names:
+        role = getattr(config.environment, name)
+        if role.model is not None and role.model.startswith(ENGINE):
+            try:
+                rollout = RolloutConfig(max_tokens=_engine_options(role)["tokens"])
+                check_policy(role.model.removeprefix(ENGINE), rollout)
+            except UserError as error:
+                raise UserError(_with_role_keys(str(error), name)) from error
+        elif role.model is not None:
+            _server_key(name, role)
+        make_role(name, config, {name: role.model and complete}, CallLog())
+
+
 def _load_class(name: str, path: str) -> Callable[[Complete | None], Any]:
     """The class `package.module:Class`; modules in the working directory can be imported too."""
     key = f"environment.{name}.implementation"
@@ -147,17 +170,7 @@ def _server(
 ) -> Server:
     from mapo_jax.environment.live.client import Server
 
-    key = None
-    if role.key_variable is not None:
-        try:
-            key = read_key(role.key_variable)
-        except UserError as error:
-            raise UserError(f"`environment.{name}.key_variable`: {error}") from None
-        if key is None:
-            raise UserError(
-                f"`environment.{name}.key_variable` names the environment variable {role.key_variable}, "
-                "which is empty or not set; put the server's key there"
-            )
+    key = _server_key(name, role)
 
     def count_attempt(seconds: float | None, failure: str | None) -> None:
         if seconds is None:
@@ -167,6 +180,21 @@ def _server(
 
     seconds = environment.call_seconds
     return Server(role, connections, key=key, call_seconds=seconds, on_attempt=count_attempt)
+
+
+def _server_key(name: str, role: RoleConfig) -> str | None:
+    if role.key_variable is None:
+        return None
+    try:
+        key = read_key(role.key_variable)
+    except UserError as error:
+        raise UserError(f"`environment.{name}.key_variable`: {error}") from None
+    if key is None:
+        raise UserError(
+            f"`environment.{name}.key_variable` names the environment variable {role.key_variable}, "
+            "which is empty or not set; put the server's key there"
+        )
+    return key
 
 
 async def _check_server(name: str, role: RoleConfig, server: Server) -> None:
@@ -183,11 +211,7 @@ async def _check_server(name: str, role: RoleConfig, server: Server) -> None:
         ) from None
 
 
-def _engine_call(
-    name: str, engines: dict[Any, EngineModel], config: Config, mesh: Mesh | None, log: CallLog
-) -> Callable[..., Awaitable[Any]]:
-    """Calls a frozen model on an engine of this process; roles of one model and temperature share it."""
-    role = getattr(config.environment, name)
+def _engine_options(role: RoleConfig) -> dict[str, Any]:
     options = _ENGINE_DEFAULTS | role.extra_body
     if set(options) != set(_ENGINE_DEFAULTS) or not all(
         isinstance(value, int) and value > 0 for value in options.values()
@@ -196,6 +220,15 @@ def _engine_call(
             f"`extra_body` of {role.model} is {role.extra_body}; an engine takes slots and tokens there, "
             "whole numbers above 0"
         )
+    return options
+
+
+def _engine_call(
+    name: str, engines: dict[Any, EngineModel], config: Config, mesh: Mesh | None, log: CallLog
+) -> Callable[..., Awaitable[Any]]:
+    """Calls a frozen model on an engine of this process; roles of one model and temperature share it."""
+    role = getattr(config.environment, name)
+    options = _engine_options(role)
     identity = (role.model, role.temperature, options["slots"], options["tokens"])
     if identity not in engines:
         roles = (getattr(config.environment, each) for each in (*ROLES, HELD_OUT))

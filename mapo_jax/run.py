@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,12 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from mapo_jax.commands import Stopped, cache_folder, machine_errors
-from mapo_jax.config import Config, to_yaml
+from mapo_jax.config import Config, idle_settings, refuse_unused_roles, to_yaml
 from mapo_jax.environment.roles import limits_of
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
-from mapo_jax.files import as_path, in_bucket
+from mapo_jax.files import append_line, as_path, disk_errors, in_bucket
 from mapo_jax.learning.optimizer import Optimizer
 from mapo_jax.learning.programs import make_programs
 from mapo_jax.learning.train_state import TrainState, abstract_state, create_state
@@ -33,7 +34,8 @@ from mapo_jax.running.checkpoint import Checkpoints, restore_params, save_base
 from mapo_jax.running.display import Display
 from mapo_jax.running.forecast import check_memory, model_shape
 from mapo_jax.running.heartbeat import Heartbeat
-from mapo_jax.running.metrics import CompileCounter, MetricWriter
+from mapo_jax.running.metrics import METRICS_FILE, CompileCounter, MetricWriter, import_wandb, read_rows
+from mapo_jax.running.origin import start_row
 from mapo_jax.running.phases import Phases
 from mapo_jax.running.policy import Policy, adapters, load_policy, make_engine, read_policy, save_model_files
 from mapo_jax.running.processes import Processes, rollout_mesh, rollout_weights, share_of
@@ -41,6 +43,7 @@ from mapo_jax.running.processes import join as join_processes
 from mapo_jax.running.run_folder import (
     BASE_FOLDER,
     CONFIG_FILE,
+    STARTS_FILE,
     claim,
     cut_back,
     refuse_lost_checkpoints,
@@ -101,8 +104,12 @@ class Run:
 
 
 @contextmanager
-def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
+def open_run(config: Config, console: Console | None = None, *, verbose: bool = False) -> Iterator[Run]:
     """A run in all of its processes, built from its configuration; closed at the end of the context.
+
+    Args:
+      console: for its output; None for standard output.
+      verbose: as of `Display`.
 
     Raises:
       UserError: bad input; nothing was written.
@@ -115,9 +122,10 @@ def open_run(config: Config, console: Console | None = None) -> Iterator[Run]:
         machine_errors(),
     ):
         console = console or Console(highlight=False, markup=False, quiet=not processes.first)
-        stop = stack.enter_context(StopRequest(config.run.deadline_minutes, processes.peers))
+        answer = partial(console.print, markup=False, soft_wrap=True)
+        stop = stack.enter_context(StopRequest(config.run.deadline_minutes, processes.peers, answer))
         try:
-            run = prepare(config, stack, stop, console, processes)
+            run = prepare(config, stack, stop, console, processes, verbose=verbose)
         except Interrupted as interruption:
             _end(processes, interruption, " before the first step; the same command starts again")
         yield run
@@ -132,19 +140,22 @@ def _end(processes: Processes, interruption: Interrupted, where: str) -> NoRetur
 
 
 def prepare(
-    config: Config, stack: ExitStack, stop: StopRequest, console: Console, processes: Processes
+    config: Config,
+    stack: ExitStack,
+    stop: StopRequest,
+    console: Console,
+    processes: Processes,
+    *,
+    verbose: bool = False,
 ) -> Run:
     """Builds a run; refuses bad input before anything is written."""
     folder = as_path(config.run.directory)
+    refuse_unused_roles(config)
+    if config.logging.wandb and processes.first:
+        import_wandb()  # before anything is spent
+    _, validation = cards_of_run(config)
     compiles, phases = stack.enter_context(CompileCounter()), Phases()
     stack.enter_context(Heartbeat(phases))
-    training = cards(config, "train")
-    validation = cards(config, "validation")[: config.evaluation.scenarios]
-    if config.rollout.scenarios > len(training):
-        raise UserError(
-            f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
-            "training scenarios there are"
-        )
     share = share_of(config.rollout, processes.count)  # may raise, so before anything is read
     mesh = make_mesh(config.mesh)
     sampling_mesh = rollout_mesh(mesh, processes)
@@ -152,6 +163,7 @@ def prepare(
     local = cache_folder("runs") / str(folder).replace("/", "-") if in_bucket(folder) else folder
     opened = open_world(config, local, sampling_mesh, run_folder=folder, processes=processes)
     world = stack.enter_context(opened)
+    console.print(f"{folder}: building the run", soft_wrap=True)
     policy, params = starting_policy(config, folder, mesh, stop, console, processes)
     chat = policy.chat
     programs = make_programs(config, policy.config, chat.vocabulary_size, mesh)
@@ -161,15 +173,21 @@ def prepare(
     if config.evaluation.temperature != config.rollout.temperature:
         evaluator = sampler(config.evaluation.temperature)
     title, live = f"{config.algorithm.estimator} · {folder}", config.logging.progress and processes.first
-    display = Display(title, config.training.steps, live=live, console=console)
+    display = Display(title, config.training.steps, live=live, console=console, verbose=verbose)
+    phases.entered = display.enter
     kept = config.checkpoint
     checkpoints = stack.enter_context(Checkpoints(folder, keep=kept.keep, keep_best=kept.keep_best))
     # Before anything is appended: files after the newest whole checkpoint will be written again.
     done = max(checkpoints.steps, default=-1)
     writer = None
     if processes.first:
+        if idle := idle_settings(config):
+            display.note(f"no effect in this run: {', '.join(idle)}")
         for problem in cut_back(folder, done):
             display.note(problem)
+        with disk_errors(folder / STARTS_FILE):
+            append_line(folder / STARTS_FILE, (json.dumps(start_row(mesh)) + "\n").encode())
+        display.continue_after(read_rows(folder / METRICS_FILE))
         logging = config.logging
         options = dict(tensorboard=logging.tensorboard, wandb=logging.wandb, after=done)
         writer = stack.enter_context(MetricWriter(folder, configuration=config.model_dump(), **options))
@@ -225,6 +243,7 @@ def starting_policy(
     check_memory(config, model_shape(config), mesh)
     lora = adapters(config.lora)
     dtype = "float32" if lora is None else config.model.dtype
+    console.print(f"loading the model {path}", soft_wrap=True)
     policy, params = load_policy(path, config.rollout, mesh=mesh, dtype=dtype)
     if lora is not None:
         policy = replace(policy, config=replace(policy.config, lora=lora))
@@ -298,6 +317,21 @@ def cards(config: Config, split: str) -> list[Scenario]:
     """The scenario cards of a split for this run's world. Raises as `load_scenarios` does."""
     scripted = config.environment.family == "scripted"
     return load_scenarios(config.environment.scenarios, split, scripted=scripted)
+
+
+def cards_of_run(config: Config) -> tuple[list[Scenario], list[Scenario]]:
+    """The training cards, and the validation cards of an evaluation.
+
+    Raises:
+      UserError: as `load_scenarios`, or there are too few for a step.
+    """
+    training, validation = cards(config, "train"), cards(config, "validation")
+    if config.rollout.scenarios > len(training):
+        raise UserError(
+            f"`rollout.scenarios` is {config.rollout.scenarios}; it must be at most the {len(training)} "
+            "training scenarios there are"
+        )
+    return training, validation[: config.evaluation.scenarios]
 
 
 def scenario_deck(config: Config) -> grain.DatasetIterator:

@@ -6,12 +6,15 @@ and the fields of a section are sections or keys.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import difflib
 import functools
 import json
+import re
+import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,6 +70,14 @@ def value_at(tree: Any, dotted: str) -> Any:
     return tree
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    dotted = ((f"{prefix}.{name}" if prefix else str(name), value) for name, value in tree.items())
+    return {key: value for name, inner in dotted for key, value in flat(inner, name).items()}
+
+
 def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
     """Dotted keys in which two nested mappings or sections differ."""
     one, other = (tree.model_dump() if isinstance(tree, Section) else tree for tree in (one, other))
@@ -120,11 +131,33 @@ def read_yaml(path: Path | str) -> tuple[dict[str, Any], dict[str, str]]:
         content = node and loader.construct_document(node)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, no date, a recursive alias
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(content).__name__}")
     return content or {}, places
+
+
+def parse_settings(
+    root: type[Section], parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parses a command line with options and `key=value` settings in any order.
+
+    Exits with status 2 for an unknown option; if it is the name of a setting, the message has its form.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options, unknown = parser.parse_known_intermixed_args(words)
+    for option in unknown:
+        name, _, value = option.lstrip("-").partition("=")
+        value = value or "".join(words[words.index(option) + 1 :][:1])
+        if option.startswith("--") and (close := _meant(root, name.replace("-", "_"))):
+            parser.exit(2, f"error: `{option}` is no option; write the setting {close}={value or 'VALUE'}\n")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def read_override(root: type[Section], override: str) -> dict[str, Any]:
@@ -139,7 +172,7 @@ def read_override(root: type[Section], override: str) -> dict[str, Any]:
     field = fields(root).get(dotted)
     if field and field.annotation in _TEXT and isinstance(value, int | float | datetime.date):
         value = text
-    return leaves(root, _nested(dotted, value))
+    return leaves(root, nested(dotted, value))
 
 
 def leaves(root: type[Section], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -176,9 +209,9 @@ def validated(root: type[S], values: Mapping[str, Any], places: Mapping[str, str
         if dotted not in fields(root):
             raise UserError(f"{places.get(dotted, '')}{_unknown(root, dotted)}")
     kinds = {dotted: fields(root)[dotted].annotation for dotted in values}
-    nested = (_nested(dotted, _converted(kinds[dotted], value)) for dotted, value in values.items())
+    trees = (nested(dotted, _converted(kinds[dotted], value)) for dotted, value in values.items())
     try:
-        return root.model_validate(functools.reduce(merged, nested, {}))
+        return root.model_validate(functools.reduce(merged, trees, {}))
     except ValidationError as error:
         raise UserError(_message(root, error.errors(include_url=False)[0], values, places)) from None
 
@@ -194,7 +227,8 @@ def _converted(kind: Any, value: Any) -> Any:
     return str(value) if is_name and kind in _TEXT else value
 
 
-def _nested(dotted: str, value: Any) -> dict[str, Any]:
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    """Mappings in which the dotted key has the value."""
     for name in reversed(dotted.split(".")):
         value = {name: value}
     return value
@@ -207,8 +241,25 @@ def _keys_below(root: type[Section], section: str) -> list[str]:
 def _unknown(root: type[Section], dotted: str) -> str:
     if keys := _keys_below(root, dotted):
         return f"`{dotted}` is a section; set one of its keys, e.g. `{keys[0]}`"
-    (close,) = difflib.get_close_matches(dotted, fields(root), n=1, cutoff=0.0)
+    close = _meant(root, dotted) or difflib.get_close_matches(dotted, fields(root), n=1, cutoff=0.0)[0]
     return f"unknown key `{dotted}`; the nearest known one is `{close}`"
+
+
+def _meant(root: type[Section], dotted: str) -> str | None:
+    """The key meant by another name: `steps`, `optimizer.lr` (initials), `algorithm.gamma` (described so)."""
+    section, _, name = dotted.rpartition(".")
+    if dotted in fields(root):
+        return dotted
+    inside = _keys_below(root, section)
+    for keys in (inside, list(fields(root))):
+        for key in keys:
+            last = key.rpartition(".")[2]
+            if name == last or (len(name) > 1 and name == "".join(word[0] for word in last.split("_"))):
+                return key
+    if close := difflib.get_close_matches(dotted, fields(root), n=1, cutoff=0.9):
+        return close[0]
+    described = (key for key in inside if re.search(rf"\b{re.escape(name)}\b", fields(root)[key].description))
+    return next(described, None)
 
 
 def _message(

@@ -44,11 +44,12 @@ def warm_up(run: Run, at: Position) -> None:
     """
     with run.phases("warm_up"):
         for engine in dict.fromkeys((run.engine, run.evaluator)):
-            run.display.phase("compiling")
+            run.display.phase("compiling the sampler")
             engine.load(run.sampling_weights(at.state.weights), -1)
             engine.warm_up()
             engine.unload()  # one engine at a time has weights
             run.processes.together("compiling", run.stop.check)
+        run.display.phase("compiling the update")
         check_update(run.update, at.state, run.config, run.mesh)
     finished = run.writer and run.writer.last("timing_s/unix")
     if finished is not None:  # time since the end of the last finished step
@@ -106,11 +107,18 @@ def converse(
         name, stream, engine, roles = "dialogues", "train", run.engine, run.world.roles
         rollouts, seed, step = config.rollout.rollouts, config.training.seed, at.step
     else:
-        name, stream, engine, roles = "validation", "evaluation", run.evaluator, run.world.evaluation_roles
+        name, stream, engine, roles = (
+            "validation dialogues",
+            "evaluation",
+            run.evaluator,
+            run.world.evaluation_roles,
+        )
         rollouts, seed, step = config.evaluation.rollouts, config.training.seed + EVALUATION_STREAM, 0
     total = (share.stop - share.start) * rollouts * run.limits.max_turns
     if run.processes.count == 1:  # of several each pauses alone, and cannot save alone
         run.world.on_pause = partial(save, run, at)
+
+    name = f"turns of {(share.stop - share.start) * rollouts} {name}"
 
     def progress(turns: int) -> None:
         run.stop.check()

@@ -22,22 +22,25 @@ import time
 from collections.abc import Sequence
 from types import ModuleType
 
+if __name__ == "__main__" and not {"--keys", "--help", "-h"} & set(sys.argv):
+    print("mapo_jax.train: starting", flush=True)  # before the imports below, which take seconds
+
 from rich.console import Console
 
 from mapo_jax import stages
 from mapo_jax.commands import prepare_jax, run_command
 from mapo_jax.config import Config, describe_keys, load_config
-from mapo_jax.environment.live.cost import live_forecast
+from mapo_jax.dry_run import dry_run
 from mapo_jax.learning.batch import minibatches
 from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
 from mapo_jax.learning.update import place
-from mapo_jax.run import Position, begin, cards, checkpoint_due, evaluation_due, open_run, save, scenario_deck
-from mapo_jax.running.forecast import forecast
+from mapo_jax.run import Position, begin, checkpoint_due, evaluation_due, open_run, save, scenario_deck
 from mapo_jax.running.stop import Interrupted
+from mapo_jax.settings import parse_settings
 from mapo_jax.validation import conclude, validate
 
 
-def train(config: Config, console: Console | None = None) -> None:
+def train(config: Config, console: Console | None = None, *, verbose: bool = False) -> None:
     """Starts or continues the run of `config`; it writes below `run.directory` only.
 
     Raises:
@@ -46,7 +49,7 @@ def train(config: Config, console: Console | None = None) -> None:
     """
     prepare_jax(config.run.compilation_cache)
     algorithm, training = config.algorithm, config.training
-    with open_run(config, console) as run:
+    with open_run(config, console, verbose=verbose) as run:
         deck = scenario_deck(config)
         at = begin(run, deck)
         try:
@@ -103,9 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE|NAME", help="YAML file, or one of configs/ by name")
     parser.add_argument("--keys", action="store_true", help="print all keys with their meaning, and exit")
-    parser.add_argument("--dry-run", action="store_true", help="print what a run would be, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and print what a run would be, and exit"
+    )
+    parser.add_argument("--full", action="store_true", help="with --dry-run: all settings and tables")
+    parser.add_argument("--verbose", action="store_true", help="more figures, and a table at the end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=20")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_settings(Config, parser, arguments)
 
     def command() -> None:
         if options.keys:
@@ -113,13 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return
         config = load_config(options.config, options.overrides)
         if not options.dry_run:
-            train(config)
+            train(config, verbose=options.verbose)
             return
-        console = Console(highlight=False, markup=False)
-        console.print(forecast(config), markup=False, soft_wrap=True)
-        if config.environment.family == "live":
-            table = live_forecast(config, cards(config, "train"), len(cards(config, "validation")))
-            console.print(table, markup=False, soft_wrap=True)
+        Console(highlight=False, markup=False).print(dry_run(config, full=options.full), soft_wrap=True)
 
     return run_command(command)
 

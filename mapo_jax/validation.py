@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from rich.table import Table
+
 from mapo_jax.commands import printable
 from mapo_jax.environment.live import health
 from mapo_jax.environment.live.guard import WorldFailing
@@ -14,11 +16,17 @@ from mapo_jax.environment.scripted.helper import good_helper, hold_dialogue
 from mapo_jax.environment.scripted.readings import reading_metrics
 from mapo_jax.errors import UserError
 from mapo_jax.files import in_bucket, read_object, write_whole
+from mapo_jax.reporting.folder import read_run
+from mapo_jax.reporting.study import Study
+from mapo_jax.reporting.summary import tiles
 from mapo_jax.reporting.write import write_report
 from mapo_jax.run import Position, Run
 from mapo_jax.running.display import results_table, transcript
+from mapo_jax.running.run_folder import best_steps
 from mapo_jax.scores.figures import summarize
 from mapo_jax.stages import EVALUATION_STREAM, converse, measure, write_dialogues
+
+SAMPLES = 3  # dialogues of an evaluation that the loggers show
 
 
 def validate(run: Run, at: Position) -> None:
@@ -55,6 +63,8 @@ def evaluate(run: Run, at: Position) -> None:
     _write(run, at.step, metrics)
     write_whole(file, json.dumps(metrics, indent=1))
     run.display.evaluation(at.step, metrics)
+    samples = [group[0].state for group in dialogues[:SAMPLES] if group]
+    run.writer.write_dialogues(at.step, [(s.scenario.id, transcript(s, f"step {at.step}")) for s in samples])
     if dialogues and at.step in (0, run.config.training.steps):
         run.display.note(transcript(dialogues[0][0].state, "before" if at.step == 0 else "after"))
 
@@ -91,13 +101,25 @@ def _score_judge(run: Run, file: Path, step: int) -> None:
 
 
 def conclude(run: Run) -> None:
-    """Prints validation before and after training beside the good helper, and where the files are."""
+    """Writes the report, and prints whether the policy improved and where the files are."""
     run.checkpoints.wait()
-    run.display.close()
     if not run.processes.first:
+        run.display.close()
         return
-    console = run.display.console
-    files = [run.folder / "evaluations" / f"step_{step:06d}.json" for step in (0, run.config.training.steps)]
+    with run.phases("report"):
+        lines = _conclusion(run)
+    run.display.close()
+    for line in lines:
+        if isinstance(line, str):
+            run.display.note(line)
+        else:
+            run.display.console.print(line)
+
+
+def _conclusion(run: Run) -> list[str | Table]:
+    """The verdict, and where things are; with `verbose` the table of before, after and the good helper."""
+    folder = run.folder
+    files = [folder / "evaluations" / f"step_{step:06d}.json" for step in (0, run.config.training.steps)]
     states = [
         hold_dialogue(scenario, seed, good_helper, run.world.roles, run.limits)
         for scenario in run.validation
@@ -105,21 +127,32 @@ def conclude(run: Run) -> None:
         if not run.world.live  # the helper works in the scripted world only
     ]
     helper = summarize(states, run.config.algorithm.discount) | reading_metrics(states)
-    write_whole(run.folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
+    write_whole(folder / "evaluations" / "helper.json", json.dumps(helper, indent=1))
     first, last = map(read_object, files)
+    lines: list[str | Table] = []
     if first is None:
-        console.print(f"{files[0]} is missing or damaged, so before and after are not compared")
+        lines.append(f"{files[0]} is missing or damaged, so before and after are not compared")
     elif last is None:
-        console.print("the last validation could not be held; the same command tries it again")
+        lines.append("the last validation could not be held; the same command tries it again")
     else:
-        console.print(results_table(first, last, helper))
+        lines += [results_table(first, last, helper)] if run.display.verbose or in_bucket(folder) else []
     try:
-        if in_bucket(run.folder):
+        if in_bucket(folder):
             raise UserError("it lies in a bucket; copy the folder to a disk")
-        line = f"what it learnt to do, as a page for the browser: {write_report([run.folder])}"
+        page = f"What it learnt to do, as a page for the browser: {write_report([folder])}"
+        lines.append(verdict(Study.of(0, read_run(folder, dialogues=1))))
     except Exception as error:  # the run itself is finished; the report can be written later
-        line = f"no report was written ({error}); try python -m mapo_jax.report --run {run.folder}"
-    console.print(line, markup=False, soft_wrap=True)
-    console.print(f"everything lies in {run.folder}/: metrics.jsonl, tensorboard/, dialogues/, evaluations/,")
-    console.print("checkpoints/. Take the weights along with:")
-    console.print(f"  python -m mapo_jax.export --run {run.folder} --output FOLDER", markup=False)
+        page = f"no report was written ({error}); try python -m mapo_jax.report --run {folder}"
+    lines += [page, f"The weights: python -m mapo_jax.export --run {folder} --output FOLDER"]
+    best = best_steps(folder, run.checkpoints.steps)
+    if best and best[0] != run.config.training.steps:
+        lines.append(f"The best validation was after step {best[0]}; its weights: the same with --step best")
+    return lines
+
+
+def verdict(study: Study) -> str:
+    """Three sentences: better or not, by how much with the interval, and whether users are helped."""
+    word, sentence, _ = study.verdict
+    way = next((tile["progress"] for tile in tiles(study) if tile["progress"] is not None), None)
+    way = "" if way is None else f", {way:.0%} of the way to the good helper"
+    return printable(f"{word}{way}. {sentence}".replace("\u00a0", " "))

@@ -35,10 +35,12 @@ from mapo_jax.model.backends import row_attention
 from mapo_jax.model.qwen import Params, init_params, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.rollout.rows import ChatFormat
+from mapo_jax.running.display import duration
 from mapo_jax.running.forecast import fresh_model
 from mapo_jax.running.model_folder import whole_folder, write_model_folder
 from mapo_jax.running.policy import Policy, load_policy
 from mapo_jax.running.stop import Check, Interrupted, StopRequest
+from mapo_jax.settings import parse_settings
 from mapo_jax.tokenizer import train_tokenizer
 from mapo_jax.warmstarting.cache_key import cache_key, determinants
 from mapo_jax.warmstarting.chats import Chat, read_chats, synthetic_chats
@@ -89,6 +91,7 @@ def run_warmstart(
 
 def _make(config: Config, folder: Path, console: Console, check: Check, mesh: Mesh) -> dict[str, Any]:
     started = time.monotonic()
+    console.print("warm start: making dialogues, tokenizer and model")
     chats = _chats(config, console)
     policy, params = _start(config, chats, mesh)
     rows = _rows(config, policy, chats)
@@ -99,8 +102,10 @@ def _make(config: Config, folder: Path, console: Console, check: Check, mesh: Me
         soft_wrap=True,
     )
     prepared = time.monotonic()
+    console.print("warm start: compiling the update")
     params, curve, speed = _train(config, policy, params, rows, mesh, console, check)
     trained = time.monotonic()
+    console.print("warm start: measuring it in dialogues")
     measured = measure(config, policy, params, mesh, check)
     ended = time.monotonic()
     seconds = {"prepare": prepared - started, "train": trained - prepared, "measure": ended - trained}
@@ -224,7 +229,8 @@ def _train(
             figures = f"loss {loss:.3f}  {speed:,.0f} tokens/s"
             progress.update(task, completed=step, description="warm start", figures=figures)
             if not live and step % (10 * REPORT_EVERY) == 0:
-                console.print(f"warm start: update {step} of {settings.steps}, {figures}")
+                left = duration((settings.steps - step) * (time.monotonic() - began) / (step - 1))
+                console.print(f"warm start: update {step} of {settings.steps}, {figures}, {left} left")
     return state.params, curve, speed
 
 
@@ -233,12 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mapo_jax.warmstart", description=__doc__.split("\n")[0])
     parser.add_argument("--config", metavar="FILE|NAME", help="YAML file, or one of configs/ by name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. warmstart.steps=100")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_settings(Config, parser, arguments)
 
     def command() -> None:
         config = load_config(options.config, options.overrides)
         prepare_jax(config.run.compilation_cache)
-        with StopRequest() as stop:
+        with StopRequest(answer=print) as stop:
             try:
                 run_warmstart(config, check=stop.check)
             except Interrupted as interruption:

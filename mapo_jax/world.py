@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from jax.sharding import Mesh
 
 from mapo_jax.commands import printable
-from mapo_jax.config import HELD_OUT, ROLES, Config, EnvironmentConfig, held_out, updated, validate_role
+from mapo_jax.config import HELD_OUT, ROLES, Config, EnvironmentConfig, played_roles, updated, validate_role
+from mapo_jax.environment.dialogue import FAILURE_KINDS
 from mapo_jax.environment.live.calls import FAILURES_FILE, CallLog, call_figures
 from mapo_jax.environment.live.guard import Guarded, Watch, WorldFailing
 from mapo_jax.environment.live.health import score_all
@@ -43,7 +44,7 @@ class World:
     Attributes:
       roles: user, judge, director.
       evaluation_roles: the same, with the held-out judge as the judge if there is one.
-      live: whether language models play them.
+      live: whether language models, or classes of the user's, play any of them.
       concurrency: maximum calls of this process at once.
       processes: the processes of the run; each holds its share of the dialogues.
       on_pause: called before every pause, to save the run.
@@ -191,7 +192,8 @@ class World:
         if not self.live:
             return {}
         prices = {name: getattr(self._config, name).prices for name in (*ROLES, HELD_OUT)}
-        return call_figures([self.drain()] if drained is None else drained, prices)
+        none_lost = {f"failures/{kind}": 0.0 for kind in FAILURE_KINDS}
+        return none_lost | call_figures([self.drain()] if drained is None else drained, prices)
 
     def status(self) -> str:
         """Failures since the last `metrics` by kind, for the display; empty without failures."""
@@ -223,14 +225,14 @@ def open_world(
     config = updated(config, {"environment": environment})
     with ExitStack() as stack:
         runner = stack.enter_context(open_runner())
-        if environment.family == "scripted":
-            yield World(scripted_roles(environment), config, folder, runner, processes=processes)
+        names, roles = played_roles(environment), scripted_roles(environment)
+        if not names:
+            yield World(roles, config, folder, runner, processes=processes)
             return
-        names = (*ROLES, HELD_OUT) if held_out(environment) else ROLES
         part = part_name(processes.index, processes.count)
         callers, log = stack.enter_context(open_models(config, folder, mesh, runner, names, part=part))
         made = {name: make_role(name, config, callers, log) for name in names}
-        roles = Roles(*(made[name] for name in ROLES))
+        roles = replace(roles, **{name: role for name, role in made.items() if name in ROLES})
         yield World(
             roles,
             config,

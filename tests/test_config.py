@@ -13,8 +13,10 @@ from mapo_jax.config import (
     describe_keys,
     differing_keys,
     distinct_keys,
+    idle_settings,
     known_keys,
     load_config,
+    refuse_unused_roles,
     to_yaml,
     updated,
     value_of,
@@ -90,6 +92,10 @@ def test_the_schema_for_editors_is_what_the_models_give():
     [
         (["training.step=3"], ["training.step", "training.steps"]),
         (["algoritm.discount=0.9"], ["algorithm.discount"]),
+        (["optimizer.lr=1e-3"], ["`optimizer.learning_rate`"]),
+        (["lr=1e-3"], ["`optimizer.learning_rate`"]),
+        (["steps=3"], ["`training.steps`"]),
+        (["algorithm.gamma=1"], ["`algorithm.discount`"]),
         (["training.steps=many"], ["training.steps", "whole number", "many"]),
         (["training.steps=2.5"], ["training.steps", "whole number"]),
         (["training.steps=true"], ["training.steps", "whole number"]),
@@ -145,12 +151,32 @@ def test_bad_input_names_key_value_and_remedy(overrides, words):
         assert word in message
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "training: 3\n"])
-def test_a_broken_file_is_one_clear_error(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("- a\n- b\n", ""),
+        ("a: [\n", ", line 2: not valid YAML"),
+        ("training: 3\n", ""),
+        ("training:\n  steps: 3\n seed: 1\n", ", line 3: not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_one_clear_error(tmp_path, content, place):
     file = tmp_path / "broken.yaml"
     file.write_text(content)
-    with pytest.raises(UserError, match=r"broken\.yaml"):
+    with pytest.raises(UserError) as caught:
         load_config(file)
+    assert f"broken.yaml{place}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words", [["--steps", "3"], ["--training.steps=3"], ["training.seed=1", "--steps", "3"]]
+)
+def test_a_setting_written_as_an_option_is_told_its_form(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(words)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert "write the setting training.steps=3" in error
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path):
@@ -202,6 +228,45 @@ def test_mappings_of_a_key_are_merged(tmp_path):
     environment = load_config(file, ["environment.user.extra_body.tokens=4096"]).environment
     assert environment.user.extra_body == {"slots": 16, "tokens": 4096}
     assert environment.judge.extra_body == {"slots": 16, "tokens": 1024}
+
+
+# --- Settings that cannot act. ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], []),
+        (["algorithm.estimator=grpo", "algorithm.turn_weight=0.5"], ["(needs algorithm.estimator=mapo"]),
+        (["algorithm.estimator=turn", "algorithm.leave_one_out=true"], []),
+        (["lora.alpha=8", "lora.rank=2"], []),
+        (["model.path=x", "lora.alpha=8", "warmstart.steps=3"], ["lora.alpha", "warmstart.steps"]),
+        (["environment.call_seconds=3"], ["environment.call_seconds (needs environment.family=live)"]),
+        ([*LIVE, "environment.call_seconds=3", "environment.fault_rate=0.1"], ["environment.fault_rate"]),
+        ([*LIVE, "environment.judge.requests_per_minute=3"], ["(needs a model on a server)"]),
+        (["environment.judge.implementation=a:B", "environment.judge.samples=3"], ["judge.samples (needs"]),
+    ],
+)  # fmt: skip
+def test_changed_settings_without_effect_are_told(overrides, told):
+    config = load_config(None, overrides)
+    refuse_unused_roles(config)
+    idle = idle_settings(config)
+    assert len(idle) == len(told) and all(part in text for part, text in zip(told, idle, strict=True)), idle
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["environment.judge.url=http://x/v1"], "`environment.judge.url` is set, .*environment.judge.model"),
+        (["environment.user.model=engine:x"], "`environment.user.model` is set, .*environment.family=live"),
+        ([*LIVE, "environment.held_out_judge.prices=[1,2]"], "`environment.held_out_judge.prices` is set"),
+    ],
+)
+def test_a_run_refuses_settings_of_a_role_that_nobody_plays(overrides, words, tmp_path):
+    config = load_config(None, [*overrides, f"run.directory={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match=words):
+        train.train(config)
+    assert not (tmp_path / "run").exists()
 
 
 # --- Keys of version 0.1 that are gone. ---

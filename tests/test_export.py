@@ -427,3 +427,14 @@ def test_the_command_says_what_is_wrong_in_one_sentence(run, tmp_path, capsys):
     assert "no checkpoint of step 4; it has 3, 7" in capsys.readouterr().err
     assert main(["--run", str(run[0]), "--output", str(tmp_path / "out")]) == 0
     assert "step 7 of" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_is_found_by_its_validation(run, tmp_path, capsys):
+    copy = shutil.copytree(run[0], tmp_path / "run")
+    with pytest.raises(UserError, match="has an evaluation"):
+        export(copy, tmp_path / "none", step="best")
+    (copy / "evaluations").mkdir(exist_ok=True)
+    for step, value in ((3, 1.5), (7, 0.5)):
+        (copy / "evaluations" / f"step_{step:06d}.json").write_text(json.dumps({"return/mean": value}))
+    assert main(["--run", str(copy), "--output", str(tmp_path / "best"), "--step", "best"]) == 0
+    assert capsys.readouterr().out.startswith("step 3 of ")

@@ -351,7 +351,7 @@ def test_a_held_out_judge_that_fails_costs_its_evaluation_and_not_the_run(
 def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path, capsys):
     arguments = command(tmp_path / "run", model_folder, cache, "http://127.0.0.1:9/v1")
     settings = ["environment.judge.prices=[2, 10]", "environment.director.requests_per_minute=2"]
-    assert train.main(["--dry-run", *arguments, *settings]) == 0
+    assert train.main(["--dry-run", "--full", *arguments, *settings]) == 0
     lines = capsys.readouterr().out.splitlines()
     figures = {line.split()[0]: line.replace(",", "").split()[2:] for line in lines if line.count(" m ") == 1}
     assert any("the user has no price" in line for line in lines)
@@ -379,7 +379,7 @@ def test_a_dry_run_forecasts_calls_tokens_and_cost(model_folder, cache, tmp_path
     assert not (tmp_path / "run").exists()
 
     held_out = ["environment.held_out_judge.model=h", "environment.held_out_judge.url=http://127.0.0.1:9/v1"]
-    assert train.main(["--dry-run", *arguments, *held_out]) == 0
+    assert train.main(["--dry-run", "--full", *arguments, *held_out]) == 0
     lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()]
     calls = {line[0]: int(line[2]) for line in lines if line[:2] in (["judge", "m"], ["held_out_judge", "h"])}
     assert calls == {"judge": 60 * 3 + 3 * 32, "held_out_judge": 6 * 3}

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from mapo_jax.commands import printable
-from mapo_jax.config import HELD_OUT, ROLES, SERVER_URL, Config, load_config
+from mapo_jax.config import HELD_OUT, ROLES, SERVER_URL, Config, load_config, played_roles
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.answers import Answerer
 from mapo_jax.evaluation.endpoint import KEY, Endpoint, only_model
@@ -157,10 +157,11 @@ def _run_config(file: Path, options: argparse.Namespace) -> tuple[Config, str | 
 
 
 def _live_roles(config: Config) -> str | None:
-    """The roles of a configuration's live world; None for the scripted world."""
-    if config.environment.family != "live":
+    """The roles of a configuration that models or classes play; None in the scripted world."""
+    played = played_roles(config.environment)
+    if not played:
         return None
-    roles = {name.replace("_", " "): getattr(config.environment, name) for name in (*ROLES, HELD_OUT)}
+    roles = {name.replace("_", " "): getattr(config.environment, name) for name in played}
     return ", ".join(
         f"{name} {player}" + (f" at {role.url}" if role.url else "")
         for name, role in roles.items()

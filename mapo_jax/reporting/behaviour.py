@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,6 +48,8 @@ class Kind:
     before: float
     after: float
     reward: float | None  # mean reward of such a reply, before and after together
+    counts: tuple[int, int] = (0, 0)  # replies, before and after
+    helper: float | None = None  # share of the good helper's replies
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Naming:
     before: float | None
     after: float | None
     chance: float | None
+    counts: tuple[int, int] = (0, 0)  # names, before and after
+    helper: float | None = None  # of the good helper
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Behaviour:
     """Before and after training, on the same cards."""
 
     steps: tuple[int, int]
+    replies: tuple[int, int]  # scored ones, before and after
     before: tuple[LevelShares, ...]
     after: tuple[LevelShares, ...]
     kinds: tuple[Kind, ...]  # largest increase first
@@ -93,11 +98,12 @@ def behaviour(run: SavedRun, before: CreditedBatch, after: CreditedBatch) -> Beh
     """Compares two evaluations of one run."""
     steps = before[0].step, after[0].step
     levels = levels_of(before[0]), levels_of(after[0])
-    kinds, naming = _kinds(before, after), _naming(run, *steps)
+    replies = len(_scored_levels(before[0])), len(_scored_levels(after[0]))
+    kinds, naming = _kinds(before, after, run.helper), _naming(run, *steps, replies)
     sentences = tuple(_sentences(*levels, kinds, naming))
     headline = _headline(before[0], after[0], kinds)
     rising, falling = map(tuple, shifts(before, after))
-    return Behaviour(steps, *levels, kinds, naming, rising, falling, sentences, headline)
+    return Behaviour(steps, replies, *levels, kinds, naming, rising, falling, sentences, headline)
 
 
 def typical_pair(before: CreditedBatch, after: CreditedBatch) -> tuple[int, int, str] | None:
@@ -132,7 +138,7 @@ def _scored_levels(batch: SavedBatch) -> list[tuple[int, ...]]:
     return [turn.levels for d in batch.dialogues for turn in d.turns if turn.levels is not None]
 
 
-def _kinds(before: CreditedBatch, after: CreditedBatch) -> tuple[Kind, ...]:
+def _kinds(before: CreditedBatch, after: CreditedBatch, helper: Mapping[str, float]) -> tuple[Kind, ...]:
     counts: list[Counter[str]] = []
     rewards: dict[str, list[float | None]] = defaultdict(list)
     examples: dict[str, str] = {}
@@ -150,7 +156,9 @@ def _kinds(before: CreditedBatch, after: CreditedBatch) -> tuple[Kind, ...]:
     def kind_of(name: str) -> Kind:
         shares = (counter[name] / total for counter, total in zip(counts, totals, strict=True))
         meaning = MEANINGS.get(name, "")
-        return Kind(name.replace("_", " "), meaning, examples[name], *shares, mean(rewards[name]))
+        reward, numbers = mean(rewards[name]), tuple(counter[name] for counter in counts)
+        theirs = helper.get(f"kind/{name}", 0.0) if "kind/most" in helper else None
+        return Kind(name.replace("_", " "), meaning, examples[name], *shares, reward, numbers, theirs)
 
     kinds = [kind_of(name) for name in counts[0] | counts[1]]
     rare = [kind for kind in kinds if max(kind.before, kind.after) < RARE]
@@ -160,11 +168,14 @@ def _kinds(before: CreditedBatch, after: CreditedBatch) -> tuple[Kind, ...]:
     kinds.sort(key=lambda kind: (kind.before - kind.after, kind.name))
     if rare:
         names, listed = f"{len(rare)} rare kinds", ", ".join(sorted(k.name for k in rare))
-        kinds.append(Kind(names, listed, "", sum(k.before for k in rare), sum(k.after for k in rare), None))
+        shares = sum(k.before for k in rare), sum(k.after for k in rare)
+        numbers = sum(k.counts[0] for k in rare), sum(k.counts[1] for k in rare)
+        theirs = sum(k.helper for k in rare) if rare[0].helper is not None else None
+        kinds.append(Kind(names, listed, "", *shares, None, numbers, theirs))
     return tuple(kinds)
 
 
-def _naming(run: SavedRun, first: int, last: int) -> tuple[Naming, ...]:
+def _naming(run: SavedRun, first: int, last: int, replies: tuple[int, int]) -> tuple[Naming, ...]:
     before, after = run.evaluations.get(first, {}), run.evaluations.get(last, {})
     keys = {key for key in (*before, *after) if key.startswith("naming/")}
 
@@ -174,13 +185,17 @@ def _naming(run: SavedRun, first: int, last: int) -> tuple[Naming, ...]:
     def naming(key: str) -> Naming:
         chance = figure(after.get(f"{key}_chance"), before.get(f"{key}_chance"))
         what = key.removeprefix("naming/").replace("_", " ")
-        return Naming(what, figure(before.get(key)), figure(after.get(key)), chance)
+        rates = (figure(side.get(f"{key}_rate"), 0.0) for side in (before, after))
+        counts = tuple(round(rate * number) for rate, number in zip(rates, replies, strict=True))
+        shares = figure(before.get(key)), figure(after.get(key))
+        return Naming(what, *shares, chance, counts, figure(run.helper.get(key)))
 
     return tuple(naming(key) for key in sorted(keys) if not key.endswith(("_chance", "_rate")))
 
 
 def _headline(before: SavedBatch, after: SavedBatch, kinds: Sequence[Kind]) -> str:
     """The most important changes: harm, help, and the kinds of reply that changed most."""
+    counts = " and ".join(str(len(_scored_levels(batch))) for batch in (before, after))
     parts = []
     for sign, what in ((-1, "harm"), (+1, "help")):
         one, other = (
@@ -190,7 +205,7 @@ def _headline(before: SavedBatch, after: SavedBatch, kinds: Sequence[Kind]) -> s
         if abs(other - one) >= NOTABLE:
             parts.append(f"{'more' if other > one else 'fewer'} replies {what} ({_change(one, other)})")
     text = " and ".join(parts)
-    sentences = [f"{text[:1].upper()}{text[1:]}."] if parts else []
+    sentences = [f"{text[:1].upper()}{text[1:]}, of {counts} replies."] if parts else []
     for label, chosen in _movers([k for k in kinds if k.meaning and k.reward is not None], 2):
         shares = " or ".join(f"{k.meaning} ({_change(k.before, k.after)})" for k in chosen)
         sentences.append(f"{label} often it {shares}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import groupby
 from typing import Any
@@ -53,6 +53,7 @@ class Chart:
     levels: tuple[tuple[str, float], ...] = ()  # horizontal lines: name and value
     tall: bool = False
     zero: bool = False  # the y axis includes zero
+    reach: tuple[float, ...] = ()  # further y values that the axis includes
 
     def to_json(self) -> dict[str, Any]:
         """What the cursor shows."""
@@ -73,11 +74,17 @@ class Chart:
         }
 
     @property
+    def values(self) -> tuple[float, ...]:
+        """Lowest and highest finite value of the lines; empty without any."""
+        ys = [y for s in self.series for y in (*s.y, *(end for pair in (*s.band, *s.errors) for end in pair))]
+        ys = [y for y in ys if math.isfinite(y)]
+        return (min(ys), max(ys)) if ys else ()
+
+    @property
     def domain(self) -> tuple[float, float, float, float]:
         """Lowest and highest x, lowest and highest y, with a margin around the values."""
         xs = [x for s in self.series for x in s.x]
-        ys = [y for s in self.series for y in (*s.y, *(end for pair in (*s.band, *s.errors) for end in pair))]
-        ys = [y for y in ys if math.isfinite(y)] + [level for _, level in self.levels]
+        ys = [*self.values, *self.reach, *(level for _, level in self.levels)]
         if self.zero:
             ys.append(0.0)
         low, high = (min(ys), max(ys)) if ys else (0.0, 1.0)
@@ -90,6 +97,12 @@ class Chart:
         least = low if (low >= 0 and low - room < 0) or self.form == "share" else low - room
         left, right = (min(xs), max(xs)) if xs else (0.0, 1.0)
         return left, right if right > left else left + 1, least, high + room
+
+
+def on_one_scale(charts: Sequence[Chart]) -> list[Chart]:
+    """The charts with y axes that all include the values of all."""
+    reach = tuple(end for chart in charts for end in chart.values)
+    return [replace(chart, reach=reach) for chart in charts]
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:

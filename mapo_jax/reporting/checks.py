@@ -52,6 +52,7 @@ def check_run(run: SavedRun, diversity: Sequence[Diversity], change: Difference 
         _entropy(run),
         _length(run),
         _templates(run, diversity),
+        _variety(diversity),
         _judge(run),
         _sampler(run),
         _gradients(run),
@@ -114,6 +115,19 @@ def _templates(run: SavedRun, diversity: Sequence[Diversity]) -> Check:
     )
     trouble = "many replies open with the same words: read some, and see what they cost below"
     return _check("Templates", state, figure, "no opening dominates", trouble)
+
+
+def _variety(diversity: Sequence[Diversity]) -> Check:
+    pair = ends([entry.distinct[2] for entry in diversity if entry.distinct[2] is not None])
+    repeats = ends([entry.own_repeats for entry in diversity])
+    if pair is None or repeats is None:
+        return _unknown("Variety", "whether replies become alike", "too few dialogues")
+    (first, last), (before, after) = pair, repeats
+    state = _grade(last < 0.7 * first or after > before + 0.2, last < 0.4 * first or after > before + 0.5)
+    figure = f"distinct-3 {first:.2f} → {last:.2f}; replies that repeat their dialogue {_share(before)} → "
+    figure += _share(after)
+    trouble = "replies become alike, or repeat what they said: read some of the last steps"
+    return _check("Variety", state, figure, "replies stay as different as they were", trouble)
 
 
 def _judge(run: SavedRun) -> Check:

@@ -27,6 +27,7 @@ from mapo_jax.settings import value_at
 
 CONFIG_FILE, METRICS_FILE, DIALOGUES, EVALUATIONS = "config.yaml", "metrics.jsonl", "dialogues", "evaluations"
 HELPER_FILE = "helper.json"  # in EVALUATIONS: figures of the good scripted helper on the same cards
+STARTS_FILE = "starts.jsonl"  # one row per start of the run: command, versions, machine
 TOKENIZER_FILE = "model/tokenizer.json"
 _STEP_FILE = re.compile(r"step_(\d+)(-\d+-of-\d+)?\.jsonl")  # with several processes: one file each
 
@@ -52,6 +53,7 @@ class SavedRun:
     training: tuple[SavedBatch, ...]
     validation: tuple[SavedBatch, ...]
     shape: Mapping[str, Any]  # of the model
+    starts: tuple[Mapping[str, Any], ...] = ()  # rows of STARTS_FILE
     notes: tuple[str, ...] = ()  # what is missing or damaged, in sentences
     left_out: int = 0  # training steps with dialogues on the disk that were not read
     written: float | None = None  # time of the last write to the metrics
@@ -138,6 +140,9 @@ def read_run(folder: Path | str, *, dialogues: int, progress: Progress = no_prog
         training=tuple(batch for batch in training if batch.dialogues),
         validation=tuple(batch for batch in validation if batch.dialogues),
         shape=_read_json(folder / "model" / "config.json", [], ""),
+        starts=tuple(row for row in _json_lines(folder / STARTS_FILE) if isinstance(row, dict))
+        if (folder / STARTS_FILE).is_file()
+        else (),
         left_out=len(files) - len(chosen),
         written=written,
     )

@@ -42,7 +42,11 @@ def render(runs: Sequence[SavedRun], *, limit: int = PAYLOAD_BYTES, progress: Pr
     progress("drawing")
     groups = [(title, [c for c in group if c.series], fold) for title, group, fold in curve_groups(studies)]
     curves = [group for group in groups if group[1]]
-    views = [view(study) for study in studies]
+    views = [view(study, deepest(studies)) for study in studies]
+    if len({len(v["charts"]) for v in views}) == 1:  # else a run lacks dialogues
+        columns = map(charts.on_one_scale, zip(*(v["charts"] for v in views), strict=True))
+        for v, row in zip(views, zip(*columns, strict=True), strict=False):
+            v["charts"] = list(row)
     hero = hero_chart(studies)
     drawn = [hero, *(c for _, group, _ in curves for c in group), *(c for v in views for c in v["charts"])]
     script = charts.asset("script.js")
@@ -65,21 +69,28 @@ def render(runs: Sequence[SavedRun], *, limit: int = PAYLOAD_BYTES, progress: Pr
     return html.encode("utf-8", "replace").decode("utf-8")
 
 
-def view(study: Study) -> dict[str, Any]:
-    """What the template shows of one run."""
+def deepest(studies: Sequence[Study]) -> float:
+    """The lowest coordinate of any validation dialogue: all state spaces have one scale."""
+    sides = [side for study in studies for side in (study.first, study.last) if side]
+    positions = [p for side in sides for d in side[0].dialogues if d.turns for p in d.state.positions]
+    return min((min(position) for position in positions), default=0.0) - 1.5
+
+
+def view(study: Study, low: float) -> dict[str, Any]:
+    """What the template shows of one run; `low` is the end of the state space's axes."""
     run = study.run
-    space = state_space(study)
+    space = state_space(study, low)
     diversity = diversity_charts(study)
     return {
         "study": study,
         "key_figures": summary.key_figures(run),
         "recipe": summary.recipe(run),
+        "origin": summary.origin(run),
         "tiles": summary.tiles(study),
         "example": example(study),
         "extremes": extremes(study),
         "space": space,
         "diversity": study.diversity[-1] if study.diversity else None,
-        "diversity_charts": diversity,
         "charts": [*diversity, *([space["distance"]] if space else [])],
         "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
         "written": datetime.fromtimestamp(run.written, UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
@@ -88,7 +99,7 @@ def view(study: Study) -> dict[str, Any]:
     }
 
 
-def state_space(study: Study) -> dict[str, Any] | None:
+def state_space(study: Study, low: float) -> dict[str, Any] | None:
     """The trajectories through (C, A, P) before and after training; None without dialogues."""
     paths: list[charts.TracePath] = []
     means: list[charts.TracePath] = []
@@ -107,7 +118,6 @@ def state_space(study: Study) -> dict[str, Any] | None:
         distances.append(_distance_series(dialogues, colour))
     if not paths:
         return None
-    low = min(min(position) for path in paths for position in path.positions) - 1.5
     names = ("C cognitive", "A affective", "P proactive")
     return {
         "planes": [

@@ -92,6 +92,14 @@ class Study:
         }
         return {name: difference for name, difference in differences.items() if difference is not None}
 
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and validation return of the best evaluation, if it is not the last one."""
+        steps, returns = self.run.evaluated("return/mean")
+        if len(steps) < 2 or max(returns) == returns[-1]:
+            return None
+        return steps[returns.index(max(returns))], max(returns)
+
     @cached_property
     def behaviour(self) -> Behaviour | None:
         """What the policy learnt to do."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,8 @@ from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.comparison import compare
 from mapo_jax.reporting.folder import SavedRun, counted
 from mapo_jax.reporting.study import Study, values_by_card
-from mapo_jax.settings import value_at
+from mapo_jax.running.display import duration
+from mapo_jax.settings import flat, value_at
 
 ROLES = ("user", "judge", "director")
 NOT_COMPARED = ("run.directory", "run.name", *GONE)  # settings in which any two runs differ, or did
@@ -32,10 +33,16 @@ def recipe(run: SavedRun) -> str:
     get = partial(value_at, run.config)
     base = get("model.path")
     model = "a small warm-started model" if base is None else str(base).rstrip("/").split("/")[-1]
+    own_judge = next(
+        filter(None, map(get, ("environment.judge.model", "environment.judge.implementation"))), None
+    )
+    scripted = "a scripted user, judge and director"
+    if own_judge:
+        scripted = f"a scripted user and director, judged by {own_judge},"
     players = [str(name) for role in ROLES if (name := get(f"environment.{role}.model"))]
     played = f" ({', '.join(dict.fromkeys(players))})" if players else ""
     family = {
-        "scripted": "a scripted user, judge and director",
+        "scripted": scripted,
         "live": f"a user, judge and director played by language models{played}",
     }.get(str(get("environment.family")), "a user, judge and director")
     estimator, weight = str(get("algorithm.estimator")), get("algorithm.turn_weight")
@@ -59,13 +66,29 @@ def key_figures(run: SavedRun) -> list[tuple[str, str]]:
         ("reward", f"{reward} distance" if reward else None),
         ("discount", f"{discount} per turn" if discount else None),
         ("model", f"{layers} layers, width {width}" if "hidden_size" in run.shape else None),
-        ("time in steps", _duration(seconds) if seconds else None),
+        ("time in steps", duration(seconds) if seconds else None),
     ]
     return [(name, str(value)) for name, value in rows if value is not None]
 
 
 def _steps(run: SavedRun) -> str:
     return f"{run.done} of {'?' if run.planned is None else run.planned}"
+
+
+def origin(run: SavedRun) -> str:
+    """Hardware, versions, commit and command of the run's last start; empty if they are unknown."""
+    if not run.starts:
+        return ""
+    last = run.starts[-1]
+    versions = ", ".join(f"{name} {number}" for name, number in (last.get("versions") or {}).items())
+    starts = f"{len(run.starts)} starts, the last" if len(run.starts) > 1 else "Started"
+    parts = [f"{starts} with {last.get('command', '?')}", f"on {last.get('devices', '?')}"]
+    parts += [
+        f"{last.get('machine', '')}",
+        versions,
+        f"commit {last['commit']}" if last.get("commit") else "",
+    ]
+    return "; ".join(filter(None, parts))
 
 
 def tiles(study: Study) -> list[dict[str, Any]]:
@@ -100,19 +123,13 @@ def against_first(studies: Sequence[Study]) -> list[dict[str, Any]]:
 
 def settings_that_differ(studies: Sequence[Study]) -> list[tuple[str, list[str]]]:
     """Dotted key and each run's value, of the settings that are not the same in all runs."""
-    flat = [_flat(study.run.config) for study in studies]
-    keys = dict.fromkeys(key for settings in flat for key in settings if key not in NOT_COMPARED)
-    rows = [(key, [settings.get(key, "\u2013") for settings in flat]) for key in keys]
+    runs = [
+        {key: "empty" if value is None else str(value) for key, value in flat(study.run.config).items()}
+        for study in studies
+    ]
+    keys = dict.fromkeys(key for settings in runs for key in settings if key not in NOT_COMPARED)
+    rows = [(key, [settings.get(key, "\u2013") for settings in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, str]:
-    if not isinstance(settings, Mapping):
-        return {prefix: "empty" if settings is None else str(settings)}
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
-    return flat
 
 
 def comparison_sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -136,11 +153,3 @@ def comparison_sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["step"] != rows[0]["step"]:
             sentences.append(f"Their last evaluations were after {row['step']} and {rows[0]['step']} steps.")
     return sentences
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -77,7 +77,7 @@ def _changes(study: Study) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, title="validation, before and after", title_justify="left", padding=(0, 1)
     )
-    for heading in ("", "before", "after", "change", "95 % interval", "way to the good helper"):
+    for heading in ("", "before", "after", "change", "95 % interval", "good helper", "way"):
         table.add_column(heading, justify="right" if heading else "left")
     for tile in tiles(study):
         change, form = tile["change"], tile["form"]
@@ -88,6 +88,7 @@ def _changes(study: Study) -> Table:
             plain(format_value(change.after, form)),
             difference(change.change),
             f"{difference(change.low)} to {difference(change.high)}" if change.cards > 1 else "",
+            "" if tile["helper"] is None else plain(format_value(tile["helper"], form)),
             "" if tile["progress"] is None else plain(format_value(tile["progress"], "share")),
         )
     return table

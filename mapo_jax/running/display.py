@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +26,17 @@ from mapo_jax.commands import printable
 from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.scores.figures import dialogue_rewards
 
+PHASES = {  # of `running/phases.py`, and what is shown while they last
+    "warm_up": "compiling the sampler",
+    "rollout": "dialogues",
+    "update": "update",
+    "checkpoint": "saving",
+    "evaluation": "validation",
+    "calibration": "testing the judge",
+    "report": "writing the report",
+}
+PLAIN_SECONDS = 30.0  # without a terminal: time between two lines about a phase that goes on
+_PACE = 20  # last steps, for the time that is left
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # a braille cell: four rows, two columns
 
 
@@ -48,21 +68,53 @@ def plot(values: Sequence[float], width: int = 60, height: int = 6) -> str:
     )
 
 
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units: "3 h 05 min", "4 min 10 s", "12 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 class Display:
     """Shows a run's progress; a context manager.
 
-    On a terminal: a panel with the phase, the finished steps and the curve of the mean return. Elsewhere (a
-    log file, `progress=False`): one plain line per step.
+    On a terminal: a panel with the phase, the finished steps, the time left and the curve of the mean return.
+    Elsewhere (a log file, `progress=False`): one plain line per step, and lines about phases that take long.
     """
 
-    def __init__(self, title: str, steps: int, *, live: bool, console: Console | None = None):
+    def __init__(
+        self,
+        title: str,
+        steps: int,
+        *,
+        live: bool,
+        console: Console | None = None,
+        verbose: bool = False,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        """Args:
+
+        live: show the panel if the console is a terminal.
+        verbose: more figures per step, and the table at the end.
+        now: returns seconds.
+        """
         self.console = console or Console(highlight=False)
-        self._title, self._steps = title, steps
+        self.verbose = verbose
+        self._title, self._steps, self._now = title, steps, now
         self._live = live and self.console.is_terminal
         self._returns: list[float] = []
+        self._seconds: list[float] = []  # of the steps
         self._last = ""
+        self._phase, self._began, self._spoke = "", now(), now()
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("· left"),
+            TimeRemainingColumn(),
         )
         self._step_task = self._progress.add_task("steps", total=steps)
         self._phase_task = self._progress.add_task("starting", total=None)
@@ -81,22 +133,59 @@ class Display:
         if self._live:
             self._screen.stop()
 
+    def continue_after(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Takes over the finished steps of an earlier process, so that the curve shows them."""
+        for row in rows:
+            if isinstance(value := row.get("return/mean"), float):
+                self._returns.append(value)
+                self._seconds.append(row.get("timing_s/step") or 0.0)
+                self._progress.update(self._step_task, completed=row["step"])
+
+    def enter(self, phase: str) -> None:
+        """Shows that a phase of PHASES begins. Without a terminal only what is not part of every step."""
+        label = PHASES.get(phase, phase)
+        if phase == "update" and not self._last:
+            label = "update (the first one is compiled)"
+        elif phase in ("rollout", "update", "checkpoint", "evaluation", "calibration"):
+            self._show(label)
+            return
+        self._show(label)
+        if not self._live:
+            self.note(f"{label} ...")
+
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
         """Shows the current phase and its progress."""
+        self._show(name, done, total)
+        seconds = self._now() - self._began
+        if not self._live and done and total and self._now() - self._spoke > PLAIN_SECONDS < seconds:
+            left = duration(seconds / done * (total - done))
+            self.note(f"{name}: {done} of {total}, {left} left")
+
+    def _show(self, name: str, done: int = 0, total: int | None = None) -> None:
+        if name != self._phase:
+            self._phase, self._began = name, self._now()
+            self._progress.reset(self._phase_task)
         self._progress.update(self._phase_task, description=name, completed=done, total=total)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a finished step."""
+        """Shows a finished step, in 80 columns."""
         self._returns.append(metrics["return/mean"])
+        self._seconds.append(metrics["timing_s/step"])
         self._progress.update(self._step_task, completed=step)
+        # Without the first step, which compiles.
+        left = (self._steps - step) * statistics.median(self._seconds[1:][-_PACE:] or self._seconds)
         self._last = (
             f"step {step:>4}/{self._steps}  return {metrics['return/mean']:+7.3f}  "
             f"reward {metrics['reward/mean']:+6.3f}  turns {metrics['turns/mean']:4.1f}  "
-            f"entropy {metrics['actor/entropy']:5.3f}  grad {metrics['actor/grad_norm']:6.3f}  "
-            f"{metrics['timing_s/step']:5.1f} s{_time_by_phase(metrics)}"
+            f"{metrics['timing_s/step']:5.1f} s" + (f", {duration(left)} left" if left else "")
         )
+        if self.verbose:
+            self._last += (
+                f"  entropy {metrics['actor/entropy']:5.3f}  grad {metrics['actor/grad_norm']:6.3f}"
+                f"{_time_by_phase(metrics)}"
+            )
         if not self._live:
-            self.console.print(self._last, markup=False, soft_wrap=True)
+            self.note(self._last)
 
     def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
         """Shows the results of the validation dialogues."""
@@ -107,8 +196,9 @@ class Display:
         )
 
     def note(self, text: str) -> None:
-        """Prints a line above the panel."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """Prints a line above the panel; on a terminal wrapped between words."""
+        self._spoke = self._now()
+        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
     def _render(self) -> Panel:
         parts = [self._progress]
@@ -162,7 +252,7 @@ def results_table(
         group, _, rest = name.partition("/")
         if group == "naming" and not rest.endswith(("_chance", "_rate")):
             rows.append((f"{rest} named right", name, "{:.0%}"))
-        if group == "kind":
+        if group == "kind" and any(figures.get(name) for figures in (first, last, helper)):
             rows.append(
                 ("largest share of one kind" if rest == "most" else f"share of {rest}", name, "{:.0%}")
             )

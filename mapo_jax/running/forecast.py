@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
 from jax.sharding import Mesh
 
-from mapo_jax.config import Config, FreshModelConfig, to_yaml
+from mapo_jax.config import Config, FreshModelConfig, played_roles, to_yaml
 from mapo_jax.errors import UserError
 from mapo_jax.learning.programs import abstract_batch, check_rows
 from mapo_jax.learning.train_state import TrainState
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, sharding_table
+from mapo_jax.rollout.requests import Counts
+from mapo_jax.running.display import duration
 from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory
 from mapo_jax.running.policy import adapters, check_policy, read_shape
+from mapo_jax.running.utilization import peak_flops, step_work
 
+FORECAST_ERROR = 1.1  # of the memory of an update, as tests require
+# For the estimate of time. FLOP/s of the default run's updates and rollouts, and tokens/s of its warm start,
+# on two cores of an AMD EPYC; the MFU of updates is assumed.
+CPU_UPDATE, CPU_ROLLOUT, CPU_WARMSTART = 36e9, 12e9, 40e3
+DEFAULT_PARAMETERS = 1.1e6
+UPDATE_MFU = 0.4
 FRESH_ROPE_THETA = 10_000.0  # base of the small model's rotary frequencies
 
 
@@ -35,49 +46,112 @@ def fresh_model(config: FreshModelConfig, vocabulary: int, positions: int) -> Qw
 
 
 def forecast(config: Config) -> str:
-    """The resolved configuration, the mesh, peak memory (`memory.py`), and the size of a step, as text.
+    """The size of a run in a few lines: devices, model, peak memory (`memory.py`), a step, and the time.
 
     Raises:
-      UserError: a run would refuse the model folder, or the mesh does not fit the devices.
+      UserError: a run would refuse the model folder or the mesh, or does not fit the memory.
     """
+    model, mesh = _checked(config)
+    rollout, training = config.rollout, config.training
+    memory, limit = forecast_memory(config, model, mesh), device_memory(mesh)
+    held, count = sum(memory.held.values()), parameter_count(model)
+    updating, talking = (held + sum(part.values()) for part in (memory.update, memory.rollout))
+    if limit is not None and updating > FORECAST_ERROR * limit:
+        raise UserError(
+            f"the run does not fit: an update is forecast to need {updating / GIB:.1f} GiB of each device, "
+            f"which has {limit / GIB:.1f} GiB; lower training.microbatch_tokens, set model.remat=block, use "
+            "more devices, or begin a new run with a lower rollout.max_tokens"
+        )
+    trained = count if model.lora is None else count - parameter_count(replace(model, lora=None))
+    dialogues = rollout.scenarios * rollout.rollouts
+    turns = dialogues * rollout.max_turns
+    most = "" if config.model.path else "at most "  # training the tokenizer may give fewer tokens
+    of = "" if limit is None else f", of {limit / GIB:,.1f}"
+    rows = {
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}: "
+        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "model": f"{most}{count:,} parameters, {trained:,} of them trained "
+        f"({model.family}, {model.num_layers} layers x {model.hidden_size})",
+        "memory": f"GiB of each device: {updating / GIB:,.3f} while updating, {talking / GIB:,.3f} while "
+        f"talking{of}",
+        "a step": f"{dialogues:,} dialogues ({rollout.scenarios} x {rollout.rollouts}); at most "
+        f"{turns * rollout.max_reply_tokens:,} sampled tokens, "
+        f"{dialogues * rollout.max_tokens * training.epochs:,} tokens trained on in "
+        f"{training.epochs * rollout.scenarios // training.minibatch_scenarios} updates, "
+        f"and {turns:,} judge calls",
+        "the run": f"{training.steps:,} steps, {training.steps * turns:,} judge calls at most",
+        "time": estimate(config, model, mesh),
+    }
+    return summary_rows(rows)
+
+
+def summary_rows(rows: Mapping[str, str]) -> str:
+    """Named lines, wrapped between words at 80 columns."""
+    whole = {"break_on_hyphens": False, "break_long_words": False}
+    return "\n".join(
+        textwrap.fill(text, 80, initial_indent=f"{name:<10}", subsequent_indent=10 * " ", **whole)
+        for name, text in rows.items()
+    )
+
+
+def details(config: Config) -> str:
+    """The resolved configuration, how arrays are cut over the mesh, and the memory by kind."""
+    model, mesh = _checked(config)
+    limit = device_memory(mesh)
+    lines = [
+        to_yaml(config),
+        "sharding  size/mesh axis = size on each device",
+        *(f"  {line}" for line in sharding_table(parameter_shapes(model), mesh)),
+        f"{'memory    per device, GiB, while':<48}  updating   talking",
+        *memory_table(forecast_memory(config, model, mesh)),
+        *([] if limit is None else [f"  {'a device has':<46}{limit / GIB:10.3f}{limit / GIB:10.3f}"]),
+        f"calls under way, at most {config.environment.concurrency:,} (of all processes together)",
+    ]
+    return "\n".join(lines)
+
+
+def _checked(config: Config) -> tuple[QwenConfig, Mesh]:
     mesh = make_mesh(config.mesh)
     model = model_shape(config)
     if config.model.path is not None:
         check_policy(config.model.path, config.rollout)
-    count = parameter_count(model)
-    rollout, training = config.rollout, config.training
-    dialogues = rollout.scenarios * rollout.rollouts
-    turns = dialogues * rollout.max_turns
     check_rows(config, mesh)
-    memory = forecast_memory(config, model, mesh)
-    limit = device_memory(mesh)
-    trained = parameter_count(model)
-    if model.lora is not None:
-        trained -= parameter_count(replace(model, lora=None))
-    updates = training.epochs * rollout.scenarios // training.minibatch_scenarios
-    world = "scripted: free of charge" if config.environment.family == "scripted" else "live: see below"
-    most = "" if config.model.path else "at most "  # training the tokenizer may give fewer tokens
-    lines = [
-        to_yaml(config),
-        f"devices   {mesh.size} x {mesh.devices.flat[0].device_kind}: "
-        + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-        f"model     {most}{count:,} parameters, {trained:,} of them trained "
-        f"({model.family}, {model.num_layers} layers x {model.hidden_size})",
-        "sharding  size/mesh axis = size on each device",
-        *(f"  {line}" for line in sharding_table(parameter_shapes(model), mesh)),
-        f"{'memory    per device, GiB, while':<48}  updating   talking",
-        *memory_table(memory),
-        *([] if limit is None else [f"  {'a device has':<46}{limit / GIB:10.3f}{limit / GIB:10.3f}"]),
-        "a step",
-        f"  dialogues                      {dialogues:9,} ({rollout.scenarios} x {rollout.rollouts})",
-        f"  sampled tokens, at most        {turns * rollout.max_reply_tokens:9,}",
-        f"  tokens trained on, at most     {dialogues * rollout.max_tokens * training.epochs:9,}"
-        f" in {updates} updates",
-        f"  judge calls, at most           {turns:9,} ({world})",
-        f"  calls under way, at most       {config.environment.concurrency:9,} (of all processes together)",
-        f"the run   {training.steps} steps, {training.steps * turns:,} judge calls at most",
-    ]
-    return "\n".join(lines)
+    check_memory(config, model, mesh)
+    return model, mesh
+
+
+def estimate(config: Config, model: QwenConfig, mesh: Mesh) -> str:
+    """The time of a new run, from its operations, if every dialogue is as long as it may be.
+
+    On CPUs by the speed of the default run on two cores. On accelerators only the updates, by their MFU: the
+    time of dialogues depends on memory bandwidth and on the world.
+    """
+    rollout, training, device = config.rollout, config.training, mesh.devices.flat[0]
+    dialogues = rollout.scenarios * rollout.rollouts
+    tokens = dialogues * rollout.max_tokens
+    sampled = min(dialogues * rollout.max_turns * rollout.max_reply_tokens, tokens // 2)
+    rows, done = [rollout.max_tokens] * dialogues, Counts(prefilled=tokens - sampled, sampled=sampled)
+    work = step_work(model, config, rows, sampled, done)
+    update, talk = (1e12 * work[f"perf/{part}_tflop"] for part in ("update", "rollout"))
+    if device.platform != "cpu":
+        if (peak := peak_flops(device, config.logging.peak_flops)) is None:
+            return "unknown: set logging.peak_flops for an estimate"
+        seconds = training.steps * update / (peak * mesh.size * UPDATE_MFU)
+        return (
+            f"updates {duration(seconds)} if they reach {UPDATE_MFU:.0%} of the peak; dialogues come on top"
+        )
+    evaluations = len({*range(0, training.steps, config.evaluation.every), training.steps})
+    evaluated = evaluations * config.evaluation.scenarios * config.evaluation.rollouts / dialogues
+    step = update / CPU_UPDATE + talk / CPU_ROLLOUT
+    seconds = training.steps * step + evaluated * talk / CPU_ROLLOUT
+    warm = config.warmstart.steps * config.warmstart.rows * config.warmstart.row_tokens / CPU_WARMSTART
+    warm *= parameter_count(model) / DEFAULT_PARAMETERS
+    parts = [f"{training.steps} steps of {step:.1f} s", f"{evaluations} evaluations"]
+    if config.model.path is None:
+        seconds += warm
+        parts.insert(0, f"a warm start of {duration(warm)} unless it is cached")
+    world = "" if not played_roles(config.environment) else "; the calls of the world come on top"
+    return f"up to {duration(seconds)} on two quiet CPU cores: {', '.join(parts)}{world}"
 
 
 def memory_table(memory: Forecast) -> list[str]:
@@ -112,8 +186,8 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
     certain = sum(memory.held.values()) + memory.update["gradient"]
     if certain > limit:
         raise UserError(
-            f"weights, moments and gradient need {certain / GIB:.1f} GiB of each device, which has "
-            f"{limit / GIB:.1f} GiB; use more devices (mesh.fsdp x mesh.tensor is "
+            f"the run does not fit: weights, moments and gradient need {certain / GIB:.1f} GiB of each "
+            f"device, which has {limit / GIB:.1f} GiB; use more devices (mesh.fsdp x mesh.tensor is "
             f"{mesh.shape['fsdp'] * mesh.shape['tensor']}), or begin a new run with a smaller model or "
             "adapters (lora.rank=16)"
         )
@@ -121,8 +195,9 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
     if talking > limit:
         parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.rollout.items())
         raise UserError(
-            f"while dialogues are held each device needs {talking / GIB:.1f} GiB ({parts} beside weights and "
-            f"moments) and has {limit / GIB:.1f} GiB; lower rollout.slots, set rollout.copy_weights=false, "
+            f"the run does not fit: while dialogues are held each device needs {talking / GIB:.1f} GiB "
+            f"({parts} beside weights and moments) and has {limit / GIB:.1f} GiB; "
+            "lower rollout.slots, set rollout.copy_weights=false, "
             f"raise mesh.tensor, which is {mesh.shape['tensor']}, or begin a new run with a lower "
             "rollout.max_tokens"
         )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,11 +21,15 @@ from typing import Any
 import jax
 
 from mapo_jax.errors import UserError
-from mapo_jax.files import append_line, as_path, copy_files, disk_errors, in_bucket
+from mapo_jax.files import append_line, as_path, copy_files, disk_errors, in_bucket, write_whole
+from mapo_jax.settings import flat
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
 EVENTS_COPIED_EVERY = 60.0  # seconds; only for a bucket
+TIME = "timing_s/unix"  # when a row was written
+WANDB_ID_FILE = ".wandb_id"  # of the run at Weights & Biases, which a continued run goes on with
+COMPARED = ("evaluation/return/mean", "evaluation/epm_q", "return/mean")  # with the hyper-parameters
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
@@ -76,7 +82,7 @@ class MetricWriter(AbstractContextManager):
           folder: the run folder, which exists.
           tensorboard: write event files below `tensorboard/`.
           wandb: log to Weights & Biases as well.
-          configuration: what Weights & Biases shows as the run's configuration.
+          configuration: the run's, which Weights & Biases and TensorBoard's hyper-parameters show.
           after: the finished step that the run continues from. TensorBoard purges later steps from event
             files, and gets that step's rows again from `metrics.jsonl`.
 
@@ -92,13 +98,14 @@ class MetricWriter(AbstractContextManager):
             self._local = Path(tempfile.mkdtemp(prefix="mapo_jax.")) if in_bucket(folder) else self._target
             self._copied = time.monotonic()
             with disk_errors(self._target):
-                self._open_events(after)
+                self._open_events(after, flat(configuration or {}))
 
-    def _open_events(self, after: int) -> None:
+    def _open_events(self, after: int, configuration: Mapping[str, Any]) -> None:
         # SummaryWriter of the package writes in a thread: `flush` does not wait for it, and its errors are
         # lost. The import takes half a second.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import hparams
 
         self._local.mkdir(parents=True, exist_ok=True)
         resumed = self._target.is_dir() and any(self._target.iterdir())
@@ -109,6 +116,10 @@ class MetricWriter(AbstractContextManager):
             for row in read_rows(self._path):
                 if row["step"] >= after:
                     self._write_event(row.pop("step"), row)
+        if configuration:
+            plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in configuration.items()}
+            for summary in hparams(plain, dict.fromkeys(COMPARED))[:2]:  # without the end of the session
+                self._events.write_event(Event(wall_time=time.time(), summary=summary))
         self._events.flush()
 
     def _write_event(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -119,8 +130,10 @@ class MetricWriter(AbstractContextManager):
         values = [
             Summary.Value(tag=name, simple_value=float("nan") if value is None else float(value))
             for name, value in metrics.items()
+            if name != TIME  # a float32 has steps of two minutes there; it is the event's own time
         ]
-        self._events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+        wall_time = metrics.get(TIME) or time.time()
+        self._events.write_event(Event(step=step, wall_time=wall_time, summary=Summary(value=values)))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one step's metrics.
@@ -142,6 +155,21 @@ class MetricWriter(AbstractContextManager):
                     self._copy_events()
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
+
+    def write_dialogues(self, step: int, dialogues: Sequence[tuple[str, str]]) -> None:
+        """Writes sample dialogues, each with its title, where they can be read beside the curves."""
+        if self._events is not None:
+            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.summary import text
+
+            for title, content in dialogues:
+                summary = text(f"dialogues/{title}", f"```\n{content}\n```")
+                self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            with disk_errors(self._path.parent / EVENTS_FOLDER):
+                self._events.flush()
+        if self._wandb is not None:
+            table = self._wandb.Table(columns=["card", "dialogue"], data=list(map(list, dialogues)))
+            self._wandb.log({"evaluation/dialogues": table}, step=step)
 
     def last(self, name: str) -> float | None:
         """The last value of a metric in the file; None without one."""
@@ -179,7 +207,8 @@ def _ends_with_line(path: Path, line: bytes) -> bool:
     return end in (line, b"\n" + line)
 
 
-def _start_wandb(folder: Path, configuration: Mapping[str, Any] | None) -> ModuleType:
+def import_wandb() -> ModuleType:
+    """The package wandb. Raises UserError if it is not installed."""
     try:
         import wandb
     except ImportError as error:
@@ -187,7 +216,22 @@ def _start_wandb(folder: Path, configuration: Mapping[str, Any] | None) -> Modul
             "`logging.wandb` is true but the package wandb is not installed; "
             "`pip install wandb`, or set logging.wandb=false"
         ) from error
-    wandb.init(project="mapo_jax", name=folder.name, dir=str(folder), config=dict(configuration or {}))
+    return wandb
+
+
+def _start_wandb(folder: Path, configuration: Mapping[str, Any] | None) -> ModuleType:
+    wandb, file = import_wandb(), folder / WANDB_ID_FILE
+    if not file.exists():
+        with disk_errors(file):
+            write_whole(file, secrets.token_hex(4))
+    wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or "mapo_jax",
+        name=folder.name,
+        id=file.read_text(),
+        resume="allow",
+        dir=str(folder),
+        config=dict(configuration or {}),
+    )
     return wandb
 
 

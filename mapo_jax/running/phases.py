@@ -28,6 +28,7 @@ class Phases:
 
     def __init__(self, now: Callable[[], float] = time.monotonic):
         """`now` returns seconds."""
+        self.entered: Callable[[str], None] = lambda phase: None  # called with every phase that begins
         self._now = now
         self._names = [BETWEEN]
         self._seconds: dict[str, float] = defaultdict(float)
@@ -38,6 +39,7 @@ class Phases:
     def __call__(self, phase: str) -> Iterator[None]:
         """A context manager: its body is this phase."""
         self._switch([*self._names, phase])
+        self.entered(phase)
         try:
             yield
         finally:

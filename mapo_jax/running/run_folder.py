@@ -26,6 +26,7 @@ from mapo_jax.settings import value_at
 CHECKPOINTS_FOLDER = "checkpoints"
 BASE_FOLDER = "base"  # frozen weights of a run with adapters, stored once for all its checkpoints
 CONFIG_FILE = "config.yaml"
+STARTS_FILE = "starts.jsonl"  # one row per start: command, versions, machine (`running/origin.py`)
 STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
 
 # A run continues under other values of these keys: they change its numbers by rounding at most. An error
@@ -135,19 +136,10 @@ def claim(run_folder: Path | str, config: Config) -> Iterator[bool]:
         another process is training in it.
     """
     folder = as_path(run_folder)
-    with _unusable_folder_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"`run.directory` {folder} is a file; choose a folder")
-        file = folder / CONFIG_FILE
-        if file.exists():
-            _refuse_other_configuration(file, config)
-        elif foreign := sorted(_visible_names(folder)):
-            raise UserError(
-                f"`run.directory` {folder} holds files but no run ({foreign[0]}, ...); "
-                "choose a new or empty folder"
-            )
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+    file = folder / CONFIG_FILE
+    refuse_folder(folder, config)
+    with _unusable_folder_errors(folder), disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         continues = file.exists()
         if continues:
@@ -161,6 +153,20 @@ def claim(run_folder: Path | str, config: Config) -> Iterator[bool]:
             if not continues and _visible_names(folder) == {CONFIG_FILE}:
                 file.unlink()  # free for another configuration
             raise
+
+
+def refuse_folder(folder: Path, config: Config) -> None:
+    """Raises UserError unless the folder is new, empty, or holds an earlier part of the run."""
+    with _unusable_folder_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"`run.directory` {folder} is a file; choose a folder")
+        if (folder / CONFIG_FILE).exists():
+            _refuse_other_configuration(folder / CONFIG_FILE, config)
+        elif foreign := sorted(_visible_names(folder)):
+            raise UserError(
+                f"`run.directory` {folder} holds files but no run ({foreign[0]}, ...); "
+                "choose a new or empty folder"
+            )
 
 
 def _visible_names(folder: Path) -> set[str]:
@@ -220,9 +226,14 @@ def _refuse_other_configuration(file: Path, config: Config) -> None:
     if keys:
         values = [value_at(each.model_dump(), keys[0]) for each in (saved, config)]
         others = f" (and {len(keys) - 1} more: {', '.join(keys[1:4])})" if len(keys) > 1 else ""
+        remedy = "choose another run.directory, or the run's own configuration to continue it"
+        if keys == ["training.steps"] and whole_steps(file.parent):
+            remedy = (
+                "train its weights further in a new folder: python -m mapo_jax.train "
+                f"model.path={file.parent} run.directory=NEW training.steps={config.training.steps}"
+            )
         raise UserError(
-            f"{file.parent} holds a run with {keys[0]}={values[0]!r}, not {values[1]!r}{others}; "
-            "choose another run.directory, or the run's own configuration to continue it"
+            f"{file.parent} holds a run with {keys[0]}={values[0]!r}, not {values[1]!r}{others}; {remedy}"
         )
 
 

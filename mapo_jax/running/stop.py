@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -11,6 +13,10 @@ from mapo_jax.peers import Peers
 
 Check = Callable[[], None]
 """Raises Interrupted after a stop request; called at safe points."""
+
+
+ANSWER = "stopping: finishing what runs, then saving; again to quit at once"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
@@ -24,13 +30,21 @@ class StopRequest:
     request to one of several processes reaches all.
     """
 
-    def __init__(self, deadline_minutes: float = 0.0, peers: Peers | None = None) -> None:
+    def __init__(
+        self,
+        deadline_minutes: float = 0.0,
+        peers: Peers | None = None,
+        answer: Callable[[str], None] | None = None,
+    ) -> None:
         """Starts the time of the deadline.
 
         Args:
           deadline_minutes: time until the stop request; 0 for no deadline.
           peers: the other processes of the run.
+          answer: shows ANSWER at once after the first signal, from a thread: the main thread may be in a
+            compiled program, which runs to its end. A second signal then ends the process.
         """
+        self._answer = answer
         self._minutes = deadline_minutes
         self._deadline = time.monotonic() + 60 * deadline_minutes if deadline_minutes else None
         self._peers = peers
@@ -47,12 +61,30 @@ class StopRequest:
         return self._reason
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        if self._answer is not None:
+            reader, self._writer = os.pipe()
+            os.set_blocking(self._writer, False)
+            self._previous_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            threading.Thread(target=self._answer_signals, args=(reader,), daemon=True).start()
+        for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        if self._answer is not None:
+            signal.set_wakeup_fd(self._previous_writer)
+            os.close(self._writer)
+
+    def _answer_signals(self, reader: int) -> None:
+        answered = False
+        while number := os.read(reader, 1):
+            if number[0] in _SIGNALS:
+                if answered:
+                    os._exit(128 + number[0])
+                answered = True
+                self._answer(ANSWER)
+        os.close(reader)
 
     def check(self) -> None:
         """Raises Interrupted after a stop request."""

@@ -84,7 +84,7 @@ def measurement_table(measured: Mapping[str, float]) -> Table:
         row(f"{what} named right", f"naming/{what}", "{:.0%}")
     row("replies cut by the token limit", "truncated", "{:.0%}")
     table.add_section()
-    for name in sorted(name for name in measured if name.startswith("kind/")):
+    for name in sorted(name for name in measured if name.startswith("kind/") and measured[name]):
         label = "largest share of one kind" if name == "kind/most" else f"share of {name[5:]}"
         row(label, name, "{:.0%}")
     return table

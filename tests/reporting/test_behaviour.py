@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from mapo_jax.environment.scripted.grammar import KINDS
@@ -40,6 +42,21 @@ def test_an_improvement_is_described(sides):
         assert sum(getattr(kind, share) for kind in found.kinds) == pytest.approx(1.0)
     situation = next(entry for entry in found.naming if entry.what == "situation")
     assert situation.after == run.evaluations[6]["naming/situation"] and situation.chance == 0.25
+
+
+def test_every_rate_has_its_count_and_the_good_helper_beside_it(sides):
+    run, before, after = sides
+    run = replace(run, helper={"kind/most": 0.5, "kind/reframe": 0.5, "naming/situation": 0.875})
+    found = behaviour(run, before, after)
+    assert found.replies[1] == sum(turn.scored for d in after[0].dialogues for turn in d.turns)
+    for side, share in enumerate(("before", "after")):
+        assert sum(kind.counts[side] for kind in found.kinds) == found.replies[side]
+        for kind in found.kinds:
+            assert kind.counts[side] == pytest.approx(getattr(kind, share) * found.replies[side])
+    assert {k.name: k.helper for k in found.kinds}["reframe"] == 0.5
+    situation = next(entry for entry in found.naming if entry.what == "situation")
+    assert situation.helper == 0.875
+    assert situation.counts[1] == round(run.evaluations[6]["naming/situation_rate"] * found.replies[1])
 
 
 def test_every_kind_of_the_scripted_world_has_an_explanation(sides):

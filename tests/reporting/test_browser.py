@@ -1,7 +1,9 @@
 """The page in a real browser: it renders, filters, sorts, links, and keeps hostile text as text."""
 
+import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +86,24 @@ def test_words_are_found_in_all_dialogues(report, visit, run_folder):
     page.fill("#filter-text", words)
     page.press("#filter-text", "Enter")
     page.locator("#count", has_text=f"{having} of 78").wait_for()
+    page.locator("#reader mark").first.wait_for()
+    assert {text.lower() for text in page.locator("#reader mark").all_inner_texts()} == {words}
+    page.click("#filters button[type=reset]")
+    page.wait_for_function("!document.querySelector('#reader mark')")
+
+
+def test_every_table_can_be_taken_as_csv(report, visit):
+    page = visit(report)
+    links = page.locator("a.csv")
+    assert links.count() == page.locator("main table").count() > 3
+    with page.expect_download() as download:
+        links.first.click()
+    rows = list(csv.reader(Path(download.value.path()).read_text().splitlines()))
+    shown = page.locator("main table").first.locator("tr")
+    assert [len(row) for row in rows] == [
+        shown.nth(i).locator("th, td").count() for i in range(shown.count())
+    ]
+    assert rows[0][2:4] == ["before", "after"]
 
 
 def test_a_link_opens_a_dialogue_with_all_there_is_to_know(report, visit, run_folder):

@@ -65,6 +65,17 @@ def test_templates(sound):
     assert state(sound, "Templates", [step(0.1), step(0.1, own=0.7)]) == "alarm"
 
 
+def test_variety(sound):
+    def step(distinct, own=0.0):
+        return Diversity(1, 10, (None, None, distinct), (), (), own, None)
+
+    assert state(sound, "Variety", [step(0.5), step(0.4)]) == "fine"
+    assert state(sound, "Variety", [step(0.5), step(0.3)]) == "look"
+    assert state(sound, "Variety", [step(0.5), step(0.1)]) == "alarm"
+    assert state(sound, "Variety", [step(0.5), step(0.5, own=0.3)]) == "look"
+    assert state(sound, "Variety", [step(None), step(None)]) == "unknown"
+
+
 def test_a_return_that_rises_without_the_score_is_suspicious(sound):
     rising = Difference(0.0, 2.0, 2.0, 1.0, 3.0, 5)
     falls = replace(sound, evaluations={0: {"epm_q": 30.0}, 6: {"epm_q": 25.0}})

@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -87,6 +88,34 @@ def test_a_run_that_has_only_begun(run_copy):
     assert "Not known yet" in html and "0 of 6 steps" in html
 
 
+def test_charts_of_several_runs_have_one_scale(run_folder, run_copy):
+    short = read_run(run_copy, dialogues=10)
+    batch = short.validation[-1]
+    short = replace(short, validation=(replace(batch, dialogues=batch.dialogues[:1]),))
+    html = render([read_run(run_folder, dialogues=1000), short])
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html)[1])["charts"]
+    for name in ("distance", "distinct", "repeats"):
+        one, other = (data[f"{name}-{number}"]["domain"][2:] for number in (0, 1))
+        assert one == other, name
+
+
+def test_the_best_checkpoint_and_the_origin_are_named(run_copy):
+    row = {
+        "command": "python -m mapo_jax.train a=<b>",
+        "devices": "8 x TPU",
+        "versions": {"jax": "9.9"},
+        "commit": "c0ffee",
+    }
+    (run_copy / "starts.jsonl").write_text(json.dumps(row) + "\n")
+    run = read_run(run_copy, dialogues=10)
+    better = {step: dict(figures) for step, figures in run.evaluations.items()}
+    better[3]["return/mean"] = 99.0
+    html = render([replace(run, evaluations=better)])
+    assert "Validation was best after step 3" in html and "--step best" in html
+    assert "a=&lt;b&gt;; on 8 x TPU; jax 9.9; commit c0ffee" in html
+    assert "Validation was best" not in render([run])
+
+
 def test_runs_beside_each_other(run_folder, run_copy):
     html = render([read_run(folder, dialogues=1000) for folder in (run_folder, run_copy)])
     assert "comparison of 2 runs" in html
@@ -123,7 +152,7 @@ def test_known_metrics_have_a_curve_of_their_own_and_absent_ones_none(run_folder
         (
             {"judge/failure_rate": 0.0, "dialogues/left_out": 0.0},
             "fine",
-            "Nothing looks suspicious in 8 checks.",
+            "Nothing looks suspicious in 9 checks.",
         ),
         ({"actor/skipped": 1.0}, "alarm", "To look at: gradients, judge."),
     ],

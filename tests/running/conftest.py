@@ -22,7 +22,13 @@ def records(data):
 
 
 @pytest.fixture(scope="session")
-def shown_scalars():
+def events_of():
+    """`events_of(folder)`: the events of all event files, in their order."""
+    return lambda folder: [e for file in sorted(folder.iterdir()) for e in records(file.read_bytes())]
+
+
+@pytest.fixture(scope="session")
+def shown_scalars(events_of):
     """`shown_scalars(folder)`: (step, tag, value) of all event files, in their order.
 
     As TensorBoard has it, the start of a session at step N takes away what was written before from N on.
@@ -31,11 +37,10 @@ def shown_scalars():
 
     def read(folder):
         shown = []
-        for file in sorted(folder.iterdir()):
-            for event in records(file.read_bytes()):
-                if event.session_log.status == SessionLog.START:
-                    shown = [scalar for scalar in shown if scalar[0] < event.step]
-                shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        for event in events_of(folder):
+            if event.session_log.status == SessionLog.START:
+                shown = [scalar for scalar in shown if scalar[0] < event.step]
+            shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
         return shown
 
     return read

@@ -462,6 +462,13 @@ def test_claim_refuses_what_is_not_this_run(tmp_path):
         load_config(overrides=["training.seed=3", "algorithm.discount=0.5"]),
         r"algorithm.discount=0.85, not 0.5 \(and 1 more: training.seed\)",
     )
+    (folder / "checkpoints" / "45").mkdir(parents=True)
+    refuses(
+        folder,
+        load_config(overrides=["training.steps=60"]),
+        r"train its weights further in a new folder: python -m mapo_jax.train model.path=\S+/run "
+        "run.directory=NEW training.steps=60",
+    )
     (folder / "config.yaml").write_text("- a\n- list\n")
     refuses(folder, load_config(), r"config.yaml is no configuration of a run")
     other = tmp_path / "photos"

@@ -60,6 +60,51 @@ def test_without_a_terminal_every_step_is_one_plain_line():
     assert "step    2/3" in lines[1] and "-1.500" in lines[1]
 
 
+def test_without_a_terminal_long_phases_are_told_with_the_time_left():
+    console, clock = Console(file=io.StringIO(), width=160), [0.0]
+    with Display("title", 3, live=True, console=console, now=lambda: clock[0]) as display:
+        for phase in ("warm_up", "rollout", "update", "checkpoint"):
+            display.enter(phase)
+        for clock[0] in (0.0, 10.0, 20.0, 40.0, 45.0, 80.0):
+            display.phase("turns", int(clock[0]), 100)
+        display.step(1, METRICS)
+        display.enter("update")
+        display.step(2, METRICS | {"timing_s/step": 30.0})
+    assert console.file.getvalue().splitlines() == [
+        "compiling the sampler ...",
+        "update (the first one is compiled) ...",
+        "turns: 40 of 100, 1 min 00 s left",
+        "turns: 80 of 100, 20 s left",
+        "step    1/3  return  -1.500  reward -0.250  turns  7.0    2.0 s, 4 s left",
+        "step    2/3  return  -1.500  reward -0.250  turns  7.0   30.0 s, 30 s left",
+    ]
+
+
+def test_a_continued_run_shows_the_steps_before(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    rows = [
+        {"step": 0, "evaluation/return/mean": 1.0},
+        {"step": 1, "return/mean": -9.25, "timing_s/step": 4.0},
+    ]
+    with Display("title", 3, live=True, console=console) as display:
+        display.continue_after(rows)
+        display.step(2, METRICS)
+    text = console.file.getvalue()
+    assert "-9.25" in text and "-1.50" in text and "2/3" in text
+
+
+def test_nothing_breaks_inside_words_at_80_columns():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    words = "validation improved considerably " * 6
+    with Display("title", 12_000, live=True, console=console) as display:
+        display.step(11_000, METRICS | {"timing_s/step": 20.0})
+        display.note(words)
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines if "\x1b" not in line)
+    shown = " ".join(line for line in lines if "validation" in line or "improved" in line)
+    assert set(shown.split()) >= {"validation", "improved", "considerably"} and "consider " not in shown
+
+
 def test_on_a_terminal_there_is_a_panel_with_the_curve():
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     with Display("mapo [not markup]", 3, live=True, console=console) as display:

@@ -9,9 +9,12 @@ import types
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
+from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import disk_errors
+from mapo_jax.run import open_run
 from mapo_jax.running.metrics import CompileCounter, MetricWriter, read_rows
 
 
@@ -62,6 +65,30 @@ def test_a_run_that_goes_on_shows_every_step_once(tmp_path, shown_scalars):
     assert [np.isnan(value) for _, tag, value in shown if tag == "evaluation/y"] == [True]
 
 
+def test_events_keep_times_zeros_settings_and_dialogues(tmp_path, events_of):
+    row = {"kind/ask": 0.0, "timing_s/unix": 1_800_000_000.125}
+    configuration = {"training": {"steps": 3}, "model": {"path": None}, "lora": {"targets": ["q"]}}
+    with MetricWriter(tmp_path, configuration=configuration) as writer:
+        writer.write(1, row)
+        writer.write_dialogues(1, [("a-card", "user   Hello.\npolicy Hm.")])
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, **row}]
+    with MetricWriter(tmp_path, configuration=configuration, after=1):
+        pass  # writes the row again, with its own time
+    scalars = [e for e in events_of(tmp_path / "tensorboard") if e.summary.value and e.step]
+    rows = [e for e in scalars if e.summary.value[0].tag == "kind/ask"]
+    assert [(e.wall_time, len(e.summary.value)) for e in rows] == [(1_800_000_000.125, 1)] * 2
+    assert rows[0].summary.value[0].WhichOneof("value") == "simple_value"
+    (text,) = [e.summary.value[0] for e in scalars if e.summary.value[0].tag.startswith("dialogues/a-card")]
+    assert b"policy Hm." in text.tensor.string_val[0]
+    (start,) = {
+        value.metadata.plugin_data.content
+        for event in events_of(tmp_path / "tensorboard")
+        for value in event.summary.value
+        if value.tag == "_hparams_/session_start_info"
+    }
+    assert b"training.steps" in start and b"lora.targets" in start
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_an_event_file_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, code):
     from tensorboardX.event_file_writer import EventsWriter
@@ -87,19 +114,38 @@ def test_a_line_that_is_no_row_is_left_out(tmp_path, line):
 
 
 def test_wandb_is_used_when_asked_for_and_missed_with_a_remedy(tmp_path, monkeypatch):
-    calls = []
+    calls, started = [], []
     fake = types.ModuleType("wandb")
-    fake.init = lambda **options: calls.append(options["config"])
+    fake.init = lambda **options: started.append(options)
     fake.log = lambda values, step: calls.append((step, values))
     fake.finish = lambda: calls.append("finish")
+    fake.Table = lambda columns, data: (columns, data)
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
     with MetricWriter(tmp_path, tensorboard=False, wandb=True, configuration={"a": 1}) as writer:
-        writer.write(1, {"x": 2.0})
-    assert calls == [{"a": 1}, (1, {"x": 2.0}), "finish"]
+        writer.write(1, {"x": 2.0, "y": 0.0})
+        writer.write_dialogues(1, [("a-card", "Hello.")])
+    table = (1, {"evaluation/dialogues": (["card", "dialogue"], [["a-card", "Hello."]])})
+    assert calls == [(1, {"x": 2.0, "y": 0.0}), table, "finish"] and started[0]["config"] == {"a": 1}
+
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    MetricWriter(tmp_path, tensorboard=False, wandb=True, after=1).close()
+    MetricWriter(tmp_path / "other", tensorboard=False, wandb=True).close()
+    assert [start["project"] for start in started] == ["mapo_jax", "mine", "mine"]
+    assert started[0]["id"] == started[1]["id"] != started[2]["id"]
+    assert {start["resume"] for start in started} == {"allow"}
 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install wandb.*logging.wandb=false"):
         MetricWriter(tmp_path, tensorboard=False, wandb=True)
+
+
+def test_a_missing_wandb_is_found_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = load_config(None, ["logging.wandb=true", f"run.directory={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match="wandb is not installed"), open_run(config, Console(quiet=True)):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_leaves_the_rows_before_whole(tmp_path, monkeypatch):

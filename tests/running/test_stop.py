@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mapo_jax.running.stop import Interrupted, StopRequest
+from mapo_jax.running.stop import ANSWER, Interrupted, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -34,3 +34,23 @@ def test_the_second_signal_does_what_it_always_does():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert result.stdout == "alive\n"
     assert result.returncode == -signal.SIGTERM
+
+
+def test_the_answer_comes_at_once_also_within_a_compiled_program():
+    """A program that runs for minutes without returning to the interpreter; the second signal ends it."""
+    program = (
+        "import hashlib, os, signal\n"
+        "from mapo_jax.running.stop import StopRequest\n"
+        "with StopRequest(answer=lambda text: print(text, flush=True)):\n"
+        "    print('ready', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'x', b'y', 2_000_000_000)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == f"{ANSWER}\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 128 + signal.SIGINT
+        finally:
+            process.kill()

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import math
 import random
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -306,8 +307,20 @@ class Server:
             failure = CallFailed("transport", f"HTTP {status}: {detail}", status=status)
             return failure, retry, retry_after(error.response.headers.get("retry-after"))
         if isinstance(error, (openai.OpenAIError, httpx2.HTTPError)):
-            return CallFailed("transport", f"{type(error).__name__}: {detail}"), True, 0.0
+            reason = _unconnected(error) or f"{type(error).__name__}: {detail}"
+            return CallFailed("transport", reason), True, 0.0
         raise error
+
+
+def _unconnected(error: BaseException | None) -> str:
+    """Why no connection was made, from the error below the library's; empty if it is none of these."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return "the connection was refused: nothing listens there"
+        if isinstance(error, socket.gaierror):
+            return f"the server's name is not known ({error.strerror})"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
 from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.environment.scenario import load_scenarios
+from mapo_jax.environment.scripted.grammar import KINDS
 
+UNPARSED = ("incoherent", "echo", "other")  # kinds of replies that fit no construction
 NAMED = ("situation", "feeling", "unstated", "strength", "step", "value")
 
 
@@ -21,7 +23,7 @@ def reading_metrics(states: Sequence[DialogueState]) -> dict[str, float]:
     """Shares of kinds, accuracy of naming, and how far the story went.
 
     Returns:
-      `kind/NAME`: share of turns whose reply is of this kind, for kinds that occur;
+      `kind/NAME`: share of turns whose reply is of this kind; 0 for a kind that does not occur;
       `kind/most`: the largest of them;
       `naming/NAME`: share of the names of this sort that were right (absent if there are none);
       `naming/NAME_chance`: the same for a phrase drawn at random, see `chance`;
@@ -32,7 +34,8 @@ def reading_metrics(states: Sequence[DialogueState]) -> dict[str, float]:
     if not turns:
         return {}
     kinds = Counter(reading["kind"] for reading in turns)
-    metrics = {f"kind/{kind}": count / len(turns) for kind, count in sorted(kinds.items())}
+    names = sorted({*KINDS, *UNPARSED, *kinds})
+    metrics = {f"kind/{kind}": kinds[kind] / len(turns) for kind in names}
     metrics["kind/most"] = max(kinds.values()) / len(turns)
     names = [name for reading in turns for name in reading["named"]]
     given = Counter(name["what"] for name in names)

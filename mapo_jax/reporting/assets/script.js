@@ -66,6 +66,18 @@
   );
   for (const section of $$("main > section")) watcher.observe(section);
 
+  // --- Every table as CSV. ---
+
+  function csv(table) {
+    const cell = (node) => `"${node.textContent.trim().replace(/\s+/g, " ").replaceAll("\u2212", "-").replaceAll('"', '""')}"`;
+    return [...table.rows].map((row) => [...row.cells].map(cell).join(",")).join("\r\n") + "\r\n";
+  }
+  for (const table of $$("main table")) {
+    const name = (table.caption ?? table.closest(".card, section")?.querySelector("h2, h3") ?? table).textContent.trim().slice(0, 60).replace(/\W+/g, "-") || "table";
+    const save = make("a", { class: "csv", href: "#", download: `${name}.csv`, on: { click: () => { save.href = URL.createObjectURL(new Blob([csv(table)], { type: "text/csv" })); } } }, "CSV");
+    (table.closest(".scroll") ?? table).after(save);
+  }
+
   // --- Charts: a cursor with values. ---
 
   const tip = $("#tip");
@@ -161,7 +173,8 @@
     const ways = JSON.parse($(".ways", box).textContent);
     const canvas = $("canvas", box);
     const pen = canvas.getContext("2d");
-    const low = Math.min(-10, ...ways.flatMap((way) => way.p.flat()));
+    const all = $$(".ways").flatMap((node) => JSON.parse(node.textContent)); // all runs have one scale
+    const low = Math.min(-10, ...all.flatMap((way) => way.p.flat()));
     const longest = Math.max(...ways.map((way) => way.p.length));
     const means = ["before", "after"].flatMap((colour) => {
       const own = ways.filter((way) => way.c === colour);
@@ -347,6 +360,15 @@
     let shown = [];
     let limit = 60;
     let found = null; // keys that hold the searched words
+    let sought = ""; // these words
+    function marked(text) {
+      const parts = [];
+      const lower = text.toLowerCase();
+      let at = 0;
+      for (let hit; sought && (hit = lower.indexOf(sought, at)) >= 0; at = hit + sought.length)
+        parts.push(text.slice(at, hit), make("mark", {}, text.slice(hit, hit + sought.length)));
+      return [...parts, text.slice(at)];
+    }
     const head = make("tr");
     $("#list thead").append(head);
     for (const [name, title] of columns)
@@ -402,7 +424,7 @@
         list();
       }
     });
-    form.addEventListener("reset", () => setTimeout(() => { found = null; limit = 60; list(); }));
+    form.addEventListener("reset", () => setTimeout(() => { found = null; sought = ""; limit = 60; list(); if (open) present(open, false); }));
     form.addEventListener("submit", async (event) => {
       event.preventDefault();
       await look();
@@ -410,6 +432,7 @@
     search.addEventListener("search", look);
     async function look() {
       const words = search.value.trim().toLowerCase();
+      sought = words;
       if (!words) {
         found = null;
       } else {
@@ -427,6 +450,8 @@
       }
       limit = 60;
       list();
+      const hit = found === null || !open || found.has(open.row.key) ? open : { row: shown[0], other: null, turn: null };
+      if (hit?.row) await present(hit, false);
     }
     $("#more").addEventListener("click", () => {
       limit += 200;
@@ -492,7 +517,7 @@
         make("button", { type: "button", id: "tokens", "aria-pressed": tokens, on: { click: () => { tokens = !tokens; present(asked, false); } } }, tokens ? "Hide tokens" : "Tokens"),
         copy);
       const columns = make("div", { class: other ? "columns two" : "columns" },
-        sides.map((side, number) => dialogue(side, talks[number], rowsOfTokens[number], other)));
+        sides.map((side, number) => dialogue(side, talks[number], rowsOfTokens[number], other, talks)));
       reader.replaceChildren(tools, columns);
       reader.setAttribute("aria-label", `Dialogue ${row.card.id}, ${name(row)}`);
       if (move) panes.classList.add("reading");
@@ -522,13 +547,14 @@
       if (event.key === "Escape") close();
     });
 
-    function dialogue(row, talk, tokenRows, paired) {
+    // `talks`: those shown beside each other, which share their scales.
+    function dialogue(row, talk, tokenRows, paired, talks) {
       const card = row.card;
       const person = [card.name, card.age].filter(Boolean).join(", ");
       const about = [["who", [person, card.social].filter(Boolean).join(". ")], ["within", card.inner], ["trigger", card.trigger], ["situation", card.situation], ["hopes", card.hope], ["dislikes", card.dislike]].filter(([, text]) => text);
-      const scale = (from, to) => Math.max(1e-9, ...talk.turns.flatMap((turn) => turn.c.slice(from, to).map((entry) => Math.abs(entry ?? 0))));
+      const scale = (from, to) => Math.max(1e-9, ...talks.flatMap((each) => each.turns).flatMap((turn) => turn.c.slice(from, to).map((entry) => Math.abs(entry ?? 0))));
       const scales = [scale(0, 2), scale(0, 2), scale(2, 5), scale(2, 5), scale(2, 5)];
-      const most = Math.max(talk.distance, ...talk.turns.map((turn) => turn.d), 1e-9);
+      const most = Math.max(1e-9, ...talks.flatMap((each) => [each.distance, ...each.turns.map((turn) => turn.d)]));
       const ways = [talk.distance, ...talk.turns.map((turn) => turn.d)];
       const ending = { success: "reached equilibrium", failure: "failed", timeout: "ran out of turns", ended: "was ended by the director", error: "broke off: a user or director call failed" }[row.outcome] ?? row.outcome;
       return make("section", { class: when(row) === "before" ? "dialogue before" : "dialogue" },
@@ -567,8 +593,8 @@
         make("p", { class: "nr" }, make("a", { href: link(row, paired && open?.row.key === row.key ? open.other : paired && open ? open.row : null, t + 1) }, `turn ${t + 1}`),
           turn.k ? make("span", {}, `kind: ${turn.k.replaceAll("_", " ")}${named ? `; names ${named}` : ""}`) : null,
           turn.x ? make("span", { class: "flag" }, "cut by its token limit") : null),
-        make("p", { class: "user", dir: "auto" }, turn.u),
-        make("p", { class: "reply", dir: "auto" }, turn.r || "(nothing)"),
+        make("p", { class: "user", dir: "auto" }, marked(turn.u)),
+        make("p", { class: "reply", dir: "auto" }, turn.r ? marked(turn.r) : "(nothing)"),
         tokenRows ? tokenView(tokenRows, turn, t) : null,
         make("div", { class: "judged" }, make("div", {}, credit, state), levels),
         turn.a ? make("p", { class: "guide" }, `director: ${turn.a.replaceAll("_", " ")}${turn.g ? ` · ${turn.g}` : ""}`) : null);

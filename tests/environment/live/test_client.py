@@ -5,8 +5,10 @@ import contextlib
 import email.utils
 import gzip
 import json
+import socket
 import time
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,6 +105,14 @@ def test_what_no_retry_can_mend_fails_at_once(serve, status):
         isinstance(failure, RoleFailure) and failure.kind == "transport" and f"HTTP {status}" in str(failure)
     )
     assert server.count == 1
+
+
+def test_a_server_that_is_not_there_is_said_to_be_so():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets the port
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        (failure,), _ = call(SimpleNamespace(url=url))
+    assert str(failure) == "transport: the connection was refused: nothing listens there"
 
 
 def test_attempts_and_time_are_bounded(serve):

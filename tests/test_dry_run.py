@@ -1,0 +1,78 @@
+"""A dry run makes the checks of a run, and says what differs, how large it is and how long it takes."""
+
+import sys
+
+import pytest
+
+from mapo_jax import train
+from mapo_jax.config import load_config
+from mapo_jax.dry_run import dry_run
+from mapo_jax.running import forecast
+
+
+def said(capsys, *arguments):
+    status = train.main(["--dry-run", *arguments])
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+def test_the_summary_fits_a_screen_and_full_has_the_rest(tmp_path, capsys):
+    folder = tmp_path / "run"
+    settings = ["training.steps=3", "algorithm.estimator=grpo", "algorithm.turn_weight=0.5"]
+    status, shown, _ = said(capsys, *settings, f"run.directory={folder}")
+    lines = shown.splitlines()
+    assert status == 0 and len(lines) <= 30 and not folder.exists()
+    assert all(len(line) <= 80 or str(folder) in line for line in lines)
+    assert "training:\n  steps: 3\n" in shown and "seed:" not in shown
+    words = " ".join(shown.split())
+    assert "up to" in words and "two quiet CPU cores" in words and "a new run" in words
+    assert "no effect algorithm.turn_weight (needs algorithm.estimator=mapo)" in words
+    status, full, _ = said(capsys, *settings, f"run.directory={folder}", "--full")
+    assert status == 0 and "  seed: 0\n" in full and "AdamW's moments" in full and "sharding" in full
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["environment.judge.implementation=no_module:X"], "no_module:X"),
+        (["environment.judge.implementation=json:JSONDecoder"], "async def score"),
+        (["environment.scenarios=/nowhere"], "/nowhere"),
+        (["rollout.scenarios=65", "training.minibatch_scenarios=1"], "at most the 64 training scenarios"),
+        (["logging.wandb=true"], "wandb is not installed"),
+        (["model.path=/nowhere"], "/nowhere"),
+        (["environment.user.url=http://x/v1"], "that role has no model"),
+        (["environment.judge.model=engine:/nowhere"], "/nowhere"),
+        (
+            [f"environment.judge.{key}" for key in ("model=m", "url=http://x/v1", "key_variable=NOKEY")],
+            "NOKEY, which is empty or not set",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_run_refuses_before_its_first_step(settings, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    status, shown, error = said(capsys, *settings, f"run.directory={tmp_path / 'run'}")
+    assert (status, shown) == (2, "") and words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("gib", [0.05, 0.1])
+def test_a_run_that_does_not_fit_is_refused(gib, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: int(gib * 2**30))
+    status, _, error = said(capsys, f"run.directory={tmp_path / 'run'}")
+    assert status == 2 and "does not fit" in error
+
+
+def test_a_folder_of_another_run_is_refused_and_ones_own_is_continued(tmp_path):
+    config = load_config(None, [f"run.directory={tmp_path}"])
+    (tmp_path / "checkpoints" / "30").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 30, "timing_s/step": 4.0}\n')
+    words = " ".join(dry_run(config).split())
+    assert "continues after step 30, 15 steps left, about 1 min 00 s at its pace" in words
+
+
+def test_a_model_as_judge_is_named_with_its_calls_and_its_price(tmp_path):
+    judge = ["model=m", "url=http://judge.example/v1", "prices=[2, 10]"]
+    settings = [f"environment.judge.{key}" for key in judge]
+    words = " ".join(dry_run(load_config(None, [*settings, f"run.directory={tmp_path / 'run'}"])).split())
+    assert "judge m at http://judge.example/v1 (24," in words and "at its prices" in words
+    assert "the others scripted" in words and "user" not in words.split("world", 1)[1]
