@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,17 @@ def to_json_line(step: int, metrics: Mapping[str, Any]) -> str:
                 value = None
         row[name] = value
     return json.dumps(row, allow_nan=False) + "\n"
+
+
+@contextmanager
+def _no_torch() -> Iterator[None]:
+    """Keeps tensorboardX from importing torch, which takes seconds; no metric is a torch tensor."""
+    sys.modules.setdefault("torch", None)
+    try:
+        yield
+    finally:
+        if sys.modules["torch"] is None:
+            del sys.modules["torch"]
 
 
 def read_row(line: str | bytes) -> dict[str, Any] | None:
@@ -103,9 +115,10 @@ class MetricWriter(AbstractContextManager):
     def _open_events(self, after: int, configuration: Mapping[str, Any]) -> None:
         # SummaryWriter of the package writes in a thread: `flush` does not wait for it, and its errors are
         # lost. The import takes half a second.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import hparams
+        with _no_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import hparams
 
         self._local.mkdir(parents=True, exist_ok=True)
         resumed = self._target.is_dir() and any(self._target.iterdir())

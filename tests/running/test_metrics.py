@@ -35,6 +35,14 @@ def test_events_hold_the_scalars(tmp_path, shown_scalars):
     assert shown_scalars(tmp_path / "tensorboard") == [(3, "reward/mean", 0.25)]
 
 
+def test_torch_is_not_imported(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tensorboardX", "torch")]:
+        monkeypatch.delitem(sys.modules, name)
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"reward/mean": 0.5})
+    assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+
+
 def test_a_killed_process_leaves_every_tag_of_its_last_step(tmp_path, shown_scalars):
     """As by SIGKILL right after the row was written: nothing waits in a queue."""
     names = [f"reward/{index}" for index in range(200)]
