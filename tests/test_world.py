@@ -52,6 +52,9 @@ class TalkingEngine:
     def busy(self):
         return bool(self.submitted)
 
+    def release(self, slot):
+        pass
+
     def submit(self, request):
         row = [] if request.start else self.rows[request.slot]
         self.rows[request.slot] = [*row, *request.ids]

@@ -195,6 +195,7 @@ async def finished_groups(
                 finished_turns += 1
                 if on_turn is not None:
                     on_turn(finished_turns)
+            engine.release(slot)
             free.put_nowait(slot)
         return Dialogue(state, rows[-1], s, r, step, version, earlier_rows=tuple(rows[:-1]))
 

@@ -195,6 +195,7 @@ class Engine:
         self._free = [list(range((s + 1) * places - 1, s * places - 1, -1)) for s in range(self._shards)]
         self._idle: dict[int, None] = {}  # slots with a place and no unfinished reply, longest idle first
         self._parked: dict[int, Cache] = {}  # by slot: numpy arrays
+        self._released: set[int] = set()  # slots whose dialogue has ended
         self._submitted: deque[Request] = deque()
         self._active: dict[int, _ActiveReply] = {}  # by slot, in the order in which they get a lane
         self._unfinished: set[int] = set()  # slots of both
@@ -243,8 +244,18 @@ class Engine:
             a slot with an unfinished reply.
         """
         self._check(request)
+        self._released.discard(request.slot)
         self._unfinished.add(request.slot)
         self._submitted.append(request)
+
+    def release(self, slot: int) -> None:
+        """Ends the dialogue of a slot: others may have the place of its cache, which is not parked for them.
+
+        Until then the start of its row can be copied. May be called while `advance` runs in another thread.
+        """
+        self._released.add(slot)
+        if self._place[slot] < 0:
+            self._forget(slot)
 
     def _check(self, request: Request) -> None:
         self._need_weights()
@@ -390,10 +401,15 @@ class Engine:
             free = self._free[self._shard(slot)]
             if not free:
                 idle = (s for s in self._idle if self._shard(s) == self._shard(slot))
-                longest = next((s for s in idle if s not in self._unfinished), None)
-                if longest is None:
+                idle = [s for s in idle if s not in self._unfinished]
+                if not idle:
                     return False
-                self._park(longest)
+                ended = next((s for s in idle if s in self._released), None)
+                if ended is None:
+                    self._park(idle[0])
+                else:
+                    self._vacate(ended)
+                    self._forget(ended)
             self._place[slot] = free.pop()
             if slot in self._parked:  # the cache on the device may have grown meanwhile
                 length = self._cache[0].length
@@ -405,10 +421,17 @@ class Engine:
     def _park(self, slot: int) -> None:
         """Moves a cache to the host's memory."""
         self._parked[slot] = jax.tree.map(np.asarray, self._programs.park(self._cache, self._place[slot]))
+        self._vacate(slot)
+        self.counts.parked += 1
+
+    def _forget(self, slot: int) -> None:
+        self._rows[slot], self._cached[slot], self._started[slot] = [], 0, 0
+        self._parked.pop(slot, None)
+
+    def _vacate(self, slot: int) -> None:
         self._free[self._shard(slot)].append(int(self._place[slot]))
         self._place[slot] = -1
         del self._idle[slot]
-        self.counts.parked += 1
 
     def _prefix(self, request: Request) -> tuple[int, int]:
         """The slot that holds most of a new row's start, and how many tokens of it, the last one excluded.
