@@ -116,6 +116,9 @@ class RolloutConfig(Section):
     max_tokens: int = key(448, "longest dialogue in tokens; also the length of the KV cache", ge=2)
     copy_weights: bool | None = key(None, "sample with a cast copy: faster, needs memory; empty: only on CPU")
     slots: Count | None = key(None, "KV caches on the device, the rest in host memory; empty: all of a step")
+    ahead: int = key(
+        0, "N: steps that are held ahead; the dialogues of step k by the weights after update k - N", ge=0
+    )
     history: Literal["append", "per_turn"] = key(
         "append", "append: one growing row per dialogue; per_turn: one rendered row per turn"
     )
@@ -142,6 +145,7 @@ class RoleConfig(Section):
     key_variable: str | None = key(None, "environment variable that holds the server's key")
     implementation: str | None = key(None, "a class of your own, package.module:Class; empty: ours")
     temperature: Amount = key(1.0, "sampling temperature")
+    seconds: Amount = key(0.0, "expected time of a call, for the estimates of --dry-run only")
     max_tokens: Count = key(2048, "longest answer, reasoning included")
     extra_body: dict[str, Any] = key({}, "more request fields; engine: slots, tokens")
     requests_per_minute: int = key(0, "the server's limit; 0: none", ge=0)
@@ -324,6 +328,8 @@ class Config(Section):
         require(divides, "training.minibatch_scenarios", rule)
         rule = f"at most rollout.max_turns ({rollout.max_turns})"
         require(rollout.min_turns <= rollout.max_turns, "rollout.min_turns", rule)
+        rule = "true or empty with rollout.ahead, since the updates overwrite the trainer's weights"
+        require(not rollout.ahead or rollout.copy_weights is not False, "rollout.copy_weights", rule)
         rule = f"less than rollout.max_tokens ({rollout.max_tokens})"
         require(rollout.max_reply_tokens < rollout.max_tokens, "rollout.max_reply_tokens", rule)
         rule = f"even, and a divisor of half of model.fresh.hidden ({fresh.hidden})"
@@ -336,6 +342,9 @@ class Config(Section):
         if self.environment.family == "live":
             for name in (*ROLES, HELD_OUT) if held_out(self.environment) else ROLES:
                 validate_role(name, getattr(self.environment, name))
+                model = getattr(self.environment, name).model or ""
+                rule = f"0 with environment.{name}.model={model}, whose answers need the same devices"
+                require(not rollout.ahead or not model.startswith(ENGINE), "rollout.ahead", rule)
         return self
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import grain
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -27,9 +29,13 @@ from mapo_jax.learning.train_state import TrainState, abstract_state, create_sta
 from mapo_jax.learning.update import Update
 from mapo_jax.model.lora import join
 from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
-from mapo_jax.model.sharding import make_mesh, param_shardings
+from mapo_jax.model.sharding import decoding_shardings, make_mesh, param_shardings, with_shardings
+from mapo_jax.rollout.collect import Dialogue
+from mapo_jax.rollout.device import Device
 from mapo_jax.rollout.engine import Engine
-from mapo_jax.running.checkpoint import Checkpoints, restore_params, save_base
+from mapo_jax.rollout.journal import Journal
+from mapo_jax.rollout.requests import Counts
+from mapo_jax.running.checkpoint import Checkpoints, restore_params, sampling_leaves, save_base
 from mapo_jax.running.display import Display
 from mapo_jax.running.forecast import check_memory, model_shape
 from mapo_jax.running.heartbeat import Heartbeat
@@ -48,7 +54,7 @@ from mapo_jax.running.run_folder import (
 )
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.warmstart import run_warmstart
-from mapo_jax.world import World, open_world
+from mapo_jax.world import Begun, World, open_world
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,25 @@ class Position:
     step: int  # finished steps
     state: TrainState
     deck: dict[str, Any]  # position of the scenario deck
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The dialogues of one step, from their first turn until the step's update is over."""
+
+    engine: Engine  # with the weights that speak in them
+    hold: Callable[[Journal | None], Awaitable[list[list[Dialogue]]]]
+    started: float  # by `time.monotonic`
+    before: Counts  # of the engine
+    begun: Begun[Dialogue] | None = None  # with `rollout.ahead`
+    ended: list[float] = field(default_factory=list)  # when attempts to hold them were over
+
+    async def hold_and_note(self, journal: Journal | None) -> list[list[Dialogue]]:
+        """Holds the dialogues, and notes the time at the end."""
+        try:
+            return await self.hold(journal)
+        finally:
+            self.ended.append(time.monotonic())
 
 
 @dataclass(frozen=True)
@@ -73,7 +98,7 @@ class Run:
     world: World
     limits: Limits
     validation: list[Scenario]
-    engine: Engine  # samples for training
+    engine: Engine  # samples for training; with `rollout.ahead`, each step does with a twin of it
     evaluator: Engine  # samples for evaluation
     sampling_weights: Callable[[Params], Params]  # from training weights to those of the engines
     update: Update
@@ -86,6 +111,8 @@ class Run:
     phases: Phases
     stop: StopRequest
     compiled_lengths: set[int] = field(default_factory=set)  # row lengths with a compiled update
+    under_way: dict[int, Collection] = field(default_factory=dict)  # by step
+    restored: dict[int, dict[str, jax.Array]] = field(default_factory=dict)  # by version: a checkpoint's
 
     def leave(self, interruption: Interrupted, at: Position) -> NoReturn:
         """Saves an interrupted run and ends it.
@@ -146,6 +173,11 @@ def prepare(
             "training scenarios there are"
         )
     share = share_of(config.rollout, processes.count)  # may raise, so before anything is read
+    if config.rollout.ahead and processes.count > 1:
+        raise UserError(
+            f"`rollout.ahead` is {config.rollout.ahead}; it must be 0 with {processes.count} processes, since each "
+            "samples with weights of its own, which a checkpoint cannot hold"
+        )
     mesh = make_mesh(config.mesh)
     sampling_mesh = rollout_mesh(mesh, processes)
     claim_together(config, folder, processes, stack)
@@ -156,7 +188,8 @@ def prepare(
     chat = policy.chat
     programs = make_programs(config, policy.config, chat.vocabulary_size, mesh)
     model = policy.config, chat.stop_ids, chat.vocabulary_size
-    sampler = partial(make_engine, *model, share, dtype=config.model.dtype, mesh=sampling_mesh)
+    device = Device()
+    sampler = partial(make_engine, *model, share, dtype=config.model.dtype, mesh=sampling_mesh, device=device)
     engine = evaluator = sampler(config.rollout.temperature)
     if config.evaluation.temperature != config.rollout.temperature:
         evaluator = sampler(config.evaluation.temperature)
@@ -187,8 +220,8 @@ def prepare(
         evaluator=evaluator,
         sampling_weights=rollout_weights(policy.config, mesh, processes, config.model.dtype),
         start=params,
-        update=programs.update,
-        scorer=programs.scorer,
+        update=device.exclusive(programs.update),
+        scorer=device.exclusive(programs.scorer),
         optimizer=programs.optimizer,
         checkpoints=checkpoints,
         writer=writer,
@@ -269,6 +302,7 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
         state = replace(state, base=restore_params(run.folder / BASE_FOLDER, template.base))
     deck.set_state(progress["deck"])
     step = progress["step"]
+    run.restored.update(run.checkpoints.restore_sampling(_sampling_shapes(run, state, step)))
     note = f"continuing {run.folder} after step {step}"
     if step == run.config.training.steps:
         note = f"the run in {run.folder} is finished; for another choose another run.directory"
@@ -277,11 +311,40 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
     return Position(step, state, deck.get_state())
 
 
+def spoken_by(config: Config, step: int) -> int:
+    """The version of the weights that hold the dialogues of a step: how many updates they have had."""
+    return max(0, step - config.rollout.ahead)
+
+
+def _earlier_versions(config: Config, step: int) -> set[int]:
+    """Versions before `step` that the steps from `step` on still need."""
+    later = range(step, min(step + config.rollout.ahead, config.training.steps))
+    return {version for version in (spoken_by(config, each) for each in later) if version < step}
+
+
+def _sampling_shapes(run: Run, state: TrainState, step: int) -> dict[int, dict[str, jax.ShapeDtypeStruct]]:
+    shapes = parameter_shapes(run.policy.config)
+    weights = run.engine.abstract_weights(state.weights)
+    weights = with_shardings(weights, decoding_shardings(shapes, run.mesh))
+    leaves = sampling_leaves(weights, adapters=run.policy.config.lora is not None)
+    return dict.fromkeys(sorted(_earlier_versions(run.config, step)), leaves)
+
+
 def save(run: Run, at: Position) -> None:
-    """Starts to save a checkpoint. It needs no random state: numbers follow from the seed and the step."""
+    """Starts to save a checkpoint. It needs no random state: numbers follow from the seed and the step.
+
+    Dialogues under way are not saved: those of a step are held again, by the same weights. So the checkpoint
+    has these too, in the form in which they sample.
+    """
+    engines = [collection.engine for collection in run.under_way.values()]
+    sampling = {
+        engine.version: sampling_leaves(engine.weights, adapters=run.policy.config.lora is not None)
+        for engine in engines
+        if engine.version in _earlier_versions(run.config, at.step)
+    }
     progress = {"deck": at.deck, "seed": run.config.training.seed, "configuration": to_yaml(run.config)}
     with run.phases("checkpoint"):
-        run.checkpoints.save(at.step, at.state, progress)
+        run.checkpoints.save(at.step, at.state, progress, sampling)
 
 
 def evaluation_due(config: Config, step: int) -> bool:

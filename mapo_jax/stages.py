@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grain
 import numpy as np
 
 from mapo_jax.algorithm.cells import Mask, Values
@@ -26,9 +27,11 @@ from mapo_jax.learning.programs import rows_per_dialogue
 from mapo_jax.learning.train_state import TrainState
 from mapo_jax.learning.update import Metrics, fetch, place
 from mapo_jax.rollout.collect import Dialogue, collect
+from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
-from mapo_jax.run import Position, Run, save
+from mapo_jax.run import Collection, Position, Run, save, spoken_by
+from mapo_jax.running.checkpoint import with_leaves
 from mapo_jax.running.forecast import check_update
 from mapo_jax.running.utilization import memory, peak_flops, step_work, utilization
 from mapo_jax.scores.figures import summarize
@@ -58,21 +61,56 @@ def warm_up(run: Run, at: Position) -> None:
 # --- Dialogues. ---
 
 
-def hold_dialogues(run: Run, at: Position, scenarios: list[Scenario]) -> tuple[Dialogues, dict[str, float]]:
-    """Holds R dialogues in each scenario with the current policy: dialogues [S][R], and their metrics."""
-    started, before = time.monotonic(), replace(run.engine.counts)
-    run.engine.load(run.sampling_weights(at.state.weights), at.step)
-    dialogues = converse(run, at, scenarios, training=True)
-    seconds, work = time.monotonic() - started, run.engine.counts.since(before)
-    rows = [row for group in dialogues for dialogue in group for row in dialogue.rows]
+def hold_dialogues(run: Run, at: Position, deck: grain.DatasetIterator) -> tuple[Dialogues, dict[str, float]]:
+    """Holds R dialogues in each scenario of the step: dialogues [S][R], and their metrics.
+
+    With `rollout.ahead` the step's dialogues began N steps earlier, and the first of those of N steps later
+    begin now, with the current weights.
+    """
+    ahead, config = run.config.rollout.ahead, run.config
+    device, started = run.engine.device, time.monotonic()
+    device.take_seconds()  # those before this step do not count
+    busy = device.seconds
+    last = min(at.step + ahead, config.training.steps - 1)
+    drawn = {step: next(deck) for step in range(at.step, last + 1)}
+    deck.set_state(at.deck)
+    scenarios = next(deck)  # the next step draws the later ones again
+    for step in [step for step in run.under_way if step < at.step]:
+        del run.under_way[step]  # and with it the weights that spoke
+    for step in sorted(drawn.keys() - run.under_way.keys()):
+        run.under_way[step] = begin_dialogues(run, at, drawn[step], step)
+    collection = run.under_way[at.step]
+    dialogues = _wait(run, at, collection, stream="train", step=at.step)
+    engine, rows = collection.engine, [row for group in dialogues for each in group for row in each.rows]
     measured = {
-        "seconds": seconds,
+        "seconds": collection.ended[-1] - collection.started,
+        "waited": time.monotonic() - started - (device.seconds - busy),
         "tokens": sum(sum(row.sampled) for row in rows),
         "sizes": [len(row) for row in rows],
-        "work": asdict(work),
+        "work": asdict(engine.counts.since(collection.before)),
     }
     metrics, reports = measure(run, scenarios, dialogues, measured)
+    version = dialogues[0][0].weight_version
+    metrics |= {"sampler/version": float(version), "sampler/staleness": float(at.step - version)}
     return dialogues, metrics | (_rollout_metrics(run, reports) if reports else {})
+
+
+def begin_dialogues(run: Run, at: Position, scenarios: Sequence[Scenario], step: int) -> Collection:
+    """Loads the weights that hold the dialogues of a step; with `rollout.ahead`, also begins these.
+
+    All of a step's dialogues are of one version, and that follows from the step alone.
+    """
+    version, ahead = spoken_by(run.config, step), run.config.rollout.ahead
+    engine = run.engine.twin() if ahead else run.engine
+    started, before = time.monotonic(), replace(engine.counts)
+    engine.load(run.sampling_weights(at.state.weights), version)
+    if version < at.step:
+        engine.restore(with_leaves(engine.weights, run.restored[version]))
+    hold = _collection(run, scenarios, engine, step=step, training=True)
+    collection = Collection(engine, hold, started, before)
+    if not ahead:
+        return collection
+    return replace(collection, begun=run.world.begin(collection.hold_and_note, stream="train", step=step))
 
 
 def _rollout_metrics(run: Run, reports: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -82,39 +120,48 @@ def _rollout_metrics(run: Run, reports: Sequence[dict[str, Any]]) -> dict[str, f
     turns = [turn for report in reports for _, dialogue in report["dialogues"] for turn in dialogue["turns"]]
     truncated = sum(turn["truncated"] for turn in turns)
     work = Counts(**{name: sum(report["work"][name] for report in reports) for name in reports[0]["work"]})
-    waited = max(report["seconds"] - report["work"]["seconds"] for report in reports)
+    world = max(report["seconds"] - report["work"]["seconds"] for report in reports)
     return step_work(run.policy.config, run.config, sizes, sampled, work) | {
         "response_length/mean": sampled / max(1, len(turns)),
         "response_length/truncated": truncated / max(1, len(turns)),
-        "timing_s/environment": max(0.0, waited),
+        "timing_s/environment": max(0.0, world),
+        "timing_s/waiting_for_world": max(0.0, *(report["waited"] for report in reports)),
         "perf/tokens_per_second": sampled / max(report["seconds"] for report in reports),
         "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
         "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
     }
 
 
-def converse(
-    run: Run, at: Position, scenarios: Sequence[Scenario], *, training: bool, patient: bool = True
-) -> Dialogues:
-    """This process's share of the dialogues of the policy with the world, [S / processes][rollouts].
+def converse(run: Run, at: Position, scenarios: Sequence[Scenario], *, patient: bool = True) -> Dialogues:
+    """This process's share of the validation dialogues with the weights of `run.evaluator`, [S][rollouts].
 
-    Validation dialogues have the same random numbers after every step. `patient` and errors as of
-    `World.hold`; a world that fails in one process fails in all.
+    They have the same random numbers after every step. `patient` and errors as of `World.hold`; a world that
+    fails in one process fails in all.
     """
+    hold = _collection(run, scenarios, run.evaluator, step=0, training=False)
+    collection = Collection(run.evaluator, hold, time.monotonic(), replace(run.evaluator.counts))
+    return _wait(run, at, collection, stream="evaluation", step=at.step, patient=patient)
+
+
+def _collection(
+    run: Run, scenarios: Sequence[Scenario], engine: Engine, *, step: int, training: bool
+) -> Callable[[Journal | None], Awaitable[Dialogues]]:
+    """A function that holds this process's share of the dialogues, [S / processes][rollouts]."""
     config, share = run.config, run.processes.share(len(scenarios))
     if training:
-        name, stream, engine, roles = "dialogues", "train", run.engine, run.world.roles
-        rollouts, seed, step = config.rollout.rollouts, config.training.seed, at.step
+        name, roles = "dialogues", run.world.roles
+        rollouts, seed = config.rollout.rollouts, config.training.seed
     else:
-        name, stream, engine, roles = "validation", "evaluation", run.evaluator, run.world.evaluation_roles
-        rollouts, seed, step = config.evaluation.rollouts, config.training.seed + EVALUATION_STREAM, 0
+        name, roles = "validation", run.world.evaluation_roles
+        rollouts, seed = config.evaluation.rollouts, config.training.seed + EVALUATION_STREAM
     total = (share.stop - share.start) * rollouts * run.limits.max_turns
-    if run.processes.count == 1:  # of several each pauses alone, and cannot save alone
-        run.world.on_pause = partial(save, run, at)
 
     def progress(turns: int) -> None:
         run.stop.check()
-        run.display.phase(name + run.world.status(), turns, total)
+        if not training or step == min(
+            run.under_way, default=step
+        ):  # not of the steps that nobody waits for yet
+            run.display.phase(name + run.world.status(), turns, total)
 
     def collection(journal: Journal | None) -> Awaitable[Dialogues]:
         return collect(
@@ -132,17 +179,30 @@ def converse(
             journal=journal,
         )
 
+    return collection
+
+
+def _wait(
+    run: Run, at: Position, collection: Collection, *, stream: str, step: int, patient: bool = True
+) -> Dialogues:
+    """The dialogues of a collection, which begins now unless it has begun; frees its memory."""
+    if run.processes.count == 1:  # of several each pauses alone, and cannot save alone
+        run.world.on_pause = partial(save, run, at)
     try:
         return run.world.hold(
-            collection,
+            collection.hold_and_note,
             stream=stream,
-            step=engine.version,
+            step=step,
             check=run.stop.check,
             note=run.display.note,
             patient=patient,
+            begun=collection.begun,
         )
     finally:
-        engine.unload()  # the update needs the memory
+        if collection.begun is None:
+            collection.engine.unload()  # the update needs the memory
+        else:
+            collection.engine.reset()  # a checkpoint may still need the weights
 
 
 def measure(
@@ -255,10 +315,12 @@ def record(run: Run, at: Position, dialogues: Dialogues, metrics: dict[str, floa
       metrics: of its dialogues and updates.
       started: the start of the step, by `time.monotonic`.
     """
+    seconds = time.monotonic() - started
     times = {
-        "timing_s/step": time.monotonic() - started,
+        "timing_s/step": seconds,
         "timing_s/compile": run.compiles.take_seconds(),
         "timing_s/unix": time.time(),
+        "perf/device_busy": run.engine.device.take_seconds() / seconds,
         "perf/compiled_programs": float(run.compiles.count),
     }
     metrics = metrics | run.phases.take() | times

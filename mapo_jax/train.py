@@ -55,7 +55,7 @@ def train(config: Config, console: Console | None = None) -> None:
             while at.step < training.steps:
                 started = time.monotonic()
                 with run.phases("rollout"):
-                    dialogues, metrics = stages.hold_dialogues(run, at, next(deck))
+                    dialogues, metrics = stages.hold_dialogues(run, at, deck)
 
                 with run.phases("update"):
                     cells = stages.lay_out_cells(run, dialogues)

@@ -23,6 +23,7 @@ The module is longer than others so that the slots' state and everything that ch
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -40,6 +41,7 @@ from mapo_jax.model.qwen import Params, QwenConfig
 from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.capacity import cache_lengths, check_memory, check_sizes, copies_weights
 from mapo_jax.rollout.decoding import PerRequest, make_programs
+from mapo_jax.rollout.device import Device
 from mapo_jax.rollout.requests import Alternatives, Counts, Reply, Request, StaleSlot
 from mapo_jax.rollout.sampling import KEY_WORDS, LaneSampling, RequestSampling, Sampling
 
@@ -91,6 +93,7 @@ class Engine:
         copy_weights: bool | None = None,
         dtype=jnp.float32,
         mesh: Mesh | None = None,
+        device: Device | None = None,
     ):
         """Checks the sizes; allocates nothing before the first dialogue.
 
@@ -118,6 +121,7 @@ class Engine:
           dtype: of computation and cache.
           mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
             `tensor`.
+          device: shared with other threads that run programs; None: there are none.
 
         Raises:
           UserError: a size that does not fit the model, the mesh or the device's memory, or a stop id
@@ -147,6 +151,7 @@ class Engine:
         self.lengths = cache_lengths(length)
         self.version: int | None = None
         self.counts = Counts()
+        self.device = device or Device()
         self._shards = shards
         self._slots_per_shard = slots // shards
         self._params: Params | None = None
@@ -164,6 +169,13 @@ class Engine:
             mesh=mesh,
         )
         self.reset()
+
+    def twin(self) -> Engine:
+        """Another engine with the same programs and sizes, and with slots, caches and weights of its own."""
+        twin = copy.copy(self)
+        twin.counts = Counts()
+        twin.unload()
+        return twin
 
     # --- Weights and rows. ---
 
@@ -183,7 +195,22 @@ class Engine:
                 raise RuntimeError("new weights while replies are under way: advance to their end, or reset")
             self.reset()
         self._params = None  # free the old copy before the new one is made
-        self._params, self.version = self._programs.ready(params) if self.copy_weights else params, version
+        ready = self.device.exclusive(self._programs.ready)
+        self._params, self.version = ready(params) if self.copy_weights else params, version
+
+    @property
+    def weights(self) -> Params | None:
+        """The loaded weights as the programs read them; None without any. Set by `load` and `restore`."""
+        return self._params
+
+    def restore(self, weights: Params) -> None:
+        """Replaces the loaded weights by others of the same form, earlier `weights` of this version."""
+        self._need_weights()
+        self._params = weights
+
+    def abstract_weights(self, params: Params) -> Params:
+        """The form of `weights` after `load(params, ...)`, as `jax.ShapeDtypeStruct`s."""
+        return self._programs.ready.eval_shape(params) if self.copy_weights else params
 
     def reset(self) -> None:
         """Empties every slot, drops every unfinished reply, and frees the cache."""
@@ -320,10 +347,11 @@ class Engine:
         Returns:
           Replies by slot; each slot is free for the next request, of the same dialogue or another.
         """
-        started = time.monotonic()
-        self._admit()
-        replies = self._decode()
-        self.counts.seconds += time.monotonic() - started
+        with self.device:
+            started = time.monotonic()
+            self._admit()
+            replies = self._decode()
+            self.counts.seconds += time.monotonic() - started
         return replies
 
     def warm_up(self) -> None:
@@ -355,9 +383,8 @@ class Engine:
         Returns:
           Of prefill and generate: the jitted function and its arguments, as `warm_up` would give them.
         """
-        create, ready = self._programs.create, self._programs.ready
-        cache = create.eval_shape(self.lengths[-1])
-        weights = ready.eval_shape(params) if self.copy_weights else params
+        cache = self._programs.create.eval_shape(self.lengths[-1])
+        weights = self.abstract_weights(params)
         rows = np.zeros(self.prefill_rows, np.int32)
         padding = np.zeros((self.prefill_rows, self.chunk), np.int32)
         return {

@@ -1,0 +1,52 @@
+"""An event loop that goes on while the main thread does other work."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class LoopThread(AbstractContextManager):
+    """An event loop in a thread of its own; `run` is that of `asyncio.Runner`, and `start` does not wait.
+
+    A context manager, like a Runner: at its end tasks are cancelled, and the thread ends when they have.
+    """
+
+    def __enter__(self) -> LoopThread:
+        ready: queue.Queue[asyncio.AbstractEventLoop] = queue.Queue()
+
+        async def serve() -> None:
+            self._over = asyncio.Event()
+            ready.put(asyncio.get_running_loop())
+            await self._over.wait()
+
+        self._thread = threading.Thread(target=lambda: asyncio.run(serve()), name="world", daemon=True)
+        self._thread.start()
+        self._loop = ready.get()
+        return self
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`. An exception in the waiting thread, such as KeyboardInterrupt, cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begins `work`; the task is one of the loop, for another `run` to await."""
+
+        async def begin() -> asyncio.Task[T]:
+            return asyncio.ensure_future(work)
+
+        return self.run(begin())
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._over.set)
+        self._thread.join()
