@@ -31,7 +31,7 @@ from mapo_jax.model.lora import join
 from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
 from mapo_jax.model.sharding import decoding_shardings, make_mesh, param_shardings, with_shardings
 from mapo_jax.rollout.collect import Dialogue
-from mapo_jax.rollout.device import Device
+from mapo_jax.rollout.device import Device, Exclusive
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
@@ -175,8 +175,8 @@ def prepare(
     share = share_of(config.rollout, processes.count)  # may raise, so before anything is read
     if config.rollout.ahead and processes.count > 1:
         raise UserError(
-            f"`rollout.ahead` is {config.rollout.ahead}; it must be 0 with {processes.count} processes, since each "
-            "samples with weights of its own, which a checkpoint cannot hold"
+            f"`rollout.ahead` is {config.rollout.ahead}; it must be 0 with {processes.count} processes, "
+            "since each samples with weights of its own, which a checkpoint cannot hold"
         )
     mesh = make_mesh(config.mesh)
     sampling_mesh = rollout_mesh(mesh, processes)
@@ -220,8 +220,8 @@ def prepare(
         evaluator=evaluator,
         sampling_weights=rollout_weights(policy.config, mesh, processes, config.model.dtype),
         start=params,
-        update=device.exclusive(programs.update),
-        scorer=device.exclusive(programs.scorer),
+        update=Exclusive(programs.update, device),
+        scorer=Exclusive(programs.scorer, device),
         optimizer=programs.optimizer,
         checkpoints=checkpoints,
         writer=writer,

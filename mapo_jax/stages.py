@@ -31,7 +31,7 @@ from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
 from mapo_jax.run import Collection, Position, Run, save, spoken_by
-from mapo_jax.running.checkpoint import with_leaves
+from mapo_jax.running.checkpoint import sampling_leaves, with_leaves
 from mapo_jax.running.forecast import check_update
 from mapo_jax.running.utilization import memory, peak_flops, step_work, utilization
 from mapo_jax.scores.figures import summarize
@@ -52,7 +52,7 @@ def warm_up(run: Run, at: Position) -> None:
             engine.warm_up()
             engine.unload()  # one engine at a time has weights
             run.processes.together("compiling", run.stop.check)
-        check_update(run.update, at.state, run.config, run.mesh)
+        check_update(run.update, at.state, run.config, run.mesh, run.policy.config)
     finished = run.writer and run.writer.last("timing_s/unix")
     if finished is not None:  # time since the end of the last finished step
         run.phases.add("lost", max(0.0, time.time() - finished))
@@ -106,6 +106,9 @@ def begin_dialogues(run: Run, at: Position, scenarios: Sequence[Scenario], step:
     engine.load(run.sampling_weights(at.state.weights), version)
     if version < at.step:
         engine.restore(with_leaves(engine.weights, run.restored[version]))
+    if run.policy.config.lora is not None and run.under_way:  # one copy of the frozen weights for all steps
+        shared = next(iter(run.under_way.values())).engine.weights
+        engine.restore(with_leaves(shared, sampling_leaves(engine.weights, adapters=True)))
     hold = _collection(run, scenarios, engine, step=step, training=True)
     collection = Collection(engine, hold, started, before)
     if not ahead:
@@ -158,9 +161,8 @@ def _collection(
 
     def progress(turns: int) -> None:
         run.stop.check()
-        if not training or step == min(
-            run.under_way, default=step
-        ):  # not of the steps that nobody waits for yet
+        # Not of the steps that nobody waits for yet.
+        if not training or step == min(run.under_way, default=step):
             run.display.phase(name + run.world.status(), turns, total)
 
     def collection(journal: Journal | None) -> Awaitable[Dialogues]:

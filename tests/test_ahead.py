@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mapo_jax import train, world
+from mapo_jax import stages, train
 from mapo_jax.config import load_config
 from mapo_jax.environment.roles import Roles
 from mapo_jax.rollout.engine import Engine
@@ -100,12 +100,12 @@ def test_latency_changes_nothing(start, undisturbed, tmp_path, monkeypatch):
 
             return call
 
-    def slow_roles(environment):
-        roles = scripted(environment)
-        return Roles(Slow(roles.user), Slow(roles.judge), Slow(roles.director))
+    def slow_collect(scenarios, rollouts, engine, chat, roles, *rest, **options):
+        slow = Roles(Slow(roles.user), Slow(roles.judge), Slow(roles.director))
+        return collect(scenarios, rollouts, engine, chat, slow, *rest, **options)
 
-    scripted = world.scripted_roles
-    monkeypatch.setattr(world, "scripted_roles", slow_roles)
+    collect = stages.collect
+    monkeypatch.setattr(stages, "collect", slow_collect)
     assert content(start(tmp_path / "slow")) == content(undisturbed)
 
 

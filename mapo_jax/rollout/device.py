@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import jax
-
-T = TypeVar("T")
 
 
 class Device(AbstractContextManager):
@@ -37,15 +35,6 @@ class Device(AbstractContextManager):
         before, self._taken = self._taken, self.seconds
         return self._taken - before
 
-    def exclusive(self, program: Callable[..., T]) -> Callable[..., T]:
-        """`program`, which waits for its turn, and returns when its results are there."""
-
-        def run(*arguments: object) -> T:
-            with self:
-                return jax.block_until_ready(program(*arguments))
-
-        return run
-
     def __enter__(self) -> Device:
         self._lock.acquire()
         self._since = time.monotonic()
@@ -54,3 +43,19 @@ class Device(AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self._seconds, self._since = self.seconds, None
         self._lock.release()
+
+
+@dataclass(frozen=True)
+class Exclusive:
+    """A jitted program that waits for its turn on a device, and returns when its results are there."""
+
+    program: jax.stages.Wrapped
+    device: Device
+
+    def __call__(self, *arguments: Any) -> Any:
+        with self.device:
+            return jax.block_until_ready(self.program(*arguments))
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """That of the program."""
+        return self.program.lower(*arguments)

@@ -41,7 +41,7 @@ from mapo_jax.model.qwen import Params, QwenConfig
 from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.capacity import cache_lengths, check_memory, check_sizes, copies_weights
 from mapo_jax.rollout.decoding import PerRequest, make_programs
-from mapo_jax.rollout.device import Device
+from mapo_jax.rollout.device import Device, Exclusive
 from mapo_jax.rollout.requests import Alternatives, Counts, Reply, Request, StaleSlot
 from mapo_jax.rollout.sampling import KEY_WORDS, LaneSampling, RequestSampling, Sampling
 
@@ -195,7 +195,7 @@ class Engine:
                 raise RuntimeError("new weights while replies are under way: advance to their end, or reset")
             self.reset()
         self._params = None  # free the old copy before the new one is made
-        ready = self.device.exclusive(self._programs.ready)
+        ready = Exclusive(self._programs.ready, self.device)
         self._params, self.version = ready(params) if self.copy_weights else params, version
 
     @property

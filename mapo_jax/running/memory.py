@@ -30,7 +30,7 @@ from mapo_jax.config import Config
 from mapo_jax.learning.batch import microbatch_rows, row_lengths
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.programs import loss_tokens, minibatch_rows
-from mapo_jax.learning.train_state import abstract_state
+from mapo_jax.learning.train_state import abstract_state, trained_and_frozen
 from mapo_jax.model import head, qwen
 from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
 from mapo_jax.model.backends import attention_name
@@ -106,24 +106,26 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
         * _kept(microbatch, config.model.remat),
         "work of one layer or of the head": work,
     }
+    rollout = rollout_memory(config, model, mesh, state.weights)
+    if config.rollout.ahead:  # dialogues are held while updates run
+        held, rollout = held | rollout, {}
     return Forecast(
-        *(
-            {kind: size for kind, size in sizes.items() if size}
-            for sizes in (held, update, _rollout(config, model, mesh, state.weights))
-        )
+        *({kind: size for kind, size in sizes.items() if size} for sizes in (held, update, rollout))
     )
 
 
-def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
+def rollout_memory(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
     """Memory while dialogues are held: each process has its share of them on its devices."""
     processes = Processes(0, process_count(mesh))
     share, own_mesh = share_of(config.rollout, processes.count), rollout_mesh(mesh, processes)
     dtype = config.model.dtype
     dialogues = share.scenarios * share.rollouts
     resident = min(share.slots or dialogues, dialogues)
+    steps = 1 + share.ahead  # under way at once, each with caches and weights of its own
     vocabulary = _device_share(model, mesh).vocab_size
     sizes = {
-        f"KV caches ({dtype})": cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(dtype))
+        f"KV caches ({dtype})": steps
+        * cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(dtype))
         / own_mesh.size,
         "logits of the lanes": 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary,
     }
@@ -131,9 +133,14 @@ def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> 
     if processes.count > 1:
         weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
         whole = _bytes(weights)
-    if not copies_weights(share.copy_weights, own_mesh):
+    if not share.ahead and not copies_weights(share.copy_weights, own_mesh):
         return {f"weights of a host ({dtype})": whole} | sizes
     copy = abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
+    if share.ahead:
+        trained, frozen = trained_and_frozen(copy)
+        sizes[f"{steps} copies of the trained weights ({dtype})"] = steps * _bytes(trained)
+        sizes[f"copy of the frozen weights ({dtype}), and while it is made"] = 2 * _bytes(frozen)
+        return sizes
     # The gathered weights are freed before caches are allocated.
     more = max(0, whole - sum(sizes.values()))
     return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | sizes
