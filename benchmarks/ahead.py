@@ -139,7 +139,7 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
             "logging.progress": False,
             "environment.concurrency": 1024,
         }
-        run(base / "first", 0, 0.0, settings | {"training.steps": 1})  # compiles
+        run(base / "first", 0, 0.0, settings | {"training.steps": 2})  # compiles
 
         def measure(name: str, seconds: float) -> list[list[dict[str, float]]]:
             return [

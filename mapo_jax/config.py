@@ -328,8 +328,6 @@ class Config(Section):
         require(divides, "training.minibatch_scenarios", rule)
         rule = f"at most rollout.max_turns ({rollout.max_turns})"
         require(rollout.min_turns <= rollout.max_turns, "rollout.min_turns", rule)
-        rule = "true or empty with rollout.ahead, since the updates overwrite the trainer's weights"
-        require(not rollout.ahead or rollout.copy_weights is not False, "rollout.copy_weights", rule)
         rule = f"less than rollout.max_tokens ({rollout.max_tokens})"
         require(rollout.max_reply_tokens < rollout.max_tokens, "rollout.max_reply_tokens", rule)
         rule = f"even, and a divisor of half of model.fresh.hidden ({fresh.hidden})"

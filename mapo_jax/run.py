@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -25,17 +25,23 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, in_bucket
 from mapo_jax.learning.optimizer import Optimizer
 from mapo_jax.learning.programs import make_programs
-from mapo_jax.learning.train_state import TrainState, abstract_state, create_state
+from mapo_jax.learning.train_state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    trained_and_frozen,
+    weights_copy,
+)
 from mapo_jax.learning.update import Update
 from mapo_jax.model.lora import join
 from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
-from mapo_jax.model.sharding import decoding_shardings, make_mesh, param_shardings, with_shardings
+from mapo_jax.model.sharding import make_mesh, param_shardings, with_shardings
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.rollout.device import Device, Exclusive
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
-from mapo_jax.running.checkpoint import Checkpoints, restore_params, sampling_leaves, save_base
+from mapo_jax.running.checkpoint import Checkpoints, restore_params, save_base
 from mapo_jax.running.display import Display
 from mapo_jax.running.forecast import check_memory, model_shape
 from mapo_jax.running.heartbeat import Heartbeat
@@ -71,6 +77,7 @@ class Collection:
     """The dialogues of one step, from their first turn until the step's update is over."""
 
     engine: Engine  # with the weights that speak in them
+    weights: Params | None  # the same; None without `rollout.ahead`, when they are the trainer's
     hold: Callable[[Journal | None], Awaitable[list[list[Dialogue]]]]
     started: float  # by `time.monotonic`
     before: Counts  # of the engine
@@ -101,6 +108,7 @@ class Run:
     engine: Engine  # samples for training; with `rollout.ahead`, each step does with a twin of it
     evaluator: Engine  # samples for evaluation
     sampling_weights: Callable[[Params], Params]  # from training weights to those of the engines
+    copy_weights: jax.stages.Wrapped  # of a tree of weights, in the compute dtype
     update: Update
     scorer: Callable[..., Any]  # the trainer's log-probabilities
     optimizer: Optimizer
@@ -112,7 +120,7 @@ class Run:
     stop: StopRequest
     compiled_lengths: set[int] = field(default_factory=set)  # row lengths with a compiled update
     under_way: dict[int, Collection] = field(default_factory=dict)  # by step
-    restored: dict[int, dict[str, jax.Array]] = field(default_factory=dict)  # by version: a checkpoint's
+    restored: dict[int, Params] = field(default_factory=dict)  # trained weights by version, of a checkpoint
 
     def leave(self, interruption: Interrupted, at: Position) -> NoReturn:
         """Saves an interrupted run and ends it.
@@ -173,11 +181,6 @@ def prepare(
             "training scenarios there are"
         )
     share = share_of(config.rollout, processes.count)  # may raise, so before anything is read
-    if config.rollout.ahead and processes.count > 1:
-        raise UserError(
-            f"`rollout.ahead` is {config.rollout.ahead}; it must be 0 with {processes.count} processes, "
-            "since each samples with weights of its own, which a checkpoint cannot hold"
-        )
     mesh = make_mesh(config.mesh)
     sampling_mesh = rollout_mesh(mesh, processes)
     claim_together(config, folder, processes, stack)
@@ -219,6 +222,7 @@ def prepare(
         engine=engine,
         evaluator=evaluator,
         sampling_weights=rollout_weights(policy.config, mesh, processes, config.model.dtype),
+        copy_weights=weights_copy(config.model.dtype),
         start=params,
         update=Exclusive(programs.update, device),
         scorer=Exclusive(programs.scorer, device),
@@ -301,8 +305,10 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
     if template.base is not None:
         state = replace(state, base=restore_params(run.folder / BASE_FOLDER, template.base))
     deck.set_state(progress["deck"])
-    step = progress["step"]
-    run.restored.update(run.checkpoints.restore_sampling(_sampling_shapes(run, state, step)))
+    step, config = progress["step"], run.config
+    copy = run.copy_weights.eval_shape(template.params)
+    copy = with_shardings(copy, jax.tree.map(lambda leaf: leaf.sharding, template.params))
+    run.restored.update(run.checkpoints.restore_sampling(dict.fromkeys(_earlier(config, step), copy)))
     note = f"continuing {run.folder} after step {step}"
     if step == run.config.training.steps:
         note = f"the run in {run.folder} is finished; for another choose another run.directory"
@@ -316,34 +322,27 @@ def spoken_by(config: Config, step: int) -> int:
     return max(0, step - config.rollout.ahead)
 
 
-def _earlier_versions(config: Config, step: int) -> set[int]:
-    """Versions before `step` that the steps from `step` on still need."""
+def _earlier(config: Config, step: int) -> list[int]:
+    """The versions before `step` that hold dialogues of the steps from `step` on."""
     later = range(step, min(step + config.rollout.ahead, config.training.steps))
-    return {version for version in (spoken_by(config, each) for each in later) if version < step}
-
-
-def _sampling_shapes(run: Run, state: TrainState, step: int) -> dict[int, dict[str, jax.ShapeDtypeStruct]]:
-    shapes = parameter_shapes(run.policy.config)
-    weights = run.engine.abstract_weights(state.weights)
-    weights = with_shardings(weights, decoding_shardings(shapes, run.mesh))
-    leaves = sampling_leaves(weights, adapters=run.policy.config.lora is not None)
-    return dict.fromkeys(sorted(_earlier_versions(run.config, step)), leaves)
+    return sorted({version for version in (spoken_by(config, each) for each in later) if version < step})
 
 
 def save(run: Run, at: Position) -> None:
     """Starts to save a checkpoint. It needs no random state: numbers follow from the seed and the step.
 
     Dialogues under way are not saved: those of a step are held again, by the same weights. So the checkpoint
-    has these too, in the form in which they sample.
+    has these too, in the precision in which they sample.
     """
-    engines = [collection.engine for collection in run.under_way.values()]
+    earlier = _earlier(run.config, at.step)
     sampling = {
-        engine.version: sampling_leaves(engine.weights, adapters=run.policy.config.lora is not None)
-        for engine in engines
-        if engine.version in _earlier_versions(run.config, at.step)
+        version: trained_and_frozen(collection.weights)[0]
+        for step, collection in run.under_way.items()
+        if (version := spoken_by(run.config, step)) in earlier
     }
     progress = {"deck": at.deck, "seed": run.config.training.seed, "configuration": to_yaml(run.config)}
-    with run.phases("checkpoint"):
+    several = run.processes.count > 1  # they synchronise by programs on their devices
+    with run.phases("checkpoint"), run.engine.device if several else nullcontext():
         run.checkpoints.save(at.step, at.state, progress, sampling)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -24,18 +24,21 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import part_name, part_of, write_whole
 from mapo_jax.learning.batch import Batch, Cells, make_batch, make_cells, row_length, row_lengths
 from mapo_jax.learning.programs import rows_per_dialogue
-from mapo_jax.learning.train_state import TrainState
+from mapo_jax.learning.train_state import TrainState, trained_and_frozen
 from mapo_jax.learning.update import Metrics, fetch, place
+from mapo_jax.model.lora import join
+from mapo_jax.model.qwen import Params
 from mapo_jax.rollout.collect import Dialogue, collect
+from mapo_jax.rollout.device import Exclusive
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
 from mapo_jax.run import Collection, Position, Run, save, spoken_by
-from mapo_jax.running.checkpoint import sampling_leaves, with_leaves
 from mapo_jax.running.forecast import check_update
 from mapo_jax.running.utilization import memory, peak_flops, step_work, utilization
 from mapo_jax.scores.figures import summarize
 
+T = TypeVar("T")
 Dialogues = list[list[Dialogue]]  # [S][R], of this process's scenarios
 EVALUATION_STREAM = 1_000_003  # added to the seed, so that no dialogue of validation repeats one of training
 
@@ -100,20 +103,25 @@ def begin_dialogues(run: Run, at: Position, scenarios: Sequence[Scenario], step:
 
     All of a step's dialogues are of one version, and that follows from the step alone.
     """
-    version, ahead = spoken_by(run.config, step), run.config.rollout.ahead
-    engine = run.engine.twin() if ahead else run.engine
-    started, before = time.monotonic(), replace(engine.counts)
-    engine.load(run.sampling_weights(at.state.weights), version)
-    if version < at.step:
-        engine.restore(with_leaves(engine.weights, run.restored[version]))
-    if run.policy.config.lora is not None and run.under_way:  # one copy of the frozen weights for all steps
-        shared = next(iter(run.under_way.values())).engine.weights
-        engine.restore(with_leaves(shared, sampling_leaves(engine.weights, adapters=True)))
+    version, ahead, started = spoken_by(run.config, step), run.config.rollout.ahead, time.monotonic()
+    engine, copy = (run.engine.twin(), _copy(run, at, version)) if ahead else (run.engine, None)
+    before = replace(engine.counts)
+    engine.load(Exclusive(run.sampling_weights, engine.device)(copy or at.state.weights), version)
     hold = _collection(run, scenarios, engine, step=step, training=True)
-    collection = Collection(engine, hold, started, before)
+    collection = Collection(engine, copy, hold, started, before)
     if not ahead:
         return collection
     return replace(collection, begun=run.world.begin(collection.hold_and_note, stream="train", step=step))
+
+
+def _copy(run: Run, at: Position, version: int) -> Params:
+    """The weights of a version, that updates leave alone; all steps under way share the frozen ones."""
+    copy = Exclusive(run.copy_weights, run.engine.device)
+    trained = copy(at.state.params) if version == at.step else run.restored[version]
+    if at.state.base is None:
+        return trained
+    others = [collection.weights for collection in run.under_way.values()]
+    return join(trained_and_frozen(others[0])[1] if others else copy(at.state.base), trained)
 
 
 def _rollout_metrics(run: Run, reports: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -142,7 +150,7 @@ def converse(run: Run, at: Position, scenarios: Sequence[Scenario], *, patient: 
     fails in one process fails in all.
     """
     hold = _collection(run, scenarios, run.evaluator, step=0, training=False)
-    collection = Collection(run.evaluator, hold, time.monotonic(), replace(run.evaluator.counts))
+    collection = Collection(run.evaluator, None, hold, time.monotonic(), replace(run.evaluator.counts))
     return _wait(run, at, collection, stream="evaluation", step=at.step, patient=patient)
 
 
@@ -241,7 +249,7 @@ def lay_out_cells(run: Run, dialogues: Dialogues) -> Cells:
     """Positions and masks of every turn of the step, `[S, R, T]`, of all processes' dialogues."""
     max_failed_share = run.config.environment.max_failed_share
     cells = make_cells(dialogues, run.config.rollout.max_turns, max_failed_share=max_failed_share)
-    return Cells(*run.processes.gather((cells.positions, cells.valid, cells.scored)))
+    return Cells(*_gather(run, (cells.positions, cells.valid, cells.scored)))
 
 
 def lay_out_rows(run: Run, dialogues: Dialogues, advantages: Values, scored: Mask) -> Batch:
@@ -251,7 +259,13 @@ def lay_out_rows(run: Run, dialogues: Dialogues, advantages: Values, scored: Mas
     length = max(run.processes.exchange("rows", length))
     advantages, rows = np.asarray(advantages)[share], rows_per_dialogue(run.config)
     batch = make_batch(dialogues, advantages, scored[share], length, rows_per_dialogue=rows)
-    return run.processes.gather(batch)
+    return _gather(run, batch)
+
+
+def _gather(run: Run, tree: T) -> T:
+    """`Processes.gather`, which runs programs on the devices."""
+    with run.engine.device:
+        return run.processes.gather(tree)
 
 
 # --- The update. ---
@@ -273,7 +287,7 @@ def rescore(run: Run, state: TrainState, rows: Batch) -> Batch:
     if run.config.algorithm.old_logprobs == "sampler":
         return rows
     logprobs = run.scorer(state.weights, place(rows, run.mesh))
-    return replace(rows, old_logprobs=np.asarray(run.processes.gather(logprobs)))
+    return replace(rows, old_logprobs=np.asarray(_gather(run, logprobs)))
 
 
 def finish_update(

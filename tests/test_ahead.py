@@ -12,10 +12,14 @@ from rich.console import Console
 from mapo_jax import stages, train
 from mapo_jax.config import load_config
 from mapo_jax.environment.roles import Roles
+from mapo_jax.errors import UserError
+from mapo_jax.model.sharding import make_mesh
 from mapo_jax.rollout.engine import Engine
+from mapo_jax.running import forecast
 from mapo_jax.running.checkpoint import Checkpoints
+from mapo_jax.running.memory import forecast_memory
 from mapo_jax.running.metrics import METRICS_FILE
-from mapo_jax.running.run_folder import checkpoint_folder
+from mapo_jax.running.run_folder import checkpoint_folder, whole_steps
 
 STEPS = 5
 
@@ -113,21 +117,69 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(
-    ("where", "method", "calls"), [(train, "place", 6), (Checkpoints, "save", 3), (Engine, "advance", 40)]
-)
-def test_killed_and_continued_it_ends_the_same(
-    start, undisturbed, tmp_path, monkeypatch, where, method, calls
-):
-    whole, left = getattr(where, method), [calls]
+def test_killed_in_update_save_and_rollout_it_ends_the_same(start, undisturbed, tmp_path, monkeypatch):
+    """The dialogues of the steps under way are held again by the weights that the checkpoint has kept."""
 
-    def killing(*arguments, **options):
-        left[0] -= 1
-        if left[0] <= 0:
-            raise Killed
-        return whole(*arguments, **options)
+    def dying(function, calls):
+        left = iter(range(calls - 1))
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(where, method, killing)
-        start(tmp_path / "killed")
+        def call(*arguments, **options):
+            if next(left, None) is None:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    for where, method, calls in ((train, "place", 6), (Checkpoints, "save", 2), (Engine, "advance", 5)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(where, method, dying(getattr(where, method), calls))
+            start(tmp_path / "killed")
+    assert whole_steps(tmp_path / "killed") == [2]
     assert content(start(tmp_path / "killed")) == content(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["rollout.ahead=-1"], r"`rollout\.ahead`"),
+        (
+            ["rollout.ahead=1", "environment.family=live"]
+            + [f"environment.{role}.model=engine:x" for role in ("user", "judge", "director")],
+            r"`rollout\.ahead` is 1; it must be 0 with environment\.user\.model=engine:x",
+        ),
+    ],
+)
+def test_settings_that_it_cannot_go_with(settings, message):
+    with pytest.raises(UserError, match=message):
+        load_config(None, settings)
+
+
+def test_the_memory_of_every_step_under_way_is_counted(monkeypatch):
+    """Caches and weights of N + 1 steps, during updates too; what they do not fit is refused with figures."""
+    found = {}
+    for ahead in (0, 2):
+        config = load_config(None, [f"rollout.ahead={ahead}"])
+        model, mesh = forecast.model_shape(config), make_mesh(config.mesh, jax.devices()[:1])
+        found[ahead] = forecast_memory(config, model, mesh)
+    caches, copy = "KV caches (float32)", "weights that are trained"
+    assert found[2].held[caches] == 3 * found[0].rollout[caches] and not found[2].rollout
+    assert found[2].held["weights of 3 steps (float32)"] == 3 * found[0].held[copy]
+    needed = sum(found[2].held.values()) + found[2].update["gradient"]
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: needed - 1)
+    with pytest.raises(UserError, match=r"`rollout\.ahead` is 2, with which each device needs .* KV caches"):
+        forecast.check_memory(config, model, mesh)
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: needed)
+    forecast.check_memory(config, model, mesh)
+
+
+def test_the_forecast_says_what_it_would_bring(monkeypatch, tmp_path):
+    """Ten turns of 10 s of calls and an opening of 4 s; the devices' time is that of the run's steps."""
+    settings = ["environment.family=live", "rollout.max_turns=10", f"run.directory={tmp_path}"]
+    for role, seconds in (("user", 4), ("judge", 5), ("director", 1)):
+        settings += [f"environment.{role}.{key}" for key in ("model=m", "url=http://a", f"seconds={seconds}")]
+    (tmp_path / METRICS_FILE).write_text('{"step": 1, "perf/device_busy": 0.5, "timing_s/step": 80.0}\n')
+    config = load_config(None, [*settings, "environment.concurrency=128"])
+    title, *lines = forecast.ahead_table(config, forecast.model_shape(config), make_mesh(config.mesh))
+    assert "40 s, measured" in title
+    assert [int(line.split()[1]) for line in lines] == [144, 72, 50]  # 64 dialogues x 100 s / 128 are 50 s
+    assert forecast.ahead_table(load_config(), None, None) == []

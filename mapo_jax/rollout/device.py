@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,9 @@ class Device(AbstractContextManager):
 
 @dataclass(frozen=True)
 class Exclusive:
-    """A jitted program that waits for its turn on a device, and returns when its results are there."""
+    """A program that waits for its turn on a device, and returns when its results are there."""
 
-    program: jax.stages.Wrapped
+    program: Callable[..., Any]  # jitted, for `lower`
     device: Device
 
     def __call__(self, *arguments: Any) -> Any:

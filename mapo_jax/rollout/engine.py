@@ -198,20 +198,6 @@ class Engine:
         ready = Exclusive(self._programs.ready, self.device)
         self._params, self.version = ready(params) if self.copy_weights else params, version
 
-    @property
-    def weights(self) -> Params | None:
-        """The loaded weights as the programs read them; None without any. Set by `load` and `restore`."""
-        return self._params
-
-    def restore(self, weights: Params) -> None:
-        """Replaces the loaded weights by others of the same form, earlier `weights` of this version."""
-        self._need_weights()
-        self._params = weights
-
-    def abstract_weights(self, params: Params) -> Params:
-        """The form of `weights` after `load(params, ...)`, as `jax.ShapeDtypeStruct`s."""
-        return self._programs.ready.eval_shape(params) if self.copy_weights else params
-
     def reset(self) -> None:
         """Empties every slot, drops every unfinished reply, and frees the cache."""
         self._rows: list[list[int]] = [[] for _ in range(self.slots)]
@@ -383,8 +369,9 @@ class Engine:
         Returns:
           Of prefill and generate: the jitted function and its arguments, as `warm_up` would give them.
         """
-        cache = self._programs.create.eval_shape(self.lengths[-1])
-        weights = self.abstract_weights(params)
+        create, ready = self._programs.create, self._programs.ready
+        cache = create.eval_shape(self.lengths[-1])
+        weights = ready.eval_shape(params) if self.copy_weights else params
         rows = np.zeros(self.prefill_rows, np.int32)
         padding = np.zeros((self.prefill_rows, self.chunk), np.int32)
         return {

@@ -33,7 +33,6 @@ from mapo_jax.files import (
     write_whole,
 )
 from mapo_jax.learning.train_state import TrainState
-from mapo_jax.model.lora import ADAPTERS
 from mapo_jax.running.run_folder import BASE_FOLDER, CHECKPOINTS_FOLDER, best_steps, whole_steps
 
 LOG = logging.getLogger("mapo_jax.checkpoint")  # no handler of its own, so it goes to standard error
@@ -89,7 +88,7 @@ class Checkpoints(AbstractContextManager):
         step: int,
         state: TrainState,
         progress: Mapping[str, Any],
-        sampling: Mapping[int, Mapping[str, jax.Array]] = _NONE,
+        sampling: Mapping[int, Any] = _NONE,
     ) -> None:
         """Starts a save; returns when the state is copied, so that its buffers may be donated.
 
@@ -99,7 +98,7 @@ class Checkpoints(AbstractContextManager):
           step: finished steps.
           state: the training state.
           progress: JSON values: everything else that the run continues from.
-          sampling: by version, earlier weights that dialogues under way go on with (`sampling_leaves`).
+          sampling: by version, earlier trained weights, by which dialogues of the steps to come are held.
 
         Raises:
           UserError: the disk is full, in this save or the one before. Earlier checkpoints are whole.
@@ -135,15 +134,13 @@ class Checkpoints(AbstractContextManager):
         folder = self.folder / str(steps[-1])
         return _from_saved(_restore(folder, _to_saved(template)), template), read_progress(folder)
 
-    def restore_sampling(
-        self, template: Mapping[int, Mapping[str, jax.ShapeDtypeStruct]]
-    ) -> dict[int, dict[str, jax.Array]]:
+    def restore_sampling(self, template: Mapping[int, Any]) -> dict[int, Any]:
         """The `sampling` of the newest whole checkpoint; arguments and errors as of `restore_latest`."""
         if not template:
             return {}
-        saved = {str(version): dict(leaves) for version, leaves in template.items()}
+        saved = {str(version): weights for version, weights in template.items()}
         restored = _restore(self.folder / str(self.steps[-1]), {"sampling": saved})["sampling"]
-        return {int(version): leaves for version, leaves in restored.items()}
+        return {int(version): weights for version, weights in restored.items()}
 
     def close(self) -> None:
         """Finishes a running save and closes the manager. Raises as `save` does."""
@@ -258,21 +255,7 @@ def _chunked(saved: Any) -> _Save:
     return _Save(saved, save_args=jax.tree.map(options, saved))
 
 
-def sampling_leaves(weights: Any, *, adapters: bool) -> dict[str, Any]:
-    """What a checkpoint saves of an engine's weights, by dotted path: all, or only the adapters."""
-    return {
-        _dotted(path): leaf
-        for path, leaf in _leaves(weights)
-        if not adapters or getattr(path[-1], "key", None) in ADAPTERS
-    }
-
-
-def with_leaves(weights: Any, leaves: Mapping[str, Any]) -> Any:
-    """The weights with those of `sampling_leaves` in place of their own."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(_dotted(path), leaf), weights)
-
-
-def _to_saved(state: TrainState, sampling: Mapping[int, Mapping[str, jax.Array]] = _NONE) -> dict[str, Any]:
+def _to_saved(state: TrainState, sampling: Mapping[int, Any] = _NONE) -> dict[str, Any]:
     # The optimizer's named tuples become a flat dict, so that the format has names and arrays only. The base
     # beside adapters never changes: the run folder has it once.
     saved = {
@@ -283,7 +266,7 @@ def _to_saved(state: TrainState, sampling: Mapping[int, Mapping[str, jax.Array]]
     if state.reference is not None:
         saved["reference"] = state.reference
     if sampling:
-        saved["sampling"] = {str(version): dict(leaves) for version, leaves in sampling.items()}
+        saved["sampling"] = {str(version): weights for version, weights in sampling.items()}
     return saved
 
 

@@ -15,7 +15,7 @@ from mapo_jax.learning.programs import abstract_batch, check_rows
 from mapo_jax.learning.train_state import TrainState
 from mapo_jax.model.huggingface import read_config
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
-from mapo_jax.model.sharding import make_mesh, sharding_table
+from mapo_jax.model.sharding import make_mesh, sharding_table, with_shardings
 from mapo_jax.rollout.device import Exclusive
 from mapo_jax.rollout.requests import Counts
 from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory, rollout_memory
@@ -208,7 +208,8 @@ def check_update(
     else:
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         if config.rollout.ahead:
-            needed += sum(rollout_memory(config, model, mesh, state.weights).values())
+            weights = with_shardings(state.weights, jax.tree.map(lambda leaf: leaf.sharding, state.weights))
+            needed += sum(rollout_memory(config, model, mesh, weights).values())
         if limit is None or needed <= limit:
             return
         reason = f"it needs {needed / GIB:.1f} GiB of {limit / GIB:.1f}"

@@ -34,7 +34,7 @@ from mapo_jax.learning.train_state import abstract_state, trained_and_frozen
 from mapo_jax.model import head, qwen
 from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
 from mapo_jax.model.backends import attention_name
-from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
+from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import RULES, param_shardings, row_shards
 from mapo_jax.rollout.capacity import cache_bytes, copies_weights
 from mapo_jax.running.processes import (
@@ -115,7 +115,10 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh, *, length: in
 
 
 def rollout_memory(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
-    """Memory while dialogues are held: each process has its share of them on its devices."""
+    """Memory while dialogues are held: each process has its share of them on its devices.
+
+    `weights` are `jax.ShapeDtypeStruct`s with shardings.
+    """
     processes = Processes(0, process_count(mesh))
     share, own_mesh = share_of(config.rollout, processes.count), rollout_mesh(mesh, processes)
     dtype = config.model.dtype
@@ -133,14 +136,14 @@ def rollout_memory(config: Config, model: QwenConfig, mesh: Mesh, weights: Param
     if processes.count > 1:
         weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
         whole = _bytes(weights)
-    if not share.ahead and not copies_weights(share.copy_weights, own_mesh):
-        return {f"weights of a host ({dtype})": whole} | sizes
+    if share.ahead:  # which updates leave alone
+        trained, frozen = trained_and_frozen(in_precision(weights, dtype))
+        sizes[f"weights of {steps} steps ({dtype})"] = steps * _bytes(trained) + _bytes(frozen)
+    if not copies_weights(share.copy_weights, own_mesh):
+        return {f"weights of a host ({dtype})": steps * whole} | sizes
     copy = abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
     if share.ahead:
-        trained, frozen = trained_and_frozen(copy)
-        sizes[f"{steps} copies of the trained weights ({dtype})"] = steps * _bytes(trained)
-        sizes[f"copy of the frozen weights ({dtype}), and while it is made"] = 2 * _bytes(frozen)
-        return sizes
+        return {f"copies of the weights ({dtype})": steps * (_bytes(copy) + whole)} | sizes
     # The gathered weights are freed before caches are allocated.
     more = max(0, whole - sum(sizes.values()))
     return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | sizes

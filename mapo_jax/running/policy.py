@@ -215,8 +215,7 @@ def make_engine(
         stop_ids=stop_ids,
         vocabulary_size=vocabulary_size,
         sampling=Sampling(temperature=temperature),
-        # Updates donate the trainer's weights, which the steps under way go on to sample with.
-        copy_weights=True if rollout.ahead else rollout.copy_weights,
+        copy_weights=rollout.copy_weights,
         dtype=dtype,
         mesh=mesh,
         device=device,
