@@ -67,21 +67,12 @@ def warm_up(run: Run, at: Position) -> None:
 def hold_dialogues(run: Run, at: Position, deck: grain.DatasetIterator) -> tuple[Dialogues, dict[str, float]]:
     """Holds R dialogues in each scenario of the step: dialogues [S][R], and their metrics.
 
-    With `rollout.ahead` the step's dialogues began N steps earlier, and the first of those of N steps later
-    begin now, with the current weights.
+    With `rollout.ahead` they began N steps earlier, and those of the step N later begin now.
     """
-    ahead, config = run.config.rollout.ahead, run.config
     device, started = run.engine.device, time.monotonic()
     device.take_seconds()  # those before this step do not count
     busy = device.seconds
-    last = min(at.step + ahead, config.training.steps - 1)
-    drawn = {step: next(deck) for step in range(at.step, last + 1)}
-    deck.set_state(at.deck)
-    scenarios = next(deck)  # the next step draws the later ones again
-    for step in [step for step in run.under_way if step < at.step]:
-        del run.under_way[step]  # and with it the weights that spoke
-    for step in sorted(drawn.keys() - run.under_way.keys()):
-        run.under_way[step] = begin_dialogues(run, at, drawn[step], step)
+    scenarios = _begin_due(run, at, deck)
     collection = run.under_way[at.step]
     dialogues = _wait(run, at, collection, stream="train", step=at.step)
     engine, rows = collection.engine, [row for group in dialogues for each in group for row in each.rows]
@@ -98,7 +89,18 @@ def hold_dialogues(run: Run, at: Position, deck: grain.DatasetIterator) -> tuple
     return dialogues, metrics | (_rollout_metrics(run, reports) if reports else {})
 
 
-def begin_dialogues(run: Run, at: Position, scenarios: Sequence[Scenario], step: int) -> Collection:
+def _begin_due(run: Run, at: Position, deck: grain.DatasetIterator) -> list[Scenario]:
+    """Begins every step whose weights exist by now; returns the scenarios of this one, and draws them."""
+    last = min(at.step + run.config.rollout.ahead, run.config.training.steps - 1)
+    drawn = {step: next(deck) for step in range(at.step, last + 1)}
+    for step in sorted(drawn.keys() - run.under_way.keys()):
+        run.under_way[step] = _begin(run, at, drawn[step], step)
+    run.restored.clear()
+    deck.set_state(at.deck)
+    return next(deck)  # the next step draws the later ones again
+
+
+def _begin(run: Run, at: Position, scenarios: Sequence[Scenario], step: int) -> Collection:
     """Loads the weights that hold the dialogues of a step; with `rollout.ahead`, also begins these.
 
     All of a step's dialogues are of one version, and that follows from the step alone.
@@ -324,13 +326,14 @@ def not_finite(run: Run, step: int, first_update: bool) -> str:
 
 
 def record(run: Run, at: Position, dialogues: Dialogues, metrics: dict[str, float], started: float) -> None:
-    """Writes a finished step to the disk and the display.
+    """Writes a finished step to the disk and the display; lets the weights go that spoke in it.
 
     Args:
       at: after the step.
       metrics: of its dialogues and updates.
       started: the start of the step, by `time.monotonic`.
     """
+    run.under_way.pop(at.step - 1)
     seconds = time.monotonic() - started
     times = {
         "timing_s/step": seconds,

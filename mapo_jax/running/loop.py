@@ -43,7 +43,10 @@ class LoopThread(AbstractContextManager):
         """Begins `work`; the task is one of the loop, for another `run` to await."""
 
         async def begin() -> asyncio.Task[T]:
-            return asyncio.ensure_future(work)
+            task = asyncio.ensure_future(work)
+            # Nobody awaits it after an interruption: its exception is retrieved, else asyncio would log it.
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())
+            return task
 
         return self.run(begin())
 
