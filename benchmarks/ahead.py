@@ -46,11 +46,11 @@ from mapo_jax.tokenizer import train_tokenizer, write_tokenizer
 AHEAD, SIGMA = (0, 1, 2), 0.8
 SETTINGS = {
     "rollout.scenarios": 4,
-    "rollout.rollouts": 4,
-    "rollout.max_turns": 6,
-    "rollout.min_turns": 6,
-    "rollout.max_reply_tokens": 24,
-    "rollout.max_tokens": 512,
+    "rollout.rollouts": 2,
+    "rollout.max_turns": 4,
+    "rollout.min_turns": 4,
+    "rollout.max_reply_tokens": 16,
+    "rollout.max_tokens": 320,
     "training.minibatch_scenarios": 2,
     "training.microbatch_tokens": 0,
 }
@@ -128,7 +128,7 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
         base = Path(folder)
         settings = {
             **(TINY if options.tiny else SETTINGS),
-            "model.path": write_model(base, 32 if options.tiny else 128),
+            "model.path": write_model(base, 32 if options.tiny else 64),
             "run.compilation_cache": base / "programs",
             "training.steps": options.steps,
             "evaluation.every": options.steps,
