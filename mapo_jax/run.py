@@ -73,7 +73,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Collection:
+class UnderWay:
     """The dialogues of one step, from their first turn until the step's update is over."""
 
     engine: Engine  # with the weights that speak in them
@@ -119,7 +119,7 @@ class Run:
     phases: Phases
     stop: StopRequest
     compiled_lengths: set[int] = field(default_factory=set)  # row lengths with a compiled update
-    under_way: dict[int, Collection] = field(default_factory=dict)  # by step
+    under_way: dict[int, UnderWay] = field(default_factory=dict)  # by step
     restored: dict[int, Params] = field(default_factory=dict)  # trained weights by version, of a checkpoint
 
     def leave(self, interruption: Interrupted, at: Position) -> NoReturn:

@@ -33,7 +33,7 @@ from mapo_jax.rollout.device import Exclusive
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
-from mapo_jax.run import Collection, Position, Run, save, spoken_by
+from mapo_jax.run import Position, Run, UnderWay, save, spoken_by
 from mapo_jax.running.forecast import check_update
 from mapo_jax.running.utilization import memory, peak_flops, step_work, utilization
 from mapo_jax.scores.figures import summarize
@@ -100,7 +100,7 @@ def _begin_due(run: Run, at: Position, deck: grain.DatasetIterator) -> list[Scen
     return next(deck)  # the next step draws the later ones again
 
 
-def _begin(run: Run, at: Position, scenarios: Sequence[Scenario], step: int) -> Collection:
+def _begin(run: Run, at: Position, scenarios: Sequence[Scenario], step: int) -> UnderWay:
     """Loads the weights that hold the dialogues of a step; with `rollout.ahead`, also begins these.
 
     All of a step's dialogues are of one version, and that follows from the step alone.
@@ -110,7 +110,7 @@ def _begin(run: Run, at: Position, scenarios: Sequence[Scenario], step: int) -> 
     before = replace(engine.counts)
     engine.load(Exclusive(run.sampling_weights, engine.device)(copy or at.state.weights), version)
     hold = _collection(run, scenarios, engine, step=step, training=True)
-    collection = Collection(engine, copy, hold, started, before)
+    collection = UnderWay(engine, copy, hold, started, before)
     if not ahead:
         return collection
     return replace(collection, begun=run.world.begin(collection.hold_and_note, stream="train", step=step))
@@ -152,7 +152,7 @@ def converse(run: Run, at: Position, scenarios: Sequence[Scenario], *, patient: 
     fails in one process fails in all.
     """
     hold = _collection(run, scenarios, run.evaluator, step=0, training=False)
-    collection = Collection(run.evaluator, None, hold, time.monotonic(), replace(run.evaluator.counts))
+    collection = UnderWay(run.evaluator, None, hold, time.monotonic(), replace(run.evaluator.counts))
     return _wait(run, at, collection, stream="evaluation", step=at.step, patient=patient)
 
 
@@ -195,7 +195,7 @@ def _collection(
 
 
 def _wait(
-    run: Run, at: Position, collection: Collection, *, stream: str, step: int, patient: bool = True
+    run: Run, at: Position, collection: UnderWay, *, stream: str, step: int, patient: bool = True
 ) -> Dialogues:
     """The dialogues of a collection, which begins now unless it has begun; frees its memory."""
     if run.processes.count == 1:  # of several each pauses alone, and cannot save alone

@@ -134,7 +134,7 @@ def test_killed_in_update_save_and_rollout_it_ends_the_same(start, undisturbed, 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(where, method, dying(getattr(where, method), calls))
             start(tmp_path / "killed")
-    assert whole_steps(tmp_path / "killed") == [2]
+    assert 0 < max(whole_steps(tmp_path / "killed")) < STEPS
     assert content(start(tmp_path / "killed")) == content(undisturbed)
 
 

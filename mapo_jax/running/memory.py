@@ -133,20 +133,18 @@ def rollout_memory(config: Config, model: QwenConfig, mesh: Mesh, weights: Param
         "logits of the lanes": 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary,
     }
     whole = 0
-    if processes.count > 1:
-        weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
-        whole = _bytes(weights)
     if share.ahead:  # which updates leave alone
         trained, frozen = trained_and_frozen(in_precision(weights, dtype))
         sizes[f"weights of {steps} steps ({dtype})"] = steps * _bytes(trained) + _bytes(frozen)
+    if processes.count > 1:
+        weights = abstract_rollout_weights(weights, model, own_mesh, dtype)
+        whole = _bytes(weights)
     if not copies_weights(share.copy_weights, own_mesh):
         return {f"weights of a host ({dtype})": steps * whole} | sizes
     copy = abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
-    if share.ahead:
-        return {f"copies of the weights ({dtype})": steps * (_bytes(copy) + whole)} | sizes
-    # The gathered weights are freed before caches are allocated.
-    more = max(0, whole - sum(sizes.values()))
-    return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | sizes
+    # The gathered weights are freed before caches are allocated, unless other steps are under way.
+    more = whole if share.ahead else max(0, whole - sum(sizes.values()))
+    return {f"copy of the weights ({dtype})": steps * _bytes(copy), "more, while it is made": more} | sizes
 
 
 def device_memory(mesh: Mesh) -> int | None:
