@@ -185,7 +185,7 @@ def _collection(
             run.limits,
             seed=seed,
             step=step,
-            concurrency=run.world.concurrency,
+            concurrency=run.world.calls,
             share=share,
             on_turn=progress,
             journal=journal,

@@ -45,7 +45,8 @@ class World:
       roles: user, judge, director.
       evaluation_roles: the same, with the held-out judge as the judge if there is one.
       live: whether language models play them.
-      concurrency: bounds the calls of this process at once, of all collections together.
+      concurrency: maximum calls of this process at once.
+      calls: bounds them, of all collections together.
       processes: the processes of the run; each holds its share of the dialogues.
       on_pause: called before every pause, to save the run.
     """
@@ -63,8 +64,8 @@ class World:
         processes: Processes = SINGLE,
     ) -> None:
         """Use `open_world`, which also closes it. A live world has a `log`."""
-        self.live = log is not None
-        self.concurrency = asyncio.Semaphore(config.environment.concurrency)
+        self.live, self.concurrency = log is not None, config.environment.concurrency
+        self.calls = asyncio.Semaphore(self.concurrency)
         self.processes = processes
         self.on_pause: Callable[[], None] = lambda: None
         self._config, self._folder, self._runner = config.environment, folder, runner
