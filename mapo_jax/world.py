@@ -255,6 +255,8 @@ def open_world(
         names = (*ROLES, HELD_OUT) if held_out(environment) else ROLES
         part = part_name(processes.index, processes.count)
         callers, log = stack.enter_context(open_models(config, folder, mesh, runner, names, part=part))
+        if isinstance(runner, LoopThread):
+            stack.callback(runner.cancel)  # before connections are closed, which would look like failures
         made = {name: make_role(name, config, callers, log) for name in names}
         roles = Roles(*(made[name] for name in ROLES))
         yield World(

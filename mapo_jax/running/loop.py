@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import weakref
 from collections.abc import Coroutine
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ class LoopThread(AbstractContextManager):
 
     def __enter__(self) -> LoopThread:
         ready: queue.Queue[asyncio.AbstractEventLoop] = queue.Queue()
+        self._started: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
 
         async def serve() -> None:
             self._over = asyncio.Event()
@@ -44,11 +46,22 @@ class LoopThread(AbstractContextManager):
 
         async def begin() -> asyncio.Task[T]:
             task = asyncio.ensure_future(work)
+            self._started.add(task)
             # Nobody awaits it after an interruption: its exception is retrieved, else asyncio would log it.
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
             return task
 
         return self.run(begin())
+
+    def cancel(self) -> None:
+        """Cancels what `start` began, and waits until it has ended."""
+
+        async def end() -> None:
+            for task in list(self._started):
+                task.cancel()
+            await asyncio.gather(*self._started, return_exceptions=True)
+
+        self.run(end())
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._over.set)
