@@ -98,6 +98,9 @@ class RandomEngine:
     def reset(self) -> None:
         self._waiting = []
 
+    def release(self, slot: int) -> None:
+        pass
+
     def submit(self, request) -> None:
         self._waiting.append(request.slot)
 

@@ -118,6 +118,9 @@ class RolloutConfig(Section):
     max_tokens: int = key(448, "longest dialogue in tokens; also the length of the KV cache", ge=2)
     copy_weights: bool | None = key(None, "sample with a cast copy: faster, needs memory; empty: only on CPU")
     slots: Count | None = key(None, "KV caches on the device, the rest in host memory; empty: all of a step")
+    ahead: int = key(
+        0, "N: steps that are held ahead; the dialogues of step k by the weights after update k - N", ge=0
+    )
     history: Literal["append", "per_turn"] = key(
         "append", "append: one growing row per dialogue; per_turn: one rendered row per turn"
     )
@@ -144,6 +147,7 @@ class RoleConfig(Section):
     key_variable: str | None = key(None, "environment variable that holds the server's key")
     implementation: str | None = key(None, "a class of your own, package.module:Class; empty: ours")
     temperature: Amount = key(1.0, "sampling temperature")
+    seconds: Amount = key(0.0, "expected time of a call, for the estimates of --dry-run only")
     max_tokens: Count = key(2048, "longest answer, reasoning included")
     extra_body: dict[str, Any] = key({}, "more request fields; engine: slots, tokens")
     requests_per_minute: int = key(0, "the server's limit; 0: none", ge=0)
@@ -337,6 +341,9 @@ class Config(Section):
             raise ValueError(f"`mesh` is {sizes}; it must have at most one axis of size -1")
         for name in played_roles(self.environment):
             validate_role(name, getattr(self.environment, name))
+            model = getattr(self.environment, name).model or ""
+            rule = f"0 with environment.{name}.model={model}, whose answers need the same devices"
+            require(not rollout.ahead or not model.startswith(ENGINE), "rollout.ahead", rule)
         return self
 
 

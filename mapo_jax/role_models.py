@@ -28,6 +28,7 @@ from mapo_jax.files import part_of
 from mapo_jax.rollout.completion import EngineModel
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.sampling import Sampling
+from mapo_jax.running.loop import LoopThread
 from mapo_jax.running.policy import check_policy, load_policy
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def open_models(
     config: Config,
     folder: Path | None,
     mesh: Mesh | None,
-    runner: asyncio.Runner,
+    runner: asyncio.Runner | LoopThread,
     names: Sequence[str],
     *,
     part: str = "",
@@ -148,7 +149,10 @@ def _load_class(name: str, path: str) -> Callable[[Complete | None], Any]:
 
 
 def _connect(
-    roles: Iterable[RoleConfig], environment: EnvironmentConfig, runner: asyncio.Runner, stack: ExitStack
+    roles: Iterable[RoleConfig],
+    environment: EnvironmentConfig,
+    runner: asyncio.Runner | LoopThread,
+    stack: ExitStack,
 ) -> dict[str | None, Connections]:
     """Connections to the roles' servers by URL; roles with one server share them."""
     urls = dict.fromkeys(role.url for role in roles)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import grain
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -24,12 +26,22 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import append_line, as_path, disk_errors, in_bucket
 from mapo_jax.learning.optimizer import Optimizer
 from mapo_jax.learning.programs import make_programs
-from mapo_jax.learning.train_state import TrainState, abstract_state, create_state
+from mapo_jax.learning.train_state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    trained_and_frozen,
+    weights_copy,
+)
 from mapo_jax.learning.update import Update
 from mapo_jax.model.lora import join
 from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
-from mapo_jax.model.sharding import make_mesh, param_shardings
+from mapo_jax.model.sharding import make_mesh, param_shardings, with_shardings
+from mapo_jax.rollout.collect import Dialogue
+from mapo_jax.rollout.device import Device, Exclusive
 from mapo_jax.rollout.engine import Engine
+from mapo_jax.rollout.journal import Journal
+from mapo_jax.rollout.requests import Counts
 from mapo_jax.running.checkpoint import Checkpoints, restore_params, save_base
 from mapo_jax.running.display import Display
 from mapo_jax.running.forecast import check_memory, model_shape
@@ -51,7 +63,7 @@ from mapo_jax.running.run_folder import (
 )
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.warmstart import run_warmstart
-from mapo_jax.world import World, open_world
+from mapo_jax.world import Begun, World, open_world
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,26 @@ class Position:
     step: int  # finished steps
     state: TrainState
     deck: dict[str, Any]  # position of the scenario deck
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """The dialogues of one step, from their first turn until the step's update is over."""
+
+    engine: Engine  # with the weights that speak in them
+    weights: Params | None  # the same; None without `rollout.ahead`, when they are the trainer's
+    hold: Callable[[Journal | None], Awaitable[list[list[Dialogue]]]]
+    started: float  # by `time.monotonic`
+    before: Counts  # of the engine
+    begun: Begun[Dialogue] | None = None  # with `rollout.ahead`
+    ended: list[float] = field(default_factory=list)  # when attempts to hold them were over
+
+    async def hold_and_note(self, journal: Journal | None) -> list[list[Dialogue]]:
+        """Holds the dialogues, and notes the time at the end."""
+        try:
+            return await self.hold(journal)
+        finally:
+            self.ended.append(time.monotonic())
 
 
 @dataclass(frozen=True)
@@ -76,9 +108,10 @@ class Run:
     world: World
     limits: Limits
     validation: list[Scenario]
-    engine: Engine  # samples for training
+    engine: Engine  # samples for training; with `rollout.ahead`, each step does with a twin of it
     evaluator: Engine  # samples for evaluation
     sampling_weights: Callable[[Params], Params]  # from training weights to those of the engines
+    copy_weights: jax.stages.Wrapped  # of a tree of weights, in the compute dtype
     update: Update
     scorer: Callable[..., Any]  # the trainer's log-probabilities
     optimizer: Optimizer
@@ -89,6 +122,8 @@ class Run:
     phases: Phases
     stop: StopRequest
     compiled_lengths: set[int] = field(default_factory=set)  # row lengths with a compiled update
+    under_way: dict[int, UnderWay] = field(default_factory=dict)  # by step
+    restored: dict[int, Params] = field(default_factory=dict)  # trained weights by version, of a checkpoint
 
     def leave(self, interruption: Interrupted, at: Position) -> NoReturn:
         """Saves an interrupted run and ends it.
@@ -168,7 +203,8 @@ def prepare(
     chat = policy.chat
     programs = make_programs(config, policy.config, chat.vocabulary_size, mesh)
     model = policy.config, chat.stop_ids, chat.vocabulary_size
-    sampler = partial(make_engine, *model, share, dtype=config.model.dtype, mesh=sampling_mesh)
+    device = Device()
+    sampler = partial(make_engine, *model, share, dtype=config.model.dtype, mesh=sampling_mesh, device=device)
     engine = evaluator = sampler(config.rollout.temperature)
     if config.evaluation.temperature != config.rollout.temperature:
         evaluator = sampler(config.evaluation.temperature)
@@ -204,9 +240,10 @@ def prepare(
         engine=engine,
         evaluator=evaluator,
         sampling_weights=rollout_weights(policy.config, mesh, processes, config.model.dtype),
+        copy_weights=weights_copy(config.model.dtype),
         start=params,
-        update=programs.update,
-        scorer=programs.scorer,
+        update=Exclusive(programs.update, device),
+        scorer=Exclusive(programs.scorer, device),
         optimizer=programs.optimizer,
         checkpoints=checkpoints,
         writer=writer,
@@ -287,7 +324,10 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
     if template.base is not None:
         state = replace(state, base=restore_params(run.folder / BASE_FOLDER, template.base))
     deck.set_state(progress["deck"])
-    step = progress["step"]
+    step, config = progress["step"], run.config
+    copy = run.copy_weights.eval_shape(template.params)
+    copy = with_shardings(copy, jax.tree.map(lambda leaf: leaf.sharding, template.params))
+    run.restored.update(run.checkpoints.restore_sampling(dict.fromkeys(_earlier(config, step), copy)))
     note = f"continuing {run.folder} after step {step}"
     if step == run.config.training.steps:
         note = f"the run in {run.folder} is finished; for another choose another run.directory"
@@ -296,11 +336,33 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
     return Position(step, state, deck.get_state())
 
 
+def spoken_by(config: Config, step: int) -> int:
+    """The version of the weights that hold the dialogues of a step: how many updates they have had."""
+    return max(0, step - config.rollout.ahead)
+
+
+def _earlier(config: Config, step: int) -> list[int]:
+    """The versions before `step` that hold dialogues of the steps from `step` on."""
+    later = range(step, min(step + config.rollout.ahead, config.training.steps))
+    return sorted({version for version in (spoken_by(config, each) for each in later) if version < step})
+
+
 def save(run: Run, at: Position) -> None:
-    """Starts to save a checkpoint. It needs no random state: numbers follow from the seed and the step."""
+    """Starts to save a checkpoint. It needs no random state: numbers follow from the seed and the step.
+
+    Dialogues under way are not saved: those of a step are held again, by the same weights. So the checkpoint
+    has these too, in the precision in which they sample.
+    """
+    earlier = _earlier(run.config, at.step)
+    sampling = {
+        version: trained_and_frozen(collection.weights)[0]
+        for step, collection in run.under_way.items()
+        if (version := spoken_by(run.config, step)) in earlier
+    }
     progress = {"deck": at.deck, "seed": run.config.training.seed, "configuration": to_yaml(run.config)}
-    with run.phases("checkpoint"):
-        run.checkpoints.save(at.step, at.state, progress)
+    several = run.processes.count > 1  # they synchronise by programs on their devices
+    with run.phases("checkpoint"), run.engine.device if several else nullcontext():
+        run.checkpoints.save(at.step, at.state, progress, sampling)
 
 
 def evaluation_due(config: Config, step: int) -> bool:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import grain
 import numpy as np
 
 from mapo_jax.algorithm.cells import Mask, Values
@@ -23,16 +24,21 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import part_name, part_of, write_whole
 from mapo_jax.learning.batch import Batch, Cells, make_batch, make_cells, row_length, row_lengths
 from mapo_jax.learning.programs import rows_per_dialogue
-from mapo_jax.learning.train_state import TrainState
+from mapo_jax.learning.train_state import TrainState, trained_and_frozen
 from mapo_jax.learning.update import Metrics, fetch, place
+from mapo_jax.model.lora import join
+from mapo_jax.model.qwen import Params
 from mapo_jax.rollout.collect import Dialogue, collect
+from mapo_jax.rollout.device import Exclusive
+from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
-from mapo_jax.run import Position, Run, save
+from mapo_jax.run import Position, Run, UnderWay, save, spoken_by
 from mapo_jax.running.forecast import check_update
 from mapo_jax.running.utilization import memory, peak_flops, step_work, utilization
 from mapo_jax.scores.figures import summarize
 
+T = TypeVar("T")
 Dialogues = list[list[Dialogue]]  # [S][R], of this process's scenarios
 EVALUATION_STREAM = 1_000_003  # added to the seed, so that no dialogue of validation repeats one of training
 
@@ -50,7 +56,7 @@ def warm_up(run: Run, at: Position) -> None:
             engine.unload()  # one engine at a time has weights
             run.processes.together("compiling", run.stop.check)
         run.display.phase("compiling the update")
-        check_update(run.update, at.state, run.config, run.mesh)
+        check_update(run.update, at.state, run.config, run.mesh, run.policy.config)
     finished = run.writer and run.writer.last("timing_s/unix")
     if finished is not None:  # time since the end of the last finished step
         run.phases.add("lost", max(0.0, time.time() - finished))
@@ -59,21 +65,66 @@ def warm_up(run: Run, at: Position) -> None:
 # --- Dialogues. ---
 
 
-def hold_dialogues(run: Run, at: Position, scenarios: list[Scenario]) -> tuple[Dialogues, dict[str, float]]:
-    """Holds R dialogues in each scenario with the current policy: dialogues [S][R], and their metrics."""
-    started, before = time.monotonic(), replace(run.engine.counts)
-    run.engine.load(run.sampling_weights(at.state.weights), at.step)
-    dialogues = converse(run, at, scenarios, training=True)
-    seconds, work = time.monotonic() - started, run.engine.counts.since(before)
-    rows = [row for group in dialogues for dialogue in group for row in dialogue.rows]
+def hold_dialogues(run: Run, at: Position, deck: grain.DatasetIterator) -> tuple[Dialogues, dict[str, float]]:
+    """Holds R dialogues in each scenario of the step: dialogues [S][R], and their metrics.
+
+    With `rollout.ahead` they began N steps earlier, and those of the step N later begin now.
+    """
+    device, started = run.engine.device, time.monotonic()
+    device.take_seconds()  # those before this step do not count
+    busy = device.seconds
+    scenarios = _begin_due(run, at, deck)
+    collection = run.under_way[at.step]
+    dialogues = _wait(run, at, collection, stream="train", step=at.step)
+    engine, rows = collection.engine, [row for group in dialogues for each in group for row in each.rows]
     measured = {
-        "seconds": seconds,
+        "seconds": collection.ended[-1] - collection.started,
+        "waited": time.monotonic() - started - (device.seconds - busy),
         "tokens": sum(sum(row.sampled) for row in rows),
         "sizes": [len(row) for row in rows],
-        "work": asdict(work),
+        "work": asdict(engine.counts.since(collection.before)),
     }
     metrics, reports = measure(run, scenarios, dialogues, measured)
+    version = dialogues[0][0].weight_version
+    metrics |= {"sampler/version": float(version), "sampler/staleness": float(at.step - version)}
     return dialogues, metrics | (_rollout_metrics(run, reports) if reports else {})
+
+
+def _begin_due(run: Run, at: Position, deck: grain.DatasetIterator) -> list[Scenario]:
+    """Begins every step whose weights exist by now; returns the scenarios of this one, and draws them."""
+    last = min(at.step + run.config.rollout.ahead, run.config.training.steps - 1)
+    drawn = {step: next(deck) for step in range(at.step, last + 1)}
+    for step in sorted(drawn.keys() - run.under_way.keys()):
+        run.under_way[step] = _begin(run, at, drawn[step], step)
+    run.restored.clear()
+    deck.set_state(at.deck)
+    return next(deck)  # the next step draws the later ones again
+
+
+def _begin(run: Run, at: Position, scenarios: Sequence[Scenario], step: int) -> UnderWay:
+    """Loads the weights that hold the dialogues of a step; with `rollout.ahead`, also begins these.
+
+    All of a step's dialogues are of one version, and that follows from the step alone.
+    """
+    version, ahead, started = spoken_by(run.config, step), run.config.rollout.ahead, time.monotonic()
+    engine, copy = (run.engine.twin(), _copy(run, at, version)) if ahead else (run.engine, None)
+    before = replace(engine.counts)
+    engine.load(Exclusive(run.sampling_weights, engine.device)(copy or at.state.weights), version)
+    hold = _collection(run, scenarios, engine, step=step, training=True)
+    collection = UnderWay(engine, copy, hold, started, before)
+    if not ahead:
+        return collection
+    return replace(collection, begun=run.world.begin(collection.hold_and_note, stream="train", step=step))
+
+
+def _copy(run: Run, at: Position, version: int) -> Params:
+    """The weights of a version, that updates leave alone; all steps under way share the frozen ones."""
+    copy = Exclusive(run.copy_weights, run.engine.device)
+    trained = copy(at.state.params) if version == at.step else run.restored[version]
+    if at.state.base is None:
+        return trained
+    others = [collection.weights for collection in run.under_way.values()]
+    return join(trained_and_frozen(others[0])[1] if others else copy(at.state.base), trained)
 
 
 def _rollout_metrics(run: Run, reports: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -83,46 +134,49 @@ def _rollout_metrics(run: Run, reports: Sequence[dict[str, Any]]) -> dict[str, f
     turns = [turn for report in reports for _, dialogue in report["dialogues"] for turn in dialogue["turns"]]
     truncated = sum(turn["truncated"] for turn in turns)
     work = Counts(**{name: sum(report["work"][name] for report in reports) for name in reports[0]["work"]})
-    waited = max(report["seconds"] - report["work"]["seconds"] for report in reports)
+    world = max(report["seconds"] - report["work"]["seconds"] for report in reports)
     return step_work(run.policy.config, run.config, sizes, sampled, work) | {
         "response_length/mean": sampled / max(1, len(turns)),
         "response_length/truncated": truncated / max(1, len(turns)),
-        "timing_s/environment": max(0.0, waited),
+        "timing_s/environment": max(0.0, world),
+        "timing_s/waiting_for_world": max(0.0, *(report["waited"] for report in reports)),
         "perf/tokens_per_second": sampled / max(report["seconds"] for report in reports),
         "perf/prefilled_share": work.prefilled / max(1, work.prefilled + work.copied),
         "perf/lanes_busy": work.sampled / max(1, work.steps * run.engine.lanes),
     }
 
 
-def converse(
-    run: Run, at: Position, scenarios: Sequence[Scenario], *, training: bool, patient: bool = True
-) -> Dialogues:
-    """This process's share of the dialogues of the policy with the world, [S / processes][rollouts].
+def converse(run: Run, at: Position, scenarios: Sequence[Scenario], *, patient: bool = True) -> Dialogues:
+    """This process's share of the validation dialogues with the weights of `run.evaluator`, [S][rollouts].
 
-    Validation dialogues have the same random numbers after every step. `patient` and errors as of
-    `World.hold`; a world that fails in one process fails in all.
+    They have the same random numbers after every step. `patient` and errors as of `World.hold`; a world that
+    fails in one process fails in all.
     """
+    hold = _collection(run, scenarios, run.evaluator, step=0, training=False)
+    collection = UnderWay(run.evaluator, None, hold, time.monotonic(), replace(run.evaluator.counts))
+    return _wait(run, at, collection, stream="evaluation", step=at.step, patient=patient)
+
+
+def _collection(
+    run: Run, scenarios: Sequence[Scenario], engine: Engine, *, step: int, training: bool
+) -> Callable[[Journal | None], Awaitable[Dialogues]]:
+    """A function that holds this process's share of the dialogues, [S / processes][rollouts]."""
     config, share = run.config, run.processes.share(len(scenarios))
     if training:
-        name, stream, engine, roles = "dialogues", "train", run.engine, run.world.roles
-        rollouts, seed, step = config.rollout.rollouts, config.training.seed, at.step
+        name, roles = "dialogues", run.world.roles
+        rollouts, seed = config.rollout.rollouts, config.training.seed
     else:
-        name, stream, engine, roles = (
-            "validation dialogues",
-            "evaluation",
-            run.evaluator,
-            run.world.evaluation_roles,
-        )
-        rollouts, seed, step = config.evaluation.rollouts, config.training.seed + EVALUATION_STREAM, 0
+        name, roles = "validation dialogues", run.world.evaluation_roles
+        rollouts, seed = config.evaluation.rollouts, config.training.seed + EVALUATION_STREAM
     total = (share.stop - share.start) * rollouts * run.limits.max_turns
-    if run.processes.count == 1:  # of several each pauses alone, and cannot save alone
-        run.world.on_pause = partial(save, run, at)
 
     name = f"turns of {(share.stop - share.start) * rollouts} {name}"
 
     def progress(turns: int) -> None:
         run.stop.check()
-        run.display.phase(name + run.world.status(), turns, total)
+        # Not of the steps that nobody waits for yet.
+        if not training or step == min(run.under_way, default=step):
+            run.display.phase(name + run.world.status(), turns, total)
 
     def collection(journal: Journal | None) -> Awaitable[Dialogues]:
         return collect(
@@ -134,23 +188,36 @@ def converse(
             run.limits,
             seed=seed,
             step=step,
-            concurrency=run.world.concurrency,
+            concurrency=run.world.calls,
             share=share,
             on_turn=progress,
             journal=journal,
         )
 
+    return collection
+
+
+def _wait(
+    run: Run, at: Position, collection: UnderWay, *, stream: str, step: int, patient: bool = True
+) -> Dialogues:
+    """The dialogues of a collection, which begins now unless it has begun; frees its memory."""
+    if run.processes.count == 1:  # of several each pauses alone, and cannot save alone
+        run.world.on_pause = partial(save, run, at)
     try:
         return run.world.hold(
-            collection,
+            collection.hold_and_note,
             stream=stream,
-            step=engine.version,
+            step=step,
             check=run.stop.check,
             note=run.display.note,
             patient=patient,
+            begun=collection.begun,
         )
     finally:
-        engine.unload()  # the update needs the memory
+        if collection.begun is None:
+            collection.engine.unload()  # the update needs the memory
+        else:
+            collection.engine.reset()  # a checkpoint may still need the weights
 
 
 def measure(
@@ -187,7 +254,7 @@ def lay_out_cells(run: Run, dialogues: Dialogues) -> Cells:
     """Positions and masks of every turn of the step, `[S, R, T]`, of all processes' dialogues."""
     max_failed_share = run.config.environment.max_failed_share
     cells = make_cells(dialogues, run.config.rollout.max_turns, max_failed_share=max_failed_share)
-    return Cells(*run.processes.gather((cells.positions, cells.valid, cells.scored)))
+    return Cells(*_gather(run, (cells.positions, cells.valid, cells.scored)))
 
 
 def lay_out_rows(run: Run, dialogues: Dialogues, advantages: Values, scored: Mask) -> Batch:
@@ -197,7 +264,13 @@ def lay_out_rows(run: Run, dialogues: Dialogues, advantages: Values, scored: Mas
     length = max(run.processes.exchange("rows", length))
     advantages, rows = np.asarray(advantages)[share], rows_per_dialogue(run.config)
     batch = make_batch(dialogues, advantages, scored[share], length, rows_per_dialogue=rows)
-    return run.processes.gather(batch)
+    return _gather(run, batch)
+
+
+def _gather(run: Run, tree: T) -> T:
+    """`Processes.gather`, which runs programs on the devices."""
+    with run.engine.device:
+        return run.processes.gather(tree)
 
 
 # --- The update. ---
@@ -219,7 +292,7 @@ def rescore(run: Run, state: TrainState, rows: Batch) -> Batch:
     if run.config.algorithm.old_logprobs == "sampler":
         return rows
     logprobs = run.scorer(state.weights, place(rows, run.mesh))
-    return replace(rows, old_logprobs=np.asarray(run.processes.gather(logprobs)))
+    return replace(rows, old_logprobs=np.asarray(_gather(run, logprobs)))
 
 
 def finish_update(
@@ -256,17 +329,20 @@ def not_finite(run: Run, step: int, first_update: bool) -> str:
 
 
 def record(run: Run, at: Position, dialogues: Dialogues, metrics: dict[str, float], started: float) -> None:
-    """Writes a finished step to the disk and the display.
+    """Writes a finished step to the disk and the display; lets the weights go that spoke in it.
 
     Args:
       at: after the step.
       metrics: of its dialogues and updates.
       started: the start of the step, by `time.monotonic`.
     """
+    run.under_way.pop(at.step - 1)
+    seconds = time.monotonic() - started
     times = {
-        "timing_s/step": time.monotonic() - started,
+        "timing_s/step": seconds,
         "timing_s/compile": run.compiles.take_seconds(),
         "timing_s/unix": time.time(),
+        "perf/device_busy": run.engine.device.take_seconds() / seconds,
         "perf/compiled_programs": float(run.compiles.count),
     }
     metrics = metrics | run.phases.take() | times

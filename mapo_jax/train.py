@@ -60,7 +60,7 @@ def train(config: Config, console: Console | None = None, *, verbose: bool = Fal
             while at.step < training.steps:
                 started = time.monotonic()
                 with run.phases("rollout"):
-                    dialogues, metrics = stages.hold_dialogues(run, at, next(deck))
+                    dialogues, metrics = stages.hold_dialogues(run, at, deck)
 
                 with run.phases("update"):
                     cells = stages.lay_out_cells(run, dialogues)

@@ -48,7 +48,7 @@ def evaluate(run: Run, at: Position) -> None:
         return
     run.evaluator.load(run.sampling_weights(at.state.weights), at.step)
     try:
-        dialogues = converse(run, at, run.validation, training=False, patient=at.step == 0)
+        dialogues = converse(run, at, run.validation, patient=at.step == 0)
     except WorldFailing as failing:
         run.display.note(f"validation after {at.step} steps is left out: {printable(str(failing))}")
         # Writes the cost of the calls, so that the next step does not count them.

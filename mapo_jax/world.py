@@ -26,12 +26,14 @@ from mapo_jax.event_loop import open_runner
 from mapo_jax.files import disk_errors, part_name
 from mapo_jax.role_models import make_role, open_models
 from mapo_jax.rollout.journal import Journal, journal_files, prune
+from mapo_jax.running.loop import LoopThread
 from mapo_jax.running.processes import SINGLE, Processes
 from mapo_jax.running.run_folder import whole_steps
 from mapo_jax.running.stop import Check
 
 T = TypeVar("T")
 Collection = Callable[[Journal | None], Awaitable[list[list[T]]]]
+Begun = asyncio.Task[list[list[T]]]
 Note = Callable[[str], None]  # takes a message
 
 PAUSES = 5  # each twice as long as the one before; their sum is environment.pause_minutes
@@ -46,6 +48,7 @@ class World:
       evaluation_roles: the same, with the held-out judge as the judge if there is one.
       live: whether language models, or classes of the user's, play any of them.
       concurrency: maximum calls of this process at once.
+      calls: bounds them, of all collections together.
       processes: the processes of the run; each holds its share of the dialogues.
       on_pause: called before every pause, to save the run.
     """
@@ -55,7 +58,7 @@ class World:
         roles: Roles,
         config: Config,
         folder: Path | None,
-        runner: asyncio.Runner,
+        runner: asyncio.Runner | LoopThread,
         *,
         log: CallLog | None = None,
         evaluation_roles: Roles | None = None,
@@ -64,6 +67,7 @@ class World:
     ) -> None:
         """Use `open_world`, which also closes it. A live world has a `log`."""
         self.live, self.concurrency = log is not None, config.environment.concurrency
+        self.calls = asyncio.Semaphore(self.concurrency)
         self.processes = processes
         self.on_pause: Callable[[], None] = lambda: None
         self._config, self._folder, self._runner = config.environment, folder, runner
@@ -77,12 +81,17 @@ class World:
                 self._guards[stream] = self._guarded(unguarded, Watch(self._config.failure_share))
             self.roles = self._guards["train"].roles
             self.evaluation_roles = self._guards["evaluation"].roles
+        self._part = part_name(processes.index, processes.count)
         first = 60 * self._config.pause_minutes / (2**PAUSES - 1)
         self._waits = [first * 2**i for i in range(PAUSES)] if self._config.pause_minutes else []
 
     def run(self, work: Awaitable[T], check: Check = lambda: None) -> T:
         """Awaits `work` on the world's event loop; `check` may raise to cancel it."""
         return self._runner.run(_watched(work, check))
+
+    def begin(self, collection: Collection[T], *, stream: str, step: int) -> Begun[T]:
+        """Begins a collection that `hold` is to wait for; only with `rollout.ahead`."""
+        return self._runner.start(self._attempt(collection, stream, step))
 
     def hold(
         self,
@@ -93,6 +102,7 @@ class World:
         check: Check,
         note: Note,
         patient: bool = True,
+        begun: Begun[T] | None = None,
     ) -> list[list[T]]:
         """Holds this process's dialogues of a step; in the live world with pauses and a journal.
 
@@ -106,6 +116,7 @@ class World:
           check: raises to stop.
           note: shows a message about a pause.
           patient: whether to pause when the world fails.
+          begun: what `begin` returned for this collection, if it has begun.
 
         Raises:
           WorldFailing: the world failed and `patient` is false; in all processes.
@@ -114,11 +125,13 @@ class World:
         """
         together = self.processes.together
         if not self.live:
-            return together("dialogues", lambda: self.run(collection(None), check))
+            attempt = begun or self._attempt(collection, stream, step)
+            return together("dialogues", lambda: self.run(attempt, check))
         pause = self._pausing(stream, check, note) if patient else None
         while True:
-            attempts = partial(self._attempts, collection, stream, step, check, pause)
+            attempts = partial(self._attempts, collection, stream, step, check, pause, begun)
             dialogues, failure = together("dialogues", attempts)
+            begun = None
             flat = [dialogue for group in dialogues for dialogue in group]
             usable = any(dialogue.usable(self._config.max_failed_share) for dialogue in flat)
             results = self.processes.exchange("the world", [failure, usable, len(flat)])
@@ -131,21 +144,35 @@ class World:
                 raise WorldFailing(failure)
             together("a pause", partial(pause, failure))
 
+    async def _attempt(self, collection: Collection[T], stream: str, step: int) -> list[list[T]]:
+        if not self.live:
+            return await collection(None)
+        self._guards[stream].begin()
+        files = journal_files(self._run_folder, stream, step, self._part)
+        with disk_errors(self._folder), Journal(*files) as journal:
+            return await collection(journal)
+
     def _attempts(
-        self, collection: Collection[T], stream: str, step: int, check: Check, pause: Note | None
+        self,
+        collection: Collection[T],
+        stream: str,
+        step: int,
+        check: Check,
+        pause: Note | None,
+        begun: Begun[T] | None,
     ) -> tuple[list[list[T]], str | None]:
         """This process's dialogues; without pauses and with a failing world, none and the failure."""
         assert self._folder is not None
         if self.processes.first:
             prune(self._run_folder, max(whole_steps(self._run_folder), default=0))
-        part = part_name(self.processes.index, self.processes.count)
+        if begun is not None and begun.done() and isinstance(begun.exception(), WorldFailing):
+            begun = None  # it failed while nobody waited for it; the world may be well by now
+            self._guards[stream].watch.clear()
         while True:
-            self._guards[stream].begin()
             try:
-                files = journal_files(self._run_folder, stream, step, part)
-                with disk_errors(self._folder), Journal(*files) as journal:
-                    return self.run(collection(journal), check), None
+                return self.run(begun or self._attempt(collection, stream, step), check), None
             except WorldFailing as failing:
+                begun = None
                 self._guards[stream].watch.clear()
                 if pause is None:
                     return [], str(failing)
@@ -224,13 +251,15 @@ def open_world(
     environment = _share(config.environment, processes.count)
     config = updated(config, {"environment": environment})
     with ExitStack() as stack:
-        runner = stack.enter_context(open_runner())
+        runner = stack.enter_context(LoopThread() if config.rollout.ahead else open_runner())
         names, roles = played_roles(environment), scripted_roles(environment)
         if not names:
             yield World(roles, config, folder, runner, processes=processes)
             return
         part = part_name(processes.index, processes.count)
         callers, log = stack.enter_context(open_models(config, folder, mesh, runner, names, part=part))
+        if isinstance(runner, LoopThread):
+            stack.callback(runner.cancel)  # before connections are closed, which would look like failures
         made = {name: make_role(name, config, callers, log) for name in names}
         roles = replace(roles, **{name: role for name, role in made.items() if name in ROLES})
         yield World(

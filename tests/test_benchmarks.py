@@ -13,7 +13,8 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.mark.parametrize(
-    "name", ["decode", "hosts", "lanes", "memory", "report", "rollout", "seeds", "serve", "soak", "update"]
+    "name",
+    ["ahead", "decode", "hosts", "lanes", "memory", "report", "rollout", "seeds", "serve", "soak", "update"],
 )
 def test_it_starts_where_only_the_requirements_are_installed(name, tmp_path):
     command = [sys.executable, BENCHMARKS / f"{name}.py", "--help"]
@@ -23,12 +24,48 @@ def test_it_starts_where_only_the_requirements_are_installed(name, tmp_path):
     assert f"{name}.py" in done.stdout
 
 
-@pytest.fixture
-def decode():
-    spec = importlib.util.spec_from_file_location("benchmark_decode", BENCHMARKS / "decode.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def decode():
+    return load("decode")
+
+
+def test_ahead(tmp_path, monkeypatch, capsys):
+    """Its figures, for runs whose times are known: the devices need 2 s of a step, and N steps ahead hide a
+    part of the world's time."""
+    ahead = load("ahead")
+    calls = []
+
+    def train(config, console):
+        (collect,) = [ahead.stages.collect]
+        n, world = config.rollout.ahead, 0.0 if collect is real else 7.0
+        calls.append((n, world))
+        seconds = max(2.0, (2.0 + world) / (n + 1))
+        row = {"reward/mean": 0.0, "timing_s/step": seconds, "perf/device_busy": 2.0 / seconds}
+        rows = [
+            {"step": k} | row | {"timing_s/unix": seconds * k} for k in range(1, config.training.steps + 1)
+        ]
+        Path(config.run.directory).mkdir(parents=True)
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (Path(config.run.directory) / "metrics.jsonl").write_text(text)
+
+    real = ahead.stages.collect
+    monkeypatch.setattr(ahead.train, "train", train)
+    monkeypatch.setattr(sys, "argv", ["ahead.py", "--tiny", "--json", str(tmp_path / "ahead.json")])
+    assert ahead.main() == 0
+    assert calls == [(0, 0.0), *((n, 0.0) for n in range(3)), *((n, 7.0) for n in range(3))]
+    result = json.loads((tmp_path / "ahead.json").read_text())
+    assert result["ratio"] == {"1": pytest.approx(2.0), "2": pytest.approx(3.0)}
+    assert result["compute_bound_ratio"] == {"1": pytest.approx(1.0), "2": pytest.approx(1.0)}
+    assert result["world_share"] == pytest.approx(3.5) and result["device_seconds"] == pytest.approx(2.0)
+    assert result["device_busy"]["2"] == pytest.approx(2 / 3)
+    assert "steps per hour" in capsys.readouterr().out
 
 
 def test_decode(decode, tmp_path, monkeypatch, capsys):

@@ -66,6 +66,7 @@ def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
         phases=lambda name: contextlib.nullcontext(),
         update=None,
         config=None,
+        policy=SimpleNamespace(config=None),
         mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), "x"),
         writer=None,
     )

@@ -44,6 +44,7 @@ class TalkingEngine:
     max_reply_tokens: int = 6
     version: int = 0
     said: list = field(default_factory=list)
+    end: int = 0
 
     def reset(self):
         self.rows, self.submitted = {}, []
@@ -51,6 +52,9 @@ class TalkingEngine:
     @property
     def busy(self):
         return bool(self.submitted)
+
+    def release(self, slot):
+        pass
 
     def submit(self, request):
         row = [] if request.start else self.rows[request.slot]
@@ -686,6 +690,52 @@ def test_a_stop_request_is_heard_while_the_world_is_awaited(serve, well_formed, 
         with pytest.raises(Stop):
             world.run(forever(None), check)
         assert time.monotonic() - started < 10
+
+
+def test_steps_under_way_have_journals_of_their_own_and_one_bound_for_their_calls(
+    serve, well_formed, chat, tmp_path
+):
+    server = serve(well_formed, latency=0.01)
+    config = configure(server.url, rollout__ahead=1, environment__concurrency=3)
+
+    def collection(step):
+        engine = TalkingEngine(end=chat.end_of_turn[0])
+        return lambda journal: collect(
+            CARDS, ROLLOUTS, engine, chat, world.roles, LIMITS, seed=1, step=step, concurrency=world.calls,
+            journal=journal,
+        )  # fmt: skip
+
+    with open_world(config, tmp_path, None) as world:
+        collections = [collection(step) for step in range(2)]
+        begun = [world.begin(each, stream="train", step=step) for step, each in enumerate(collections)]
+        for step, (each, task) in enumerate(zip(collections, begun, strict=True)):
+            options = dict(stream="train", step=step, check=lambda: None, note=print, begun=task)
+            dialogues = flat(world.hold(each, **options))
+            assert [d.state.turn_count for d in dialogues] == [3] * 6 and dialogues[0].step == step
+            journal = (tmp_path / "journal" / f"train_{step:06d}.jsonl").read_text().splitlines()
+            assert {d.state.seed for d in dialogues} == {
+                line["seed"] for line in map(json.loads, journal) if "index" in line
+            }
+    assert 1 < server.most <= 3
+
+
+def test_a_step_that_failed_while_nobody_waited_begins_again_without_a_pause(serve, well_formed, tmp_path):
+    attempts, notes = [], []
+
+    async def collection(journal):
+        attempts.append(journal)
+        if len(attempts) == 1:
+            raise WorldFailing("down")
+        return [[SimpleNamespace(usable=lambda share: True)]]
+
+    config = configure(serve(well_formed).url, rollout__ahead=1)
+    with open_world(config, tmp_path, None) as world:
+        begun = world.begin(collection, stream="train", step=3)
+        while not begun.done():
+            time.sleep(0.01)
+        options = dict(stream="train", step=3, check=lambda: None, note=notes.append)
+        assert len(world.hold(collection, **options, begun=begun)) == 1
+    assert len(attempts) == 2 and notes == []
 
 
 def test_an_evaluation_that_is_left_out_keeps_its_calls_from_the_next_step(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from mapo_jax.learning.optimizer import Optimizer
 from mapo_jax.model.lora import join, split
-from mapo_jax.model.qwen import Params
+from mapo_jax.model.qwen import Params, in_precision
 from mapo_jax.model.sharding import with_shardings
 
 
@@ -66,6 +66,15 @@ def abstract_state(params: Any, optimizer: Optimizer, *, shardings, reference: b
     """
     shapes = jax.eval_shape(lambda weights: create_state(weights, optimizer, reference=reference), params)
     return with_shardings(shapes, state_shardings(optimizer, params, shardings, reference))
+
+
+def weights_copy(dtype: str) -> jax.stages.Wrapped:
+    """A program that copies weights in the precision in which they sample; updates donate the originals."""
+
+    def copy(params: Params) -> Params:
+        return jax.tree.map(jnp.copy, in_precision(params, dtype))
+
+    return jax.jit(copy)
 
 
 def trained_and_frozen(params: Any) -> tuple[Any, Any]:

@@ -101,7 +101,7 @@ async def finished_groups(
     *,
     seed: int,
     step: int,
-    concurrency: int,
+    concurrency: int | asyncio.Semaphore,
     share: slice = slice(None),
     on_turn: Callable[[int], None] | None = None,
     journal: Journal | None = None,
@@ -117,7 +117,7 @@ async def finished_groups(
       limits: fewest and most turns, tolerance of success.
       seed: of the run. Another number gives unrelated dialogues.
       step: of the run.
-      concurrency: most calls of the world at once.
+      concurrency: most calls of the world at once, or what bounds them together with those of others.
       share: the scenarios of this process; other processes hold the others. It changes no dialogue.
       on_turn: called after every finished turn with their number so far. Its exceptions end the collection.
       journal: every finished turn is written to it; dialogues continue after the turns in it.
@@ -131,7 +131,7 @@ async def finished_groups(
       UserError: a first message that leaves no room for a reply.
     """
     engine.reset()
-    world_calls = asyncio.Semaphore(concurrency)
+    world_calls = asyncio.Semaphore(concurrency) if isinstance(concurrency, int) else concurrency
     free: asyncio.Queue[int] = asyncio.Queue()
     for slot in range(engine.slots):
         free.put_nowait(slot)
@@ -195,6 +195,7 @@ async def finished_groups(
                 finished_turns += 1
                 if on_turn is not None:
                     on_turn(finished_turns)
+            engine.release(slot)
             free.put_nowait(slot)
         return Dialogue(state, rows[-1], s, r, step, version, earlier_rows=tuple(rows[:-1]))
 

@@ -23,6 +23,7 @@ The module is longer than others so that the slots' state and everything that ch
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -40,6 +41,7 @@ from mapo_jax.model.qwen import Params, QwenConfig
 from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.capacity import cache_lengths, check_memory, check_sizes, copies_weights
 from mapo_jax.rollout.decoding import PerRequest, make_programs
+from mapo_jax.rollout.device import Device, Exclusive
 from mapo_jax.rollout.requests import Alternatives, Counts, Reply, Request, StaleSlot
 from mapo_jax.rollout.sampling import KEY_WORDS, LaneSampling, RequestSampling, Sampling
 
@@ -91,6 +93,7 @@ class Engine:
         copy_weights: bool | None = None,
         dtype=jnp.float32,
         mesh: Mesh | None = None,
+        device: Device | None = None,
     ):
         """Checks the sizes; allocates nothing before the first dialogue.
 
@@ -118,6 +121,7 @@ class Engine:
           dtype: of computation and cache.
           mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
             `tensor`.
+          device: shared with other threads that run programs; None: there are none.
 
         Raises:
           UserError: a size that does not fit the model, the mesh or the device's memory, or a stop id
@@ -147,6 +151,7 @@ class Engine:
         self.lengths = cache_lengths(length)
         self.version: int | None = None
         self.counts = Counts()
+        self.device = device or Device()
         self._shards = shards
         self._slots_per_shard = slots // shards
         self._params: Params | None = None
@@ -164,6 +169,13 @@ class Engine:
             mesh=mesh,
         )
         self.reset()
+
+    def twin(self) -> Engine:
+        """Another engine with the same programs and sizes, and with slots, caches and weights of its own."""
+        twin = copy.copy(self)
+        twin.counts = Counts()
+        twin.unload()
+        return twin
 
     # --- Weights and rows. ---
 
@@ -183,7 +195,8 @@ class Engine:
                 raise RuntimeError("new weights while replies are under way: advance to their end, or reset")
             self.reset()
         self._params = None  # free the old copy before the new one is made
-        self._params, self.version = self._programs.ready(params) if self.copy_weights else params, version
+        ready = Exclusive(self._programs.ready, self.device)
+        self._params, self.version = ready(params) if self.copy_weights else params, version
 
     def reset(self) -> None:
         """Empties every slot, drops every unfinished reply, and frees the cache."""
@@ -195,6 +208,7 @@ class Engine:
         self._free = [list(range((s + 1) * places - 1, s * places - 1, -1)) for s in range(self._shards)]
         self._idle: dict[int, None] = {}  # slots with a place and no unfinished reply, longest idle first
         self._parked: dict[int, Cache] = {}  # by slot: numpy arrays
+        self._released: set[int] = set()  # slots whose dialogue has ended
         self._submitted: deque[Request] = deque()
         self._active: dict[int, _ActiveReply] = {}  # by slot, in the order in which they get a lane
         self._unfinished: set[int] = set()  # slots of both
@@ -243,8 +257,18 @@ class Engine:
             a slot with an unfinished reply.
         """
         self._check(request)
+        self._released.discard(request.slot)
         self._unfinished.add(request.slot)
         self._submitted.append(request)
+
+    def release(self, slot: int) -> None:
+        """Ends the dialogue of a slot: others may have the place of its cache, which is not parked for them.
+
+        Until then the start of its row can be copied. May be called while `advance` runs in another thread.
+        """
+        self._released.add(slot)
+        if self._place[slot] < 0:
+            self._forget(slot)
 
     def _check(self, request: Request) -> None:
         self._need_weights()
@@ -309,10 +333,11 @@ class Engine:
         Returns:
           Replies by slot; each slot is free for the next request, of the same dialogue or another.
         """
-        started = time.monotonic()
-        self._admit()
-        replies = self._decode()
-        self.counts.seconds += time.monotonic() - started
+        with self.device:
+            started = time.monotonic()
+            self._admit()
+            replies = self._decode()
+            self.counts.seconds += time.monotonic() - started
         return replies
 
     def warm_up(self) -> None:
@@ -390,10 +415,15 @@ class Engine:
             free = self._free[self._shard(slot)]
             if not free:
                 idle = (s for s in self._idle if self._shard(s) == self._shard(slot))
-                longest = next((s for s in idle if s not in self._unfinished), None)
-                if longest is None:
+                idle = [s for s in idle if s not in self._unfinished]
+                if not idle:
                     return False
-                self._park(longest)
+                ended = next((s for s in idle if s in self._released), None)
+                if ended is None:
+                    self._park(idle[0])
+                else:
+                    self._vacate(ended)
+                    self._forget(ended)
             self._place[slot] = free.pop()
             if slot in self._parked:  # the cache on the device may have grown meanwhile
                 length = self._cache[0].length
@@ -405,10 +435,17 @@ class Engine:
     def _park(self, slot: int) -> None:
         """Moves a cache to the host's memory."""
         self._parked[slot] = jax.tree.map(np.asarray, self._programs.park(self._cache, self._place[slot]))
+        self._vacate(slot)
+        self.counts.parked += 1
+
+    def _forget(self, slot: int) -> None:
+        self._rows[slot], self._cached[slot], self._started[slot] = [], 0, 0
+        self._parked.pop(slot, None)
+
+    def _vacate(self, slot: int) -> None:
         self._free[self._shard(slot)].append(int(self._place[slot]))
         self._place[slot] = -1
         del self._idle[slot]
-        self.counts.parked += 1
 
     def _prefix(self, request: Request) -> tuple[int, int]:
         """The slot that holds most of a new row's start, and how many tokens of it, the last one excluded.

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ LOG = logging.getLogger("mapo_jax.checkpoint")  # no handler of its own, so it g
 
 _CHECKSUM = "crc32"  # key in the progress mapping: the checksum of its other values
 _PROCESS_CHECKSUMS = "checksums.process_"  # file that each of several processes writes before the merge
+_NONE: Mapping[int, Any] = MappingProxyType({})
 _CHUNK_BYTES = 16 * 2**20  # largest stored chunk of an array
 
 
@@ -67,7 +69,13 @@ class Checkpoints(AbstractContextManager):
         self.wait()
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, progress: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        progress: Mapping[str, Any],
+        sampling: Mapping[int, Any] = _NONE,
+    ) -> None:
         """Starts a save; returns when the state is copied, so that its buffers may be donated.
 
         Does nothing if the step is already saved. All processes call it for the same step.
@@ -76,6 +84,7 @@ class Checkpoints(AbstractContextManager):
           step: finished steps.
           state: the training state.
           progress: JSON values: everything else that the run continues from.
+          sampling: by version, earlier trained weights, by which dialogues of the steps to come are held.
 
         Raises:
           UserError: the disk is full, in this save or the one before. Earlier checkpoints are whole.
@@ -84,7 +93,7 @@ class Checkpoints(AbstractContextManager):
             return
         with files.disk_errors(self.folder):
             saved = ocp.args.JsonSave(_with_checksum({**progress, "step": step}))
-            args = ocp.args.Composite(state=_chunked(_to_saved(state)), progress=saved)
+            args = ocp.args.Composite(state=_chunked(_to_saved(state, sampling)), progress=saved)
             self._manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
@@ -100,7 +109,8 @@ class Checkpoints(AbstractContextManager):
             from those of the save.
 
         Returns:
-          The state and the progress mapping with its `step`; None without a checkpoint.
+          The state and the progress mapping with its `step`; None without a checkpoint. `restore_sampling`
+          restores the rest.
 
         Raises:
           UserError: the saved state does not fit the template, or cannot be read.
@@ -109,6 +119,14 @@ class Checkpoints(AbstractContextManager):
             return None
         folder = self.folder / str(steps[-1])
         return _from_saved(_restore(folder, _to_saved(template)), template), read_progress(folder)
+
+    def restore_sampling(self, template: Mapping[int, Any]) -> dict[int, Any]:
+        """The `sampling` of the newest whole checkpoint; arguments and errors as of `restore_latest`."""
+        if not template:
+            return {}
+        saved = {str(version): weights for version, weights in template.items()}
+        restored = _restore(self.folder / str(self.steps[-1]), {"sampling": saved})["sampling"]
+        return {int(version): weights for version, weights in restored.items()}
 
     def close(self) -> None:
         """Finishes a running save and closes the manager. Raises as `save` does."""
@@ -223,11 +241,15 @@ def _chunked(saved: Any) -> _Save:
     return _Save(saved, save_args=jax.tree.map(options, saved))
 
 
-def _to_saved(state: TrainState) -> dict[str, Any]:
+def _to_saved(state: TrainState, sampling: Mapping[int, Any] = _NONE) -> dict[str, Any]:
     # The optimizer's named tuples become a flat dict, so that the format has names and arrays only. The base
     # beside adapters never changes: the run folder has it once.
     saved = {"params": state.params, "optimizer": _by_name(state.opt_state), "step": state.step}
-    return saved if state.reference is None else saved | {"reference": state.reference}
+    if state.reference is not None:
+        saved["reference"] = state.reference
+    if sampling:
+        saved["sampling"] = {str(version): weights for version, weights in sampling.items()}
+    return saved
 
 
 def _from_saved(saved: Mapping[str, Any], template: TrainState) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,15 +10,18 @@ from dataclasses import replace
 import jax
 from jax.sharding import Mesh
 
-from mapo_jax.config import Config, FreshModelConfig, played_roles, to_yaml
+from mapo_jax.config import ROLES, Config, FreshModelConfig, played_roles, to_yaml
 from mapo_jax.errors import UserError
+from mapo_jax.files import as_path
 from mapo_jax.learning.programs import abstract_batch, check_rows
 from mapo_jax.learning.train_state import TrainState
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
-from mapo_jax.model.sharding import make_mesh, sharding_table
+from mapo_jax.model.sharding import make_mesh, sharding_table, with_shardings
+from mapo_jax.rollout.device import Exclusive
 from mapo_jax.rollout.requests import Counts
 from mapo_jax.running.display import duration
-from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory
+from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory, rollout_memory
+from mapo_jax.running.metrics import METRICS_FILE, read_rows
 from mapo_jax.running.policy import adapters, check_policy, read_shape
 from mapo_jax.running.utilization import peak_flops, step_work
 
@@ -27,6 +31,7 @@ FORECAST_ERROR = 1.1  # of the memory of an update, as tests require
 CPU_UPDATE, CPU_ROLLOUT, CPU_WARMSTART = 36e9, 12e9, 40e3
 DEFAULT_PARAMETERS = 1.1e6
 UPDATE_MFU = 0.4
+_STEP_MFU = 0.2  # of a whole step
 FRESH_ROPE_THETA = 10_000.0  # base of the small model's rotary frequencies
 
 
@@ -82,7 +87,7 @@ def forecast(config: Config) -> str:
         "the run": f"{training.steps:,} steps, {training.steps * turns:,} judge calls at most",
         "time": estimate(config, model, mesh),
     }
-    return summary_rows(rows)
+    return "\n".join([summary_rows(rows), *ahead_table(config, model, mesh)])
 
 
 def summary_rows(rows: Mapping[str, str]) -> str:
@@ -154,6 +159,47 @@ def estimate(config: Config, model: QwenConfig, mesh: Mesh) -> str:
     return f"up to {duration(seconds)} on two quiet CPU cores: {', '.join(parts)}{world}"
 
 
+def ahead_table(config: Config, model: QwenConfig, mesh: Mesh) -> list[str]:
+    """What `rollout.ahead` would bring, from the expected seconds of the roles' calls; empty without any.
+
+    A dialogue's calls follow each other. A step takes its world's and its devices' time; N steps ahead divide
+    that by N + 1, but the devices, and the calls at once, remain bounds.
+    """
+    environment, rollout = config.environment, config.rollout
+    turn = sum(getattr(environment, name).seconds for name in ROLES)
+    if environment.family != "live" or not turn:
+        return []
+    world = rollout.max_turns * turn + environment.user.seconds
+    queue = rollout.scenarios * rollout.rollouts * rollout.max_turns * turn / environment.concurrency
+    device, source = _device_seconds(config, model, mesh)
+    steps = [max((max(world, queue) + device) / (ahead + 1), queue, device) for ahead in range(3)]
+    return [
+        f"time      of a step, if dialogues have {rollout.max_turns} turns of {turn:g} s of calls; "
+        f"devices: {source}",
+        *(f"  rollout.ahead={ahead:<17}{seconds:9,.0f} s" for ahead, seconds in enumerate(steps)),
+    ]
+
+
+def _device_seconds(config: Config, model: QwenConfig, mesh: Mesh) -> tuple[float, str]:
+    """The devices' time for a step, and where it comes from."""
+    rows = read_rows(as_path(config.run.directory) / METRICS_FILE)
+    found = [row["perf/device_busy"] * row["timing_s/step"] for row in rows if row.get("perf/device_busy")]
+    if found:
+        seconds = statistics.median(found)
+        return seconds, f"{seconds:.0f} s, measured in {config.run.directory}"
+    peak = peak_flops(mesh.devices.flat[0], config.logging.peak_flops)
+    if peak is None:
+        return 0.0, "not counted; a step of the run in run.directory, or logging.peak_flops, would tell"
+    rollout = config.rollout
+    dialogues = rollout.scenarios * rollout.rollouts
+    sampled = dialogues * min(rollout.max_turns * rollout.max_reply_tokens, rollout.max_tokens)
+    done = Counts(prefilled=dialogues * rollout.max_tokens - sampled, sampled=sampled)
+    work = step_work(model, config, [rollout.max_tokens] * dialogues, sampled, done)
+    tflop = work["perf/rollout_tflop"] + work["perf/update_tflop"]
+    seconds = tflop * 1e12 / (_STEP_MFU * peak * mesh.size)
+    return seconds, f"{seconds:.0f} s, if the longest rows run at {_STEP_MFU:.0%} of the peak"
+
+
 def memory_table(memory: Forecast) -> list[str]:
     """A line for each kind of memory, and one for the sums."""
 
@@ -184,6 +230,13 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
         return
     memory = forecast_memory(config, model, mesh)
     certain = sum(memory.held.values()) + memory.update["gradient"]
+    if config.rollout.ahead and certain > limit:
+        parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.held.items())
+        raise UserError(
+            f"`rollout.ahead` is {config.rollout.ahead}, with which each device needs {certain / GIB:.1f} "
+            f"GiB ({parts}, and the gradient) and has {limit / GIB:.1f} GiB; lower it or rollout.slots, use "
+            "more devices, or begin a new run with a lower rollout.max_tokens"
+        )
     if certain > limit:
         raise UserError(
             f"the run does not fit: weights, moments and gradient need {certain / GIB:.1f} GiB of each "
@@ -203,10 +256,12 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
         )
 
 
-def check_update(update: jax.stages.Wrapped, state: TrainState, config: Config, mesh: Mesh) -> None:
+def check_update(
+    update: Exclusive, state: TrainState, config: Config, mesh: Mesh, model: QwenConfig | None = None
+) -> None:
     """Compiles the update of the longest rows on an accelerator, before any dialogue is held.
 
-    The first update takes it from the compilation cache.
+    The first update takes it from the compilation cache. `model` is needed with `rollout.ahead` only.
 
     Raises:
       UserError: it does not fit; with the compiler's sizes and what to change.
@@ -222,6 +277,9 @@ def check_update(update: jax.stages.Wrapped, state: TrainState, config: Config, 
         reason = " ".join(str(error).split())[:300]
     else:
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        if config.rollout.ahead:
+            weights = with_shardings(state.weights, jax.tree.map(lambda leaf: leaf.sharding, state.weights))
+            needed += sum(rollout_memory(config, model, mesh, weights).values())
         if limit is None or needed <= limit:
             return
         reason = f"it needs {needed / GIB:.1f} GiB of {limit / GIB:.1f}"

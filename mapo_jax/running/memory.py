@@ -28,11 +28,11 @@ from mapo_jax.config import Config
 from mapo_jax.learning.batch import microbatch_rows, row_lengths
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.programs import loss_tokens, minibatch_rows
-from mapo_jax.learning.train_state import abstract_state
+from mapo_jax.learning.train_state import abstract_state, trained_and_frozen
 from mapo_jax.model import head, qwen
 from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
 from mapo_jax.model.backends import attention_name
-from mapo_jax.model.qwen import Params, QwenConfig, parameter_shapes
+from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import RULES, param_shardings, row_shards
 from mapo_jax.rollout.capacity import cache_bytes, copies_weights
 from mapo_jax.running import processes as hosts
@@ -93,31 +93,41 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
         * _kept(microbatch, config.model.remat),
         "work of one layer or of the head": work,
     }
-    phases = held, update, _rollout(config, model, mesh, state.weights)
+    rollout = rollout_memory(config, model, mesh, state.weights)
+    if config.rollout.ahead:  # dialogues are held while updates run
+        held, rollout = held | rollout, {}
+    phases = held, update, rollout
     return Forecast(*({kind: size for kind, size in sizes.items() if size} for sizes in phases))
 
 
-def _rollout(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
-    """Memory while dialogues are held: each process has its share of them on its devices."""
+def rollout_memory(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:
+    """Memory while dialogues are held: each process has its share of them on its devices.
+
+    `weights` are `jax.ShapeDtypeStruct`s with shardings.
+    """
     processes = hosts.Processes(0, hosts.process_count(mesh))
     share, own_mesh = hosts.share_of(config.rollout, processes.count), hosts.rollout_mesh(mesh, processes)
     dtype = config.model.dtype
     dialogues = share.scenarios * share.rollouts
     resident = min(share.slots or dialogues, dialogues)
+    steps = 1 + share.ahead  # under way at once, each with caches and weights of its own
     vocabulary = _device_share(model, mesh).vocab_size
     caches = cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(dtype)) / own_mesh.size
     logits = 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary
-    sizes = {f"KV caches ({dtype})": caches, "logits of the lanes": logits}
+    sizes = {f"KV caches ({dtype})": steps * caches, "logits of the lanes": logits}
     whole = 0
+    if share.ahead:  # which updates leave alone
+        trained, frozen = trained_and_frozen(in_precision(weights, dtype))
+        sizes[f"weights of {steps} steps ({dtype})"] = steps * _bytes(trained) + _bytes(frozen)
     if processes.count > 1:
         weights = hosts.abstract_rollout_weights(weights, model, own_mesh, dtype)
         whole = _bytes(weights)
     if not copies_weights(share.copy_weights, own_mesh):
-        return {f"weights of a host ({dtype})": whole} | sizes
+        return {f"weights of a host ({dtype})": steps * whole} | sizes
     copy = hosts.abstract_rollout_weights(weights, model, own_mesh, dtype, RULES)
-    # The gathered weights are freed before caches are allocated.
-    more = max(0, whole - sum(sizes.values()))
-    return {f"copy of the weights ({dtype})": _bytes(copy), "more, while it is made": more} | sizes
+    # The gathered weights are freed before caches are allocated, unless other steps are under way.
+    more = whole if share.ahead else max(0, whole - sum(sizes.values()))
+    return {f"copy of the weights ({dtype})": steps * _bytes(copy), "more, while it is made": more} | sizes
 
 
 def device_memory(mesh: Mesh) -> int | None:

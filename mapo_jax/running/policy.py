@@ -22,6 +22,7 @@ from mapo_jax.model.peft import base_folder, is_adapter, read_adapter_config, wr
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
 from mapo_jax.model.sharding import param_shardings, with_shardings
 from mapo_jax.model.tensor_names import Reader
+from mapo_jax.rollout.device import Device
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.rollout.sampling import Sampling
@@ -219,12 +220,14 @@ def make_engine(
     *,
     dtype: str,
     mesh: Mesh | None,
+    device: Device | None = None,
 ) -> Engine:
     """The sampler of one process, without weights yet, with a slot for each of its dialogues of a step.
 
     Args:
       rollout: the process's share of a step (`processes.share_of`).
       mesh: the devices to sample on.
+      device: as of `Engine`.
     """
     dialogues = rollout.scenarios * rollout.rollouts
     return Engine(
@@ -239,6 +242,7 @@ def make_engine(
         copy_weights=rollout.copy_weights,
         dtype=dtype,
         mesh=mesh,
+        device=device,
     )
 
 

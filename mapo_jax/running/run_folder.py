@@ -34,6 +34,7 @@ STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
 _ROLE_KEYS = (
     "url",
     "key_variable",
+    "seconds",
     "requests_per_minute",
     "tokens_per_minute",
     "prices",

@@ -334,6 +334,23 @@ class TestIdentity:
             assert work.prefilled == prefilled
             assert (work.parked >= 4) == (one is narrow)
 
+    @pytest.mark.parametrize("ended", [(), (0,), (0, 1)])
+    def test_an_ended_dialogue_is_not_parked(self, params, ended):
+        """Its place is free at once, its slot takes another dialogue, and the replies stay the same."""
+        engine = make_engine(sampling=Sampling(temperature=TEMPERATURE), resident=2)
+        engine.load(params, 0)
+        engine.reply([request(s, prompt(s, 9), start=True) for s in (0, 1)])
+        for slot in ended:
+            engine.release(slot)
+        found = engine.reply([request(s, prompt(s, 9), start=True) for s in (2, 3)])
+        assert engine.counts.parked == 2 - len(ended)
+        for slot in ended:
+            with pytest.raises(StaleSlot):
+                engine.submit(request(slot, prompt(7, 3), turn=1))
+        engine.release(2)
+        again = engine.reply([request(s, prompt(s + 2, 9), dialogue=s + 2, start=True) for s in (0, 1)])
+        assert again == found
+
     def test_same_after_anyone(self, engine):
         """A start that goes on from what another slot said: its sampled tokens are not copied, since decoding
         and prefill round differently."""

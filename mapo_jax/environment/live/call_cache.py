@@ -34,7 +34,10 @@ class CallCache:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             # Autocommit with a write-ahead log: no row waits for the disk, and a killed process loses none.
-            self._rows = sqlite3.connect(self._file, isolation_level=None, timeout=30)
+            # The event loop that uses it may be in another thread.
+            self._rows = sqlite3.connect(
+                self._file, isolation_level=None, timeout=30, check_same_thread=False
+            )
             self._rows.execute("PRAGMA journal_mode=WAL")
             self._rows.execute("PRAGMA synchronous=NORMAL")
             self._rows.execute(

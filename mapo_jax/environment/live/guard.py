@@ -3,7 +3,8 @@
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from contextvars import ContextVar
+from typing import NamedTuple, TypeVar
 
 from mapo_jax.environment.allowance import allow
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure
@@ -51,8 +52,15 @@ class Watch:
         self._last.clear()
 
 
+class _Clocks(NamedTuple):
+    """The time of one collection."""
+
+    deadline: float
+    spent: dict[tuple[str, int], float]  # by dialogue
+
+
 class Guarded:
-    """The three roles with time limits. Call `begin` before every collection of dialogues."""
+    """The three roles with time limits. Call `begin` before every collection of dialogues, in its task."""
 
     def __init__(
         self,
@@ -77,7 +85,9 @@ class Guarded:
         """
         self._roles, self.watch, self._log = roles, watch, log
         self._dialogue_seconds, self._step_seconds, self._clock = dialogue_seconds, step_seconds, clock
-        self.begin()
+        # Collections may overlap; each one's tasks have its clocks.
+        self._clocks: ContextVar[_Clocks] = ContextVar("clocks")
+        self._first_clocks = self._new_clocks()
 
     @property
     def roles(self) -> Roles:
@@ -86,8 +96,10 @@ class Guarded:
 
     def begin(self) -> None:
         """Starts the clocks of a collection."""
-        self._deadline = self._clock() + self._step_seconds
-        self._spent: dict[tuple[str, int], float] = defaultdict(float)
+        self._clocks.set(self._new_clocks())
+
+    def _new_clocks(self) -> _Clocks:
+        return _Clocks(self._clock() + self._step_seconds, defaultdict(float))
 
     async def open(self, scenario: Scenario, seed: int) -> str:
         """See User."""
@@ -106,15 +118,15 @@ class Guarded:
         return await self._bounded("director", state.scenario, state.seed, self._roles.director.act(state))
 
     async def _bounded(self, role: str, scenario: Scenario, seed: int, call: Awaitable[T]) -> T:
-        dialogue = scenario.id, seed
-        time_left = self._dialogue_seconds - self._spent[dialogue]
+        dialogue, clocks = (scenario.id, seed), self._clocks.get(self._first_clocks)
+        time_left = self._dialogue_seconds - clocks.spent[dialogue]
         try:
-            async with allow(time_left, self._deadline, self._clock) as allowance:
+            async with allow(time_left, clocks.deadline, self._clock) as allowance:
                 result = await call
         except TimeoutError:
             if not allowance.expired:
                 raise
-            which = "step" if self._deadline <= self._clock() else "dialogue"
+            which = "step" if clocks.deadline <= self._clock() else "dialogue"
             failure = RoleFailure("timeout", f"the time of the {which} is used up")
             self._log.failed(role, failure, final=True, seed=seed)
             self._log.lost[failure.kind] += 1
@@ -124,6 +136,6 @@ class Guarded:
             self.watch.note(role, failure)
             raise
         finally:
-            self._spent[dialogue] += allowance.used
+            clocks.spent[dialogue] += allowance.used
         self.watch.note(role, None)
         return result
