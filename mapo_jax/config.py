@@ -217,7 +217,6 @@ class AlgorithmConfig(Section):
     batch_scope: Literal["batch", "group"] = key("batch", "batch-level statistics: over all or per scenario")
     leave_one_out: bool = key(False, "centre the turn level on the mean of the other rollouts")
     min_group: int = key(2, "fewest scored rollouts for turn-level statistics", ge=2)
-    outcome_weight: Amount = key(1.0, "mt_grpo only: weight of the outcome term")
     clip_low: Share = key(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: Amount = key(0.28, "the ratio is clipped above 1 + clip_high")
     dual_clip: float = key(10.0, "largest ratio that counts where the advantage is negative", ge=1)
@@ -241,7 +240,6 @@ class OptimizerConfig(Section):
     warmup: Share = key(0.05, "share of the updates with a rising learning rate")
     weight_decay: Amount = key(0.1, "decoupled weight decay; not on norms and biases")
     gradient_clip: Amount = key(1.0, "largest global norm of the gradient; 0: no clipping")
-    b2: Share = key(0.999, "decay of the second moment")
 
 
 class TrainingConfig(Section):
@@ -366,6 +364,8 @@ GONE = {
     "model.fresh.head_size": Gone("it is model.fresh.hidden / heads", lambda c: c.model.fresh.head_size),
     "model.fresh.rope_theta": Gone("it is always 10000", lambda _: 10_000.0),
     "optimizer.b1": Gone("it is always 0.9", lambda _: 0.9),
+    "optimizer.b2": Gone("it is always 0.999", lambda _: 0.999),
+    "algorithm.outcome_weight": Gone("it is always 1", lambda _: 1.0),
     "logging.dialogues_every": Gone("the dialogues of every step are written", lambda _: 1),
 }
 RUN_FILE = "config.yaml"  # of a run folder; there a removed key is allowed if it has the value in effect
@@ -520,7 +520,6 @@ def idle_settings(config: Config) -> list[str]:
             estimator not in SINGLE_ROLLOUT_ESTIMATORS,
             "an estimator that compares rollouts",
         ),
-        "algorithm.outcome_weight": (estimator == "mt_grpo", "algorithm.estimator=mt_grpo"),
         "algorithm.importance_cap": (algorithm.old_logprobs == "trainer", "algorithm.old_logprobs=trainer"),
         "algorithm.kl_estimator": (algorithm.kl_coefficient > 0, "algorithm.kl_coefficient above 0"),
         "lora": (config.lora.rank > 0, "lora.rank above 0"),

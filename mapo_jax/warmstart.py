@@ -51,8 +51,9 @@ from mapo_jax.warmstarting.packing import PackedRows, Renderer, batches, pack
 RECORD = "warmstart.json"  # in the result's folder: determinants, loss curve, measurements
 REPORT_EVERY = 10  # updates between reads of the loss: each read waits for the device
 TOKENIZER_CHATS = 1000  # chats that the tokenizer is trained on: more only take more time
-# A short b2: over a short training of a small model, old second moments are no estimate of the present ones.
-OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0, b2=0.95)
+OPTIMIZER = OptimizerConfig(warmup=0.05, weight_decay=0.1, gradient_clip=1.0)
+# Short: over a short training of a small model, old second moments are no estimate of the present ones.
+B2 = 0.95
 
 
 def run_warmstart(
@@ -188,7 +189,8 @@ def _train(
             f"`warmstart.rows` is {settings.rows}; it must be a multiple of the {shards} shards "
             "(mesh.data x mesh.fsdp) that the rows are split over"
         )
-    optimizer = make_optimizer(updated(OPTIMIZER, {"learning_rate": settings.learning_rate}), settings.steps)
+    own = updated(OPTIMIZER, {"learning_rate": settings.learning_rate})
+    optimizer = make_optimizer(own, settings.steps, b2=B2)
     scoring = Scoring(
         policy.config,
         vocabulary_size=policy.chat.vocabulary_size,

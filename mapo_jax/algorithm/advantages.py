@@ -254,8 +254,7 @@ _OPTIONS = {  # of each estimator: keys of the configuration
     "turn": _TURN_OPTIONS,
     "batch": ("batch_scope",),
     "reinforce_plus_plus": ("discount",),
-    "mt_grpo": ("min_group", "outcome_weight"),
-    **dict.fromkeys(("grpo", "grpo_per_turn", "rloo", "dr_grpo"), ("min_group",)),
+    **dict.fromkeys(("grpo", "grpo_per_turn", "rloo", "dr_grpo", "mt_grpo"), ("min_group",)),
 }
 
 

@@ -50,18 +50,19 @@ def learning_rate_schedule(
     return rate
 
 
-def make_optimizer(config: OptimizerConfig, total_updates: int) -> Optimizer:
+def make_optimizer(config: OptimizerConfig, total_updates: int, *, b2: float = 0.999) -> Optimizer:
     """AdamW (arXiv 1711.05101) after clipping by the gradient's global norm.
 
     Decay is decoupled and does not apply to norms and biases. A `gradient_clip` of 0 does not clip.
 
     Args:
       total_updates: N of the schedule, for the whole run.
+      b2: decay of the second moment.
     """
     rate = learning_rate_schedule(
         config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
     )
-    adamw = optax.adamw(rate, b1=B1, b2=config.b2, weight_decay=config.weight_decay, mask=_decayed)
+    adamw = optax.adamw(rate, b1=B1, b2=b2, weight_decay=config.weight_decay, mask=_decayed)
     if config.gradient_clip == 0:
         return Optimizer(adamw, rate)
     return Optimizer(optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw), rate)

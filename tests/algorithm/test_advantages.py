@@ -391,7 +391,7 @@ def test_scored_defaults_to_every_valid_turn(seed):
 def test_the_table_is_the_configuration_s():
     assert tuple(ESTIMATORS) == get_args(config.Estimator)
     for name in ESTIMATORS:
-        section = config.AlgorithmConfig(estimator=name, discount=0.5, turn_weight=0.25, outcome_weight=2.0)
+        section = config.AlgorithmConfig(estimator=name, discount=0.5, turn_weight=0.25)
         options = advantages.estimator_options(section)
         estimate(name, *random_dialogues(0), **options)  # takes them all
     options = advantages.estimator_options(config.AlgorithmConfig())

@@ -171,9 +171,9 @@ def test_optimizer_equals_torch():
     start |= {"norm": {"scale": random.normal(size=4)}, "embed": {"embedding": random.normal(size=(5, 4))}}
     start = jax.tree.map(lambda leaf: leaf.astype(np.float32), start)
     settings = OptimizerConfig(
-        learning_rate=0.03, schedule="cosine", warmup=0.4, weight_decay=0.7, gradient_clip=2.5, b2=0.95
+        learning_rate=0.03, schedule="cosine", warmup=0.4, weight_decay=0.7, gradient_clip=2.5
     )
-    optimizer = make_optimizer(settings, 5)
+    optimizer = make_optimizer(settings, 5, b2=0.95)
 
     theirs = jax.tree.map(lambda leaf: torch.nn.Parameter(torch.tensor(leaf)), start)
     groups = [
