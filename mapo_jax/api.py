@@ -74,7 +74,7 @@ def load(
     )
     subject = find_subject(options, _SIZES)
     prepare_jax(subject.config.run.compilation_cache)
-    return Model(subject.config, subject.load())
+    return Model(subject.config, subject.load(), subject.unused_world)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Model:
 
     config: Config
     _local: LocalModel = field(repr=False)
+    _unused_world: str | None = field(default=None, repr=False)
     _engines: dict[tuple[float, int], Engine] = field(default_factory=dict, repr=False)  # the last one used
 
     def chat(
@@ -101,13 +102,17 @@ class Model:
 
         Args:
           messages: `role` and `content` of each, the user's last.
-          max_tokens: of the reply; by default `rollout.max_reply_tokens`.
+          max_tokens: of the reply, as far as the row has room; by default `rollout.max_reply_tokens`.
           temperature: by default `evaluation.temperature`; 0 takes the most probable tokens.
           seed: of sampling.
 
         Raises:
-          UserError: the conversation leaves no room for a reply.
+          UserError: the conversation leaves no room for a reply, or the last message is not the user's.
         """
+        if not messages or messages[-1].get("role") != "user":
+            raise UserError("the last message must be the user's; add it, or leave the reply out")
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"`max_tokens` is {max_tokens}; it must be at least 1")
         chat = self._local.policy.chat
         turn = sum(message["role"] == "assistant" for message in messages)
         request = Request(0, chat.prompt(messages), key=(seed % 2**32, 0, 0), turn=turn, start=True)
@@ -132,6 +137,11 @@ class Model:
           UserError: no such card, or a world that cannot be opened.
         """
         config, environment = self.config, self.config.environment
+        if self._unused_world is not None:
+            raise UserError(
+                f"this run was trained in a live world ({self._unused_world}), which is used only if you name "
+                'it; give `config=RUN/config.yaml` to `load`, or `config="tiny"` for the scripted world'
+            )
         if isinstance(card, str):
             card = find_scenario(card, environment.scenarios, scripted=environment.family == "scripted")
         engine = self._engine(temperature, None)
@@ -195,7 +205,8 @@ class Model:
     def _engine(self, temperature: float | None, reply_tokens: int | None) -> Engine:
         rollout = self.config.rollout
         length = min(rollout.max_tokens, self._local.policy.config.max_position_embeddings)
-        reply_tokens = min(reply_tokens or rollout.max_reply_tokens, length - 1)
+        wanted = rollout.max_reply_tokens if reply_tokens is None else reply_tokens
+        reply_tokens = min(wanted, length - 1)
         temperature = self.config.evaluation.temperature if temperature is None else temperature
         key = (temperature, reply_tokens)
         if key not in self._engines:

@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     option("--temperature", type=float, metavar="T", help="of sampling; 0 is greedy")
     option("--seed", type=int, default=0, help="of sampling and of the scripted user (default: 0)")
-    option("--config", metavar="FILE", help="configuration (default: a run's own, else the defaults)")
+    option("--config", metavar="FILE|NAME", help="configuration (default: a run's own, else the defaults)")
     option(
         TRUST, action="store_true", help="of a run with a live world: use the servers and classes it names"
     )

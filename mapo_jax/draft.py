@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("conversations", type=Path, help="the folder of `serve --conversations`")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.yaml")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with environment.judge")
+    parser.add_argument("--config", metavar="FILE|NAME", help="YAML file with environment.judge")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parse_settings(Config, parser, arguments)
     return run_command(lambda: run(options))

@@ -24,6 +24,7 @@ from mapo_jax.running.forecast import details, forecast, summary_rows
 from mapo_jax.running.metrics import METRICS_FILE, import_wandb, read_rows
 from mapo_jax.running.run_folder import refuse_folder, whole_steps
 from mapo_jax.settings import merged, nested, value_at
+from mapo_jax.warmstarting.chats import read_chats
 
 
 def dry_run(config: Config, *, full: bool = False) -> str:
@@ -41,6 +42,8 @@ def dry_run(config: Config, *, full: bool = False) -> str:
     training, validation = cards_of_run(config)
     played = played_roles(config.environment)
     check_roles(config, played)
+    if config.model.path is None and config.warmstart.data is not None:
+        read_chats(config.warmstart.data)
     refuse_folder(as_path(config.run.directory), config)
     idle = idle_settings(config)
     rows = {
@@ -73,15 +76,15 @@ def _world(config: Config, played: tuple[str, ...], training: list[Scenario]) ->
     if not played:
         return "scripted: no model, no cost"
     loads = run_load(config, training, len(cards(config, "validation")))
-    told = []
+    players = []
     for name in played:
         role = getattr(config.environment, name)
         player = " ".join(filter(None, (role.implementation, role.model, role.url and f"at {role.url}")))
         cost = float(loads[name][1:] @ role.prices) / 1e6 if name in loads else 0.0
         price = f", {cost:,.2f} at its prices" if cost else ""
-        told.append(f"{name} {player} ({loads[name][0]:,.0f} calls at most{price})")
+        players.append(f"{name} {player} ({loads[name][0]:,.0f} calls at most{price})")
     rest = "" if config.environment.family == "live" else "; the others scripted"
-    return f"{'; '.join(told)}{rest}. No request was sent"
+    return f"{'; '.join(players)}{rest}. No request was sent"
 
 
 def _folder(config: Config) -> str:

@@ -383,7 +383,7 @@ def _common(command: argparse.ArgumentParser, run: Callable[..., None]) -> None:
     command.set_defaults(command=run)
     option = command.add_argument
     option("--output", metavar="FOLDER", help="for results; an evaluation in it is continued")
-    option("--config", metavar="FILE", help="configuration (default: a run's own, else the defaults)")
+    option("--config", metavar="FILE|NAME", help="configuration (default: a run's own, else the defaults)")
     option("--json", metavar="FILE", help="write the scores there too")
     option("--seed", type=int, default=0, help="of sampling and intervals (default: 0)")
     option("overrides", nargs="*", metavar="key=value", help="such as environment.concurrency=8")

@@ -138,10 +138,11 @@ def _write_adapters(folder: Path, run: Path, policy: Policy, config: Config, ste
     """Writes adapters in PEFT's format, reads them again and compares; and the tokenizer."""
     read = open_params(checkpoint_folder(run, step), split(parameter_shapes(policy.config))[0])
     tensors = peft.adapter_tensors(read, policy.config)
-    base = config.model.path
+    base, revision = config.model.path, None
     if base is not None:
-        base = model.repo if (model := hub_id(base)) else Path(base).name
-    peft.write_adapter_config(folder, policy.config.lora, base)
+        model = hub_id(base)
+        base, revision = (model.repo, model.revision) if model else (Path(base).name, None)
+    peft.write_adapter_config(folder, policy.config.lora, base, revision)
     save_file(tensors, folder / peft.WEIGHTS, metadata={"format": "pt"})
     again = load_file(folder / peft.WEIGHTS)
     if name := next((name for name in tensors if not np.array_equal(tensors[name], again.get(name))), None):
@@ -214,6 +215,8 @@ def _sample_row(policy: Policy, config: Config) -> tuple[int, ...]:
 
 
 def _step(text: str) -> int | str:
+    if text != BEST and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor {BEST}")
     return text if text == BEST else int(text)
 
 

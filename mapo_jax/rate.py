@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("cards", type=Path, help="a file or a folder of cards")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with environment.judge")
+    parser.add_argument("--config", metavar="FILE|NAME", help="YAML file with environment.judge")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parse_settings(Config, parser, arguments)
 

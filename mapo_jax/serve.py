@@ -111,13 +111,14 @@ def run(options: Namespace, console: Console) -> None:
         )
     limits = Limits(options.max_body, options.max_messages, options.requests_per_minute, options.queue)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    listening = None if grpc else _listen(options.host, options.port)
+    listening = _listen(options.host, options.port)
     subject = find_subject(options)
     prepare_jax(subject.config.run.compilation_cache)
     if grpc:
         console.print(f"loading {printable(options.model)} and compiling ...", soft_wrap=True)
         served = load_served(subject.name, options, subject)
-        address = f"{host}:{options.port}"
+        address = f"{host}:{listening.getsockname()[1]}"
+        listening.close()  # held until now, so that a port in use is told at once
         asyncio.run(serve_jetstream(served, limits, key, address, lambda line: console.print(line)))
         console.print("stopped: every reply under way was sent")
         return
@@ -263,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     option(
         "--requests-per-minute", type=int, default=0, metavar="N", help="of one address (default: no limit)"
     )
-    option("--config", metavar="FILE", help="configuration (default: a run's own, else the defaults)")
+    option("--config", metavar="FILE|NAME", help="configuration (default: a run's own, else the defaults)")
     option("overrides", nargs="*", metavar="key=value", help="such as model.dtype=bfloat16")
     parser.set_defaults(endpoint=None, endpoint_model=None, trust_run_world=False)
     return parser

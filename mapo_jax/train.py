@@ -113,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="more figures, and a table at the end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=20")
     options = parse_settings(Config, parser, arguments)
+    if options.full and not options.dry_run:
+        parser.error("--full belongs to --dry-run; add it, or leave --full out")
 
     def command() -> None:
         if options.keys:
@@ -130,8 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Callable(ModuleType):
     """Makes `mapo_jax.train(config)` a call of `train`, while `mapo_jax.train` stays this module."""
 
-    def __call__(self, config: Config, console: Console | None = None) -> None:
-        train(config, console)
+    def __call__(self, config: Config, console: Console | None = None, *, verbose: bool = False) -> None:
+        train(config, console, verbose=verbose)
 
 
 sys.modules[__name__].__class__ = _Callable

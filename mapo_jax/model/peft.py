@@ -213,16 +213,20 @@ def adapter_tensors(read: Reader, config: QwenConfig) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_adapter_config(folder: str | Path, lora: LoRA, base: str | None = None) -> None:
+def write_adapter_config(
+    folder: str | Path, lora: LoRA, base: str | None = None, revision: str | None = None
+) -> None:
     """Writes `adapter_config.json` in PEFT's format.
 
     Args:
-      base: path or name of the base model.
+      base: path or id of the base model.
+      revision: of the id.
     """
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": [TARGETS[name] for name in lora.targets],

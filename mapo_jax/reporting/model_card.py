@@ -17,6 +17,7 @@ from mapo_jax.config import Config, to_yaml, updated, value_of
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.files import read_object
+from mapo_jax.hub import hub_id
 from mapo_jax.model.qwen import QwenConfig, parameter_count
 from mapo_jax.running.metrics import METRICS_FILE, read_rows
 
@@ -51,7 +52,7 @@ def model_card(
         step=step,
         config=config,
         yaml=_public_yaml(config),
-        start=config.model.path and Path(config.model.path).name,
+        start=config.model.path and _public(config.model.path),
         model=model,
         parameters=parameter_count(replace(model, lora=None)),
         dtype=dtype,
@@ -65,11 +66,16 @@ def model_card(
     )
 
 
+def _public(path: str) -> str:
+    """An id of the Hub as it is, or the last component of a path."""
+    return path if hub_id(path) else Path(path).name
+
+
 def _public_yaml(config: Config) -> str:
     """The run's configuration; of each path only the last component, since the card is published."""
     for dotted in _PATHS:
         if path := value_of(config, dotted):
-            config = updated(config, {dotted: Path(path).name})
+            config = updated(config, {dotted: _public(path)})
     return to_yaml(config).rstrip()
 
 

@@ -143,14 +143,11 @@ class Display:
 
     def enter(self, phase: str) -> None:
         """Shows that a phase of PHASES begins. Without a terminal only what is not part of every step."""
-        label = PHASES.get(phase, phase)
-        if phase == "update" and not self._last:
-            label = "update (the first one is compiled)"
-        elif phase in ("rollout", "update", "checkpoint", "evaluation", "calibration"):
-            self._show(label)
-            return
+        first = phase == "update" and not self._last
+        label = "update (the first one is compiled)" if first else PHASES.get(phase, phase)
         self._show(label)
-        if not self._live:
+        usual = ("rollout", "update", "checkpoint", "evaluation", "calibration")
+        if not self._live and (first or phase not in usual):
             self.note(f"{label} ...")
 
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
@@ -168,16 +165,16 @@ class Display:
         self._progress.update(self._phase_task, description=name, completed=done, total=total)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows a finished step, in 80 columns."""
+        """Shows a finished step, in fewer than 80 columns."""
         self._returns.append(metrics["return/mean"])
         self._seconds.append(metrics["timing_s/step"])
         self._progress.update(self._step_task, completed=step)
         # Without the first step, which compiles.
         left = (self._steps - step) * statistics.median(self._seconds[1:][-_PACE:] or self._seconds)
         self._last = (
-            f"step {step:>4}/{self._steps}  return {metrics['return/mean']:+7.3f}  "
-            f"reward {metrics['reward/mean']:+6.3f}  turns {metrics['turns/mean']:4.1f}  "
-            f"{metrics['timing_s/step']:5.1f} s" + (f", {duration(left)} left" if left else "")
+            f"step {step:>4}/{self._steps}  return {metrics['return/mean']:+6.2f}  "
+            f"reward {metrics['reward/mean']:+5.2f}  turns {metrics['turns/mean']:.1f}  "
+            f"{metrics['timing_s/step']:.1f} s" + (f", {duration(left)} left" if left else "")
         )
         if self.verbose:
             self._last += (

@@ -170,11 +170,12 @@ def ahead_table(config: Config, model: QwenConfig, mesh: Mesh) -> list[str]:
     if environment.family != "live" or not turn:
         return []
     world = rollout.max_turns * turn + environment.user.seconds
-    queue = rollout.scenarios * rollout.rollouts * rollout.max_turns * turn / environment.concurrency
+    calls = turn + (environment.judge.samples - 1) * environment.judge.seconds  # asked at once
+    queue = rollout.scenarios * rollout.rollouts * rollout.max_turns * calls / environment.concurrency
     device, source = _device_seconds(config, model, mesh)
     steps = [max((max(world, queue) + device) / (ahead + 1), queue, device) for ahead in range(3)]
     return [
-        f"time      of a step, if dialogues have {rollout.max_turns} turns of {turn:g} s of calls; "
+        f"ahead     time of a step, if dialogues have {rollout.max_turns} turns of {turn:g} s of calls; "
         f"devices: {source}",
         *(f"  rollout.ahead={ahead:<17}{seconds:9,.0f} s" for ahead, seconds in enumerate(steps)),
     ]

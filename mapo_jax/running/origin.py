@@ -21,10 +21,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers
 
 def start_row(mesh: Mesh) -> dict[str, Any]:
     """One start of a run, as JSON values."""
-    name = f"-m mapo_jax.{Path(sys.argv[0]).stem}" if "mapo_jax" in sys.argv[0] else sys.argv[0]
+    program = Path(sys.argv[0])
+    module = program.resolve().parent == Path(mapo_jax.__file__).resolve().parent
+    name = f"python -m mapo_jax.{program.stem}" if module else shlex.quote(sys.argv[0])
     return {
         "time": round(time.time(), 3),
-        "command": f"python {name} {shlex.join(sys.argv[1:])}".rstrip(),
+        "command": f"{name} {shlex.join(sys.argv[1:])}".rstrip(),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "commit": commit(Path(mapo_jax.__file__).parent),
@@ -44,6 +46,7 @@ def commit(folder: Path) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # else it is the folder of another repository
         return git("rev-parse", "--short=12", "HEAD") + (
             "+" if git("status", "--porcelain", "-uno", ".") else ""
         )

@@ -15,7 +15,7 @@ Check = Callable[[], None]
 """Raises Interrupted after a stop request; called at safe points."""
 
 
-ANSWER = "stopping: finishing what runs, then saving; again to quit at once"
+ANSWER = "stopping at the next safe point; once more to quit at once"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

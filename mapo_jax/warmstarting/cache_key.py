@@ -22,9 +22,12 @@ _SOURCES = (
     "environment/scenario.py",
     "environment/state.py",
     "model",
+    "warmstart.py",
     "warmstarting",
     "rollout/rows.py",
     "tokenizer.py",
+    "learning/optimizer.py",
+    "learning/train_state.py",
     "learning/update.py",
 )
 
