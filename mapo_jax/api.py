@@ -139,8 +139,8 @@ class Model:
         config, environment = self.config, self.config.environment
         if self._unused_world is not None:
             raise UserError(
-                f"this run was trained in a live world ({self._unused_world}), which is used only if you name "
-                'it; give `config=RUN/config.yaml` to `load`, or `config="tiny"` for the scripted world'
+                f"this run was trained in a live world ({self._unused_world}), which is not used unless named: "
+                "`load` with config='RUN/config.yaml', or with config='tiny' for the scripted world"
             )
         if isinstance(card, str):
             card = find_scenario(card, environment.scenarios, scripted=environment.family == "scripted")

@@ -87,7 +87,7 @@ class UnderWay:
     begun: Begun[Dialogue] | None = None  # with `rollout.ahead`
     ended: list[float] = field(default_factory=list)  # when attempts to hold them were over
 
-    async def hold_and_note(self, journal: Journal | None) -> list[list[Dialogue]]:
+    async def hold_timed(self, journal: Journal | None) -> list[list[Dialogue]]:
         """Holds the dialogues, and notes the time at the end."""
         try:
             return await self.hold(journal)
@@ -203,7 +203,7 @@ def prepare(
     chat = policy.chat
     programs = make_programs(config, policy.config, chat.vocabulary_size, mesh)
     model = policy.config, chat.stop_ids, chat.vocabulary_size
-    device = Device()
+    device = Device(shared=config.rollout.ahead > 0)
     sampler = partial(make_engine, *model, share, dtype=config.model.dtype, mesh=sampling_mesh, device=device)
     engine = evaluator = sampler(config.rollout.temperature)
     if config.evaluation.temperature != config.rollout.temperature:
@@ -327,7 +327,9 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
     step, config = progress["step"], run.config
     copy = run.copy_weights.eval_shape(template.params)
     copy = with_shardings(copy, jax.tree.map(lambda leaf: leaf.sharding, template.params))
-    run.restored.update(run.checkpoints.restore_sampling(dict.fromkeys(_earlier(config, step), copy)))
+    run.restored.update(
+        run.checkpoints.restore_sampling(dict.fromkeys(_versions_to_save(config, step), copy))
+    )
     note = f"continuing {run.folder} after step {step}"
     if step == run.config.training.steps:
         note = f"the run in {run.folder} is finished; for another choose another run.directory"
@@ -336,15 +338,17 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
     return Position(step, state, deck.get_state())
 
 
-def spoken_by(config: Config, step: int) -> int:
+def sampler_version(config: Config, step: int) -> int:
     """The version of the weights that hold the dialogues of a step: how many updates they have had."""
     return max(0, step - config.rollout.ahead)
 
 
-def _earlier(config: Config, step: int) -> list[int]:
+def _versions_to_save(config: Config, step: int) -> list[int]:
     """The versions before `step` that hold dialogues of the steps from `step` on."""
     later = range(step, min(step + config.rollout.ahead, config.training.steps))
-    return sorted({version for version in (spoken_by(config, each) for each in later) if version < step})
+    return sorted(
+        {version for version in (sampler_version(config, each) for each in later) if version < step}
+    )
 
 
 def save(run: Run, at: Position) -> None:
@@ -353,14 +357,15 @@ def save(run: Run, at: Position) -> None:
     Dialogues under way are not saved: those of a step are held again, by the same weights. So the checkpoint
     has these too, in the precision in which they sample.
     """
-    earlier = _earlier(run.config, at.step)
+    earlier = _versions_to_save(run.config, at.step)
     sampling = {
         version: trained_and_frozen(collection.weights)[0]
         for step, collection in run.under_way.items()
-        if (version := spoken_by(run.config, step)) in earlier
+        if (version := sampler_version(run.config, step)) in earlier
     }
     progress = {"deck": at.deck, "seed": run.config.training.seed, "configuration": to_yaml(run.config)}
     several = run.processes.count > 1  # they synchronise by programs on their devices
+    run.checkpoints.wait()  # for the save before this one, without the devices
     with run.phases("checkpoint"), run.engine.device if several else nullcontext():
         run.checkpoints.save(at.step, at.state, progress, sampling)
 

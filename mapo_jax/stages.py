@@ -33,7 +33,7 @@ from mapo_jax.rollout.device import Exclusive
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.journal import Journal
 from mapo_jax.rollout.requests import Counts
-from mapo_jax.run import Position, Run, UnderWay, save, spoken_by
+from mapo_jax.run import Position, Run, UnderWay, sampler_version, save
 from mapo_jax.running.forecast import check_update
 from mapo_jax.running.utilization import memory, peak_flops, step_work, utilization
 from mapo_jax.scores.figures import summarize
@@ -51,9 +51,13 @@ def warm_up(run: Run, at: Position) -> None:
     with run.phases("warm_up"):
         for engine in dict.fromkeys((run.engine, run.evaluator)):
             run.display.phase("compiling the sampler")
-            engine.load(run.sampling_weights(at.state.weights), -1)
-            engine.warm_up()
-            engine.unload()  # one engine at a time has weights
+            weights = [at.state.weights]
+            if run.config.rollout.ahead and engine is run.engine:
+                weights.append(_copy(run, at, at.step))  # of another precision, and so for other programs
+            while weights:
+                engine.load(run.sampling_weights(weights.pop()), -1)
+                engine.warm_up()
+                engine.unload()  # one engine at a time has weights
             run.processes.together("compiling", run.stop.check)
         run.display.phase("compiling the update")
         check_update(run.update, at.state, run.config, run.mesh, run.policy.config)
@@ -106,7 +110,7 @@ def _begin(run: Run, at: Position, scenarios: Sequence[Scenario], step: int) -> 
 
     All of a step's dialogues are of one version, and that follows from the step alone.
     """
-    version, ahead, started = spoken_by(run.config, step), run.config.rollout.ahead, time.monotonic()
+    version, ahead, started = sampler_version(run.config, step), run.config.rollout.ahead, time.monotonic()
     engine, copy = (run.engine.twin(), _copy(run, at, version)) if ahead else (run.engine, None)
     before = replace(engine.counts)
     engine.load(Exclusive(run.sampling_weights, engine.device)(copy or at.state.weights), version)
@@ -114,7 +118,7 @@ def _begin(run: Run, at: Position, scenarios: Sequence[Scenario], step: int) -> 
     collection = UnderWay(engine, copy, hold, started, before)
     if not ahead:
         return collection
-    return replace(collection, begun=run.world.begin(collection.hold_and_note, stream="train", step=step))
+    return replace(collection, begun=run.world.begin(collection.hold_timed, stream="train", step=step))
 
 
 def _copy(run: Run, at: Position, version: int) -> Params:
@@ -174,8 +178,7 @@ def _collection(
 
     def progress(turns: int) -> None:
         run.stop.check()
-        # Not of the steps that nobody waits for yet.
-        if not training or step == min(run.under_way, default=step):
+        if not training or step == run.world.awaited:  # not of steps that nobody waits for yet
             run.display.phase(name + run.world.status(), turns, total)
 
     def collection(journal: Journal | None) -> Awaitable[Dialogues]:
@@ -203,9 +206,10 @@ def _wait(
     """The dialogues of a collection, which begins now unless it has begun; frees its memory."""
     if run.processes.count == 1:  # of several each pauses alone, and cannot save alone
         run.world.on_pause = partial(save, run, at)
+    run.world.awaited = step if stream == "train" else None
     try:
         return run.world.hold(
-            collection.hold_and_note,
+            collection.hold_timed,
             stream=stream,
             step=step,
             check=run.stop.check,
@@ -269,6 +273,8 @@ def lay_out_rows(run: Run, dialogues: Dialogues, advantages: Values, scored: Mas
 
 def _gather(run: Run, tree: T) -> T:
     """`Processes.gather`, which runs programs on the devices."""
+    if run.processes.count == 1:
+        return tree
     with run.engine.device:
         return run.processes.gather(tree)
 
@@ -303,7 +309,8 @@ def finish_update(
     Raises:
       UserError: a loss or gradient was not finite. That update was not applied.
     """
-    metrics = fetch(updates)
+    with run.engine.device:  # busy until the updates are over
+        metrics = fetch(updates)
     if metrics["actor/skipped"]:
         raise UserError(not_finite(run, at.step, float(updates[0]["actor/skipped"]) > 0))
     values = np.asarray(advantages)[scored] if scored.any() else np.zeros(1)

@@ -20,6 +20,7 @@ from mapo_jax.reporting.folder import read_run
 from mapo_jax.reporting.study import Study
 from mapo_jax.reporting.summary import tiles
 from mapo_jax.reporting.write import write_report
+from mapo_jax.rollout.device import Exclusive
 from mapo_jax.run import Position, Run
 from mapo_jax.running.display import results_table, transcript
 from mapo_jax.running.run_folder import best_steps
@@ -46,12 +47,13 @@ def evaluate(run: Run, at: Position) -> None:
     file = run.folder / "evaluations" / f"step_{at.step:06d}.json"
     if run.processes.exchange("before an evaluation", read_object(file) is not None)[0]:
         return
-    run.evaluator.load(run.sampling_weights(at.state.weights), at.step)
+    weights = Exclusive(run.sampling_weights, run.engine.device)(at.state.weights)
+    run.evaluator.load(weights, at.step)
     try:
         dialogues = converse(run, at, run.validation, patient=at.step == 0)
     except WorldFailing as failing:
         run.display.note(f"validation after {at.step} steps is left out: {printable(str(failing))}")
-        # Writes the cost of the calls, so that the next step does not count them.
+        # Writes the cost of the calls, so that the next row does not count them.
         calls = run.processes.report("calls", run.world.drain())
         if calls is not None:
             _write(run, at.step, run.world.metrics(calls))

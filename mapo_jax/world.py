@@ -51,6 +51,7 @@ class World:
       calls: bounds them, of all collections together.
       processes: the processes of the run; each holds its share of the dialogues.
       on_pause: called before every pause, to save the run.
+      awaited: the step whose training dialogues the run waits for, if any.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class World:
         self.calls = asyncio.Semaphore(self.concurrency)
         self.processes = processes
         self.on_pause: Callable[[], None] = lambda: None
+        self.awaited: int | None = None
         self._config, self._folder, self._runner = config.environment, folder, runner
         self._run_folder = run_folder or folder
         self._max_turns = config.rollout.max_turns
@@ -184,7 +186,6 @@ class World:
 
         def pause(failure: str) -> None:
             failure = printable(failure)
-            self._guards[stream].watch.clear()
             self.on_pause()
             if not waits:
                 cleared = f"{self._config.pause_minutes:g} minutes of pauses did not clear it"
@@ -197,13 +198,14 @@ class World:
             number = len(self._waits) - len(waits)
             note(f"{failure}; pause {number} of {len(self._waits)}: {wait:.0f} s, then on from there")
             _sleep(wait, check)
+            self._guards[stream].watch.clear()  # of what steps under way counted meanwhile
 
         return pause
 
     def score_calibration(self, seed: int, check: Check) -> dict[str, tuple[int, ...] | None]:
         """The judge's levels for the fixed replies of `health`; None for a failed call. Never pauses."""
         judge = self._guarded(self._unguarded, Watch(1.0)).roles.judge
-        return self.run(score_all(judge, seed, self._config.concurrency), check)
+        return self.run(score_all(judge, seed, self.calls), check)
 
     def _guarded(self, roles: Roles, watch: Watch) -> Guarded:
         seconds = 2 * self._config.call_seconds * self._max_turns

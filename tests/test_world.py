@@ -21,6 +21,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import part_name
 from mapo_jax.role_models import _server, open_models
 from mapo_jax.rollout.collect import collect, derive_seed
+from mapo_jax.rollout.device import Device
 from mapo_jax.rollout.requests import Reply
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.run import Position
@@ -757,6 +758,7 @@ def test_an_evaluation_that_is_left_out_keeps_its_calls_from_the_next_step(
             phases=Phases(),
             validation=[CARDS[0]],
             evaluator=SimpleNamespace(load=lambda *_: None),
+            engine=SimpleNamespace(device=Device()),
             sampling_weights=lambda weights: weights,
             world=world,
             writer=SimpleNamespace(write=lambda step, metrics: written.append((step, metrics))),

@@ -78,12 +78,10 @@ class CallLog:
 
     def drain(self) -> dict[str, Any]:
         """All figures since the last `drain`, as JSON values without text; resets them."""
-        tallies = sorted(self._tallies.items())
-        roles = {role: {**vars(tally), "failures": dict(tally.failures)} for role, tally in tallies}
-        drained = {"roles": roles, "lost": dict(self.lost)}
-        self._tallies.clear()
-        self.lost.clear()
-        return drained
+        tallies, self._tallies = self._tallies, {}  # first: another thread may be counting
+        lost, self.lost = self.lost, Counter()
+        roles = {role: {**vars(tally), "failures": dict(tally.failures)} for role, tally in tallies.items()}
+        return {"roles": roles, "lost": dict(lost)}
 
 
 def call_figures(
@@ -106,8 +104,9 @@ def call_figures(
     for role in sorted({role for process in drained for role in process["roles"]}):
         rows = [process["roles"][role] for process in drained if role in process["roles"]]
         tally = sum((Tally(**row | {"failures": Counter(row["failures"])}) for row in rows), Tally())
-        if not tally.calls:
+        if not (tally.calls or tally.input_tokens or tally.failures):
             continue
+        begun = max(1, tally.calls)  # a call may end after the row in which it began
         input_price, output_price = prices.get(role, (0.0, 0.0))
         cost = (tally.input_tokens * input_price + tally.output_tokens * output_price) / 1e6
         total_cost += cost
@@ -115,8 +114,8 @@ def call_figures(
             f"{role}/calls": float(tally.calls),
             f"{role}/cached": float(tally.cached),
             f"{role}/lost_attempts": float(tally.lost_attempts),
-            f"{role}/call_failure_rate": sum(tally.failures.values()) / tally.calls,
-            f"{role}/repair_rate": tally.repairs / tally.calls,
+            f"{role}/call_failure_rate": sum(tally.failures.values()) / begun,
+            f"{role}/repair_rate": tally.repairs / begun,
             f"{role}/tokens": float(tally.input_tokens + tally.output_tokens),
             f"{role}/cost": cost,
         }
@@ -162,32 +161,32 @@ class Caller:
         Raises:
           RoleFailure: the call finally failed.
         """
-        tally = self.log[self.role]
-        tally.calls += 1
+        self.log[self.role].calls += 1
         messages = [_plain(message["role"], message["content"]) for message in messages]
         for repair_message in (repair, None):
             try:
-                return await self._attempt(tally, messages, seed, schema, check)
+                return await self._attempt(messages, seed, schema, check)
             except RoleFailure as failure:
                 final = repair_message is None or failure.kind not in ("malformed", "out_of_range")
                 self.log.failed(self.role, failure, final=final, seed=seed)
                 if final:
                     raise
-                tally.repairs += 1
+                self.log[self.role].repairs += 1
                 answer = _plain("assistant", excerpt(failure.raw) or "(nothing)")
                 messages = [*messages, answer, _plain("user", repair_message(excerpt(failure.detail)))]
         raise AssertionError("unreachable")
 
     async def _attempt(
-        self, tally: Tally, messages: Messages, seed: int, schema: Schema | None, check: Check | None
+        self, messages: Messages, seed: int, schema: Schema | None, check: Check | None
     ) -> str:
         key = address(role=self.role, settings=self.settings, messages=messages, schema=schema, seed=seed)
         cached = None if self.cache is None else self.cache.get(key)
         if cached is not None and _problem(cached.text, check) is None:
-            tally.cached += 1
+            self.log[self.role].cached += 1
             return cached.text
         completion = await self.call(messages, seed=seed, schema=schema)
         completion = completion._replace(text=whole_characters(completion.text))
+        tally = self.log[self.role]  # not before: `drain` may have replaced it during the call
         tally.input_tokens += completion.input_tokens
         tally.output_tokens += completion.output_tokens
         if problem := _problem(completion.text, check):

@@ -103,7 +103,8 @@ def live_forecast(config: Config, training: Sequence[Scenario], validation: int)
             lines.append(f"  the {name}'s limits per minute let this through in {hours:,.1f} hours at best")
     limit = config.environment.step_seconds
     for name, load in step_load(config, training).items():
-        seconds = 60 * _shortest(load, getattr(config.environment, name))
+        # Steps under way share the limits, and the clock of each runs from its beginning.
+        seconds = 60 * (1 + config.rollout.ahead) * _shortest(load, getattr(config.environment, name))
         if seconds > limit:
             lines.append(
                 f"  the {name}'s limits per minute let a step through in {seconds:,.0f} seconds at best, and "

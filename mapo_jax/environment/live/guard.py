@@ -38,7 +38,8 @@ class Watch:
         self._last.append((role, failure))
         if failure is None:
             return
-        kinds = Counter(f"{name} {problem.kind}" for name, problem in self._last if problem is not None)
+        last = list(self._last)  # at once: another thread may clear it
+        kinds = Counter(f"{name} {problem.kind}" for name, problem in last if problem is not None)
         if kinds.total() <= self._most:
             return
         listed = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())

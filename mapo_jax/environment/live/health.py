@@ -56,15 +56,14 @@ def calibration_set() -> tuple[CalibrationItem, ...]:
     return tuple(items)
 
 
-async def score_all(judge: Judge, seed: int, concurrency: int) -> dict[str, tuple[int, ...] | None]:
+async def score_all(judge: Judge, seed: int, places: asyncio.Semaphore) -> dict[str, tuple[int, ...] | None]:
     """The judge's levels for each reply of the set, by name; None where it failed.
 
     Args:
       judge: the judge.
       seed: of the calls; a repeated seed may be answered from a cache.
-      concurrency: maximum of concurrent calls.
+      places: bounds the concurrent calls.
     """
-    places = asyncio.Semaphore(concurrency)
 
     async def score(item: CalibrationItem) -> tuple[int, ...] | None:
         async with places:

@@ -79,6 +79,6 @@ def test_every_reply_is_scored_with_the_seed_and_failures_are_none():
                 raise RoleFailure("timeout")
             return SimpleNamespace(levels=GOOD)
 
-    levels = asyncio.run(score_all(Judge(), 77, 4))
+    levels = asyncio.run(score_all(Judge(), 77, asyncio.Semaphore(4)))
     assert len(heard) == 32 and {seed for seed, _ in heard} == {77}
     assert {item.kind for item in calibration_set() if levels[item.name] is None} == {"flattery"}
