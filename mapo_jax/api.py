@@ -139,7 +139,7 @@ class Model:
         config, environment = self.config, self.config.environment
         if self._unused_world is not None:
             raise UserError(
-                f"this run was trained in a live world ({self._unused_world}), which is not used unless named: "
+                f"the run's world is live ({self._unused_world}), which is not used unless named; "
                 "`load` with config='RUN/config.yaml', or with config='tiny' for the scripted world"
             )
         if isinstance(card, str):

@@ -20,7 +20,7 @@ class Device(AbstractContextManager):
     """
 
     def __init__(self, *, shared: bool = False) -> None:
-        """Args: shared: whether several threads run programs, so that each must be finished before the next."""
+        """Args: shared: whether several threads run programs, so that each must end before the next."""
         self.shared = shared
         self._lock = threading.Lock()
         self._clock: tuple[float, float | None] = 0.0, None  # seconds so far; since when it is busy
