@@ -239,6 +239,24 @@ def test_a_run_that_loses_a_process_goes_on_with_others(one, settings, tmp_path)
                 np.testing.assert_allclose(b[name], a[name], **METRIC, err_msg=name)
 
 
+@pytest.mark.slow
+def test_with_steps_ahead_two_processes_are_as_one(settings, tmp_path):
+    """Dialogues, updates and evaluations run beside each other in both processes, and none waits for ever."""
+    changes = {"rollout__ahead": 1, "training__steps": 4, "evaluation__every": 2}
+    for name, count in (("one", 1), ("two", 2)):
+        ended = finish(launch(settings, tmp_path / name, count=count, devices=4 // count, **changes))
+        assert [status for status, *_ in ended] == [0] * count, ended
+    one, two = tmp_path / "one", tmp_path / "two"
+    for step in range(1, 5):
+        pairs = zip(dialogues(one, "dialogues", step), dialogues(two, "dialogues", step), strict=True)
+        assert all(a["state"] == b["state"] and a["row"]["ids"] == b["row"]["ids"] for a, b in pairs)
+    assert [row.get("sampler/staleness") for row in rows(one)] == [
+        row.get("sampler/staleness") for row in rows(two)
+    ]
+    for a, b in zip(jax.tree.leaves(saved(one)), jax.tree.leaves(saved(two)), strict=True):
+        np.testing.assert_allclose(b, a, **WEIGHT)
+
+
 def test_processes_that_disagree_refuse_to_start(settings, tmp_path):
     folder = tmp_path / "disagree"
     ended = finish(launch(settings, folder, training__seed=lambda index: 5 + index))
