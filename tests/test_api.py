@@ -54,9 +54,9 @@ def test_train_is_a_function_and_a_module(monkeypatch):
 
     assert mapo_jax.train is module and callable(module)
     calls = []
-    monkeypatch.setattr(module, "train", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(module, "train", lambda *arguments, **options: calls.append((*arguments, options)))
     mapo_jax.train("configuration")
-    assert calls == [("configuration", None)]
+    assert calls == [("configuration", None, {"verbose": False})]
 
 
 @pytest.mark.parametrize("name", mapo_jax.__all__)

@@ -17,7 +17,7 @@ from mapo_jax.hub import cached, fetch, hub_id
 from mapo_jax.model.huggingface import write_config
 from mapo_jax.model.lora import LoRA
 from mapo_jax.model.peft import base_folder, write_adapter_config
-from mapo_jax.running import published
+from mapo_jax.running import forecast, published
 from mapo_jax.running.policy import read_shape
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -87,10 +87,18 @@ def test_adapters_name_their_base_on_the_hub(hub, tmp_path):
     assert base_folder(tmp_path) == hub / COMMIT[::-1]
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-32B", "Qwen/Qwen2.5-7B-Instruct@main"])
-def test_a_dry_run_of_a_known_shape_needs_no_weights(hub, capsys, name):
-    assert train.main(["--dry-run", f"model.path={name}", "rollout.max_tokens=4096", "lora.rank=8"]) == 0
-    assert {"Qwen/Qwen3-32B": "64 layers x 5120"}.get(name, "28 layers x 3584") in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("Qwen/Qwen3-0.6B", "28 layers x 1024"), ("Qwen/Qwen2.5-0.5B-Instruct@main", "24 layers x 896")],
+)
+def test_a_dry_run_of_a_known_shape_needs_no_weights(hub, capsys, monkeypatch, name, layers):
+    arguments = ["--dry-run", f"model.path={name}", "rollout.max_tokens=1024", "lora.rank=8"]
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: None)  # whatever this machine has
+    assert train.main(arguments) == 0
+    assert layers in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: 2**30)
+    assert train.main(arguments) == 2
+    assert "has 1.0 GiB" in capsys.readouterr().err
 
 
 def test_without_network_one_sentence_names_the_command(hub, capsys):

@@ -386,7 +386,8 @@ class TestIdentity:
         requests = [request(s, prompt(20 + s, 4 + s), start=True) for s in range(4)]
         for one, other in zip(engine.reply(requests), narrow.reply(requests), strict=True):
             assert one.ids == other.ids
-            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-6)
+            # Programs of another width add in another order: some units in the last place of values up to 5.
+            np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-6, atol=1e-6)
 
     def test_key(self, engine):
         """Another seed, step, dialogue or turn gives another reply."""

@@ -57,7 +57,7 @@ def test_without_a_terminal_every_step_is_one_plain_line():
         display.step(2, METRICS)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 2 and "\x1b" not in console.file.getvalue()
-    assert "step    2/3" in lines[1] and "-1.500" in lines[1]
+    assert "step    2/3" in lines[1] and "-1.50" in lines[1]
 
 
 def test_without_a_terminal_long_phases_are_told_with_the_time_left():
@@ -75,8 +75,8 @@ def test_without_a_terminal_long_phases_are_told_with_the_time_left():
         "update (the first one is compiled) ...",
         "turns: 40 of 100, 1 min 00 s left",
         "turns: 80 of 100, 20 s left",
-        "step    1/3  return  -1.500  reward -0.250  turns  7.0    2.0 s, 4 s left",
-        "step    2/3  return  -1.500  reward -0.250  turns  7.0   30.0 s, 30 s left",
+        "step    1/3  return  -1.50  reward -0.25  turns 7.0  2.0 s, 4 s left",
+        "step    2/3  return  -1.50  reward -0.25  turns 7.0  30.0 s, 30 s left",
     ]
 
 

@@ -69,7 +69,6 @@ def test_talking_and_rating(kept, visit):
     page.locator(".comment input").nth(1).fill("It repeats itself.")
     page.locator(".comment input").nth(1).press("Enter")
     page.locator(".saved", has_text="Saved.").nth(1).wait_for()
-    page.wait_for_timeout(200)
     (chat,) = read_chats(kept.service.chats.folder)
     assert [message["role"] for message in chat["messages"]] == ["user", "assistant"] * 2
     assert [chat["feedback"][reply]["rating"] for reply in chat["replies"]] == [1, -1]

@@ -157,14 +157,18 @@ function addTools(message, reply) {
   const tools = $("reply-tools").content.firstElementChild.cloneNode(true);
   const [up, down] = tools.querySelectorAll("button");
   const form = tools.querySelector("form"), comment = form.querySelector("input"), saved = tools.querySelector(".saved");
-  let rating = 0;
-  async function rate(value) {
+  let rating = 0, sent = Promise.resolve();
+  function rate(value) {
     rating = value;
+    saved.textContent = "";
     up.setAttribute("aria-pressed", value === 1);
     down.setAttribute("aria-pressed", value === -1);
     form.hidden = value === 0;
+    const body = JSON.stringify({ reply, rating, comment: value ? comment.value : "" });
+    sent = sent.then(() => post(value, body)); // one after the other: the last one counts
+  }
+  async function post(value, body) {
     try {
-      const body = JSON.stringify({ reply, rating, comment: value ? comment.value : "" });
       const response = await fetch("v1/feedback", { method: "POST", headers: headers(), body });
       saved.textContent = response.ok ? (value ? "Saved." : "Taken back.") : (await response.json()).error.message;
     } catch (error) {
