@@ -65,7 +65,7 @@ def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
         stop=SimpleNamespace(check=lambda: None),
         phases=lambda name: contextlib.nullcontext(),
         update=None,
-        config=None,
+        config=load_config(),
         policy=SimpleNamespace(config=None),
         mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), "x"),
         writer=None,
