@@ -555,7 +555,9 @@ def test_more_connections_than_may_be_open_are_one_sentence(serve, well_formed, 
     limit = len(os.listdir("/dev/fd")) + 200  # whatever earlier tests have open
     monkeypatch.setattr("resource.getrlimit", lambda which: (limit, limit))
     config = configure(server.url, environment__concurrency=256)
-    with pytest.raises(UserError, match=rf"`environment.concurrency` allows for 256 connections.* open {limit};"):
+    with pytest.raises(
+        UserError, match=rf"`environment.concurrency` allows for 256 connections.* open {limit};"
+    ):
         open_world(config, tmp_path, None).__enter__()
     assert server.count == 0 and not list(tmp_path.iterdir())
     with open_world(configure(server.url, environment__concurrency=32), tmp_path, None):
