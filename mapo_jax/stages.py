@@ -97,12 +97,15 @@ def hold_dialogues(run: Run, at: Position, deck: grain.DatasetIterator) -> tuple
 def _begin_due(run: Run, at: Position, deck: grain.DatasetIterator) -> list[Scenario]:
     """Begins every step whose weights exist by now; returns the scenarios of this one, and draws them."""
     last = min(at.step + run.config.rollout.ahead, run.config.training.steps - 1)
-    drawn = {step: next(deck) for step in range(at.step, last + 1)}
-    for step in sorted(drawn.keys() - run.under_way.keys()):
-        run.under_way[step] = _begin(run, at, drawn[step], step)
+    scenarios = next(deck)
+    following = deck.get_state()
+    for step in range(at.step, last + 1):
+        drawn = scenarios if step == at.step else next(deck)
+        if step not in run.under_way:
+            run.under_way[step] = _begin(run, at, drawn, step)
     run.restored.clear()
-    deck.set_state(at.deck)
-    return next(deck)  # the next step draws the later ones again
+    deck.set_state(following)  # the next step draws the later ones again
+    return scenarios
 
 
 def _begin(run: Run, at: Position, scenarios: Sequence[Scenario], step: int) -> UnderWay:

@@ -97,7 +97,9 @@ class StopRequest:
             self._peers.ask_to_stop(reason)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._restore()
+        for each, previous in self._previous.items():
+            # A shell's background jobs ignore SIGINT; there too the second one must end the process.
+            signal.signal(each, signal.SIG_DFL if previous == signal.SIG_IGN else previous)
         self._request(signal.Signals(number).name)
 
     def _restore(self) -> None:
