@@ -10,13 +10,12 @@ import yaml
 from mapo_jax.config import (
     Config,
     differing_keys,
-    idle_settings,
     played_roles,
-    refuse_unused_roles,
 )
 from mapo_jax.environment.live.cost import live_forecast, run_load
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.files import as_path
+from mapo_jax.idle import idle_settings, refuse_unused_roles
 from mapo_jax.role_models import check_roles
 from mapo_jax.run import cards, cards_of_run
 from mapo_jax.running.display import duration

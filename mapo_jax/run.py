@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from mapo_jax.commands import Stopped, cache_folder, machine_errors
-from mapo_jax.config import Config, idle_settings, refuse_unused_roles, to_yaml
+from mapo_jax.config import Config, to_yaml
 from mapo_jax.environment.roles import limits_of
 from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.state import Limits
 from mapo_jax.errors import UserError
 from mapo_jax.files import append_line, as_path, disk_errors, in_bucket
+from mapo_jax.idle import idle_settings, refuse_unused_roles
 from mapo_jax.learning.optimizer import Optimizer
 from mapo_jax.learning.programs import make_programs
 from mapo_jax.learning.train_state import (

@@ -13,15 +13,14 @@ from mapo_jax.config import (
     describe_keys,
     differing_keys,
     distinct_keys,
-    idle_settings,
     known_keys,
     load_config,
-    refuse_unused_roles,
     to_yaml,
     updated,
     value_of,
 )
 from mapo_jax.errors import UserError
+from mapo_jax.idle import idle_settings, refuse_unused_roles
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
