@@ -141,8 +141,12 @@ if trap == "rollout":  # in the second step's dialogues
     Display.phase = after_calls(Display.phase, 40)
 elif trap == "update":  # between the two updates of a step
     train.place = after_calls(train.place, 3)
-elif trap == "save":  # while the checkpoint is being written
-    Checkpoints.save = after_calls(Checkpoints.save, 2)
+elif trap == "first rollout":
+    Display.phase = after_calls(Display.phase, 10)
+elif trap == "first update":
+    train.place = after_calls(train.place, 1)
+elif trap.endswith("save"):  # while the checkpoint is being written
+    Checkpoints.save = after_calls(Checkpoints.save, 1 if trap == "first save" else 2)
 elif trap == "evaluation":
     validation.measure = after_calls(validation.measure, 1)
 elif trap == "length":  # in the second step's update, whose rows are padded to another length
@@ -281,40 +285,24 @@ def test_killed_in_rollout_update_and_save_it_ends_the_same(undisturbed, model_f
     assert_same(content(undisturbed[0]), content(folder))
 
 
-@pytest.mark.parametrize(
-    ("trap", "number", "status"), [("rollout", "SIGTERM", 143), ("evaluation", "SIGINT", 130)]
-)
-def test_a_signal_saves_and_the_same_command_goes_on(
-    undisturbed, model_folder, cache, tmp_path, trap, number, status
-):
+def test_signals_and_a_deadline_save_and_the_same_command_goes_on(undisturbed, model_folder, cache, tmp_path):
+    """One run is stopped in an evaluation, by its deadline, in a rollout, an update and a save, and then finished."""
     folder = tmp_path / "stopped"
     arguments = overrides(model_folder, folder, cache)
-    result = run(arguments, trap, number)
-    assert result.returncode == status, result.stderr
-    assert "the same command goes on" in result.stderr and "Traceback" not in result.stderr
-    assert run(arguments).returncode == 0
-    assert_same(content(undisturbed[0]), content(folder))
 
+    def stopped(status, *words, trap="none", number="SIGKILL", changes=()):
+        result = run([*arguments, *changes], trap, number)
+        assert result.returncode == status, result.stderr
+        assert "Traceback" not in result.stderr
+        for word in ("the same command goes on", *words):
+            assert word in result.stderr
 
-@pytest.mark.parametrize("place", ["update", "save"])
-def test_a_signal_in_an_update_or_a_save_is_answered_after_it(
-    undisturbed, model_folder, cache, tmp_path, place
-):
-    folder = tmp_path / "stopped"
-    arguments = overrides(model_folder, folder, cache)
-    result = run(arguments, place, "SIGTERM")
-    assert result.returncode == 128 + signal.SIGTERM, result.stderr
-    assert re.search(r"is saved after step \d of 4; the same command goes on", result.stderr)
-    assert run(arguments).returncode == 0
-    assert_same(content(undisturbed[0]), content(folder))
-
-
-def test_a_deadline_saves_and_the_same_command_goes_on(undisturbed, model_folder, cache, tmp_path):
-    folder = tmp_path / "deadline"
-    arguments = overrides(model_folder, folder, cache)
-    result = run([*arguments, "run.deadline_minutes=0.0001"])
-    assert result.returncode == 124, result.stderr
-    assert "stopped by its deadline of 0.0001 minutes" in result.stderr and "Traceback" not in result.stderr
+    stopped(128 + signal.SIGINT, trap="evaluation", number="SIGINT")
+    stopped(124, "stopped by its deadline of 0.0001 minutes", changes=["run.deadline_minutes=0.0001"])
+    stopped(128 + signal.SIGTERM, "is saved after step 0 of 4", trap="first rollout", number="SIGTERM")
+    # What cannot be broken off is answered when it is done.
+    stopped(128 + signal.SIGTERM, "is saved after step 1 of 4", trap="first update", number="SIGTERM")
+    stopped(128 + signal.SIGTERM, "is saved after step 2 of 4", trap="first save", number="SIGTERM")
     assert run(arguments).returncode == 0
     assert_same(content(undisturbed[0]), content(folder))
 
@@ -362,14 +350,6 @@ def soak(arguments, folder, kills, seed):
         assert "Traceback" not in errors
         caught += 1
     return caught
-
-
-def test_stopped_at_random_moments_it_ends_the_same(undisturbed, model_folder, cache, tmp_path):
-    folder = tmp_path / "soak"
-    arguments = overrides(model_folder, folder, cache)
-    assert soak(arguments, folder, kills=3, seed=1) > 0
-    assert run(arguments).returncode == 0
-    assert_same(content(undisturbed[0]), content(folder))
 
 
 @pytest.mark.slow

@@ -186,7 +186,8 @@ def test_a_second_process_repeats_no_call_and_no_turn(serve, well_formed, chat, 
     with open_world(config, tmp_path, None) as world:
         server.requests.clear()
         dialogues = flat(hold(world, chat, config, engine=second))
-    assert not set(asked(server.requests)) & set(earlier)
+    # Only the one call that was under way when the first was dropped may be asked again: it had no answer.
+    assert len(set(asked(server.requests)) & set(earlier)) <= 1
     assert len(second.said) == 18 - len(finished)
     for line in finished:
         (dialogue,) = [d for d in dialogues if d.state.seed == line["seed"]]
