@@ -21,6 +21,7 @@ from mapo_jax.model.qwen import parameter_shapes
 from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.running.checkpoint import read_progress
 from mapo_jax.running.run_folder import whole_steps
+from tests.forked import TRAIN, Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-live-0123456789abcdef"
@@ -203,11 +204,7 @@ def test_a_kill_in_mid_step_costs_no_call_and_no_turn(serve, well_formed, model_
     arguments = command(folder, model_folder, cache, server.url)
 
     def start():
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
-            [sys.executable, "-m", "mapo_jax.train", *arguments],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        return Forked(TRAIN, arguments)
 
     # Three openings and their like before; 45 calls a step: this is in the second step or later.
     process |= {"kill at": 3 + 16 + 32 + 44 + 30, "it": start()}
@@ -220,7 +217,7 @@ def test_a_kill_in_mid_step_costs_no_call_and_no_turn(serve, well_formed, model_
     server.requests.clear()
     process["kill at"] = None
     process["it"] = start()
-    out, _ = process["it"].communicate(timeout=280)
+    out = process["it"].communicate(timeout=280)
     assert process["it"].returncode == 0, out
 
     ready = {json.dumps([server.requests[0]["messages"], 0])}

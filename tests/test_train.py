@@ -2,15 +2,11 @@
 
 import contextlib
 import json
-import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -28,6 +24,7 @@ from mapo_jax.rollout.collect import Dialogue
 from mapo_jax.run import Position, begin, open_run, scenario_deck
 from mapo_jax.running.metrics import METRICS_FILE
 from mapo_jax.running.run_folder import checkpoint_folder, whole_steps
+from tests.forked import Forked, run_forked
 
 STEPS = 4
 
@@ -112,10 +109,8 @@ def overrides(model_folder, folder, cache, **changes):
 
 
 # Runs the command with a trap: the process kills itself in the middle of what the trap names.
-# Without torch, which a user need not have either: two packages import it where it is, for seconds.
 DRIVER = """
 import os, signal, sys
-sys.modules["torch"] = None
 import mapo_jax.stages as stages
 import mapo_jax.train as train
 import mapo_jax.validation as validation
@@ -160,15 +155,7 @@ sys.exit(train.main(sys.argv[3:]))
 
 
 def run(arguments, trap="none", number="SIGKILL"):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-c", DRIVER, trap, number, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        cwd=Path(__file__).resolve().parents[1],
-    )
+    return run_forked(DRIVER, [trap, number, *arguments])
 
 
 def content(folder, steps=STEPS):
@@ -286,7 +273,7 @@ def test_killed_in_rollout_update_and_save_it_ends_the_same(undisturbed, model_f
 
 
 def test_signals_and_a_deadline_save_and_the_same_command_goes_on(undisturbed, model_folder, cache, tmp_path):
-    """One run is stopped in an evaluation, by its deadline, in a rollout, an update and a save, and then finished."""
+    """In an evaluation, by its deadline, in a rollout, an update and a save; then the run is finished."""
     folder = tmp_path / "stopped"
     arguments = overrides(model_folder, folder, cache)
 
@@ -329,14 +316,7 @@ def soak(arguments, folder, kills, seed):
 
     while caught < kills:
         before = written()
-        process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, "none", "SIGKILL", *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            cwd=Path(__file__).resolve().parents[1],
-        )
+        process = Forked(DRIVER, ["none", "SIGKILL", *arguments])
         while process.poll() is None and written() == before:
             time.sleep(0.01)
         time.sleep(random.uniform(0, 2))

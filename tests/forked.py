@@ -1,0 +1,88 @@
+"""Starts processes that have imported everything already.
+
+A tiny run spends a third of its processor time on imports. The standard library's fork server imports once,
+and each process is forked from it, with arguments, variables, output and signals of its own. Tests of how a
+command starts (tests/test_commands.py) start Python itself instead.
+"""
+
+import atexit
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+
+TRAIN = "import sys, mapo_jax.train as train; sys.exit(train.main(sys.argv[1:]))"
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.preloaded"])
+
+
+class Forked:
+    """What of `subprocess.Popen` the tests need, for Python code with its arguments; output goes to files."""
+
+    def __init__(self, code: str, arguments, *, env=None):
+        self._files = [Path(name) for _, name in (_closed(tempfile.mkstemp()) for _ in range(2))]
+        work = (code, [str(argument) for argument in arguments], dict(env or os.environ), self._files)
+        self._process = _CONTEXT.Process(target=_child, args=work)
+        self._process.start()
+        self.pid, self.send_signal = self._process.pid, lambda number: os.kill(self.pid, number)
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    poll = wait = lambda self: self._process.exitcode
+
+    def kill(self):
+        if self._process.is_alive():
+            self._process.kill()
+
+    def communicate(self, timeout=None):
+        """Waits for the end; returns standard output and standard error."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("forked process", timeout)
+        out, err = (file.read_text() for file in self._files)
+        return out, err
+
+
+def run_forked(code, arguments, *, env=None, timeout=300) -> subprocess.CompletedProcess:
+    process = Forked(code, arguments, env=env)
+    try:
+        out, err = process.communicate(timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(code, process.returncode, out, err)
+
+
+def _closed(opened):
+    os.close(opened[0])
+    return opened
+
+
+def _child(code, arguments, environment, files):
+    for number, file in zip((1, 2), files, strict=True):
+        opened = os.open(file, os.O_WRONLY)
+        os.dup2(opened, number)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["-c", *arguments]
+    status = 0
+    try:
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # As the interpreter ends: the fork server's own processes leave this out.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
