@@ -23,8 +23,21 @@ os.environ.setdefault(
 )
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads a model
 
-# Files that take minutes. Each is one worker's work: begun last, one of them would keep a core waiting.
-LONG_FILES = ("test_train.py", "test_hosts.py", "test_live_train.py")
+# Files that take a minute or more, the longest first. Each is one worker's work: begun last, it would keep a
+# core waiting.
+LONG_FILES = (
+    "test_live_train.py",
+    "test_hosts.py",
+    "test_train.py",
+    "test_scale.py",
+    "test_engine.py",
+    "test_benchmarks.py",
+    "test_smollm2.py",
+    "test_lab.py",
+    "test_ahead.py",
+    "test_estimators.py",
+    "test_strategy_world.py",
+)
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -476,7 +476,13 @@ def test_a_report_that_fails_does_not_fail_the_run(undisturbed, model_folder, ca
 
 def test_adapters_are_trained_killed_continued_and_trained_on(model_folder, cache, tmp_path):
     """Bit for bit as without the kill; the base lies in the folder once, and the next run starts merged."""
-    adapted = {"lora__rank": 2, "lora__targets": "[q,o,up]", "algorithm__kl_coefficient": 0.1}
+    steps = 2
+    adapted = {
+        "lora__rank": 2,
+        "lora__targets": "[q,o,up]",
+        "algorithm__kl_coefficient": 0.1,
+        "training__steps": steps,
+    }
     arguments = [
         overrides(model_folder, tmp_path / name, cache, **adapted) for name in ("undisturbed", "killed")
     ]
@@ -485,8 +491,9 @@ def test_adapters_are_trained_killed_continued_and_trained_on(model_folder, cach
     assert run(arguments[1], "save").returncode == -signal.SIGKILL
     again = run(arguments[1])
     assert again.returncode == 0 and "continuing" in again.stdout, again.stderr
-    assert_same(content(tmp_path / "undisturbed"), content(tmp_path / "killed"))
-    state, rows, _ = content(tmp_path / "undisturbed")
+    undisturbed = content(tmp_path / "undisturbed", steps)
+    assert_same(undisturbed, content(tmp_path / "killed", steps))
+    state, rows, _ = undisturbed
     assert "reference" not in state and set(state["params"]) == {"layers"}
     for row in rows:
         if "reward/mean" in row:
@@ -498,7 +505,7 @@ def test_adapters_are_trained_killed_continued_and_trained_on(model_folder, cach
     result = run(further)
     assert result.returncode == 0, result.stderr
     first = json.loads((tmp_path / "further" / "evaluations" / "step_000000.json").read_text())
-    last = json.loads((tmp_path / "killed" / "evaluations" / f"step_{STEPS:06d}.json").read_text())
+    last = json.loads((tmp_path / "killed" / "evaluations" / f"step_{steps:06d}.json").read_text())
     # Merged weights round in another way, so that a rare token may be another one.
     assert first["return/mean"] == pytest.approx(last["return/mean"], abs=0.2)
     assert not (tmp_path / "further" / "base").exists()
