@@ -175,14 +175,13 @@ def _collection(
     else:
         name, roles = "validation dialogues", run.world.evaluation_roles
         rollouts, seed = config.evaluation.rollouts, config.training.seed + EVALUATION_STREAM
-    total = (share.stop - share.start) * rollouts * run.limits.max_turns
+    count = (share.stop - share.start) * rollouts
 
-    name = f"turns of {(share.stop - share.start) * rollouts} {name}"
-
-    def progress(turns: int) -> None:
+    def progress(turns: int, ended: int) -> None:
         run.stop.check()
         if not training or step == run.world.awaited:  # not of steps that nobody waits for yet
-            run.display.phase(name + run.world.status(), turns, total)
+            most = count * run.limits.max_turns
+            run.display.phase(name + run.world.status(), turns, most, counted=f"{ended}/{count}")
 
     def collection(journal: Journal | None) -> Awaitable[Dialogues]:
         return collect(

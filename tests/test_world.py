@@ -170,7 +170,7 @@ def test_a_second_process_repeats_no_call_and_no_turn(serve, well_formed, chat, 
         world.hold(
             lambda journal: collect(
                 CARDS, ROLLOUTS, engine, chat, world.roles, LIMITS, seed=1, step=0, concurrency=1,
-                on_turn=lambda turns: check(), journal=journal,
+                on_turn=lambda *_: check(), journal=journal,
             ),
             stream="train", step=0, check=check, note=print,
         )  # fmt: skip

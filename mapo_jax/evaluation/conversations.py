@@ -144,7 +144,7 @@ async def hold_locally(session: Session, model: LocalModel, *, slots: int) -> in
         seed=session.seed,
         step=0,
         concurrency=config.environment.concurrency,
-        on_turn=lambda turns: session.check(),
+        on_turn=lambda *_: session.check(),
     )
     unanswered = 0
     with progress(session.console, "dialogues", session.dialogues) as advance:

@@ -103,7 +103,7 @@ async def finished_groups(
     step: int,
     concurrency: int | asyncio.Semaphore,
     share: slice = slice(None),
-    on_turn: Callable[[int], None] | None = None,
+    on_turn: Callable[[int, int], None] | None = None,
     journal: Journal | None = None,
 ) -> AsyncIterator[list[Dialogue]]:
     """Holds `rollouts` dialogues in each scenario; yields a scenario's when the last of them has ended.
@@ -119,7 +119,8 @@ async def finished_groups(
       step: of the run.
       concurrency: most calls of the world at once, or what bounds them together with those of others.
       share: the scenarios of this process; other processes hold the others. It changes no dialogue.
-      on_turn: called after every finished turn with their number so far. Its exceptions end the collection.
+      on_turn: called after every finished turn with the numbers of finished turns and of ended dialogues so
+        far. Its exceptions end the collection.
       journal: every finished turn is written to it; dialogues continue after the turns in it.
 
     Yields:
@@ -138,7 +139,7 @@ async def finished_groups(
     dispatcher = Dispatcher(engine)
     ids = [scenario.id for scenario in scenarios]
     occurrences = [ids[:index].count(name) for index, name in enumerate(ids)]
-    finished_turns = 0
+    finished_turns, ended = 0, 0
 
     async def first_message(s: int) -> str | RoleFailure:
         opening_seed = derive_seed(seed, step, ids[s], "opening", occurrences[s])
@@ -156,12 +157,13 @@ async def finished_groups(
 
     async def hold(s: int, r: int) -> Dialogue:
         """One dialogue from the user's first message to its end."""
-        nonlocal finished_turns
+        nonlocal finished_turns, ended
         dialogue_seed = derive_seed(seed, step, ids[s], occurrences[s] * rollouts + r)
         message = await openings[s]
         rows, version = [Row()], engine.version
         if isinstance(message, RoleFailure):
             state = DialogueState(scenarios[s], dialogue_seed, (), "", outcome="error", failure=message.kind)
+            ended += 1
         else:
             state = DialogueState(scenarios[s], dialogue_seed, (), message)
             closing: Sequence[int] = ()  # appended to the last reply, if that was cut
@@ -174,6 +176,7 @@ async def finished_groups(
                 prompt = _next_prompt(state, rows[-1], engine, chat)
                 if prompt is None:
                     state = replace(state, user="", outcome="timeout", rule="max_tokens")
+                    ended += 1
                     break
                 _add_prompt(rows, prompt, state, chat)
                 start = state.turn_count == 0 or chat.history == "per_turn" or resumed
@@ -193,8 +196,9 @@ async def finished_groups(
                 if journal is not None:
                     journal.note(state, reply.ids, reply.logprobs)
                 finished_turns += 1
+                ended += state.outcome is not None
                 if on_turn is not None:
-                    on_turn(finished_turns)
+                    on_turn(finished_turns, ended)
             engine.release(slot)
             free.put_nowait(slot)
         return Dialogue(state, rows[-1], s, r, step, version, earlier_rows=tuple(rows[:-1]))

@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
@@ -111,13 +110,13 @@ class Display:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[counted]}"),
             TimeElapsedColumn(),
             TextColumn("· left"),
             TimeRemainingColumn(),
         )
-        self._step_task = self._progress.add_task("steps", total=steps)
-        self._phase_task = self._progress.add_task("starting", total=None)
+        self._step_task = self._progress.add_task("steps", total=steps, counted=f"0/{steps}")
+        self._phase_task = self._progress.add_task("starting", total=None, counted="")
         self._screen = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
 
     def __enter__(self) -> Display:
@@ -139,7 +138,10 @@ class Display:
             if isinstance(value := row.get("return/mean"), float):
                 self._returns.append(value)
                 self._seconds.append(row.get("timing_s/step") or 0.0)
-                self._progress.update(self._step_task, completed=row["step"])
+                self._count(row["step"])
+
+    def _count(self, step: int) -> None:
+        self._progress.update(self._step_task, completed=step, counted=f"{step}/{self._steps}")
 
     def enter(self, phase: str) -> None:
         """Shows that a phase of PHASES begins. Without a terminal only what is not part of every step."""
@@ -150,25 +152,32 @@ class Display:
         if not self._live and (first or phase not in usual):
             self.note(f"{label} ...")
 
-    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
-        """Shows the current phase and its progress."""
-        self._show(name, done, total)
+    def phase(self, name: str, done: int = 0, total: int | None = None, *, counted: str = "") -> None:
+        """Shows the current phase and its progress.
+
+        Args:
+          counted: the numbers to show instead of `done/total`, which the bar and the time left follow.
+        """
+        counted = counted or (f"{done}/{total}" if total else "")
+        self._show(name, done, total, counted)
         seconds = self._now() - self._began
         if not self._live and done and total and self._now() - self._spoke > PLAIN_SECONDS < seconds:
             left = duration(seconds / done * (total - done))
-            self.note(f"{name}: {done} of {total}, {left} left")
+            self.note(f"{name}: {counted}, {left} left")
 
-    def _show(self, name: str, done: int = 0, total: int | None = None) -> None:
+    def _show(self, name: str, done: int = 0, total: int | None = None, counted: str = "") -> None:
         if name != self._phase:
             self._phase, self._began = name, self._now()
             self._progress.reset(self._phase_task)
-        self._progress.update(self._phase_task, description=name, completed=done, total=total)
+        self._progress.update(
+            self._phase_task, description=name, completed=done, total=total, counted=counted
+        )
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Shows a finished step, in fewer than 80 columns."""
         self._returns.append(metrics["return/mean"])
         self._seconds.append(metrics["timing_s/step"])
-        self._progress.update(self._step_task, completed=step)
+        self._count(step)
         # Without the first step, which compiles.
         left = (self._steps - step) * statistics.median(self._seconds[1:][-_PACE:] or self._seconds)
         self._last = (

@@ -52,7 +52,7 @@ def measure(
                 seed=config.training.seed + MEASURE_STREAM,
                 step=0,
                 concurrency=config.environment.concurrency,
-                on_turn=lambda turns: check(),
+                on_turn=lambda *_: check(),
             )
         )
     states = [dialogue.state for group in groups for dialogue in group]

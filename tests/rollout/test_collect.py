@@ -397,13 +397,16 @@ class TestEnds:
     def test_progress_and_interruption(self, engine, chat, dialogues):
         """What the callback raises comes out as it is, and no task is left behind, nor any reply."""
         counts = []
-        groups = hold(engine, chat, on_turn=counts.append)
-        assert counts == list(range(1, 1 + sum(d.state.turn_count for d in flat(groups))))
+        groups = hold(engine, chat, on_turn=lambda *numbers: counts.append(numbers))
+        turns, ended = zip(*counts, strict=True)
+        held = flat(groups)
+        assert list(turns) == list(range(1, 1 + sum(d.state.turn_count for d in held)))
+        assert list(ended) == sorted(ended) and ended[0] == 0 and ended[-1] == len(held)
 
         class Stop(Exception):
             pass
 
-        def stop(turns):
+        def stop(turns, ended):
             if turns == 2:
                 raise Stop
 

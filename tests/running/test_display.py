@@ -66,15 +66,15 @@ def test_without_a_terminal_long_phases_are_told_with_the_time_left():
         for phase in ("warm_up", "rollout", "update", "checkpoint"):
             display.enter(phase)
         for clock[0] in (0.0, 10.0, 20.0, 40.0, 45.0, 80.0):
-            display.phase("turns", int(clock[0]), 100)
+            display.phase("dialogues", int(clock[0]), 100, counted=f"{int(clock[0]) // 20}/5")
         display.step(1, METRICS)
         display.enter("update")
         display.step(2, METRICS | {"timing_s/step": 30.0})
     assert console.file.getvalue().splitlines() == [
         "compiling the sampler ...",
         "update (the first one is compiled) ...",
-        "turns: 40 of 100, 1 min 00 s left",
-        "turns: 80 of 100, 20 s left",
+        "dialogues: 2/5, 1 min 00 s left",
+        "dialogues: 4/5, 20 s left",
         "step    1/3  return  -1.50  reward -0.25  turns 7.0  2.0 s, 4 s left",
         "step    2/3  return  -1.50  reward -0.25  turns 7.0  30.0 s, 30 s left",
     ]
