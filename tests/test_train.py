@@ -334,9 +334,10 @@ def soak(arguments, folder, kills, seed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_stopped_twenty_times_at_random_moments_it_ends_the_same(model_folder, cache, tmp_path):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_stopped_twenty_times_at_random_moments_it_ends_the_same(model_folder, cache, tmp_path, ahead):
     steps = 60
-    changes = {"training.steps": steps, "checkpoint.every": 3, "evaluation.every": 7}
+    changes = {"training.steps": steps, "checkpoint.every": 3, "evaluation.every": 7, "rollout.ahead": ahead}
     straight, folder = tmp_path / "straight", tmp_path / "soak"
     assert run(overrides(model_folder, straight, cache, **changes)).returncode == 0
     arguments = overrides(model_folder, folder, cache, **changes)
