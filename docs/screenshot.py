@@ -16,7 +16,7 @@ with sync_playwright() as playwright:
     browser = playwright.chromium.launch(
         executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
     )
-    page = browser.new_page(viewport={"width": 1280, "height": 1400}, color_scheme="light")
+    page = browser.new_page(viewport={"width": 1280, "height": 775}, color_scheme="light")
     page.goto(report.absolute().as_uri())
     page.wait_for_selector("html[data-ready]")
     page.screenshot(path=picture)
