@@ -8,9 +8,8 @@ that is drawn for each call, with a long tail (log-normal, sigma 0.8), and is th
 answer at once (compute-bound). From that follows the devices' time of a step, and from this the mean time of
 a call: the world's time of a step is --world times that. Dialogues that wait for their users share fewer
 decode steps, so a latency-bound step takes the devices longer; the title of the table has the world's time in
-that of the devices. N = 0, 1, 2 run in turn, round after
-round. The rate is that of the steps after the first N + 1; their number is a multiple of N + 1 for each N,
-since steps that begin together also end together.
+that of the devices. N = 0, 1, 2 run in turn, round after round. The rate is that of the steps after the first
+N + 1; their number is a multiple of N + 1 for each N, since steps that begin together also end together.
 
 With --seeds the benchmark runs the default run instead (and `key=value`), for each seed and N, and compares
 the validation return after the same steps and after the same time. Finished runs are not repeated.
@@ -237,7 +236,9 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=12, help="steps of a run; a multiple of 6")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of runs")
-    parser.add_argument("--world", type=float, default=8.0, help="the world's time, in that of the devices")
+    parser.add_argument(
+        "--world", type=float, default=8.0, help="the world's time, in that of a compute-bound step's devices"
+    )
     parser.add_argument("--tiny", action="store_true", help="few short dialogues: only to see that it works")
     parser.add_argument("--seeds", type=int, default=0, help="compare the default run over these many seeds")
     parser.add_argument("--folder", type=Path, default=Path("runs/ahead"), help="folder of these runs")

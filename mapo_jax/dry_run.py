@@ -7,11 +7,7 @@ from functools import reduce
 
 import yaml
 
-from mapo_jax.config import (
-    Config,
-    differing_keys,
-    played_roles,
-)
+from mapo_jax.config import Config, differing_keys, played_roles
 from mapo_jax.environment.live.cost import live_forecast, run_load
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.files import as_path

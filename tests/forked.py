@@ -27,7 +27,7 @@ class Forked:
     def __init__(self, code: str, arguments, *, env=None):
         self._files = [Path(name) for _, name in (_closed(tempfile.mkstemp()) for _ in range(2))]
         work = (code, [str(argument) for argument in arguments], dict(env or os.environ), self._files)
-        self._process = _CONTEXT.Process(target=_child, args=work)
+        self._process = _CONTEXT.Process(target=_child, args=work, daemon=True)  # ends with the tests
         self._process.start()
         self.pid, self.send_signal = self._process.pid, lambda number: os.kill(self.pid, number)
 
@@ -35,7 +35,8 @@ class Forked:
     def returncode(self):
         return self._process.exitcode
 
-    poll = wait = lambda self: self._process.exitcode
+    def poll(self):
+        return self._process.exitcode
 
     def kill(self):
         if self._process.is_alive():
@@ -47,11 +48,14 @@ class Forked:
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("forked process", timeout)
         out, err = (file.read_text() for file in self._files)
+        for file in self._files:
+            file.unlink()
         return out, err
 
 
-def run_forked(code, arguments, *, env=None, timeout=300) -> subprocess.CompletedProcess:
-    process = Forked(code, arguments, env=env)
+def run_forked(code, arguments, *, timeout=300) -> subprocess.CompletedProcess:
+    """As `subprocess.run` with captured text, for Python code with its arguments."""
+    process = Forked(code, arguments)
     try:
         out, err = process.communicate(timeout)
     finally:

@@ -142,6 +142,13 @@ def test_a_platform_that_is_not_there_is_one_sentence(name, call, tmp_path):
     assert f"JAX_PLATFORMS={name} names a platform that jax cannot use here" in line
 
 
+def test_training_says_at_once_that_it_starts():
+    command = [sys.executable, "-m", "mapo_jax.train", "rollout.rollout=1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.stdout == "mapo_jax.train: starting\n"
+    assert result.returncode == 2 and "rollout.rollouts" in result.stderr
+
+
 def test_success_is_0_and_the_cache_follows_the_environment(monkeypatch, tmp_path):
     assert run_command(lambda: None) == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -39,6 +39,19 @@ def test_the_second_signal_does_what_it_always_does():
 ENDED = (128 + signal.SIGINT, -signal.SIGINT)  # by the thread or by the signal itself; 130 to a shell
 
 
+def ends_at_the_second(program, answer):
+    """A program that says `ready`, answers the first SIGINT with a line, and is ended by the second."""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == f"{answer}\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) in ENDED
+        finally:
+            process.kill()
+
+
 def test_the_second_signal_acts_where_it_was_ignored_before():
     """As in a shell's background job, which ignores SIGINT."""
     program = (
@@ -52,15 +65,7 @@ def test_the_second_signal_acts_where_it_was_ignored_before():
         "    print(stop.reason, flush=True)\n"
         "    time.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(signal.SIGINT)
-            assert process.stdout.readline() == "SIGINT\n"
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) in ENDED
-        finally:
-            process.kill()
+    ends_at_the_second(program, "SIGINT")
 
 
 def test_the_answer_comes_at_once_also_within_a_compiled_program():
@@ -72,12 +77,4 @@ def test_the_answer_comes_at_once_also_within_a_compiled_program():
         "    print('ready', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'x', b'y', 2_000_000_000)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(signal.SIGINT)
-            assert process.stdout.readline() == f"{ANSWER}\n"
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) in ENDED
-        finally:
-            process.kill()
+    ends_at_the_second(program, ANSWER)
