@@ -11,11 +11,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import traceback
 from pathlib import Path
 
 TRAIN = "import sys, mapo_jax.train as train; sys.exit(train.main(sys.argv[1:]))"
+MODULE = "import importlib, sys; sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))"
+SCRIPT = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preloaded"])
@@ -53,14 +56,35 @@ class Forked:
         return out, err
 
 
-def run_forked(code, arguments, *, timeout=300) -> subprocess.CompletedProcess:
+def run_forked(code, arguments=(), *, env=None, timeout=300) -> subprocess.CompletedProcess:
     """As `subprocess.run` with captured text, for Python code with its arguments."""
-    process = Forked(code, arguments)
+    process = Forked(code, arguments, env=env)
     try:
         out, err = process.communicate(timeout)
     finally:
         process.kill()
     return subprocess.CompletedProcess(code, process.returncode, out, err)
+
+
+def run_on_devices(script, count, arguments=(), *, timeout=550) -> str:
+    """Runs an indented script with `count` virtual devices; returns what it printed. It must succeed.
+
+    In a process of its own, because the number of virtual devices is fixed when jax starts.
+    """
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = run_forked(textwrap.dedent(script), arguments, env=environment, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run_module(command, *, stdout, **_) -> subprocess.CompletedProcess:
+    """In the place of `subprocess.run` for `python -m` and a command of ours; its output goes to a file."""
+    _, option, *arguments = command
+    assert option == "-m"
+    done = run_forked(MODULE, arguments)
+    stdout.write(done.stdout + done.stderr)
+    return done
 
 
 def _closed(opened):

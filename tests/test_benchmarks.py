@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import SCRIPT, run_forked
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -121,12 +123,13 @@ def test_no_room(decode):
         decode.measure(decode.SHAPES["tiny"], {}, 2, 12, 2, 4)
 
 
-def test_update(tmp_path):
+def test_update(tmp_path, monkeypatch):
     """FLOPs by hand; an attention that is not available is listed with the reason."""
-    command = [sys.executable, BENCHMARKS / "update.py", "--json", tmp_path / "update.json"]
     options = "--shape tiny --length 256 --attention xla cudnn --updates 1 --matrix 64"
-    done = subprocess.run([*command, *options.split()], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    arguments = ["update.py", "--json", str(tmp_path / "update.json"), *options.split()]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    assert load("update").main() in (0, None)
     result = json.loads((tmp_path / "update.json").read_text())
     (row,), (left_out,) = result["rows"], result["left_out"]
     # Per layer q and o 64 x 64, k and v 64 x 32, MLP 3 x 64 x 128; 512 tokens. Two products of 4 heads of 16
@@ -141,9 +144,9 @@ def test_update(tmp_path):
 
 def test_serve(tmp_path):
     """The server's throughput against its engine's, and the time to the first token."""
-    command = [sys.executable, BENCHMARKS / "serve.py", "--json", tmp_path / "serve.json"]
     options = "--quick --rounds 1 --no-transformers"
-    done = subprocess.run([*command, *options.split()], capture_output=True, text=True, timeout=300)
+    arguments = [BENCHMARKS / "serve.py", "--json", tmp_path / "serve.json", *options.split()]
+    done = run_forked(SCRIPT, arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "serve.json").read_text())
     speeds = result["tokens_per_second"]
@@ -155,8 +158,8 @@ def test_serve(tmp_path):
 
 def test_soak(tmp_path):
     """Rude clients: every reply is its own, all slots are free at the end, memory stays."""
-    command = [sys.executable, BENCHMARKS / "soak.py", "--requests", "300", "--json", tmp_path / "soak.json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    arguments = [BENCHMARKS / "soak.py", "--requests", "300", "--json", tmp_path / "soak.json"]
+    done = run_forked(SCRIPT, arguments, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "soak.json").read_text())
     assert result["problems"] == [] and result["status"] == 0

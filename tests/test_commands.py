@@ -15,6 +15,7 @@ import mapo_jax
 from mapo_jax import __main__, evaluate, train
 from mapo_jax.commands import Stopped, cache_folder, run_command
 from mapo_jax.errors import UserError
+from tests.forked import run_forked
 
 
 def test_bad_input_is_one_sentence_and_status_2(capsys):
@@ -184,11 +185,11 @@ def test_memory_of_programs_is_kept(tmp_path):
     """
 
     def faults(*arguments):
-        command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        return int(subprocess.check_output(command, env=environment, text=True, timeout=300))
+        done = run_forked(textwrap.dedent(script), arguments)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
 
-    assert faults(str(tmp_path)) < 2000
+    assert faults(tmp_path) < 2000
     assert faults() > 3 * 10_000  # else the setting is no longer needed, and can go
 
 

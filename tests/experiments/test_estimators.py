@@ -2,6 +2,7 @@
 
 from experiments import estimators
 from experiments.records import read_json
+from tests.forked import run_module
 
 
 def run(before, after, spikes=0):
@@ -25,6 +26,7 @@ def test_quick_form_trains_tests_and_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(estimators, "VARIANTS", {"mapo 0.33": estimators.VARIANTS["mapo 0.33"]})
     monkeypatch.setattr(estimators, "QUICK_VARIANTS", ["mapo 0.33"])
+    monkeypatch.setattr(estimators.subprocess, "run", run_module)
     arguments = ["--quick", "--folder", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
     assert estimators.main(arguments) == 0
     table = capsys.readouterr().out

@@ -11,6 +11,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.running.policy import load_policy
 from mapo_jax.warmstarting.chats import synthetic_chats
 from mapo_jax.warmstarting.packing import Renderer
+from tests.forked import run_module
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -78,6 +79,7 @@ def test_missing_packages_are_one_sentence_with_the_command(tmp_path, monkeypatc
 
 def test_quick_form_keeps_its_parts(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(estimators.subprocess, "run", run_module)
     arguments = ["--quick", "--folder", str(tmp_path / "runs"), "--json", str(tmp_path / "out.json")]
     assert smollm2.main([*arguments, "--variants", "mapo 0.33"]) == 0
     printed = capsys.readouterr().out

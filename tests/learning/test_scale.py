@@ -3,10 +3,6 @@
 In processes of their own, because the number of virtual devices is fixed when jax starts.
 """
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import jax
@@ -18,32 +14,24 @@ from mapo_jax.learning.programs import make_programs
 from mapo_jax.model.qwen import QwenConfig, parameter_count
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running import forecast, memory
+from tests.forked import run_on_devices
 
-
-def run(script, **environment):
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.path.dirname(__file__)])
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
-        "PYTHONPATH": path,
-        **environment,
-    }
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+HERE = str(Path(__file__).parent)
 
 
 def test_every_mesh_learns_what_one_device_learns():
-    """Log-probabilities within 1e-5, gradients within 1e-4 of their largest entry, the same twenty losses.
+    """Log-probabilities within 1e-5, gradients, clipped, within 1e-4 of their largest entry, twenty losses.
+
+    Weights and moments stay where they are, cut over all devices.
 
     The same curve: at every step within a thousandth of the curve's range (found: 6e-5 at most). Rounding
     alone tells the meshes apart: a millionth of a gradient, which AdamW shows in full where an entry is
     itself a millionth of the others, but there it moves the loss least.
     """
     script = """
-        import dataclasses, jax, numpy as np
+        import dataclasses, sys, jax, numpy as np
+        sys.path.insert(0, sys.argv[1])
+        jax.config.update("jax_disable_most_optimizations", True)
         import test_update as tiny
         from mapo_jax.config import AlgorithmConfig, MeshConfig, OptimizerConfig
         from mapo_jax.model.lora import split
@@ -58,7 +46,7 @@ def test_every_mesh_learns_what_one_device_learns():
             tiny.CONFIG, vocab_size=64, hidden_size=32, intermediate_size=48, num_heads=8, num_kv_heads=8
         )
         adapted = dataclasses.replace(plain, lora=tiny.LORA)
-        optimizer = make_optimizer(OptimizerConfig(learning_rate=0.003, gradient_clip=0.0), 20)
+        optimizer = make_optimizer(OptimizerConfig(learning_rate=0.003, gradient_clip=0.1), 20)
         algorithm = AlgorithmConfig(kl_coefficient=0.1, entropy_coefficient=0.02)
 
         def rows(seed):
@@ -91,9 +79,15 @@ def test_every_mesh_learns_what_one_device_learns():
             curve, gradient = [], None
             for step in range(20):
                 state, metrics = update(state, place(rows(step % 2), mesh))
-                curve.append(fetch([metrics])["actor/loss"])
+                found = fetch([metrics])
+                curve.append(found["actor/loss"])
+                assert jax.tree.map(lambda leaf: leaf.sharding, state.params) == shardings
                 if gradient is None:  # the first moment is a tenth of it
-                    gradient = jax.tree.map(lambda leaf: 10 * np.asarray(leaf), state.opt_state[0].mu)
+                    assert found["actor/grad_norm"] > 0.1, "nothing is clipped"
+                    for moment in jax.tree.leaves(state.opt_state):
+                        assert moment.ndim == 0 or len(moment.sharding.device_set) == np.prod(sizes)
+                    adam = state.opt_state[1][0]
+                    gradient = jax.tree.map(lambda leaf: 10 * np.asarray(leaf), adam.mu)
             assert update._cache_size() == 1
             return logprobs, gradient, np.array(curve)
 
@@ -113,7 +107,7 @@ def test_every_mesh_learns_what_one_device_learns():
                 print(sizes, config.lora is not None, "curves apart", apart)
                 assert apart <= 1e-3, (sizes, curve, its_curve)
     """
-    assert run(script, JAX_DISABLE_MOST_OPTIMIZATIONS="1").count("curves apart") == 4
+    assert run_on_devices(script, 8, [HERE]).count("curves apart") == 4
 
 
 def test_splash_on_a_mesh_equals_xla_on_one_device():
@@ -155,7 +149,7 @@ def test_splash_on_a_mesh_equals_xla_on_one_device():
                 np.testing.assert_allclose(one, other, atol=2e-5)
         print("equal", len(found.sharding.device_set))
     """
-    assert run(script).strip() == "equal 8"
+    assert run_on_devices(script, 8).strip() == "equal 8"
 
 
 MODEL = QwenConfig(
@@ -191,7 +185,8 @@ def settings(*overrides):
 def test_the_forecast_of_an_updates_memory_is_near_the_compilers():
     """All that a device holds while it updates, within 10 %; every policy, sizes between weights and rows."""
     script = """
-        import dataclasses, jax, jax.numpy as jnp, numpy as np
+        import dataclasses, sys, jax, jax.numpy as jnp, numpy as np
+        sys.path.insert(0, sys.argv[1])
         from test_scale import MODEL, settings
         from mapo_jax.model.lora import LoRA
         from mapo_jax.model.qwen import parameter_shapes
@@ -242,7 +237,7 @@ def test_the_forecast_of_an_updates_memory_is_near_the_compilers():
             print({k: round(v / 1e6, 2) for k, v in (found.held | found.update).items()}, flush=True)
             assert abs(expected / actual - 1) <= 0.1, (expected, actual, overrides)
     """
-    run(script)
+    run_on_devices(script, 8, [HERE])
 
 
 def test_what_does_not_fit_is_said_with_figures_before_anything_is_spent(monkeypatch):

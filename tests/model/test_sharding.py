@@ -1,8 +1,5 @@
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,8 +10,7 @@ from mapo_jax.config import MeshConfig
 from mapo_jax.errors import UserError
 from mapo_jax.model import sharding
 from mapo_jax.model.qwen import hidden_states, init_params, parameter_shapes
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.forked import run_on_devices
 
 
 def test_one_device_needs_no_thought(qwen3, qwen3_params):
@@ -92,6 +88,7 @@ def test_devices_that_lie_nowhere_keep_their_order_within_their_process():
 
 SHARDED = """
 import sys
+sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import jax, numpy as np
 from conftest import QWEN3
@@ -136,18 +133,7 @@ print("sharded and equal")
 
 
 def test_eight_devices_create_load_and_compute_the_same(tmp_path):
-    """In a process of its own, because the number of virtual devices is fixed when jax starts."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "sharded and equal" in done.stdout
+    assert "sharded and equal" in run_on_devices(SHARDED, 8, [tmp_path, Path(__file__).parent])
 
 
 def test_indivisible_heads_are_named(qwen3):

@@ -4,11 +4,8 @@ The shape is tiny and nothing in it is a default: 2 layers, 4/2 heads of 6 on a 
 of which 53 are tokens. Most caches have 64 tokens; where they grow, through 256, 384, 512 and 640.
 """
 
-import os
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +24,7 @@ from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Request, StaleSlot
 from mapo_jax.rollout.sampling import RequestSampling, Sampling
 from mapo_jax.running.metrics import CompileCounter
+from tests.forked import run_on_devices
 
 CONFIG = QwenConfig(
     vocab_size=61,
@@ -567,13 +565,7 @@ def test_on_a_mesh_of_four_as_on_one_device():
             assert one.ids == other.ids
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)  # programs of other widths
     """
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4",
-    }
-    command = [sys.executable, "-c", textwrap.dedent(script), os.path.dirname(__file__)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_devices(script, 4, [Path(__file__).parent])
 
 
 @pytest.mark.parametrize("in_place", [False, True])

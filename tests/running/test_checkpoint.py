@@ -37,6 +37,7 @@ from mapo_jax.running.run_folder import (
     cut_back,
     refuse_lost_checkpoints,
 )
+from tests.forked import run_forked
 
 OPTIMIZER = make_optimizer(load_config().optimizer, 10)
 PROGRESS = {"seed": 7, "data": {"next_index": 5, "epoch": [1, 2]}, "configuration": "training:\n  seed: 7\n"}
@@ -120,8 +121,7 @@ def test_an_interrupted_save_is_ignored_and_cleaned_away(tmp_path):
         Checkpoints({str(tmp_path)!r}).save(2, TrainState({{"big": big}}, (), jnp.int32(1)), {{}})
         os._exit(9)
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env={**os.environ})
-    assert killed.returncode == 9
+    assert run_forked(textwrap.dedent(script)).returncode == 9
     left = sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir())
     assert len(left) == 2 and left[1].startswith("2.orbax-checkpoint-tmp"), "the save was not interrupted"
 

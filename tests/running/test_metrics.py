@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import subprocess
 import sys
 import textwrap
 import types
@@ -16,6 +15,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import disk_errors
 from mapo_jax.run import open_run
 from mapo_jax.running.metrics import CompileCounter, MetricWriter, read_rows
+from tests.forked import run_forked
 
 
 def test_a_step_is_one_strict_json_line(tmp_path):
@@ -52,8 +52,7 @@ def test_a_killed_process_leaves_every_tag_of_its_last_step(tmp_path, shown_scal
         MetricWriter({str(tmp_path)!r}).write(7, dict.fromkeys({names!r}, 0.5))
         os._exit(9)
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=os.environ)
-    assert killed.returncode == 9
+    assert run_forked(textwrap.dedent(script)).returncode == 9
     assert shown_scalars(tmp_path / "tensorboard") == [(7, name, 0.5) for name in names]
 
 
