@@ -123,19 +123,15 @@ def test_what_standard_output_cannot_show_is_replaced(encoding):
 )
 def test_a_platform_that_is_not_there_is_one_sentence(name, call, tmp_path):
     script = f"""
-        import sys, jax
+        import os, sys, jax
         from mapo_jax import train
         from mapo_jax.commands import run_command
         from mapo_jax.config import load_config
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # as importing jax does
         sys.exit(run_command(lambda: {call}))
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": name},
-        timeout=300,
-    )
+    environment = os.environ | {"JAX_PLATFORMS": name}
+    result = run_forked(textwrap.dedent(script), [tmp_path / "run"], env=environment)
     if result.returncode == 0:
         pytest.skip(f"jax has the platform {name} here")
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
