@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Reply, Request
 
+SHORT_BLOCK = 1  # steps, where lanes have just become free or taken
+
 
 @dataclass
 class _Stream:
@@ -26,7 +28,7 @@ class Dispatcher:
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self._streams: dict[int, _Stream] = {}
         self._dropped: dict[int, asyncio.Future[None]] = {}
-        self._advancing = False
+        self._advancing = self._changed = False
         self._has_work = asyncio.Event()
 
     async def reply(self, request: Request) -> Reply:
@@ -43,6 +45,7 @@ class Dispatcher:
         """
         self._engine.submit(request)
         stream = self._streams[request.slot] = _Stream()
+        self._changed = True
         self._has_work.set()
         while self._streams.get(request.slot) is stream or not stream.parts.empty():
             part = await stream.parts.get()
@@ -74,6 +77,7 @@ class Dispatcher:
                 stream.given += len(part.ids)
             if whole is not None:
                 del self._streams[slot]
+                self._changed = True
 
     async def serve(self) -> None:
         """Runs until it is cancelled; the current block is then finished, since it cannot be interrupted.
@@ -91,9 +95,10 @@ class Dispatcher:
                         future = self._waiting.pop(slot, None)  # none for a stream
                         if future is not None and not future.done():
                             future.set_result(reply)
-                    # A world without delays answers within these passes, and so shares the next block.
-                    await asyncio.sleep(0)
-                    await asyncio.sleep(0)
+                    # A world without delays answers within these passes, and so shares the next block. Parts
+                    # of replies that go on are read while that block runs.
+                    for _ in range(2 if finished else 0):
+                        await asyncio.sleep(0)
                 self._has_work.clear()
         except Exception as error:
             for future in self._waiting.values():
@@ -106,8 +111,11 @@ class Dispatcher:
             raise
 
     async def _block(self) -> dict[int, Reply]:
-        self._advancing = True
-        block = asyncio.ensure_future(asyncio.to_thread(self._engine.advance))
+        # Requests that are sent together come one by one, and a client that has its reply sends the next: where
+        # lanes are free and one has just been taken or left, they need not wait for a whole block.
+        short = self._changed and len(self._streams) < self._engine.lanes
+        self._advancing, self._changed = True, False
+        block = asyncio.ensure_future(asyncio.to_thread(self._engine.advance, SHORT_BLOCK if short else None))
         try:
             return await asyncio.shield(block)
         except asyncio.CancelledError:

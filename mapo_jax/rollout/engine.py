@@ -327,8 +327,11 @@ class Engine:
                 best, longest = slot, len(row)
         return best
 
-    def advance(self) -> dict[int, Reply]:
+    def advance(self, most: int | None = None) -> dict[int, Reply]:
         """Prefills the submitted requests, runs one block of decode steps, and returns the finished replies.
+
+        Args:
+          most: steps of the block at most; None: the engine's `block`.
 
         Returns:
           Replies by slot; each slot is free for the next request, of the same dialogue or another.
@@ -336,7 +339,7 @@ class Engine:
         with self.device:
             started = time.monotonic()
             self._admit()
-            replies = self._decode()
+            replies = self._decode(min(most or self.block, self.block))
             self.counts.seconds += time.monotonic() - started
         return replies
 
@@ -512,15 +515,15 @@ class Engine:
 
     # --- Decoding. ---
 
-    def _decode(self) -> dict[int, Reply]:
+    def _decode(self, block: int) -> dict[int, Reply]:
         """Runs a block over the lanes and stores its tokens."""
         chosen = self._assign(self._active, self.lanes)
         if not chosen:
             return {}
         if self.lanes == self.resident:
             chosen = [(int(self._place[slot]), slot) for _, slot in chosen]
-        self._fit(max(len(self._rows[slot]) + min(self.block, self._active[slot].left) for _, slot in chosen))
-        inputs = self._lane_inputs(chosen, self._cache[0].length)
+        self._fit(max(len(self._rows[slot]) + min(block, self._active[slot].left) for _, slot in chosen))
+        inputs = self._lane_inputs(chosen, self._cache[0].length, block)
         self._cache, *sampled = self._programs.generate(self._params, self._cache, *inputs)
         for array in sampled:
             array.copy_to_host_async()
@@ -547,7 +550,7 @@ class Engine:
                 self._unfinished.remove(slot)
         return replies
 
-    def _lane_inputs(self, chosen: Sequence[tuple[int, int]], length: int) -> list[Any]:
+    def _lane_inputs(self, chosen: Sequence[tuple[int, int]], length: int, block: int = 0) -> list[Any]:
         """Arguments of `generate` after a cache of `length`, for (lane, slot) pairs; the other lanes idle."""
         places = np.full(self.lanes, self.resident, np.int32)
         words = np.zeros((self.lanes, KEY_WORDS), np.uint32)
@@ -557,7 +560,7 @@ class Engine:
             places[lane] = self._place[slot]
             words[lane] = (*active.request.key, active.request.turn)
             tokens[lane], positions[lane] = row[-1], len(row) - 1
-            limits[lane] = min(active.left, self.block)
+            limits[lane] = min(active.left, block)
         inputs = [places, words, tokens, positions, limits]
         if self.per_request:
             lanes = [RequestSampling()] * self.lanes

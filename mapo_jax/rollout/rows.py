@@ -171,7 +171,7 @@ class ChatFormat:
         """The text of a reply's ids, without its closing `<|im_end|>`; other control tokens stay visible."""
         if len(ids) and ids[-1] == self.end_of_turn[0]:
             ids = ids[:-1]
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def plain(self, text: str) -> str:
         """`text` with a zero-width space inside every control token."""

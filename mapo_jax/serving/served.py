@@ -99,6 +99,8 @@ class ServedModel:
             conversation = self._remembered.get(_key(texts[:-1]))
         if conversation is not None:
             ids = (*conversation.row, *self.chat.next_user(texts[-1][1]))
+        elif texts is not None and [role for role, _ in texts] == ["user"]:
+            ids = self.chat.start(texts[0][1])  # as the template renders it, a few milliseconds faster
         else:
             try:
                 ids = self.chat.prompt(request.chat)

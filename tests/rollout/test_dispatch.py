@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mapo_jax.rollout.dispatch import Dispatcher
+from mapo_jax.rollout.dispatch import SHORT_BLOCK, Dispatcher
 from mapo_jax.rollout.requests import Reply, Request
 
 
@@ -17,6 +17,8 @@ class Counting:
     left: dict = field(default_factory=dict)
     blocks: int = 0
     broken_from: int = 1000
+    lanes: int = 2
+    most: list = field(default_factory=list)  # steps of each block at most
 
     def submit(self, request):
         assert request.slot not in self.left
@@ -33,8 +35,9 @@ class Counting:
     def busy(self):
         return bool(self.left)
 
-    def advance(self):
+    def advance(self, most=None):
         self.blocks += 1
+        self.most.append(most)
         if self.blocks >= self.broken_from:
             raise ValueError("out of order")
         self.left = {slot: left - 1 for slot, left in self.left.items()}
@@ -101,10 +104,10 @@ def test_a_block_under_way_ends_before_the_desk_does():
     engine, ended = Counting(), []
     advance = engine.advance
 
-    def slow():
+    def slow(most):
         time.sleep(0.1)
         ended.append(True)
-        return advance()
+        return advance(most)
 
     engine.advance = slow
 
@@ -128,6 +131,24 @@ def test_a_stream_gives_what_is_new_after_every_block():
 
     sizes, other = run(Counting(), work)
     assert sizes == [1, 1, 1, 1] and len(other.ids) == 2
+
+
+def test_blocks_are_short_where_lanes_are_free_and_a_stream_has_come_or_gone():
+    """So that who comes next does not wait for a whole block beside an empty lane."""
+
+    async def work(desk):
+        async for part in parts(desk, 9):
+            if engine.blocks == 3:
+                other = asyncio.ensure_future(anext(stream := parts(desk, 3)))
+            if engine.blocks == 9:
+                await other, await stream.aclose()
+            assert part.ids == (9,)
+
+    engine = Counting()
+    run(engine, work)
+    # The first stream; the other comes and both lanes are taken; it ends three blocks later.
+    assert engine.most[0] == SHORT_BLOCK and engine.most[1:3] == [None, None]
+    assert engine.most.count(SHORT_BLOCK) == 2 and engine.most.index(SHORT_BLOCK, 1) > 5
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3])

@@ -300,8 +300,8 @@ class TestIdentity:
         assert alone == together[1]
 
     def test_same_whenever_it_comes(self, params):
-        """Requests that join while others are under way, with fewer lanes than slots, with and without room
-        for every cache on the device: bit for bit, and nothing is prefilled twice."""
+        """Requests that join while others are under way, with fewer lanes than slots, blocks cut short, with
+        and without room for every cache on the device: bit for bit, and nothing is prefilled twice."""
         options = dict(sampling=Sampling(temperature=TEMPERATURE), slots=6, lanes=2, length=384, chunk=32)
         engine, narrow = make_engine(**options), make_engine(**options, resident=2)
         first = [request(s, prompt(40 + s, 4 + 3 * s), start=True) for s in range(6)]
@@ -321,7 +321,10 @@ class TestIdentity:
                 for _ in range(1 + seed % 3):
                     if waiting:
                         one.submit(waiting.pop())
-                for slot, reply in one.advance().items():
+                steps = one.counts.steps
+                ended = one.advance(seed or None)
+                assert one.counts.steps - steps <= (seed or one.block)
+                for slot, reply in ended.items():
                     turn = int(slot in found[0])
                     found[turn][slot] = reply
                     if turn == 0:
