@@ -111,8 +111,8 @@ class Dispatcher:
             raise
 
     async def _block(self) -> dict[int, Reply]:
-        # Requests that are sent together come one by one, and a client that has its reply sends the next: where
-        # lanes are free and one has just been taken or left, they need not wait for a whole block.
+        # Requests that are sent together come one by one, and a client that has its reply sends the next.
+        # Where lanes are free and one has just been taken or left, they need not wait for a whole block.
         short = self._changed and len(self._streams) < self._engine.lanes
         self._advancing, self._changed = True, False
         block = asyncio.ensure_future(asyncio.to_thread(self._engine.advance, SHORT_BLOCK if short else None))
