@@ -293,6 +293,17 @@ def test_on_paper_the_dialogues_are_only_those_that_are_open(report, visit):
     assert page.is_visible("#reader .columns.two") and page.is_hidden("#list")
 
 
+def test_tables_are_whole_on_paper_and_break_no_word_on_a_phone(report, visit):
+    cut = "all => all.filter(t => t.offsetParent && t.scrollWidth > t.clientWidth + 1).map(t => t.innerText)"
+    narrow = "all => all.filter(t => t.offsetParent && t.clientWidth < 90).map(t => t.innerText)"
+    page = visit(report, width=703)  # A4 within the margins
+    page.emulate_media(media="print")
+    assert page.locator(".scroll").evaluate_all(cut) == []
+    page = visit(report, width=390)
+    heads = page.locator(".kinds tbody th:has(small)")
+    assert heads.count() > 3 and heads.evaluate_all(narrow) == []
+
+
 def test_dialogues_are_found_by_what_failed_in_them(report, visit, run_folder):
     saved = [
         json.loads(line) for file in run_folder.glob("*/*.jsonl") for line in file.open() if '"state"' in line
