@@ -154,7 +154,7 @@ def _conclusion(run: Run) -> list[str | Table]:
 
 def verdict(study: Study) -> str:
     """Three sentences: better or not, by how much with the interval, and whether users are helped."""
-    word, sentence, _ = study.verdict
+    word, sentence, state = study.verdict
     way = next((tile["progress"] for tile in tiles(study) if tile["progress"] is not None), None)
-    way = "" if way is None else f", {way:.0%} of the way to the good helper"
+    way = f", {way:.0%} of the way to the good helper" if state == "good" and way else ""
     return printable(f"{word}{way}. {sentence}".replace("\u00a0", " "))

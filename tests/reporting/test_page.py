@@ -14,6 +14,7 @@ from mapo_jax.reporting.folder import read_run
 from mapo_jax.reporting.page import render
 from mapo_jax.reporting.study import Study
 from mapo_jax.reporting.summary import against_first, comparison_sentences, settings_that_differ
+from mapo_jax.validation import verdict
 
 
 class Elements(HTMLParser):
@@ -71,6 +72,27 @@ def test_the_summary_says_what_happened(page, run_folder):
     assert change.after == pytest.approx(run.evaluations[6]["return/mean"], abs=1e-4)
     assert study.changes["epm_q"].after == pytest.approx(run.evaluations[6]["epm_q"], abs=1e-4)
     assert signed(change.change) in sentence and "4 cards" in sentence
+
+
+def test_how_far_it_came_is_said_only_of_a_run_that_got_better(run_copy):
+    helper = run_copy / "evaluations" / "helper.json"
+    helper.write_text(json.dumps({"return/mean": 9.0, "reward/mean": 3.0, "epm_q": 90.0}))
+
+    def said():
+        run = read_run(run_copy, dialogues=1000)
+        return verdict(Study.of(0, run)), render([run])
+
+    sentence, page = said()
+    assert re.match(r"It got better, \d+% of the way to the good helper\. On 4 cards", sentence)
+    assert "of the way to the good helper (9" in page
+    for kind in ("json", "jsonl"):  # before and after change places
+        first, last, aside = (
+            run_copy / "evaluations" / f"{name}.{kind}" for name in ("step_000000", "step_000006", "aside")
+        )
+        first.rename(aside), last.rename(first), aside.rename(last)
+    sentence, page = said()
+    assert sentence.startswith("It got worse. On 4 cards")
+    assert "farther from the good helper than before (9" in page
 
 
 @pytest.mark.parametrize("gone", ["config.yaml", "metrics.jsonl", "dialogues", "evaluations", "model"])
