@@ -17,6 +17,7 @@ import signal
 import socket
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -225,12 +226,14 @@ def _key(variable: str | None, option: str) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def count(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError("must be at least 1")
-        return value
+    def number(text: str, least: int, most: int | None = None) -> int:
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        with contextlib.suppress(ValueError):
+            if least <= int(text) <= (int(text) if most is None else most):
+                return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number, {bounds}")
 
+    count = partial(number, least=1)
     parser = argparse.ArgumentParser(
         prog="python -m mapo_jax.serve", description=__doc__.split("\n\n")[0].replace("\n", " ")
     )
@@ -248,7 +251,12 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", action="append", default=[], metavar="NAME=FOLDER", help="a further model; repeatable"
     )
     option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    option("--port", type=int, default=8000, help="0: any free one (default: 8000)")
+    option(
+        "--port",
+        type=partial(number, least=0, most=65535),
+        default=8000,
+        help="0: any free one (default: 8000)",
+    )
     option("--key-variable", metavar="NAME", help="environment variable of the key that requests must carry")
     option(
         "--admin-key-variable", metavar="NAME", help="environment variable of the key for POST /admin/load"
@@ -262,7 +270,11 @@ def _parser() -> argparse.ArgumentParser:
     option("--max-messages", type=count, default=200, metavar="N", help="of a request (default: 200)")
     option("--queue", type=count, default=64, metavar="N", help="replies that may wait (default: 64)")
     option(
-        "--requests-per-minute", type=int, default=0, metavar="N", help="of one address (default: no limit)"
+        "--requests-per-minute",
+        type=partial(number, least=0),
+        default=0,
+        metavar="N",
+        help="of one address (default: no limit)",
     )
     option("--config", metavar="FILE|NAME", help="configuration (default: a run's own, else the defaults)")
     option("overrides", nargs="*", metavar="key=value", help="such as model.dtype=bfloat16")

@@ -273,6 +273,23 @@ def told(line):
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--port", "99999", "number, from 0 to 65535"),
+        ("--port", "-1", "number, from 0 to 65535"),
+        ("--streams", "0", "number, at least 1"),
+        ("--requests-per-minute", "-5", "number, at least 0"),
+        ("--block", "many", "must be a whole number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(option, value, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        serve.main(["--model", "nowhere", option, value])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and option in said and words in said
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [([], "--key-variable"), (["--key-variable", "MAPO_NO_SUCH_KEY"], "MAPO_NO_SUCH_KEY")],
 )
