@@ -110,7 +110,12 @@ def run(options: Namespace, console: Console) -> None:
             f"--host {options.host} lets others in; name the environment variable of a key that they must "
             "have with --key-variable, or leave --host out"
         )
-    limits = Limits(options.max_body, options.max_messages, options.requests_per_minute, options.queue)
+    limits = Limits(
+        body_bytes=options.max_body,
+        messages=options.max_messages,
+        requests_per_minute=options.requests_per_minute,
+        waiting=options.queue,
+    )
     host = f"[{options.host}]" if ":" in options.host else options.host
     listening = _listen(options.host, options.port)
     subject = find_subject(options)

@@ -55,7 +55,7 @@ class Dispatcher:
 
     def cancel(self, slot: int) -> asyncio.Future[None]:
         """Ends the reply of a slot, if one is under way; the future is done when the slot is free."""
-        self._streams.pop(slot, None)
+        self._changed |= self._streams.pop(slot, None) is not None
         dropped = self._dropped.setdefault(slot, asyncio.get_running_loop().create_future())
         if not self._advancing:
             self._drop()
@@ -108,6 +108,9 @@ class Dispatcher:
             for stream in self._streams.values():
                 stream.parts.put_nowait(error)
             self._streams.clear()
+            for dropped in self._dropped.values():  # the engine is reset before it is used again
+                dropped.set_result(None)
+            self._dropped = {}
             raise
 
     async def _block(self) -> dict[int, Reply]:

@@ -81,7 +81,7 @@ class Service:
                 "The server is shutting down.", status=503, kind="server_error", headers={"retry-after": "10"}
             )
         self._rates.take(request.client.host if request.client else "")
-        return read_request(kind, await read_body(request, self.limits.body_bytes))
+        return read_request(kind, await read_body(request, self.limits))
 
     # --- Chat. ---
 
@@ -99,7 +99,11 @@ class Service:
         scenario = asked.metadata.scenario
         if scenario is not None and scenario not in {card.id for card in self.cards}:
             raise ProtocolError("There is no such scenario.", param="metadata.scenario")
-        if sum(model.waiting for model in self.models.values()) >= self.limits.waiting:
+        most = model.engine.lanes + self.limits.waiting
+        if asked.n > most:
+            raise ProtocolError(f"This server can hold {most} replies at once, not {asked.n}.", param="n")
+        waiting = sum(model.waiting for model in self.models.values())
+        if waiting + max(0, asked.n - model.free) > self.limits.waiting:
             raise too_many("The server is busy: too many requests are waiting.", 2)
         exchange = Exchange(model, asked, model.prompt(asked), self.metrics, self._keep)
         if asked.stream:
@@ -129,24 +133,28 @@ class Service:
 
     def _keep(self, exchange: Exchange, name: str, text: str, last: Part) -> None:
         """Notes where a conversation stands, and appends to the kept ones what is new in it."""
-        model, asked = exchange.model, exchange.asked
-        conversation, goes_on = model.remember(asked, exchange.prompt, text, last.row)
-        if self.chats is None or not asked.store:
-            return
-        new = asked.chat[-1:] if goes_on else asked.chat
-        row = {
-            "conversation": conversation,
-            "reply": name,
-            "model": model.name,
-            "source": model.source,
-            "scenario": asked.metadata.scenario,
-            "finish": last.finish,
-            "tokens": last.tokens,
-            "messages": [*new, {"role": "assistant", "content": text}],
-        }
-        had_problem = self.chats.problem is not None
-        if not self.chats.add("turn", row) and not had_problem:
-            _LOG.error("conversations are not kept: %s", printable(self.chats.problem or ""))
+        model, asked, chats = exchange.model, exchange.asked, self.chats
+        conversation, goes_on = model.conversation(asked, exchange.prompt)
+        written = False
+        if chats is not None and asked.store and any(message["role"] == "user" for message in asked.kept):
+            row = {
+                "conversation": conversation,
+                "reply": name,
+                "model": model.name,
+                "source": model.source,
+                "scenario": asked.metadata.scenario,
+                "finish": last.finish,
+                "tokens": last.tokens,
+                "messages": [
+                    *(asked.kept[-1:] if goes_on else asked.kept),
+                    {"role": "assistant", "content": text},
+                ],
+            }
+            had_problem = chats.problem is not None
+            written = chats.add("turn", row)
+            if not written and not had_problem:
+                _LOG.error("conversations are not kept: %s", printable(chats.problem or ""))
+        model.remember(asked, exchange.prompt, conversation, text, last.row, written)
 
     # --- Around it. ---
 
@@ -172,7 +180,7 @@ class Service:
         if self.admin_key is None or self.load is None:
             raise HTTPException(404)
         check_key(request.headers.get("authorization", ""), self.admin_key)
-        asked = read_request(Load, await read_body(request, self.limits.body_bytes))
+        asked = read_request(Load, await read_body(request, self.limits))
         async with self._loading:
             try:
                 new = await asyncio.to_thread(self.load, asked.model, asked.path, asked.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections import OrderedDict
@@ -23,6 +24,7 @@ class Limits:
     requests_per_minute: int = 0  # of one client, feedback included; 0: any number
     waiting: int = 64  # replies that wait for a slot; beyond, requests are refused
     stall_seconds: float = 60.0  # a client that reads nothing for so long is disconnected
+    body_seconds: float = 30.0  # until the whole body of a request has come
 
 
 class Rates:
@@ -69,14 +71,18 @@ def check_key(authorization: str, key: str | None) -> None:
         )
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body of a request. Raises ProtocolError for more than `limit` bytes, or another type than JSON."""
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The body of a request. Raises ProtocolError for too many bytes, too long a wait, or no JSON."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         # Also keeps pages of other origins out: with this type a browser asks for permission first.
         raise ProtocolError("The content type must be application/json.", status=415)
     body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise ProtocolError(f"The body is larger than {limit} bytes.", status=413)
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limits.body_bytes:
+                    raise ProtocolError(f"The body is larger than {limits.body_bytes} bytes.", status=413)
+    except TimeoutError as error:
+        raise ProtocolError(f"The body did not come within {limits.body_seconds:g} s.", status=408) from error
     return body

@@ -124,7 +124,7 @@ class ChatRequest(_Values):
         return RequestSampling(
             repetition_penalty=self.repetition_penalty,
             temperature=self.temperature,
-            top_k=max(self.top_k, 0),
+            top_k=min(max(self.top_k, 0), 2**31 - 1),  # an int32 on the device
             top_p=max(self.top_p, 1e-9),
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
@@ -148,6 +148,15 @@ class ChatRequest(_Values):
         return [
             message.model_dump(exclude_defaults=True) | {"content": message.content}
             for message in self.messages
+        ]
+
+    @property
+    def kept(self) -> list[dict[str, str]]:
+        """The messages as a conversation is kept: role and text; what tools have said is left out."""
+        return [
+            {"role": "system" if m.role == "developer" else m.role, "content": text_of(m.content) or ""}
+            for m in self.messages
+            if m.role != "tool"
         ]
 
     @property

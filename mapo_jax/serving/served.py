@@ -32,7 +32,8 @@ class Conversation:
     """A conversation up to a reply, as the model saw it."""
 
     id: str
-    row: array  # its ids, with the reply and the end of its turn
+    row: array  # its ids, with the reply and the end of its turn; empty if it cannot be continued as ids
+    kept: bool  # all of it
     continued: bool = False  # a later request has gone on from here
 
 
@@ -86,6 +87,11 @@ class ServedModel:
         self._remembered: OrderedDict[bytes, Conversation] = OrderedDict()
         self._remembered_tokens = 0
 
+    @property
+    def free(self) -> int:
+        """How many more replies could be sampled now."""
+        return max(0, self.engine.lanes - self.running - self.waiting)
+
     # --- Prompts. ---
 
     def prompt(self, request: ChatRequest) -> Prompt:
@@ -97,7 +103,7 @@ class ServedModel:
         texts, conversation = request.texts, None
         if texts is not None and texts[-1][0] == "user":
             conversation = self._remembered.get(_key(texts[:-1]))
-        if conversation is not None:
+        if conversation is not None and conversation.row:
             ids = (*conversation.row, *self.chat.next_user(texts[-1][1]))
         elif texts is not None and [role for role, _ in texts] == ["user"]:
             ids = self.chat.start(texts[0][1])  # as the template renders it, a few milliseconds faster
@@ -115,31 +121,42 @@ class ServedModel:
             )
         return Prompt(ids, conversation)
 
-    def remember(
-        self, request: ChatRequest, prompt: Prompt, reply: str, row: Sequence[int] | None
-    ) -> tuple[str, bool]:
-        """Notes that a conversation has gone on by a reply.
+    def conversation(self, request: ChatRequest, prompt: Prompt) -> tuple[str, bool]:
+        """The id of the conversation that a reply belongs to, and whether it goes on in one that was kept.
 
-        Returns:
-          Its id, and whether it continues a known one. A second continuation from one place is a conversation
-          of its own.
+        A second continuation from one place is a conversation of its own, with all that was said before; so
+        is the continuation of one of which something was not kept.
         """
+        if prompt.conversation is not None:
+            before = self._remembered.get(_key(request.texts[:-1]))
+            if before is not None and before.kept and not before.continued:
+                return before.id, True
+        return f"conv-{secrets.token_hex(12)}", False
+
+    def remember(
+        self,
+        request: ChatRequest,
+        prompt: Prompt,
+        name: str,
+        reply: str,
+        row: Sequence[int] | None,
+        kept: bool,
+    ) -> None:
+        """Notes that the conversation `name` has gone on by a reply, and whether all of it was kept."""
         before, texts = prompt.conversation, request.texts
-        if before is not None and before.continued:
-            before = None
-        name = before.id if before else f"conv-{secrets.token_hex(12)}"
-        if before is not None:
+        if texts is None:
+            return
+        if before is not None and not before.continued:
             self._put(_key(texts[:-1]), replace(before, continued=True))
-        if row is not None and texts is not None and self.chat.history == "append":
-            self._put(_key([*texts, ("assistant", reply)]), Conversation(name, array("i", row)))
-        return name, before is not None
+        ids = array("i", row if row is not None and self.chat.history == "append" else ())
+        self._put(_key([*texts, ("assistant", reply)]), Conversation(name, ids, kept))
 
     def _put(self, key: bytes, conversation: Conversation) -> None:
         earlier = self._remembered.pop(key, None)
         self._remembered[key] = conversation
-        self._remembered_tokens += len(conversation.row) - (len(earlier.row) if earlier else 0)
+        self._remembered_tokens += _size(conversation) - (_size(earlier) if earlier else 0)
         while self._remembered_tokens > REMEMBERED_TOKENS:
-            self._remembered_tokens -= len(self._remembered.popitem(last=False)[1].row)
+            self._remembered_tokens -= _size(self._remembered.popitem(last=False)[1])
 
     # --- Replies. ---
 
@@ -252,6 +269,10 @@ class ServedModel:
             with suppress(asyncio.CancelledError):
                 await self._serving
         self.engine.unload()
+
+
+def _size(conversation: Conversation) -> int:
+    return len(conversation.row) + 64  # what an entry without ids takes, in tokens
 
 
 def _key(texts: Sequence[tuple[str, str]]) -> bytes:

@@ -181,3 +181,22 @@ def test_a_broken_engine_ends_every_stream():
                 pass
 
     run(Counting(broken_from=3), work)
+
+
+def test_a_slot_that_was_left_is_free_when_the_engine_breaks():
+    """Else it would never be given to another request."""
+    engine, advance = Counting(broken_from=2), Counting.advance
+
+    def slow(most):
+        time.sleep(0.05)
+        return advance(engine, most)
+
+    engine.advance = slow
+
+    async def work(desk):
+        stream = parts(desk, 9)
+        await anext(stream)
+        await asyncio.sleep(0.01)  # the second block is under way
+        await asyncio.wait_for(desk.cancel(9), 5)
+
+    run(engine, work)

@@ -111,11 +111,66 @@ def test_a_full_disk_stops_keeping_and_not_serving(kept, say, monkeypatch):
         assert health.status_code == 200 and health.json()["status"] == "degraded"
         assert "is full" in health.json()["conversations"] and health.json()["lost_lines"] == 1
         rate(kept, first, 1, status=507)
-    say([*chat, user("Well.")])
+    _, longer = say([*chat, user("Well.")])
     health = httpx2.get(f"{kept.url}/health").json()
     assert health["status"] == "ok" and health["lost_lines"] == 2
     (file,) = kept.service.chats.folder.iterdir()
     assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == ["turn", "turn"]
+    assert [chat["messages"] for chat in read_chats(kept.service.chats.folder)] == [chat[:2], longer]
+
+
+def test_who_agrees_later_has_the_conversation_kept_whole(kept, say):
+    _, chat = say(HELLO, store=False)
+    _, chat = say([*chat, user("And now?")])
+    _, chat = say([*chat, user("Well.")])
+    assert [kept["messages"] for kept in read_chats(kept.service.chats.folder)] == [chat]
+
+
+def test_replies_that_a_stop_text_ends_stay_one_conversation(kept, say):
+    letters, chat = list("aeiou "), []
+    for text in ("One.", "Two.", "Three."):
+        _, chat = say([*chat, user(text)], stop=letters[:4])
+    assert [kept["messages"] for kept in read_chats(kept.service.chats.folder)] == [chat]
+
+
+def test_two_replies_to_one_message_are_two_conversations(kept, say):
+    _, chat = say(HELLO)
+    say([*chat, user("And now?")], n=2)
+    kept_chats = [kept["messages"] for kept in read_chats(kept.service.chats.folder)]
+    assert [len(messages) for messages in kept_chats] == [4, 4]
+    assert all(messages[:3] == [*chat, user("And now?")] for messages in kept_chats)
+
+
+HUGE = {"type": "text", "text": "part", "x": 10**30}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "developer", "content": "Be kind."}, *HELLO],
+        [*HELLO, {"role": "assistant", "content": [HUGE]}, user("More.")],
+        [
+            *HELLO,
+            {"role": "assistant", "content": "x"},
+            {"role": "tool", "tool_call_id": "1", "content": "y"},
+        ],
+        [{"role": "user", "content": []}],
+        [{"role": "system", "content": "Only this."}],
+    ],
+)
+def test_what_clients_may_send_is_kept_as_text_and_can_be_read(kept, say, messages):
+    """Numbers that are too large, parts, other roles: none of them spoils the folder for all others."""
+    say(HELLO)
+    content = json.dumps({"model": "tiny", "messages": messages})
+    headers = {"content-type": "application/json"}
+    url = f"{kept.url}/v1/chat/completions"
+    assert httpx2.post(url, content=content, headers=headers, timeout=60).status_code == 200
+    assert httpx2.get(f"{kept.url}/health").json()["conversations"] == "on"
+    folder = kept.service.chats.folder
+    for transcript in read_transcripts(folder, [], need_card=False):
+        assert all(isinstance(text, str) for turn in transcript.turns for text in turn)
+    for chat in read_chats(folder):
+        assert all(isinstance(message["content"], str) for message in chat["messages"])
 
 
 def test_after_a_restart_a_conversation_is_kept_whole(kept, say, serving, tmp_path):

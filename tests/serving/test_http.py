@@ -124,11 +124,33 @@ def test_a_rate_is_limited(serving):
 
 
 def test_a_full_queue_and_a_long_conversation_are_refused(serving):
-    server = serving(limits=Limits(waiting=0, messages=3))
+    server = serving(limits=Limits(waiting=1, messages=3), reply_tokens=None)
+    answer = post(server, body(n=6))  # 4 streams and 1 that waits
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
+    connection = raw_request(server, body(n=5, max_completion_tokens=None, temperature=0))
+    while not server.model.waiting:
+        time.sleep(0.005)
     answer = post(server)
     assert answer.status_code == 429 and "retry-after" in answer.headers
+    connection.close()
     answer = post(server, body(messages=4 * HELLO))
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
+
+
+def test_a_number_that_the_device_cannot_hold_ends_no_other_reply(server):
+    answer = post(server, body(top_k=2**40, temperature=0.0))
+    assert answer.status_code == 200
+    assert answer.json()["choices"] == post(server, body(temperature=0.0)).json()["choices"]
+
+
+def test_a_body_that_does_not_come_is_given_up(serving):
+    server = serving(limits=Limits(body_seconds=0.2))
+    host, port = re.match(r"http://(.*):(\d+)", server.url).groups()
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n"
+        connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
+        assert b" 408 " in connection.recv(1000)
+    assert post(server).status_code == 200
 
 
 def raw_request(server, content):
