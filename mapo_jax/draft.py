@@ -25,7 +25,7 @@ from mapo_jax.environment.live.draft import draft_card
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.sharding import make_mesh
-from mapo_jax.role_models import open_models
+from mapo_jax.role_models import keep_calls, open_models
 from mapo_jax.settings import parse_settings
 
 NOTE = """# Drafts from real conversations. Read and edit each: nothing in it may lead back to a person. Then:
@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
     with (
         asyncio.Runner() as runner,
         open_models(config, folder, make_mesh(config.mesh), runner, ("judge",)) as (callers, _),
+        keep_calls(callers, folder),
     ):
         if callers["judge"] is None:
             raise UserError("`environment.judge.model` is empty; name the model that is to draft")

@@ -25,7 +25,7 @@ from mapo_jax.environment.scenario import Scenario, read_cards, to_mapping
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.model.sharding import make_mesh
-from mapo_jax.role_models import open_models
+from mapo_jax.role_models import keep_calls, open_models
 from mapo_jax.settings import parse_settings
 
 
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with (
             asyncio.Runner() as runner,
             open_models(config, folder, make_mesh(config.mesh), runner, ("judge",)) as (callers, _),
+            keep_calls(callers, folder),
         ):
             if callers["judge"] is None:
                 raise UserError("`environment.judge.model` is empty; name the model that is to estimate")

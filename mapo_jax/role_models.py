@@ -7,8 +7,8 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +47,11 @@ def open_models(
     names: Sequence[str],
     *,
     part: str = "",
-) -> Iterator[tuple[dict[str, Complete | None], CallLog]]:
+) -> Iterator[tuple[dict[str, Caller | None], CallLog]]:
     """Opens the models of the named roles, and sends each server a first request.
 
     Args:
-      folder: local folder of the call cache and the list of failures; None for none.
+      folder: local folder of the list of failures; None for none.
       mesh: where the engines of this process go.
       names: roles.
       part: `files.part_name`, for the files of one of several processes.
@@ -77,28 +77,47 @@ def open_models(
                 runner.run(_check_server(name, role, calls[name]))
             else:
                 calls[name] = _engine_call(name, engines, config, mesh, log)
-        cache = None
-        if folder is not None:  # only now: a run that cannot start leaves its folder unchanged
-            cache = CallCache(part_of(folder / CACHE_FILE, part))
-            stack.callback(cache.close)
-        callers: dict[str, Complete | None] = dict.fromkeys(names)
+        callers: dict[str, Caller | None] = dict.fromkeys(names)
         for name, role in roles.items():
             keys = ("model", "temperature", "max_tokens", "extra_body")
             settings = {key: getattr(role, key) for key in keys}
-            callers[name] = Caller(name, calls[name], settings, log, cache)
+            callers[name] = Caller(name, calls[name], settings, log)
         log.drain()  # the first requests belong to no step
         yield callers, log
 
 
-def make_role(name: str, config: Config, callers: dict[str, Complete | None], log: CallLog) -> Any:
+@contextmanager
+def keep_calls(callers: Mapping[str, Caller | None], folder: Path | None, part: str = "") -> Iterator[None]:
+    """Opens the folder's cache of calls for the callers.
+
+    After the roles are made: a run that cannot start leaves its folder unchanged.
+    """
+    if folder is None:
+        yield
+        return
+    cache = CallCache(part_of(folder / CACHE_FILE, part))
+    for caller in callers.values():
+        if caller is not None:
+            caller.cache = cache
+    with closing(cache):
+        yield
+
+
+def make_role(name: str, config: Config, callers: Mapping[str, Complete | None], log: CallLog) -> Any:
     """A role of a live world: the configured class, or the one of this package.
 
     Raises:
-      UserError: the configured class cannot be imported, or lacks a method of the role.
+      UserError: the configured class cannot be imported or made, or lacks a method of the role.
     """
     role, complete = getattr(config.environment, name), callers[name]
     if role.implementation is not None:
-        return _load_class(name, role.implementation)(complete)
+        cls = _load_class(name, role.implementation)
+        try:
+            return cls(complete)
+        except UserError:
+            raise
+        except Exception as error:
+            raise _own_class_error(name, role.implementation, "cannot be made", error) from error
     if name == "user":
         return LiveUser(complete)
     if name == "director":
@@ -137,15 +156,20 @@ def _load_class(name: str, path: str) -> Callable[[Complete | None], Any]:
         sys.path.append(os.getcwd())
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"`{key}` is {path!r}, which cannot be imported: {error}") from error
+    except Exception as error:  # whatever the module does
+        raise _own_class_error(name, path, "cannot be imported", error) from error
     for method in _METHODS[name]:
         if not asyncio.iscoroutinefunction(getattr(cls, method, None)):
             raise UserError(
-                f"`{key}` is {path!r}, which has no `async def {method}`; see "
-                f"mapo_jax/environment/{'judge' if name == HELD_OUT else name}.py"
+                f"`{key}` is {path!r}, which has no `async def {method}`; see mapo_jax/environment/roles.py"
             )
     return cls
+
+
+def _own_class_error(name: str, path: str, what: str, error: Exception) -> UserError:
+    return UserError(
+        f"`environment.{name}.implementation` is {path!r}, which {what}: {type(error).__name__}: {error}"
+    )
 
 
 def _connect(

@@ -24,7 +24,7 @@ from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.errors import UserError
 from mapo_jax.event_loop import open_runner
 from mapo_jax.files import disk_errors, part_name
-from mapo_jax.role_models import make_role, open_models
+from mapo_jax.role_models import keep_calls, make_role, open_models
 from mapo_jax.rollout.journal import Journal, journal_files, prune
 from mapo_jax.running.loop import LoopThread
 from mapo_jax.running.processes import SINGLE, Processes
@@ -263,6 +263,7 @@ def open_world(
         if isinstance(runner, LoopThread):
             stack.callback(runner.cancel)  # before connections are closed, which would look like failures
         made = {name: make_role(name, config, callers, log) for name in names}
+        stack.enter_context(keep_calls(callers, folder, part))
         roles = replace(roles, **{name: role for name, role in made.items() if name in ROLES})
         yield World(
             roles,
@@ -292,6 +293,7 @@ def open_judge(config: Config, folder: Path, mesh: Mesh | None) -> Iterator[Worl
         validate_role("judge", role)
         callers, log = stack.enter_context(open_models(config, folder, mesh, runner, ("judge",)))
         roles = replace(scripted, judge=make_role("judge", config, callers, log))
+        stack.enter_context(keep_calls(callers, folder))
         yield World(roles, config, folder, runner, log=log)
 
 

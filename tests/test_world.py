@@ -613,14 +613,37 @@ def test_a_judge_of_ones_own_beside_the_scripted_user_and_director(chat, tmp_pat
     [
         ("no_such_module:X", "cannot be imported"),
         ("json:X", "cannot be imported"),
-        ("json:JSONDecoder", "score"),
+        ("json:JSONDecoder", "no `async def score`; see mapo_jax/environment/roles.py"),
+        ("broken_judge:Judge", "cannot be imported: ZeroDivisionError"),
+        ("odd_judges:NeedsMore", "cannot be made: TypeError"),
+        ("odd_judges:Breaks", "cannot be made: KeyError: 'no setting'"),
     ],
 )
-def test_a_class_that_is_no_judge_is_one_clear_error(path, words, tmp_path, serve, well_formed):
+def test_a_class_that_is_no_judge_is_one_clear_error(path, words, tmp_path, serve, well_formed, monkeypatch):
+    """And leaves no file, so that the corrected command can use the folder."""
+    (tmp_path / "broken_judge.py").write_text("1 / 0")
+    (tmp_path / "odd_judges.py").write_text(ODD_JUDGES)
+    monkeypatch.syspath_prepend(tmp_path)
     config = configure(serve(well_formed).url, environment__judge__implementation=path)
-    with pytest.raises(UserError, match=words) as caught, open_world(config, tmp_path, None):
+    with pytest.raises(UserError, match=words) as caught, open_world(config, tmp_path / "run", None):
         pass
-    assert "environment.judge.implementation" in str(caught.value)
+    assert "environment.judge.implementation" in str(caught.value) and not (tmp_path / "run").exists()
+    sys.modules.pop("odd_judges", None)
+
+
+ODD_JUDGES = """
+class NeedsMore:
+    def __init__(self, complete, more):
+        pass
+    async def score(self, state, reply):
+        pass
+
+class Breaks:
+    def __init__(self, complete):
+        raise KeyError("no setting")
+    async def score(self, state, reply):
+        pass
+"""
 
 
 def test_the_scripted_world_is_untouched(chat, tmp_path):

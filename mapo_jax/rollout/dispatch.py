@@ -117,8 +117,9 @@ class Dispatcher:
         # Requests that are sent together come one by one, and a client that has its reply sends the next.
         # Where lanes are free and one has just been taken or left, they need not wait for a whole block.
         short = self._changed and len(self._streams) < self._engine.lanes
+        steps = (SHORT_BLOCK,) if short else ()
         self._advancing, self._changed = True, False
-        block = asyncio.ensure_future(asyncio.to_thread(self._engine.advance, SHORT_BLOCK if short else None))
+        block = asyncio.ensure_future(asyncio.to_thread(self._engine.advance, *steps))
         try:
             return await asyncio.shield(block)
         except asyncio.CancelledError:

@@ -334,10 +334,10 @@ class TestDialogues:
         """A clock ticks on while the engine works."""
         advance, ticks = engine.advance, []
 
-        def slow(most):
+        def slow():
             begin = time.monotonic()
             time.sleep(0.1)
-            replies = advance(most)
+            replies = advance()
             ticks.append(sum(begin < tick < begin + 0.1 for tick in clock))
             return replies
 

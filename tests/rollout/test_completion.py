@@ -34,7 +34,7 @@ class Echo:
     def busy(self):
         return bool(self._under_way)
 
-    def advance(self, most=None):
+    def advance(self):
         time.sleep(0.002)
         word = self.chat.tokenizer.encode("Nothing", add_special_tokens=False)
         ids = (*word, self.chat.end_of_turn[0])
@@ -126,7 +126,7 @@ def test_a_cut_answer_and_a_long_prompt_are_malformed(engine):
 
 
 def test_a_broken_engine_reaches_whoever_asked(engine):
-    def broken(most):
+    def broken():
         raise ValueError("no such thing")
 
     engine.advance = broken

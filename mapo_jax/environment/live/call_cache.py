@@ -25,7 +25,7 @@ class CallCache:
         """Opens or creates the file.
 
         Write-ahead logging needs shared memory, so hosts must not share the file. Processes that share a
-        folder use one file each (`files.part_of`), as `role_models.open_models` does.
+        folder use one file each (`files.part_of`), as `role_models.keep_calls` does.
 
         Raises:
           UserError: the file is not such a cache, or cannot be written.

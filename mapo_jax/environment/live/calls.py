@@ -129,7 +129,7 @@ def call_figures(
     return metrics | {"environment/cost": total_cost}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Caller:
     """A role's model, with cache, check, one repair, and a log."""
 
