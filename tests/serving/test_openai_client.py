@@ -1,4 +1,4 @@
-"""The protocol as OpenAI's own client speaks it, against the engine asked directly."""
+"""The protocol as OpenAI's own client speaks it, against the engine asked directly; and a second client."""
 
 import asyncio
 import math
@@ -250,3 +250,21 @@ def test_many_at_once_get_each_their_own(server, tiny):
         request = Request(0, ids, key=(number, 0, 0), turn=0, limit=3 + number % 7, start=True)
         whole = chat.decode(engine.reply([request])[0].ids)
         assert text == whole.removesuffix("<|endoftext|>")
+
+
+def test_huggingface_hubs_client_says_the_same(server, client, monkeypatch):
+    """Another client, by other people: whole and streamed."""
+    from huggingface_hub import InferenceClient, constants, utils
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # it applies to every address
+    utils.close_session()
+    whole = ask(client)
+    other = InferenceClient(base_url=f"{server.url}/v1", api_key="none", timeout=60)
+    options = dict(model="tiny", messages=HELLO, max_tokens=12, seed=5)
+    answer = other.chat_completion(**options)
+    assert answer.choices[0].message.content == whole.choices[0].message.content
+    assert answer.usage.completion_tokens == whole.usage.completion_tokens
+    chunks = list(other.chat_completion(**options, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    utils.close_session()
