@@ -217,7 +217,7 @@ def test_a_run_leaves_everything_that_the_design_promises(undisturbed):
     programs = [row["perf/compiled_programs"] for row in rows if "reward/mean" in row]
     assert len(set(programs)) == 1  # whatever is compiled, is compiled in the first step
     assert programs[0] <= 60
-    assert "good helper" in result.stdout and str(folder) in result.stdout
+    assert "that training never saw" in " ".join(result.stdout.split()) and str(folder) in result.stdout
     assert "return/mean" in json.loads((folder / "evaluations" / "helper.json").read_text())
     assert (folder / "report.html").stat().st_size > 50_000 and "report.html" in result.stdout
 
