@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import math
 import signal
 import socket
 from argparse import Namespace
@@ -231,12 +232,15 @@ def _key(variable: str | None, option: str) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def number(text: str, least: int, most: int | None = None) -> int:
-        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-        with contextlib.suppress(ValueError):
-            if least <= int(text) <= (int(text) if most is None else most):
-                return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number, {bounds}")
+    def number(text: str, least: int, most: float = math.inf) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number, {bounds}")
+        return value
 
     count = partial(number, least=1)
     parser = argparse.ArgumentParser(

@@ -21,9 +21,8 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false",
 )
-os.environ.setdefault(
-    "NPROC", "1"
-)  # XLA's threads: a program of a test uses one core, so that files share them
+# XLA's threads: a program of a test uses one core, so that the workers share them.
+os.environ.setdefault("NPROC", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads a model
 
 # Files that take a minute or more, the longest first. Each is one worker's work: begun last, it would keep a

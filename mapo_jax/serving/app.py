@@ -134,9 +134,10 @@ class Service:
     def _keep(self, exchange: Exchange, name: str, text: str, last: Part) -> None:
         """Notes where a conversation stands, and appends to the kept ones what is new in it."""
         model, asked, chats = exchange.model, exchange.asked, self.chats
+        messages = asked.kept
         conversation, goes_on = model.conversation(asked, exchange.prompt)
         written = False
-        if chats is not None and asked.store and any(message["role"] == "user" for message in asked.kept):
+        if chats is not None and asked.store and any(message["role"] == "user" for message in messages):
             row = {
                 "conversation": conversation,
                 "reply": name,
@@ -145,10 +146,7 @@ class Service:
                 "scenario": asked.metadata.scenario,
                 "finish": last.finish,
                 "tokens": last.tokens,
-                "messages": [
-                    *(asked.kept[-1:] if goes_on else asked.kept),
-                    {"role": "assistant", "content": text},
-                ],
+                "messages": [*messages[-1 if goes_on else 0 :], {"role": "assistant", "content": text}],
             }
             had_problem = chats.problem is not None
             written = chats.add("turn", row)

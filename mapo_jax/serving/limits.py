@@ -72,7 +72,7 @@ def check_key(authorization: str, key: str | None) -> None:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a request. Raises ProtocolError for too many bytes, too long a wait, or no JSON."""
+    """The body of a request. Raises ProtocolError if it is too large, late, or of another type than JSON."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         # Also keeps pages of other origins out: with this type a browser asks for permission first.
         raise ProtocolError("The content type must be application/json.", status=415)
