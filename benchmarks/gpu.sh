@@ -45,7 +45,7 @@ command_of() { # PART -> the arguments of python, in `words`
       [ -n "$tiny" ] && small=(--length 256 --updates 1 --matrix 64)
       words=(benchmarks/update.py --shape "$shape" "${small[@]}" "${json[@]}") ;;
     decode_*)
-      [ -n "$tiny" ] && small=(--batch 2 --context 64 --blocks 2 --block 4 --copy-gib 0.01)
+      [ -n "$tiny" ] && small=(--batch 2 --context 64 --cache int8 --blocks 2 --block 4 --copy-gib 0.01)
       words=(benchmarks/decode.py --shape "$shape" "${small[@]}" "${json[@]}") ;;
     rollout) words=(benchmarks/rollout.py --reference --rounds "${tiny:-3}" --peers transformers "${json[@]}") ;;
     train)

@@ -4,7 +4,6 @@ from mapo_jax.config import (
     ENGINE,
     HELD_OUT,
     ROLES,
-    SINGLE_ROLLOUT_ESTIMATORS,
     Config,
     differing_keys,
     is_played,
@@ -45,10 +44,6 @@ def idle_settings(config: Config) -> list[str]:
         "algorithm.turn_weight": (estimator == "mapo", "algorithm.estimator=mapo"),
         "algorithm.batch_scope": (estimator in ("mapo", "batch"), "algorithm.estimator=mapo or batch"),
         "algorithm.leave_one_out": (estimator in ("mapo", "turn"), "algorithm.estimator=mapo or turn"),
-        "algorithm.min_group": (
-            estimator not in SINGLE_ROLLOUT_ESTIMATORS,
-            "an estimator that compares rollouts",
-        ),
         "algorithm.importance_cap": (algorithm.old_logprobs == "trainer", "algorithm.old_logprobs=trainer"),
         "algorithm.kl_estimator": (algorithm.kl_coefficient > 0, "algorithm.kl_coefficient above 0"),
         "lora": (config.lora.rank > 0, "lora.rank above 0"),

@@ -170,8 +170,8 @@ def test_decode(gpu):
     # Embedding 512 x 64; per layer q and o 64 x 64, k and v 64 x 32, MLP 3 x 64 x 128, norms 2 x 64 + 2 x 16;
     # the last norm 64. Two bytes each.
     weights = 2 * (512 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 160) + 64)
-    # 2 rows x 2 layers x keys and values x 2 heads of 16, two bytes each; 60 tokens midway.
-    cache = 2 * 2 * 2 * 2 * 16 * 2 * 60
+    # 2 rows x 2 layers x keys and values x 2 heads of 16 bytes and a scale; 60 tokens midway.
+    cache = 2 * 2 * 2 * 2 * (16 + 4) * 60
     assert row["bytes_per_step"] == weights + cache
     assert row["bound"] == pytest.approx(2 * result["bytes_per_second"] / (weights + cache))
     assert row["share"] == pytest.approx(row["tokens_per_second"] / row["bound"])
@@ -191,7 +191,7 @@ def test_published_shapes(decode):
 
 def test_no_room(decode):
     with pytest.raises(SystemExit, match="no room"):
-        decode.measure(decode.SHAPES["tiny"], {}, 2, 12, 2, 4)
+        decode.measure(decode.SHAPES["tiny"], {}, 2, 12, "bfloat16", 2, 4)
 
 
 def test_update(gpu):
