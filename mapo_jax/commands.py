@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import storage_problem
+from mapo_jax.startup import STOPPED, imported
 
 # As numbered in malloc.h and mman.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14
@@ -51,6 +52,7 @@ def run_command(command: Callable[[], None]) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    imported()
     try:
         with machine_errors():
             command()
@@ -62,6 +64,9 @@ def run_command(command: Callable[[], None]) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return stop.status
+    except KeyboardInterrupt:  # a command without safe points
+        print(STOPPED, file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         _drop_output()
         return 0

@@ -22,9 +22,6 @@ import time
 from collections.abc import Sequence
 from types import ModuleType
 
-if __name__ == "__main__" and not {"--keys", "--help", "-h"} & set(sys.argv):
-    print("mapo_jax.train: starting", flush=True)  # before the imports below, which take seconds
-
 from rich.console import Console
 
 from mapo_jax import stages
