@@ -1,4 +1,4 @@
-"""What a command does before its other imports, which take seconds: its first line, and an answer to Ctrl-C."""
+"""A command before its other imports, which take seconds: its first line, and its answer to Ctrl-C."""
 
 import os
 import signal
