@@ -25,7 +25,7 @@ from types import ModuleType
 from rich.console import Console
 
 from mapo_jax import stages
-from mapo_jax.commands import prepare_jax, run_command
+from mapo_jax.commands import prepare_jax, run_command, show
 from mapo_jax.config import Config, describe_keys, load_config
 from mapo_jax.dry_run import dry_run
 from mapo_jax.learning.batch import minibatches
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.dry_run:
             train(config, verbose=options.verbose)
             return
-        Console(highlight=False, markup=False).print(dry_run(config, full=options.full), soft_wrap=True)
+        show(Console(), dry_run(config, full=options.full))
 
     return run_command(command)
 
