@@ -141,13 +141,16 @@ def _templates(run: SavedRun, diversity: Sequence[Diversity]) -> Check:
     openings = [(e.openings[0].share if e.openings else 0.0, e.replies) for e in diversity]
     repeats = fifths([(entry.own_repeats, entry.replies) for entry in diversity])[1]
     last, again = (float(np.mean([share for share, _ in part])) for part in (fifths(openings)[1], repeats))
-    kind, worst = (run.series("kind/most")[1] or [0.0])[-1], max(last, again)
-    state = _grade(worst > 0.3 or kind > 0.5, worst > 0.6 or kind > 0.8)
+    kind, worst = (_parts(run, "kind/most") or [(0.0, 0)])[-1:], max(last, again)
+    state = _grade(worst > 0.3 or kind[0][0] > 0.5, worst > 0.6 or kind[0][0] > 0.8)
     figure = (
         f"commonest opening {' → '.join(map(together, fifths(openings)))} of replies; "
         f"{together(repeats)} open like an earlier one of their dialogue"
     )
     trouble = "many replies open with the same words: read some, and see what they cost below"
+    if kind[0][0] > 0.5:
+        figure += f"; {together(kind)} are of one kind"
+        trouble = "many replies are alike: read some, and see what they cost below"
     return _check("Templates", state, figure, "no opening dominates", trouble)
 
 

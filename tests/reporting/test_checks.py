@@ -101,6 +101,9 @@ def test_every_share_has_its_count(sound):
     assert "opening 10 % (4 of 40) → 20 % (8 of 40) of replies; 25 % (10 of 40)" in figure(
         rows, "Templates", steps
     )
+    alike = with_series(rows, kind__most=[0.0] * 5 + [0.8])
+    assert figure(alike, "Templates", steps).endswith("of their dialogue; 80 % (36 of 45) are of one kind")
+    assert state(alike, "Templates", steps) == "look"
     assert figure(rows, "Variety", steps).endswith("their dialogue 5.0 % (2 of 40) → 25 % (10 of 40)")
     # Without the settings the number of dialogues is unknown.
     assert figure(replace(rows, config={}), "How dialogues end").startswith("failures 25 % → 33 %, ")
