@@ -93,7 +93,7 @@
     return rows.map((row) => row.map((value) => `"${String(value ?? "").replaceAll('"', '""')}"`).join(",") + "\r\n").join("");
   }
   for (const table of $$("main table")) {
-    const name = (table.caption ?? table.closest(".card, section")?.querySelector("h2, h3") ?? table).textContent.trim().slice(0, 60).replace(/\W+/g, "-") || "table";
+    const name = (table.caption ?? table.closest(".card, section")?.querySelector("h2, h3, summary") ?? table).textContent.trim().slice(0, 60).replace(/\W+/g, "-") || "table";
     const save = make("a", { class: "csv", href: "#", download: `${name}.csv`, on: { click: () => { save.href = URL.createObjectURL(new Blob([csv(table)], { type: "text/csv" })); } } }, "CSV");
     (table.closest(".scroll") ?? table).after(save);
   }
