@@ -14,6 +14,7 @@ scored again without any model.
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -280,9 +281,9 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
 
 @contextmanager
 def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
-    """Reports a signal or a failing live world, and what is saved; yields a function for safe points."""
+    """Answers a signal at once; reports it or a failing live world, and what is saved; yields a function for safe points."""
     saved = f"what was finished is saved in {folder.path}, and the same command goes on from there"
-    with StopRequest() as stop:
+    with StopRequest(answer=partial(print, file=sys.stderr, flush=True)) as stop:
         try:
             yield stop.check
         except Interrupted as interruption:
