@@ -281,7 +281,7 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
 
 @contextmanager
 def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
-    """Answers a signal at once; reports it or a failing live world, and what is saved; yields a function for safe points."""
+    """Reports a signal or a failing live world, and what is saved; yields a function for safe points."""
     saved = f"what was finished is saved in {folder.path}, and the same command goes on from there"
     with StopRequest(answer=partial(print, file=sys.stderr, flush=True)) as stop:
         try:
