@@ -7,6 +7,8 @@ The public names are below; docs/python.md describes them. They are imported whe
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mapo_jax.startup import begin as _begin
+
 if TYPE_CHECKING:
     from mapo_jax import train
     from mapo_jax.algorithm import advantages
@@ -35,6 +37,8 @@ _HOMES = {
     "load_scenarios": "environment.scenario",
 }
 _MODULES = {"advantages": "algorithm.advantages", "train": "train"}
+
+_begin()  # in a process of a command
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +25,17 @@ def summary(command: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the commands, or the version."""
-    lines = "\n".join(f"  python -m mapo_jax.{command:<10} {summary(command)}" for command in COMMANDS)
+    columns = shutil.get_terminal_size().columns - 1
+    lines = "\n".join(
+        textwrap.fill(
+            f"python -m mapo_jax.{command:<10} {summary(command)}",
+            columns,
+            initial_indent="  ",
+            subsequent_indent=" " * 32,
+            break_long_words=False,
+        )
+        for command in COMMANDS
+    )
     parser = argparse.ArgumentParser(
         prog="python -m mapo_jax",
         description=f"commands (each has --help):\n{lines}",

@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
+from mapo_jax.commands import Stopped, prepare_jax, printable, run_command, show
 from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState
 from mapo_jax.environment.roles import Roles, take_turn
 from mapo_jax.environment.scenario import Scenario, find_scenario
@@ -106,13 +106,14 @@ def converse(
     while state is None or state.outcome is None:
         if scripted:
             said = state.user
-            console.print(Text("you> ", style="bold") + printable(said), soft_wrap=True)
+            line = Text("you> ", style="bold") + printable(said)
+            console.print(line, soft_wrap=not console.is_terminal)
         elif not (said := _read(console)):
             return
         messages.append({"role": "user", "content": said})
         with Live(console=console, auto_refresh=False) as live:
 
-            def show(text: str, beside: Text | None = None, live: Live = live) -> None:
+            def present(text: str, beside: Text | None = None, live: Live = live) -> None:
                 grid = Table.grid(padding=(0, 2), expand=True)
                 grid.add_column(ratio=3)
                 grid.add_column(ratio=1, min_width=22)
@@ -120,9 +121,9 @@ def converse(
                 live.update(grid, refresh=True)
 
             try:
-                reply, cut = talker.reply(messages, show)
+                reply, cut = talker.reply(messages, present)
             except RowFull:
-                console.print("the conversation is over: no further reply fits the model's row")
+                show(console, "the conversation is over: no further reply fits the model's row")
                 return
             messages.append({"role": "assistant", "content": reply})
             if state is not None:
@@ -130,10 +131,10 @@ def converse(
                 state = world.run(
                     take_turn(state, reply, ReasoningHidden(roles).roles, limits, truncated=cut)
                 )
-                show(reply, _beside(state))
+                present(reply, _beside(state))
         if not console.is_terminal:
             console.print()  # a live display ends its line only on a terminal
-    console.print(f"the conversation is over: {state.outcome}" + (f" ({state.rule})" if state.rule else ""))
+    show(console, f"the conversation is over: {state.outcome}" + (f" ({state.rule})" if state.rule else ""))
 
 
 def _read(console: Console) -> str:
@@ -149,8 +150,8 @@ def _read(console: Console) -> str:
 
 
 def _show_card(console: Console, card: Scenario) -> None:
-    console.print(f"You are {card.person.name}, {card.person.age}: {card.topic}", soft_wrap=True)
-    console.print(f"{card.situation} You hope: {card.hope}", soft_wrap=True, style="dim")
+    show(console, f"You are {card.person.name}, {card.person.age}: {card.topic}")
+    show(console, f"{card.situation} You hope: {card.hope}", "dim")
 
 
 def _beside(state: DialogueState) -> Text:

@@ -11,15 +11,20 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mapo_jax.errors import UserError
 from mapo_jax.files import storage_problem
+from mapo_jax.startup import STOPPED, imported
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # As numbered in malloc.h and mman.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14
@@ -51,17 +56,21 @@ def run_command(command: Callable[[], None]) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    imported()
     try:
         with machine_errors():
             command()
             sys.stdout.flush()
     except UserError as error:
         _drop_output()
-        print(f"error: {printable(str(error))}", file=sys.stderr)  # it may quote what a server sent
+        _complain(f"error: {printable(str(error))}")  # it may quote what a server sent
         return 2
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        _complain(str(stop))
         return stop.status
+    except KeyboardInterrupt:  # a command without safe points
+        print(STOPPED, file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         _drop_output()
         return 0
@@ -156,6 +165,23 @@ def printable(text: str) -> str:
         else ascii(character)[1:-1]
         for character in text
     )
+
+
+def show(console: Console, text: str, style: str = "") -> None:
+    """Prints text as it is; on a terminal its lines are wrapped between words, and never inside one."""
+    from rich.text import Text
+
+    if console.is_terminal:
+        options = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+        text = "\n".join(textwrap.fill(line, console.width, **options) for line in text.split("\n"))
+    console.print(Text(text, style), soft_wrap=True)
+
+
+def _complain(text: str) -> None:
+    """Shows a line on standard error."""
+    from rich.console import Console
+
+    show(Console(stderr=True), text)
 
 
 def cache_folder(name: str) -> Path:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mapo_jax.chat_log import is_chat_log, read_chats
-from mapo_jax.commands import run_command
+from mapo_jax.commands import run_command, show
 from mapo_jax.environment.dialogue import LEVEL_NAMES
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.transcripts import JUDGED
@@ -69,11 +69,9 @@ def run(options: argparse.Namespace, console: Console) -> bool:
     console.print(_table(rows))
     verdict = f"drifted: {', '.join(drifted)}" if drifted else "no figure has drifted"
     rule = f"corrected p below {options.p:g} and at least {options.effect:g} standard deviations"
-    console.print(
-        f"{len(before)} conversations before, {len(after)} after; {verdict} ({rule})", soft_wrap=True
-    )
+    show(console, f"{len(before)} conversations before, {len(after)} after; {verdict} ({rule})")
     if all(row["p"] is None for row in rows):
-        console.print(f"nothing was tested: a test needs {FEWEST} conversations of each period")
+        show(console, f"nothing was tested: a test needs {FEWEST} conversations of each period")
     if options.json:
         content = {"before": len(before), "after": len(after), "drifted": drifted, "figures": rows}
         write_whole(options.json, json.dumps(content, indent=1) + "\n")

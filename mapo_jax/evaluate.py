@@ -14,14 +14,16 @@ scored again without any model.
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console, Group
 
-from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
+from mapo_jax.commands import Stopped, prepare_jax, printable, run_command, show
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_config, updated
 from mapo_jax.environment.card_schema import SPLITS
 from mapo_jax.environment.live.guard import WorldFailing
@@ -61,7 +63,7 @@ BENCHMARK_DIALOGUES = (
 
 def run_eqbench(options: argparse.Namespace, console: Console) -> None:
     """EQ-Bench v2: gets answers, or scores saved ones."""
-    questions = eqbench.read_questions(find_items(options.questions, console.print))
+    questions = eqbench.read_questions(find_items(options.questions, partial(show, console)))
     revision = options.revision
     prompts = []
     if options.answers is None:  # saved answers are scored even if a prompt cannot be built
@@ -77,13 +79,13 @@ def run_eqbench(options: argparse.Namespace, console: Console) -> None:
     )
     console.print(Group(*tables.eqbench_tables(scores)))
     if scores["answered"] < scores["questions"]:
-        console.print(f"only {scores['answered']} of {scores['questions']} questions have an answer")
+        show(console, f"only {scores['answered']} of {scores['questions']} questions have an answer")
     _write(options, console, folder, scores, answers=len(answers))
 
 
 def run_emobench(options: argparse.Namespace, console: Console) -> None:
     """EmoBench: gets answers, or scores saved ones."""
-    items = emobench.read_items([find_items(source, console.print) for source in options.items])
+    items = emobench.read_items([find_items(source, partial(show, console)) for source in options.items])
     protocol = emobench.PROTOCOLS[options.protocol]
     prompts = [_emobench_prompt(asking) for asking in emobench.askings(items, protocol)]
     settings = {"benchmark": "emobench", "protocol": options.protocol, "items": _fingerprint(prompts)}
@@ -152,7 +154,7 @@ def run_empa(options: argparse.Namespace, console: Console) -> None:
     if left_out := sum(case is None for case in cases):
         notes.insert(0, f"{left_out} dialogues left out: they ended in an error or have no scored turn")
     for note in notes:
-        console.print(note, soft_wrap=True)
+        show(console, note)
     _write(options, console, folder, models)
 
 
@@ -171,16 +173,16 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
     rollouts, family = config.evaluation.rollouts, config.environment.family
     limits = limits_of(config)
     if family == "scripted" and subject.unused_world is not None:
-        console.print(
+        show(
+            console,
             f"note: {name} was trained in a live world ({printable(subject.unused_world)}); without {TRUST} "
             "no server or class named in its own config.yaml is used, and the scripted world takes its place",
-            soft_wrap=True,
         )
-    console.print(
+    show(
+        console,
         f"{name}: {rollouts} dialogues with each of {len(cards)} cards, "
         f"{limits.min_turns} to {limits.max_turns} turns, {family} world"
         + (", held-out judge" if family == "live" and held_out(config.environment) else ""),
-        soft_wrap=True,
     )
     folder = Folder(options.output or subject.output("empa"), conversations.DIALOGUES)
     settings = {
@@ -201,7 +203,7 @@ def _converse(options: argparse.Namespace, console: Console) -> tuple[Folder, in
         if not missing:
             return folder, expected, 0
         if len(missing) < len(cards):
-            console.print(f"{len(cards) - len(missing)} of {len(cards)} cards are there already")
+            show(console, f"{len(cards) - len(missing)} of {len(cards)} cards are there already")
         with stoppable(folder) as check, _opened(open_world, config, folder) as world:
             session = conversations.Session(
                 subject.name, missing, world.evaluation_roles, config, options.seed, file, console, check
@@ -263,17 +265,17 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
     console.print(Group(*tables.empa_tables(models), tables.worst_table(worst)))
     unanswered = sum(failure == transcripts.NO_ANSWER for row in rows for failure in row["failures"])
     if unanswered:
-        console.print(f"{unanswered} replies are no answers (null, or reasoning alone) and were not judged")
+        show(console, f"{unanswered} replies are no answers (null, or reasoning alone) and were not judged")
     unjudged = sum(levels is None for row in rows for levels in row["levels"]) - unanswered
     if unjudged or len(rows) < len(chats):
-        console.print(
+        show(
+            console,
             f"not judged: {unjudged} turns, and {len(chats) - len(rows)} conversations of which every call "
             "of the judge failed; the same command tries these again",
-            soft_wrap=True,
         )
     (figures,) = models.values()
     write_whole(folder.path / PAGE, page.render_page(title, figures, rows, worst))
-    console.print(f"page written to {folder.path / PAGE}", soft_wrap=True)
+    show(console, f"page written to {folder.path / PAGE}")
     _write(options, console, folder, {**figures, "worst": worst})
 
 
@@ -281,7 +283,7 @@ def run_dialogues(options: argparse.Namespace, console: Console) -> None:
 def stoppable(folder: Folder) -> Iterator[Callable[[], None]]:
     """Reports a signal or a failing live world, and what is saved; yields a function for safe points."""
     saved = f"what was finished is saved in {folder.path}, and the same command goes on from there"
-    with StopRequest() as stop:
+    with StopRequest(answer=partial(print, file=sys.stderr, flush=True)) as stop:
         try:
             yield stop.check
         except Interrupted as interruption:
@@ -309,14 +311,14 @@ def _write(
 ) -> None:
     if answers and scores["no_answer"]:
         note = f"answers hold nothing ({_NO_ANSWER}); they count as unparseable"
-        console.print(f"{scores['no_answer']} of {answers} {note}", soft_wrap=True)
+        show(console, f"{scores['no_answer']} of {answers} {note}")
     content = json.dumps(encodable(scores), indent=1, ensure_ascii=False) + "\n"
     for file in (folder and folder.path / SCORES, options.json):
         if file:
             write_whole(file, content)
-            console.print(f"scores written to {file}", soft_wrap=True)
+            show(console, f"scores written to {file}")
     if folder is not None:
-        console.print(f"all files are in {folder.path}", soft_wrap=True)
+        show(console, f"all files are in {folder.path}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,14 +18,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from mapo_jax.commands import run_command
+from mapo_jax.commands import run_command, show
 from mapo_jax.config import Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
@@ -241,17 +240,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def command() -> None:
-        show = partial(Console(highlight=False).print, soft_wrap=True, markup=False)
+        console = Console()
         if options.check and options.part == "adapters":
             raise UserError("--check computes with a whole model; leave it out with --part adapters")
         if not options.shard_gb > 0:
             raise UserError(f"--shard-gb is {options.shard_gb:g}; it must be above 0")
         chosen = {"step": options.step, "dtype": options.dtype, "part": options.part}
         step = export(options.run, options.output, max_shard_bytes=options.shard_gb * 1e9, **chosen)
-        show(f"step {step} of {options.run} is in {options.output}: read again and found the same")
+        show(console, f"step {step} of {options.run} is in {options.output}: read again and found the same")
         if options.check:
             difference = check_logits(options.output, load_config(Path(options.run) / CONFIG_FILE))
-            show(f"transformers computes the same logits: they differ by at most {difference:.1e}")
+            show(console, f"transformers computes the same logits: they differ by at most {difference:.1e}")
 
     return run_command(command)
 

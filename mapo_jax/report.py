@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from mapo_jax.commands import prepare_jax, printable, run_command
+from mapo_jax.commands import prepare_jax, printable, run_command, show
 from mapo_jax.errors import UserError
 from mapo_jax.reporting.text import render_text
 from mapo_jax.reporting.write import DIALOGUES, read_runs, write_report
@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 settings = {"dialogues": options.dialogues, "progress": progress}
                 file = write_report(options.run, options.output, **settings)
                 result = f"{file}: {file.stat().st_size / 1e6:.1f} MB; open it in a browser"
-        console.print(result, soft_wrap=not options.text)
+        if options.text:
+            console.print(result)
+        else:
+            show(console, result)
 
     return run_command(command)
 

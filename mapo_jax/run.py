@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from mapo_jax.commands import Stopped, cache_folder, machine_errors
+from mapo_jax.commands import Stopped, cache_folder, machine_errors, show
 from mapo_jax.config import Config, to_yaml
 from mapo_jax.environment.roles import limits_of
 from mapo_jax.environment.scenario import Scenario, load_scenarios
@@ -158,7 +158,7 @@ def open_run(config: Config, console: Console | None = None, *, verbose: bool = 
         machine_errors(),
     ):
         console = console or Console(highlight=False, markup=False, quiet=not processes.first)
-        answer = partial(console.print, markup=False, soft_wrap=True)
+        answer = partial(show, console)
         stop = stack.enter_context(StopRequest(config.run.deadline_minutes, processes.peers, answer))
         try:
             run = prepare(config, stack, stop, console, processes, verbose=verbose)
@@ -199,7 +199,7 @@ def prepare(
     local = cache_folder("runs") / str(folder).replace("/", "-") if in_bucket(folder) else folder
     opened = open_world(config, local, sampling_mesh, run_folder=folder, processes=processes)
     world = stack.enter_context(opened)
-    console.print(f"{folder}: building the run", soft_wrap=True)
+    show(console, f"{folder}: building the run")
     policy, params = starting_policy(config, folder, mesh, stop, console, processes)
     chat = policy.chat
     programs = make_programs(config, policy.config, chat.vocabulary_size, mesh)
@@ -211,7 +211,7 @@ def prepare(
         evaluator = sampler(config.evaluation.temperature)
     title, live = f"{config.algorithm.estimator} · {folder}", config.logging.progress and processes.first
     display = Display(title, config.training.steps, live=live, console=console, verbose=verbose)
-    phases.entered = display.enter
+    phases.entered = lambda phase: display.enter(phase, phases.stretches(phase))
     kept = config.checkpoint
     checkpoints = stack.enter_context(Checkpoints(folder, keep=kept.keep, keep_best=kept.keep_best))
     # Before anything is appended: files after the newest whole checkpoint will be written again.
@@ -281,7 +281,7 @@ def starting_policy(
     check_memory(config, model_shape(config), mesh)
     lora = adapters(config.lora)
     dtype = "float32" if lora is None else config.model.dtype
-    console.print(f"loading the model {path}", soft_wrap=True)
+    show(console, f"loading the model {path}")
     policy, params = load_policy(path, config.rollout, mesh=mesh, dtype=dtype)
     if lora is not None:
         policy = replace(policy, config=replace(policy.config, lora=lora))
@@ -319,6 +319,7 @@ def begin(run: Run, deck: grain.DatasetIterator) -> Position:
     if run.start is not None:
         state = create_state(run.start, run.optimizer, shardings=shardings, reference=reference)
         return Position(0, state, deck.get_state())
+    run.display.announce("reading the checkpoint")
     shapes = parameter_shapes(run.policy.config, run.config.model.dtype)
     template = abstract_state(shapes, run.optimizer, shardings=shardings, reference=reference)
     state, progress = run.checkpoints.restore_latest(template)

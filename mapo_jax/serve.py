@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from mapo_jax.chat_log import ChatLog
-from mapo_jax.commands import prepare_jax, printable, run_command
+from mapo_jax.commands import prepare_jax, printable, run_command, show
 from mapo_jax.environment.live.keys import read_key
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
@@ -122,12 +122,12 @@ def run(options: Namespace, console: Console) -> None:
     subject = find_subject(options)
     prepare_jax(subject.config.run.compilation_cache)
     if grpc:
-        console.print(f"loading {printable(options.model)} and compiling ...", soft_wrap=True)
+        show(console, f"loading {printable(options.model)} and compiling ...")
         served = load_served(subject.name, options, subject)
         address = f"{host}:{listening.getsockname()[1]}"
         listening.close()  # held until now, so that a port in use is told at once
-        asyncio.run(serve_jetstream(served, limits, key, address, lambda line: console.print(line)))
-        console.print("stopped: every reply under way was sent")
+        asyncio.run(serve_jetstream(served, limits, key, address, partial(show, console)))
+        show(console, "stopped: every reply under way was sent")
         return
     names = {options.name or subject.name.split()[0]: options.model}
     for adapter in options.adapter:
@@ -141,7 +141,7 @@ def run(options: Namespace, console: Console) -> None:
 
     models = {}
     for index, (name, path) in enumerate(names.items()):
-        console.print(f"loading {printable(path)} and compiling ...", soft_wrap=True)
+        show(console, f"loading {printable(path)} and compiling ...")
         models[name] = load_served(name, options, subject) if index == 0 else load(name, path, None)
     chats = None if options.conversations is None else ChatLog(options.conversations)
     service = Service(
@@ -155,17 +155,17 @@ def run(options: Namespace, console: Console) -> None:
     )
     listening.listen(1024)
     port = listening.getsockname()[1]
-    console.print(f"serving {', '.join(models)} at http://{host}:{port}/ (API: http://{host}:{port}/v1)")
-    console.print(
+    show(console, f"serving {', '.join(models)} at http://{host}:{port}/ (API: http://{host}:{port}/v1)")
+    show(
+        console,
         "conversations are not kept"
         if chats is None
         else f"conversations and feedback on them are kept in {chats.folder}",
-        soft_wrap=True,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     app = make_app(service, hosts=("*",) if key else LOCAL_NAMES)
     asyncio.run(_serve(app, service, listening))
-    console.print("stopped: every reply under way was sent")
+    show(console, "stopped: every reply under way was sent")
 
 
 async def _serve(app: Starlette, service: Service, listening: socket.socket) -> None:

@@ -50,7 +50,8 @@ def warm_up(run: Run, at: Position) -> None:
     """
     with run.phases("warm_up"):
         for engine in dict.fromkeys((run.engine, run.evaluator)):
-            run.display.phase("compiling the sampler")
+            if engine is not run.engine:
+                run.display.announce("compiling the sampler of validation")
             weights = [at.state.weights]
             if run.config.rollout.ahead and engine is run.engine:
                 weights.append(_copy(run, at, at.step))  # of another precision, and so for other programs
@@ -59,7 +60,8 @@ def warm_up(run: Run, at: Position) -> None:
                 engine.warm_up()
                 engine.unload()  # one engine at a time has weights
             run.processes.together("compiling", run.stop.check)
-        run.display.phase("compiling the update")
+        if run.mesh.devices.flat[0].platform != "cpu":
+            run.display.announce("compiling the longest update")
         check_update(run.update, at.state, run.config, run.mesh, run.policy.config)
     finished = run.writer and run.writer.last("timing_s/unix")
     if finished is not None:  # time since the end of the last finished step
@@ -290,9 +292,12 @@ def save_before_compiling(run: Run, at: Position, rows: Batch) -> None:
     Compilation cannot be interrupted, and may outlast the preemption notice.
     """
     length = rows.tokens.shape[1]
-    if length not in run.compiled_lengths and at.step:
+    if length in run.compiled_lengths:
+        return
+    if at.step:
         save(run, at)
     run.compiled_lengths.add(length)
+    run.display.announce(f"compiling the update of rows of {length} tokens")
 
 
 def rescore(run: Run, state: TrainState, rows: Batch) -> Batch:

@@ -22,13 +22,10 @@ import time
 from collections.abc import Sequence
 from types import ModuleType
 
-if __name__ == "__main__" and not {"--keys", "--help", "-h"} & set(sys.argv):
-    print("mapo_jax.train: starting", flush=True)  # before the imports below, which take seconds
-
 from rich.console import Console
 
 from mapo_jax import stages
-from mapo_jax.commands import prepare_jax, run_command
+from mapo_jax.commands import prepare_jax, run_command, show
 from mapo_jax.config import Config, describe_keys, load_config
 from mapo_jax.dry_run import dry_run
 from mapo_jax.learning.batch import minibatches
@@ -124,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.dry_run:
             train(config, verbose=options.verbose)
             return
-        Console(highlight=False, markup=False).print(dry_run(config, full=options.full), soft_wrap=True)
+        show(Console(), dry_run(config, full=options.full))
 
     return run_command(command)
 

@@ -32,10 +32,8 @@ SAMPLES = 3  # dialogues of an evaluation that the loggers show
 
 def validate(run: Run, at: Position) -> None:
     """Evaluates the current weights, and tests a live judge."""
-    with run.phases("evaluation"):
-        evaluate(run, at)
-    with run.phases("calibration"):
-        inspect_judge(run, at.step)
+    evaluate(run, at)
+    inspect_judge(run, at.step)
 
 
 def evaluate(run: Run, at: Position) -> None:
@@ -47,6 +45,11 @@ def evaluate(run: Run, at: Position) -> None:
     file = run.folder / "evaluations" / f"step_{at.step:06d}.json"
     if run.processes.exchange("before an evaluation", read_object(file) is not None)[0]:
         return
+    with run.phases("evaluation"):
+        _evaluate(run, at, file)
+
+
+def _evaluate(run: Run, at: Position, file: Path) -> None:
     weights = Exclusive(run.sampling_weights, run.engine.device)(at.state.weights)
     run.evaluator.load(weights, at.step)
     try:
@@ -85,14 +88,14 @@ def inspect_judge(run: Run, step: int) -> None:
         return
     if run.processes.exchange("before the judge's inspection", read_object(file) is not None)[0]:
         return
-    run.processes.together("the judge's inspection", partial(_score_judge, run, file, step))
+    with run.phases("calibration"):
+        run.processes.together("the judge's inspection", partial(_score_judge, run, file, step))
 
 
 def _score_judge(run: Run, file: Path, step: int) -> None:
     """The inspection itself, which process 0 does alone."""
     if not run.processes.first:
         return
-    run.display.phase("judge")
     levels = run.world.score_calibration(run.config.training.seed + EVALUATION_STREAM + step, run.stop.check)
     first = read_object(file.with_name("step_000000_judge.json"))
     metrics = health.summary(levels, first) | run.world.metrics()
@@ -104,7 +107,9 @@ def _score_judge(run: Run, file: Path, step: int) -> None:
 
 def conclude(run: Run) -> None:
     """Writes the report, and prints whether the policy improved and where the files are."""
-    run.checkpoints.wait()
+    if run.phases.stretches("checkpoint"):  # a save may be under way
+        with run.phases("checkpoint"):
+            run.checkpoints.wait()
     if not run.processes.first:
         run.display.close()
         return

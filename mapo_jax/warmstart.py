@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from mapo_jax.commands import Stopped, cache_folder, prepare_jax, run_command
+from mapo_jax.commands import Stopped, cache_folder, prepare_jax, run_command, show
 from mapo_jax.config import Config, OptimizerConfig, load_config, updated
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
@@ -82,7 +82,7 @@ def run_warmstart(
                 f"the warm start in {folder} is damaged: {damaged} is missing or not as it was written; "
                 "remove that folder, and the same command makes it again"
             )
-        console.print(f"warm start: found finished in {folder}", soft_wrap=True)
+        show(console, f"warm start: found finished in {folder}")
     else:
         record = _make(config, folder, console, check, mesh or make_mesh(config.mesh))
     console.print(measurement_table(record["measured"]))
@@ -92,21 +92,21 @@ def run_warmstart(
 
 def _make(config: Config, folder: Path, console: Console, check: Check, mesh: Mesh) -> dict[str, Any]:
     started = time.monotonic()
-    console.print("warm start: making dialogues, tokenizer and model")
+    show(console, "warm start: making dialogues, tokenizer and model")
     chats = _chats(config, console)
     policy, params = _start(config, chats, mesh)
     rows = _rows(config, policy, chats)
     size, vocabulary = config.warmstart.row_tokens, policy.chat.vocabulary_size
-    console.print(
+    show(
+        console,
         f"warm start: {len(chats):,} dialogues in {len(rows):,} rows of {size} tokens, {rows.fill:.0%} full; "
         f"{vocabulary:,} tokens in the vocabulary",
-        soft_wrap=True,
     )
     prepared = time.monotonic()
-    console.print("warm start: compiling the update")
+    show(console, "warm start: compiling the update")
     params, curve, speed = _train(config, policy, params, rows, mesh, console, check)
     trained = time.monotonic()
-    console.print("warm start: measuring it in dialogues")
+    show(console, "warm start: measuring it in dialogues")
     measured = measure(config, policy, params, mesh, check)
     ended = time.monotonic()
     seconds = {"prepare": prepared - started, "train": trained - prepared, "measure": ended - trained}
@@ -124,7 +124,7 @@ def _make(config: Config, folder: Path, console: Console, check: Check, mesh: Me
         write_model_folder(temporary, policy, params, config.rollout)
         write_whole(temporary / RECORD, json.dumps(record, indent=1) + "\n")
         write_checksums(temporary)
-    console.print(f"warm start: {total:.0f} s, {speed:,.0f} tokens/s; saved in {folder}", soft_wrap=True)
+    show(console, f"warm start: {total:.0f} s, {speed:,.0f} tokens/s; saved in {folder}")
     return record
 
 
@@ -133,7 +133,7 @@ def _make(config: Config, folder: Path, console: Console, check: Check, mesh: Me
 
 def _chats(config: Config, console: Console) -> list[Chat]:
     if config.warmstart.data is not None:
-        note = partial(console.print, soft_wrap=True, markup=False)
+        note = partial(show, console)
         return read_chats(config.warmstart.data, note)
     cards = load_scenarios(config.environment.scenarios, "train")
     count, seed = config.warmstart.dialogues, config.training.seed
@@ -208,7 +208,7 @@ def _train(
     tokens = settings.rows * settings.row_tokens
     began, speed = time.monotonic(), 0.0
     live = config.logging.progress and console.is_terminal
-    bars = BarColumn(), MofNCompleteColumn()
+    bars = BarColumn(bar_width=16), MofNCompleteColumn()
     columns = ("{task.description}", *bars, "{task.fields[figures]}", TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not live, transient=True) as progress:
         task = progress.add_task("warm start: compiling", total=settings.steps, figures="")
@@ -232,7 +232,7 @@ def _train(
             progress.update(task, completed=step, description="warm start", figures=figures)
             if not live and step % (10 * REPORT_EVERY) == 0:
                 left = duration((settings.steps - step) * (time.monotonic() - began) / (step - 1))
-                console.print(f"warm start: update {step} of {settings.steps}, {figures}, {left} left")
+                show(console, f"warm start: update {step} of {settings.steps}, {figures}, {left} left")
     return state.params, curve, speed
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import mapo_jax
 from mapo_jax import __main__, evaluate, train
 from mapo_jax.commands import Stopped, cache_folder, run_command
 from mapo_jax.errors import UserError
+from mapo_jax.startup import command_of
 from tests.forked import run_forked
 
 
@@ -142,8 +144,53 @@ def test_a_platform_that_is_not_there_is_one_sentence(name, call, tmp_path):
 def test_training_says_at_once_that_it_starts():
     command = [sys.executable, "-m", "mapo_jax.train", "rollout.rollout=1"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert result.stdout == "mapo_jax.train: starting\n"
+    assert result.stderr.startswith("mapo_jax.train: starting\n") and not result.stdout
     assert result.returncode == 2 and "rollout.rollouts" in result.stderr
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_a_command_says_first_that_it_starts_and_ends_at_once_on_ctrl_c(way, tmp_path):
+    script = tmp_path / "mapo-export"
+    script.write_text("from mapo_jax.export import main\nraise SystemExit(main())\n")
+    words = ["-u", "-m", "mapo_jax.export"] if way == "module" else [str(script)]
+    process = subprocess.Popen(
+        [sys.executable, *words, "--run", "x", "--output", "y"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        # A shell's background job ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr.readline() == "mapo_jax.export: starting\n"
+    process.send_signal(signal.SIGINT)  # in the midst of the imports
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out, err) == (130, "", "stopped by SIGINT\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("python -m mapo_jax.train a=1", "mapo_jax.train"),
+        ("python3.11 -X dev -u -m mapo_jax.serve -h", "mapo_jax.serve"),
+        ("python /usr/bin/mapo-chat --model m", "mapo_jax.chat"),
+        ("python -m mapo_jax", None),
+        ("python -m pytest -m mapo_jax.train", None),
+        ("python", None),
+        ("python -c import", None),
+        ("python work.py -m mapo_jax.train", None),
+    ],
+)
+def test_only_commands_have_a_first_line(words, command):
+    assert command_of(words.split()) == command
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def command():
+        raise KeyboardInterrupt
+
+    assert run_command(command) == 130
+    assert capsys.readouterr().err == "stopped by SIGINT\n"
 
 
 def test_success_is_0_and_the_cache_follows_the_environment(monkeypatch, tmp_path):
@@ -189,12 +236,14 @@ def test_memory_of_programs_is_kept(tmp_path):
     assert faults() > 3 * 10_000  # else the setting is no longer needed, and can go
 
 
-def test_every_command_is_listed_with_its_first_sentence(capsys):
+def test_every_command_is_listed_with_its_first_sentence(capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         __main__.main(["--version"])
     assert ended.value.code == 0 and capsys.readouterr().out.strip() == mapo_jax.__version__
+    monkeypatch.setenv("COLUMNS", "80")
     __main__.main([])
     listed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in listed.splitlines())
     package = Path(mapo_jax.__file__).parent
     commands = [file.stem for file in package.glob("[a-z]*.py") if "\ndef main(" in file.read_text()]
     assert len(commands) >= 11

@@ -1,8 +1,14 @@
 import json
+import signal
+import time
 
 import pytest
 
+from mapo_jax import evaluate
+from mapo_jax.commands import Stopped
 from mapo_jax.evaluate import main
+from mapo_jax.evaluation.answers import Folder
+from mapo_jax.running.stop import ANSWER
 
 
 @pytest.fixture(autouse=True)
@@ -130,3 +136,18 @@ def test_who_cannot_be_evaluated_is_named(questions, tmp_path, capsys):
     assert "holds no whole checkpoint" in error("--model", str(tmp_path / "half"))
     assert "unknown key `modle.dtype`" in error("--model", str(tmp_path / "model"), "modle.dtype=float32")
     assert "there is no file lost.json" in error("--questions", "lost.json", "--model", str(tmp_path))
+
+
+def test_ctrl_c_is_answered_at_once_and_ends_at_a_safe_point(tmp_path, capfd):
+    said = ""
+    folder = Folder(tmp_path, "answers.jsonl")
+    with (
+        pytest.raises(Stopped, match="the same command goes on") as stopped,
+        evaluate.stoppable(folder) as check,
+    ):
+        signal.raise_signal(signal.SIGINT)
+        while ANSWER not in said:  # a thread says it
+            time.sleep(0.01)
+            said += capfd.readouterr().err
+        check()
+    assert stopped.value.status == 130

@@ -57,7 +57,7 @@ def test_the_warm_up_holds_the_weights_of_one_engine_at_a_time():
         engine=Engine(),
         evaluator=Engine(),
         sampling_weights=sampling_weights,
-        display=SimpleNamespace(phase=lambda name: None),
+        display=SimpleNamespace(announce=lambda name: None),
         processes=SimpleNamespace(together=lambda name, check: check()),
         stop=SimpleNamespace(check=lambda: None),
         phases=lambda name: contextlib.nullcontext(),

@@ -13,6 +13,7 @@ from typing import IO, Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from mapo_jax.commands import show
 from mapo_jax.config import GONE, differing_keys
 from mapo_jax.environment.roles import Messages
 from mapo_jax.errors import UserError
@@ -188,7 +189,7 @@ def ask(
         done = {key(row) for row in folder.rows()} if prompts else set()
         missing = [prompt for prompt in prompts if key(prompt.name) not in done]
         if missing and done:
-            console.print(f"{len(prompts) - len(missing)} of {len(prompts)} answers are there already")
+            show(console, f"{len(prompts) - len(missing)} of {len(prompts)} answers are there already")
         if not missing:
             return
         with progress(console, "answers", len(missing)) as advance:

@@ -9,6 +9,7 @@ from typing import IO, Any, TypeVar
 
 from rich.console import Console
 
+from mapo_jax.commands import show
 from mapo_jax.config import Config
 from mapo_jax.environment.dialogue import Action, DialogueState, Judgement, RoleFailure
 from mapo_jax.environment.roles import Roles, limits_of, open_dialogue, take_turn
@@ -130,7 +131,7 @@ async def hold_locally(session: Session, model: LocalModel, *, slots: int) -> in
     config = session.config
     length = min(config.rollout.max_tokens, model.policy.config.max_position_embeddings)
     if length < config.rollout.max_tokens:
-        session.console.print(f"dialogues of up to {length} tokens, the model's positions", soft_wrap=True)
+        show(session.console, f"dialogues of up to {length} tokens, the model's positions")
     tokens, temperature = config.rollout.max_reply_tokens, config.evaluation.temperature
     slots = min(slots, session.dialogues)
     engine = model.engine(slots=slots, length=length, max_reply_tokens=tokens, temperature=temperature)

@@ -9,6 +9,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from rich.console import Console
 
+from mapo_jax.commands import show
 from mapo_jax.config import Config, updated
 from mapo_jax.evaluation.answers import Answer, Prompt
 from mapo_jax.model.qwen import Params
@@ -94,10 +95,10 @@ class EngineAnswerer:
         positions = self.model.policy.config.max_position_embeddings
         too_long = sum(len(ids) + self.max_tokens > positions for ids, _ in rows)
         if too_long:
-            self.console.print(
+            show(
+                self.console,
                 f"note: {too_long} of {len(rows)} prompts may exceed the {positions} positions that the "
                 "model was made for; they are answered all the same",
-                soft_wrap=True,
             )
         sampling = {"max_reply_tokens": self.max_tokens, "temperature": self.temperature}
         length = -(-longest // LENGTH_STEP) * LENGTH_STEP

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import yaml
 
-from mapo_jax.reporting.charts import asset, format_value
+from mapo_jax.reporting.charts import asset, counted_share
 from mapo_jax.reporting.comparison import mean
 from mapo_jax.reporting.credit import CreditedBatch
 from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue
@@ -24,7 +23,6 @@ MEANINGS: dict[str, str] = _TEXTS["kinds"]
 RARE = 0.02  # kinds with a smaller share before and after are listed as one
 NOTABLE = 0.02  # a smaller change of a share is not mentioned
 NOTABLE_NAMING = 0.05  # the same for the share of right names
-_share = partial(format_value, form="share")
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class Naming:
     chance: float | None
     counts: tuple[int, int] = (0, 0)  # names, before and after
     helper: float | None = None  # of the good helper
+    helper_count: int = 0  # the good helper's names; 0 if unknown
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,7 @@ class Behaviour:
     falling: tuple[Shift, ...]
     sentences: tuple[str, ...]
     headline: str  # the largest changes in one sentence; empty if hardly anything changed
+    helper_replies: int  # scored ones of the good helper, in as many dialogues as after; 0 if unknown
 
 
 def levels_of(batch: SavedBatch) -> tuple[LevelShares, ...]:
@@ -99,11 +99,21 @@ def behaviour(run: SavedRun, before: CreditedBatch, after: CreditedBatch) -> Beh
     steps = before[0].step, after[0].step
     levels = levels_of(before[0]), levels_of(after[0])
     replies = len(_scored_levels(before[0])), len(_scored_levels(after[0]))
-    kinds, naming = _kinds(before, after, run.helper), _naming(run, *steps, replies)
-    sentences = tuple(_sentences(*levels, kinds, naming))
+    helped = _helper_replies(run.helper, len(after[0].dialogues))
+    kinds, naming = _kinds(before, after, run.helper), _naming(run, *steps, (*replies, helped))
+    sentences = tuple(_sentences(*levels, kinds, naming, replies))
     headline = _headline(before[0], after[0], kinds)
     rising, falling = map(tuple, shifts(before, after))
-    return Behaviour(steps, replies, *levels, kinds, naming, rising, falling, sentences, headline)
+    return Behaviour(steps, replies, *levels, kinds, naming, rising, falling, sentences, headline, helped)
+
+
+def _helper_replies(helper: Mapping[str, float], dialogues: int) -> int:
+    """The good helper's scored replies in `dialogues` dialogues; 0 if they are unknown."""
+    known = [helper.get(name) for name in ("dialogues/left_out", "turns/mean", "judge/failure_rate")]
+    if not all(map(is_number, known)):
+        return 0
+    left_out, turns, failed = known
+    return round(dialogues * (1 - left_out) * turns * (1 - failed))
 
 
 def typical_pair(before: CreditedBatch, after: CreditedBatch) -> tuple[int, int, str] | None:
@@ -175,7 +185,8 @@ def _kinds(before: CreditedBatch, after: CreditedBatch, helper: Mapping[str, flo
     return tuple(kinds)
 
 
-def _naming(run: SavedRun, first: int, last: int, replies: tuple[int, int]) -> tuple[Naming, ...]:
+def _naming(run: SavedRun, first: int, last: int, replies: tuple[int, int, int]) -> tuple[Naming, ...]:
+    """`replies`: scored ones before, after, and of the good helper."""
     before, after = run.evaluations.get(first, {}), run.evaluations.get(last, {})
     keys = {key for key in (*before, *after) if key.startswith("naming/")}
 
@@ -185,17 +196,17 @@ def _naming(run: SavedRun, first: int, last: int, replies: tuple[int, int]) -> t
     def naming(key: str) -> Naming:
         chance = figure(after.get(f"{key}_chance"), before.get(f"{key}_chance"))
         what = key.removeprefix("naming/").replace("_", " ")
-        rates = (figure(side.get(f"{key}_rate"), 0.0) for side in (before, after))
-        counts = tuple(round(rate * number) for rate, number in zip(rates, replies, strict=True))
+        rates = (figure(side.get(f"{key}_rate"), 0.0) for side in (before, after, run.helper))
+        *counts, helped = (round(rate * number) for rate, number in zip(rates, replies, strict=True))
         shares = figure(before.get(key)), figure(after.get(key))
-        return Naming(what, *shares, chance, counts, figure(run.helper.get(key)))
+        return Naming(what, *shares, chance, tuple(counts), figure(run.helper.get(key)), helped)
 
     return tuple(naming(key) for key in sorted(keys) if not key.endswith(("_chance", "_rate")))
 
 
 def _headline(before: SavedBatch, after: SavedBatch, kinds: Sequence[Kind]) -> str:
     """The most important changes: harm, help, and the kinds of reply that changed most."""
-    counts = " and ".join(str(len(_scored_levels(batch))) for batch in (before, after))
+    replies = len(_scored_levels(before)), len(_scored_levels(after))
     parts = []
     for sign, what in ((-1, "harm"), (+1, "help")):
         one, other = (
@@ -203,11 +214,13 @@ def _headline(before: SavedBatch, after: SavedBatch, kinds: Sequence[Kind]) -> s
             for batch in (before, after)
         )
         if abs(other - one) >= NOTABLE:
-            parts.append(f"{'more' if other > one else 'fewer'} replies {what} ({_change(one, other)})")
+            parts.append(
+                f"{'more' if other > one else 'fewer'} replies {what} ({_aside(one, other, replies)})"
+            )
     text = " and ".join(parts)
-    sentences = [f"{text[:1].upper()}{text[1:]}, of {counts} replies."] if parts else []
+    sentences = [f"{text[:1].upper()}{text[1:]}."] if parts else []
     for label, chosen in _movers([k for k in kinds if k.meaning and k.reward is not None], 2):
-        shares = " or ".join(f"{k.meaning} ({_change(k.before, k.after)})" for k in chosen)
+        shares = " or ".join(f"{k.meaning} ({_aside(k.before, k.after, replies)})" for k in chosen)
         sentences.append(f"{label} often it {shares}.")
     return " ".join(sentences)
 
@@ -217,6 +230,7 @@ def _sentences(
     after: Sequence[LevelShares],
     kinds: Sequence[Kind],
     naming: Sequence[Naming],
+    replies: tuple[int, int],
 ) -> list[str]:
     """The largest changes in words."""
     moves = []
@@ -225,17 +239,17 @@ def _sentences(
         moves.append((sum(one.harm), sum(other.harm), f"do harm on {one.title}"))
     moves.sort(key=lambda move: -abs(move[1] - move[0]))
     sentences = [
-        f"{'More' if b > a else 'Fewer'} replies {what}: {_change(a, b)} of turns."
+        f"{'More' if b > a else 'Fewer'} replies {what}: {_change(a, b, replies)} of turns."
         for a, b, what in moves[:3]
         if abs(b - a) >= NOTABLE
     ]
     for label, chosen in _movers([k for k in kinds if k.reward is not None], 3):  # without the rare ones
-        shares = ", ".join(f"{k.meaning or k.name} {_change(k.before, k.after)}" for k in chosen)
+        shares = ", ".join(f"{k.meaning or k.name} {_change(k.before, k.after, replies)}" for k in chosen)
         sentences.append(f"{label} often it {shares}." if chosen[0].meaning else f"{label}: {shares}.")
     known = [n for n in naming if n.before is not None and n.after is not None]
     better = [n for n in known if n.after - n.before >= NOTABLE_NAMING]
     if better:
-        shares = ", ".join(f"{n.what} {_change(n.before, n.after)}" for n in better)
+        shares = ", ".join(f"{n.what} {_change(n.before, n.after, n.counts)}" for n in better)
         sentences.append(f"What it names is right more often: {shares}.")
     return sentences
 
@@ -247,5 +261,11 @@ def _movers(kinds: Sequence[Kind], most: int) -> list[tuple[str, list[Kind]]]:
     return [(label, chosen) for label, chosen in (("More", up), ("Less", down)) if chosen]
 
 
-def _change(before: float, after: float) -> str:
-    return f"{_share(before)} → {_share(after)}"
+def _change(before: float, after: float, totals: tuple[int, int]) -> str:
+    """Two shares with their counts."""
+    return " → ".join(map(counted_share, (before, after), totals))
+
+
+def _aside(before: float, after: float, totals: tuple[int, int]) -> str:
+    """The same, to stand in brackets."""
+    return _change(before, after, totals).replace(" (", ", ").replace(")", "")

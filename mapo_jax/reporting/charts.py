@@ -136,6 +136,12 @@ def format_value(value: float | None, form: str = "number") -> str:
     return _minus(f"{value:,.0f}" if size >= 10_000 else f"{value:.{digits}f}")
 
 
+def counted_share(share: float | None, total: int) -> str:
+    """A share with its count: "12 % (31 of 256)"; the share alone where the total is unknown, 0."""
+    text = format_value(share, "share")
+    return f"{text} ({round(share * total):,} of {total:,})" if total and share is not None else text
+
+
 def signed(value: float | None) -> str:
     """A difference for display: with its sign, 0 without; a dash for no value."""
     if value is None:
@@ -199,23 +205,31 @@ def describe(chart: Chart) -> str:
 
 
 def _now(chart: Chart) -> str:
-    """First and last value of a chart with a single line; empty with several."""
+    """First and last value of a chart with a single line, with the line's name beside marks; else empty."""
     lines = [s for s in chart.series if not s.marks]
     if len(lines) > 1:
         return ""
     for s in lines or chart.series:
         known = [format_value(y, chart.form) for y in (s.smooth or s.y) if math.isfinite(y)]
         if known:
-            return known[0] if len(known) == 1 else f"{known[0]} → {known[-1]}"
+            name = f"{s.name.split(',')[0]} " if len(chart.series) > 1 else ""
+            return name + (known[0] if len(known) == 1 else f"{known[0]} → {known[-1]}")
     return "\u2013"
 
 
 def _tick(value: float, form: str) -> str:
     if form == "share":
         return _minus(f"{100 * value:.3g}\u00a0%")
-    if abs(value) >= 10_000:
-        return _minus(f"{value / 1000:g}k")
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= max(size, 1e4):
+            return _minus(f"{value / size:g}{unit}")
     return _minus(re.sub("e-0?", "e\u2212", f"{value:.4g}"))
+
+
+def _with_count(share: float | None, total: int) -> Markup:
+    """As `counted_share`, with the count in small letters."""
+    text, *count = counted_share(share, total).split(" ", 1)
+    return Markup(" ").join([text, *(Markup("<small>{}</small>").format(each) for each in count)])
 
 
 def _points(points: Sequence[tuple[float, float]], digits: int = 2) -> str:
@@ -289,6 +303,7 @@ TEMPLATES.filters |= {
     "value": format_value,
     "signed": signed,
     "percent": lambda value: format_value(value, "share"),
+    "counted": _with_count,
     "tick": _tick,
     "points": _points,
     "fixed": lambda value, digits=2: f"{value:.{digits}f}",

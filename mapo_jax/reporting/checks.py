@@ -5,21 +5,25 @@ The thresholds are rules of thumb (docs/metrics.md). A check points at something
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
-from mapo_jax.reporting.charts import format_value
+from mapo_jax.reporting.charts import counted_share, format_value
 from mapo_jax.reporting.comparison import Difference
 from mapo_jax.reporting.diversity import Diversity
-from mapo_jax.reporting.folder import SavedRun
+from mapo_jax.reporting.folder import SavedRun, is_number
 from mapo_jax.settings import value_at
 
 FINE, LOOK, ALARM, UNKNOWN = "fine", "look", "alarm", "unknown"
 _ORDER = (ALARM, LOOK, UNKNOWN, FINE)
-_share = partial(format_value, form="share")
+
+T = TypeVar("T")
+Part = tuple[float, int]
+"""A share, and what it is of; 0 for an unknown number."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,38 @@ def ends(values: Sequence[float]) -> tuple[float, float] | None:
     """Means of the first and of the last fifth of a series; None for fewer than two values."""
     if len(values) < 2:
         return None
+    first, last = fifths(values)
+    return float(np.mean(first)), float(np.mean(last))
+
+
+def fifths(values: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """The first and the last fifth of a series, at least one value each."""
     fifth = max(1, len(values) // 5)
-    return float(np.mean(values[:fifth])), float(np.mean(values[-fifth:]))
+    return values[:fifth], values[-fifth:]
+
+
+def together(parts: Sequence[Part]) -> str:
+    """Several shares as one, with its count."""
+    total = sum(number for _, number in parts)
+    if not total:
+        return format_value(float(np.mean([share for share, _ in parts])), "share")
+    return counted_share(sum(round(share * number) for share, number in parts) / total, total)
+
+
+def _parts(run: SavedRun, name: str, *, turns: bool = True) -> list[Part]:
+    """A logged share of turns, or of dialogues, step by step, without what other figures leave out."""
+
+    def number(key: str, default: float, row: Mapping[str, float]) -> float:
+        return row[key] if is_number(row.get(key)) else default
+
+    sizes = [value_at(run.config, f"rollout.{size}") for size in ("scenarios", "rollouts")]
+    size = math.prod(sizes) if all(map(is_number, sizes)) else 0
+    parts = []
+    for row in run.steps:
+        if is_number(row.get(name)):
+            dialogues = round(size * (1 - number("dialogues/left_out", 0, row)))
+            parts.append((row[name], round(dialogues * (number("turns/mean", 0, row) if turns else 1))))
+    return parts
 
 
 def check_run(run: SavedRun, diversity: Sequence[Diversity], change: Difference | None) -> list[Check]:
@@ -93,9 +127,10 @@ def _length(run: SavedRun) -> Check:
     if pair is None:
         return _unknown("Reply length", "whether replies grow")
     first, last = pair
-    share = float(np.mean(cut[-max(1, len(cut) // 5) :])) if cut else 0.0
+    share = float(np.mean(fifths(cut)[1])) if cut else 0.0
     state = _grade(last > 1.3 * first or share > 0.05, last > 2 * first or share > 0.25)
-    figure = f"{first:.1f} → {last:.1f} tokens, {_share(share)} cut"
+    figure = f"{first:.1f} → {last:.1f} tokens"
+    figure += f", {together(fifths(_parts(run, 'response_length/truncated'))[1])} cut" if cut else ""
     trouble = "replies grow or are cut: is length what is rewarded?"
     return _check("Reply length", state, figure, "no steady growth", trouble)
 
@@ -103,17 +138,19 @@ def _length(run: SavedRun) -> Check:
 def _templates(run: SavedRun, diversity: Sequence[Diversity]) -> Check:
     if not diversity:
         return _unknown("Templates", "how often replies open alike", "no dialogues")
-    shares = [entry.openings[0].share if entry.openings else 0.0 for entry in diversity]
-    repeats = [entry.own_repeats for entry in diversity]
-    first, last = ends(shares) or (shares[0], shares[0])
-    again = (ends(repeats) or repeats[:1])[-1]
-    kind, worst = (run.series("kind/most")[1] or [0.0])[-1], max(last, again)
-    state = _grade(worst > 0.3 or kind > 0.5, worst > 0.6 or kind > 0.8)
+    openings = [(e.openings[0].share if e.openings else 0.0, e.replies) for e in diversity]
+    repeats = fifths([(entry.own_repeats, entry.replies) for entry in diversity])[1]
+    last, again = (float(np.mean([share for share, _ in part])) for part in (fifths(openings)[1], repeats))
+    kind, worst = (_parts(run, "kind/most") or [(0.0, 0)])[-1:], max(last, again)
+    state = _grade(worst > 0.3 or kind[0][0] > 0.5, worst > 0.6 or kind[0][0] > 0.8)
     figure = (
-        f"commonest opening {_share(first)} → {_share(last)} of replies; "
-        f"{_share(again)} open like an earlier one of their dialogue"
+        f"commonest opening {' → '.join(map(together, fifths(openings)))} of replies; "
+        f"{together(repeats)} open like an earlier one of their dialogue"
     )
     trouble = "many replies open with the same words: read some, and see what they cost below"
+    if kind[0][0] > 0.5:
+        figure += f"; {together(kind)} are of one kind"
+        trouble = "many replies are alike: read some, and see what they cost below"
     return _check("Templates", state, figure, "no opening dominates", trouble)
 
 
@@ -123,9 +160,10 @@ def _variety(diversity: Sequence[Diversity]) -> Check:
     if pair is None or repeats is None:
         return _unknown("Variety", "whether replies become alike", "too few dialogues")
     (first, last), (before, after) = pair, repeats
+    shares = fifths([(entry.own_repeats, entry.replies) for entry in diversity])
     state = _grade(last < 0.7 * first or after > before + 0.2, last < 0.4 * first or after > before + 0.5)
-    figure = f"distinct-3 {first:.2f} → {last:.2f}; replies that repeat their dialogue {_share(before)} → "
-    figure += _share(after)
+    figure = f"distinct-3 {first:.2f} → {last:.2f}; replies that repeat their dialogue "
+    figure += " → ".join(map(together, shares))
     trouble = "replies become alike, or repeat what they said: read some of the last steps"
     return _check("Variety", state, figure, "replies stay as different as they were", trouble)
 
@@ -135,7 +173,8 @@ def _judge(run: SavedRun) -> Check:
     if not failed:
         return _unknown("Judge", "turns that the judge failed to score")
     worst = max([*failed, *run.series("dialogues/left_out")[1]])
-    figure = f"{_share(float(np.mean(failed)))} of turns unscored (worst step {_share(max(failed))})"
+    parts = _parts(run, "judge/failure_rate")
+    figure = f"{together(parts)} of turns unscored, {together([max(parts)])} in the worst step"
     trouble = "unscored turns are in no statistic; are they the hard ones?"
     return _check(
         "Judge", _grade(worst > 0.02, worst > 0.2), figure, "nearly every turn has a score", trouble
@@ -189,5 +228,6 @@ def _early_ends(run: SavedRun) -> Check:
         return _unknown(name, "whether dialogues fail and end early")
     worse = failures[1] > failures[0] + 0.1
     state = _grade(worse, worse and failures[1] > 0.5)
-    figure = f"failures {_share(failures[0])} → {_share(failures[1])}, turns {turns[0]:.1f} → {turns[1]:.1f}"
+    shares = " → ".join(map(together, fifths(_parts(run, "outcome/failure", turns=False))))
+    figure = f"failures {shares}, turns {turns[0]:.1f} → {turns[1]:.1f}"
     return _check(name, state, figure, "no more failures than before", "more dialogues fail, and early")

@@ -16,6 +16,7 @@ MANY_POINTS = 30  # a series with at least so many gets a running mean
 SPREAD = ("return/mean", "reward/mean", "epm_q", "turns/mean")  # band over the dialogues of each step
 EVALUATED = ("return/mean", "reward/mean", "epm_q", "outcome/success", "outcome/failure")
 EXACT = ("actor/lr", "perf/compiled_programs")  # no noise, so no band
+NO_CURVE = {"step", "timing_s/unix"}  # the step itself, and the time at which it ended
 CURVES: dict[str, list[list[str]]] = yaml.safe_load(asset("curves.yaml"))
 """Group -> metric, title, form and meaning of each curve."""
 
@@ -56,7 +57,7 @@ def _marks(
 def curve_groups(studies: Sequence[Study]) -> list[tuple[str, list[Chart], bool]]:
     """Title, charts, and whether the group is collapsed: that of metrics outside CURVES is."""
     named = {metric for metrics in CURVES.values() for metric, *_ in metrics}
-    rest = sorted({name for s in studies for row in s.run.steps for name in row} - named - {"step"})
+    rest = sorted({name for s in studies for row in s.run.steps for name in row} - named - NO_CURVE)
     others = [(name, name, "share" if _is_share(name) else "number", "") for name in rest]
     numbers = itertools.count()  # a metric may have any name, but a key must be valid as an attribute
     return [

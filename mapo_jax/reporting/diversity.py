@@ -62,6 +62,7 @@ class Shift:
     before: float  # share of replies
     after: float
     reward: float | None  # mean reward of the turns with the phrase, before and after together
+    replies: tuple[int, int]  # that were looked at, before and after
 
 
 def words(text: str) -> list[str]:
@@ -110,7 +111,7 @@ def shifts(before: CreditedBatch, after: CreditedBatch, top: int = 6) -> tuple[l
     sides = [_replies(*side) for side in (before, after)]
     if not all(sides):
         return [], []
-    replies = [*sides[0], *sides[1]]
+    replies, looked_at = [*sides[0], *sides[1]], (len(sides[0]), len(sides[1]))
     occurrences = _occurrences(
         replies, lambda reply: {g for size in PHRASE_WORDS for g in grams(reply, size)}
     )
@@ -125,7 +126,7 @@ def shifts(before: CreditedBatch, after: CreditedBatch, top: int = 6) -> tuple[l
         moved = [phrase for phrase in shares if sign * change[phrase] > 0]
         ranked = sorted(moved, key=lambda p: (-sign * change[p], -len(p), p))
         return [
-            Shift(" ".join(p), *shares[p], mean(replies[i][2] for i in occurrences[p]))
+            Shift(" ".join(p), *shares[p], mean(replies[i][2] for i in occurrences[p]), looked_at)
             for p in _without_overlap(ranked, occurrences, top)
         ]
 

@@ -9,6 +9,7 @@ from typing import Any
 from mapo_jax.config import GONE
 from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.comparison import compare
+from mapo_jax.reporting.credit import CreditedBatch
 from mapo_jax.reporting.folder import SavedRun, counted
 from mapo_jax.reporting.study import Study, values_by_card
 from mapo_jax.running.display import duration
@@ -102,9 +103,17 @@ def tiles(study: Study) -> list[dict[str, Any]]:
             share = change.change / (helper - change.before)
         start = study.changes.get("distance/start") if name == "distance/end" else None
         note = f"{format_value(start.before)} at the start" if start else None
+        if form == "share":
+            note = " → ".join(_counted(side, name) for side in (study.first, study.last))
         row = {"title": title, "form": form, "change": change, "helper": helper, "progress": share}
         rows.append(row | {"note": note, "turned": name in LOWER_IS_BETTER})
     return rows
+
+
+def _counted(side: CreditedBatch, metric: str) -> str:
+    """How many dialogues of an evaluation have a metric that is 0 or 1: "3 of 32"."""
+    values = [value for card in values_by_card(*side, metric).values() for value in card]
+    return f"{sum(values):.0f} of {len(values)}"
 
 
 def against_first(studies: Sequence[Study]) -> list[dict[str, Any]]:

@@ -61,7 +61,11 @@ def _run(study: Study) -> RenderableType:
         parts += ["", _changes(study)]
     _, returns = run.series("return/mean")
     if len(returns) > 1:
-        parts += ["", Text("return of a dialogue, step by step", style="dim"), Text(plot(returns))]
+        parts += [
+            "",
+            Text("training: return of a dialogue, step by step", style="dim"),
+            Text(plot(returns)),
+        ]
     parts += ["", _checks(study)]
     if behaviour and behaviour.sentences:
         points = Table.grid(padding=(0, 1))

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from mapo_jax.commands import printable
+from mapo_jax.commands import printable, show
 from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.scores.figures import dialogue_rewards
 
@@ -34,6 +34,7 @@ PHASES = {  # of `running/phases.py`, and what is shown while they last
     "calibration": "testing the judge",
     "report": "writing the report",
 }
+LONG_SECONDS = 1.0  # without a terminal: a phase that took so long is named again
 PLAIN_SECONDS = 30.0  # without a terminal: time between two lines about a phase that goes on
 _PACE = 20  # last steps, for the time that is left
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # a braille cell: four rows, two columns
@@ -143,14 +144,26 @@ class Display:
     def _count(self, step: int) -> None:
         self._progress.update(self._step_task, completed=step, counted=f"{step}/{self._steps}")
 
-    def enter(self, phase: str) -> None:
-        """Shows that a phase of PHASES begins. Without a terminal only what is not part of every step."""
-        first = phase == "update" and not self._last
-        label = "update (the first one is compiled)" if first else PHASES.get(phase, phase)
-        self._show(label)
-        usual = ("rollout", "update", "checkpoint", "evaluation", "calibration")
-        if not self._live and (first or phase not in usual):
-            self.note(f"{label} ...")
+    def enter(self, phase: str, earlier: Sequence[float] = ()) -> None:
+        """Shows that a phase of PHASES begins.
+
+        Without a terminal it is a line the first time, and again if it is long and no part of every step,
+        which has a line of its own.
+
+        Args:
+          earlier: seconds that it took before.
+        """
+        label, long = PHASES.get(phase, phase), earlier and earlier[-1] >= LONG_SECONDS
+        if not earlier or (long and phase not in ("rollout", "update")):
+            self.announce(label)
+        else:
+            self._show(label)
+
+    def announce(self, what: str) -> None:
+        """Shows what begins now; without a terminal as a line."""
+        self._show(what)
+        if not self._live:
+            self.note(f"{what} ...")
 
     def phase(self, name: str, done: int = 0, total: int | None = None, *, counted: str = "") -> None:
         """Shows the current phase and its progress.
@@ -196,15 +209,15 @@ class Display:
     def evaluation(self, done: int, metrics: Mapping[str, float]) -> None:
         """Shows the results of the validation dialogues."""
         self.note(
-            f"validation after {done:>4} steps: return {metrics['return/mean']:+7.3f}  "
-            f"reward {metrics['reward/mean']:+6.3f}  EPM-Q {metrics['epm_q']:5.1f}  "
-            f"turns {metrics['turns/mean']:4.1f}"
+            f"validation after {done} steps: return {metrics['return/mean']:+.2f}  "
+            f"reward {metrics['reward/mean']:+.2f}  EPM-Q {metrics['epm_q']:.1f}  "
+            f"turns {metrics['turns/mean']:.1f}"
         )
 
     def note(self, text: str) -> None:
         """Prints a line above the panel; on a terminal wrapped between words."""
         self._spoke = self._now()
-        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
+        show(self.console, text)
 
     def _render(self) -> Panel:
         parts = [self._progress]

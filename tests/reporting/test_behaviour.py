@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -46,7 +47,9 @@ def test_an_improvement_is_described(sides):
 
 def test_every_rate_has_its_count_and_the_good_helper_beside_it(sides):
     run, before, after = sides
-    run = replace(run, helper={"kind/most": 0.5, "kind/reframe": 0.5, "naming/situation": 0.875})
+    helper = {"kind/most": 0.5, "kind/reframe": 0.5, "naming/situation": 0.875, "naming/situation_rate": 0.2}
+    helper |= {"dialogues/left_out": 0.0, "turns/mean": 5.0, "judge/failure_rate": 0.0}
+    run = replace(run, helper=helper)
     found = behaviour(run, before, after)
     assert found.replies[1] == sum(turn.scored for d in after[0].dialogues for turn in d.turns)
     for side, share in enumerate(("before", "after")):
@@ -55,7 +58,14 @@ def test_every_rate_has_its_count_and_the_good_helper_beside_it(sides):
             assert kind.counts[side] == pytest.approx(getattr(kind, share) * found.replies[side])
     assert {k.name: k.helper for k in found.kinds}["reframe"] == 0.5
     situation = next(entry for entry in found.naming if entry.what == "situation")
-    assert situation.helper == 0.875
+    assert situation.helper == 0.875 and situation.helper_count == 8
+    assert found.helper_replies == 5 * len(after[0].dialogues) == 40
+    assert behaviour(replace(run, helper={}), before, after).helper_replies == 0
+    for text in (found.headline, *found.sentences):
+        rates = re.findall(r"\d\u00a0%(?: \(|, )(\d+) of (\d+)", text)
+        assert len(rates) == text.count("%") > 0, text
+    harms = [turn.levels and min(turn.levels[1::2]) < 0 for d in after[0].dialogues for turn in d.turns]
+    assert f"{sum(filter(None, harms))} of {found.replies[1]})" in found.headline.split(" and ")[0]
     assert situation.counts[1] == round(run.evaluations[6]["naming/situation_rate"] * found.replies[1])
 
 

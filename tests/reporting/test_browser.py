@@ -92,18 +92,36 @@ def test_words_are_found_in_all_dialogues(report, visit, run_folder):
     page.wait_for_function("!document.querySelector('#reader mark')")
 
 
-def test_every_table_can_be_taken_as_csv(report, visit):
-    page = visit(report)
+def test_every_table_can_be_taken_as_csv(run_copy, visit, tmp_path):
+    """Whole, and with one value in each cell."""
+    helper = {"dialogues/left_out": 0.0, "turns/mean": 5.0, "judge/failure_rate": 0.0, "kind/most": 0.5}
+    helper |= {"kind/reframe": 0.5, "naming/situation": 0.875, "naming/situation_rate": 0.2}
+    (run_copy / "evaluations" / "helper.json").write_text(json.dumps(helper))
+    page = visit(write_report([run_copy], tmp_path / "report.html"))
     links = page.locator("a.csv")
     assert links.count() == page.locator("main table").count() > 3
-    with page.expect_download() as download:
-        links.first.click()
-    rows = list(csv.reader(Path(download.value.path()).read_text().splitlines()))
-    shown = page.locator("main table").first.locator("tr")
-    assert [len(row) for row in rows] == [
-        shown.nth(i).locator("th, td").count() for i in range(shown.count())
-    ]
-    assert rows[0][2:4] == ["before", "after"]
+
+    def table(link):
+        with page.expect_download() as download:
+            link.click()
+        return list(csv.DictReader(Path(download.value.path()).read_text().splitlines(), strict=True))
+
+    tables = list(map(table, links.all()))
+    for rows in tables:
+        assert all(None not in row and None not in row.values() for row in rows)  # as wide as the heading
+        assert not any(re.search(r"\d \(|\d of \d|\d to \d", cell) for row in rows for cell in row.values())
+    naming, kinds, *_, dialogues = tables
+    situation = next(row for row in naming if row["it names the"] == "situation")
+    assert situation["good helper: number"] == "7" and situation["good helper: of"] == "8"
+    reframe = next(row for row in kinds if row["kind"] == "reframe")
+    assert [reframe[f"good helper{part}"] for part in ("", ": number", ": of")] == ["50 %", "20", "40"]
+    assert reframe["meaning"] and " " in reframe["the commonest reply"]
+    assert page.locator("#list tbody tr").count() == 60 and len(dialogues) == 78
+    assert {row["set"] for row in dialogues} == {"training", "validation"}
+    page.select_option("#filter-set", "1")
+    assert len(table(links.last)) == 24
+    shown = returns(page)
+    assert [round(float(row["return"]), 2) for row in table(links.last)] == pytest.approx(shown, abs=0.01)
 
 
 def test_a_link_opens_a_dialogue_with_all_there_is_to_know(report, visit, run_folder):

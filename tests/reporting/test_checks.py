@@ -76,6 +76,39 @@ def test_variety(sound):
     assert state(sound, "Variety", [step(None), step(None)]) == "unknown"
 
 
+def figure(run, name, diversity=()):
+    found = next(check.figure for check in check_run(run, diversity, None) if check.name == name)
+    return found.replace("\u00a0", " ")
+
+
+def test_every_share_has_its_count(sound):
+    """Steps of 3 scenarios x 3 rollouts; the first and the last fifth are one step each."""
+    rows = with_series(
+        sound,
+        dialogues__left_out=[1 / 9, 0, 0, 0, 0, 0],
+        turns__mean=[5.0] * 6,
+        outcome__failure=[0.25, 0, 0, 0, 0, 1 / 3],
+        judge__failure_rate=[0.05, 0, 0.2, 0, 0, 0],
+        response_length__truncated=[0, 0, 0, 0, 0, 1 / 15],
+    )
+    assert figure(rows, "How dialogues end").startswith("failures 25 % (2 of 8) → 33 % (3 of 9), ")
+    assert figure(rows, "Judge") == "4.2 % (11 of 265) of turns unscored, 20 % (9 of 45) in the worst step"
+    assert figure(rows, "Reply length").endswith("6.7 % (3 of 45) cut")
+    steps = [
+        Diversity(1, 40, (None, None, 0.5), (Repeat("so sorry", 8, share, 0.0, 0.0),), (), own, None)
+        for share, own in ((0.1, 0.05), (0.2, 0.25))
+    ]
+    assert "opening 10 % (4 of 40) → 20 % (8 of 40) of replies; 25 % (10 of 40)" in figure(
+        rows, "Templates", steps
+    )
+    alike = with_series(rows, kind__most=[0.0] * 5 + [0.8])
+    assert figure(alike, "Templates", steps).endswith("of their dialogue; 80 % (36 of 45) are of one kind")
+    assert state(alike, "Templates", steps) == "look"
+    assert figure(rows, "Variety", steps).endswith("their dialogue 5.0 % (2 of 40) → 25 % (10 of 40)")
+    # Without the settings the number of dialogues is unknown.
+    assert figure(replace(rows, config={}), "How dialogues end").startswith("failures 25 % → 33 %, ")
+
+
 def test_a_return_that_rises_without_the_score_is_suspicious(sound):
     rising = Difference(0.0, 2.0, 2.0, 1.0, 3.0, 5)
     falls = replace(sound, evaluations={0: {"epm_q": 30.0}, 6: {"epm_q": 25.0}})

@@ -8,7 +8,7 @@ from importlib import resources
 
 import pytest
 
-from mapo_jax.reporting.charts import signed
+from mapo_jax.reporting.charts import format_value, signed
 from mapo_jax.reporting.curves import curve_groups
 from mapo_jax.reporting.folder import read_run
 from mapo_jax.reporting.page import render
@@ -159,12 +159,24 @@ def test_runs_are_compared_in_a_sentence_and_by_their_settings(run_folder, run_c
 
 def test_known_metrics_have_a_curve_of_their_own_and_absent_ones_none(run_folder):
     run = read_run(run_folder, dialogues=1000)
-    with_more = replace(run, steps=tuple({**row, "perf/mfu": 0.4, "own/metric": 1.0} for row in run.steps))
+    more = {"perf/mfu": 0.4, "own/metric": 1.0, "timing_s/unix": 1.8e9}
+    with_more = replace(run, steps=tuple({**row, **more} for row in run.steps))
     for given, shown in ((run, False), (with_more, True)):
         groups = curve_groups([Study.of(0, given)])
         named = {chart.title for _, group, folded in groups if not folded for chart in group if chart.series}
         assert ("Model FLOP utilisation" in named) == shown
         assert "own/metric" not in named and "Entropy" in named
+        others = {chart.title for _, group, folded in groups if folded for chart in group}
+        assert ("own/metric" in others) == shown and not others & {"step", "timing_s/unix"}
+
+
+def test_a_figure_of_training_never_stands_for_one_of_validation(page, run_folder):
+    run = read_run(run_folder, dialogues=1000)
+    captions = re.findall(r'<figcaption><b>(.*?)</b><span class="now">(.*?)</span>', page)
+    both = [now for title, now in captions if title in ("Return of a dialogue", "Reward of a turn", "EPM-Q")]
+    assert len(both) == 4 and all(now.startswith("training ") for now in both)
+    assert f"training {format_value(run.steps[0]['return/mean'])} → " in both[0]
+    assert 'validation dialogues, before and after training</p>\n    <ul class="tiles">' in page
 
 
 @pytest.mark.parametrize(

@@ -60,23 +60,32 @@ def test_without_a_terminal_every_step_is_one_plain_line():
     assert "step    2/3" in lines[1] and "-1.50" in lines[1]
 
 
-def test_without_a_terminal_long_phases_are_told_with_the_time_left():
+def test_without_a_terminal_every_phase_is_named_and_long_ones_are_told_with_the_time_left():
     console, clock = Console(file=io.StringIO(), width=160), [0.0]
     with Display("title", 3, live=True, console=console, now=lambda: clock[0]) as display:
-        for phase in ("warm_up", "rollout", "update", "checkpoint"):
+        for phase in ("warm_up", "checkpoint", "evaluation", "rollout", "update"):
             display.enter(phase)
+        display.announce("compiling the update of rows of 64 tokens")
         for clock[0] in (0.0, 10.0, 20.0, 40.0, 45.0, 80.0):
             display.phase("dialogues", int(clock[0]), 100, counted=f"{int(clock[0]) // 20}/5")
         display.step(1, METRICS)
-        display.enter("update")
+        for phase in ("rollout", "update", "checkpoint", "evaluation"):
+            display.enter(phase, [9.0, 0.5 if phase == "checkpoint" else 5.0])
         display.step(2, METRICS | {"timing_s/step": 30.0})
+        display.enter("report")
     assert console.file.getvalue().splitlines() == [
         "compiling the sampler ...",
-        "update (the first one is compiled) ...",
+        "saving ...",
+        "validation ...",
+        "dialogues ...",
+        "update ...",
+        "compiling the update of rows of 64 tokens ...",
         "dialogues: 2/5, 1 min 00 s left",
         "dialogues: 4/5, 20 s left",
         "step    1/3  return  -1.50  reward -0.25  turns 7.0  2.0 s, 4 s left",
+        "validation ...",
         "step    2/3  return  -1.50  reward -0.25  turns 7.0  30.0 s, 30 s left",
+        "writing the report ...",
     ]
 
 
@@ -95,12 +104,20 @@ def test_a_continued_run_shows_the_steps_before(tmp_path):
 
 def test_nothing_breaks_inside_words_at_80_columns():
     console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
-    words = "validation improved considerably " * 6
+    words, path = "validation improved considerably " * 6, "/a/long/folder" * 8
+    evaluated = {"return/mean": -12.25, "reward/mean": -1.5, "epm_q": 100.5, "turns/mean": 8.0}
     with Display("title", 12_000, live=True, console=console) as display:
         display.step(11_000, METRICS | {"timing_s/step": 20.0})
         display.note(words)
+        display.note(f"the run in {path} is finished :key: [bold]")
+        display.evaluation(45, evaluated)
     lines = console.file.getvalue().splitlines()
-    assert all(len(line) <= 80 for line in lines if "\x1b" not in line)
+    assert all(len(line) <= 80 or line == path for line in lines if "\x1b" not in line) and path in lines
+    assert "is finished :key: [bold]" in lines
+    assert (
+        "validation after 45 steps: return -12.25  reward -1.50  EPM-Q 100.5  turns 8.0"
+        in console.file.getvalue()
+    )
     shown = " ".join(line for line in lines if "validation" in line or "improved" in line)
     assert set(shown.split()) >= {"validation", "improved", "considerably"} and "consider " not in shown
 

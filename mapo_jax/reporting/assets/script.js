@@ -66,14 +66,34 @@
   );
   for (const section of $$("main > section")) watcher.observe(section);
 
-  // --- Every table as CSV. ---
+  // --- Every table as CSV, with one value in each cell. ---
 
+  let everyDialogue = null; // rows of the list of dialogues, which shows only the first ones
+  function cells(table) {
+    const text = (node) => {
+      const copy = node.cloneNode(true);
+      for (const sign of $$("[aria-hidden]", copy)) sign.remove();
+      const plain = copy.textContent.trim().replace(/\s+/g, " ").replaceAll("\u2212", "-");
+      return node.matches(".n") ? plain.replace(/(?<=\d),(?=\d{3})/g, "") : plain;
+    };
+    const titles = [...table.tHead.rows[0].cells].map((head) => head.dataset.csv?.split("|") ?? [text(head)]);
+    const values = (cell, number) => {
+      if (number === 1) return [text(cell)];
+      // A number with its count or its interval: "12 % (31 of 256)", "1.5 (0.2 to 2.8)".
+      if (cell.matches(".n")) return text(cell).split(/ ?[()]|(?: of | to )/).filter(Boolean);
+      const own = [...cell.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE);
+      return [own.map((node) => node.data.trim()).join(""), ...["small", "q"].map((tag) => $(tag, cell)?.textContent ?? "")];
+    };
+    const padded = (cell, names) => { const found = values(cell, names.length); return names.map((_, i) => found[i] ?? ""); };
+    const row = (line) => titles.flatMap((names, i) => (names[0] ? padded(line.cells[i], names) : []));
+    return [titles.flat().filter(Boolean), ...[...table.tBodies[0].rows].map(row)];
+  }
   function csv(table) {
-    const cell = (node) => `"${node.textContent.trim().replace(/\s+/g, " ").replaceAll("\u2212", "-").replaceAll('"', '""')}"`;
-    return [...table.rows].map((row) => [...row.cells].map(cell).join(",")).join("\r\n") + "\r\n";
+    const rows = table.id === "list" ? everyDialogue() : cells(table);
+    return rows.map((row) => row.map((value) => `"${String(value ?? "").replaceAll('"', '""')}"`).join(",") + "\r\n").join("");
   }
   for (const table of $$("main table")) {
-    const name = (table.caption ?? table.closest(".card, section")?.querySelector("h2, h3") ?? table).textContent.trim().slice(0, 60).replace(/\W+/g, "-") || "table";
+    const name = (table.caption ?? table.closest(".card, section")?.querySelector("h2, h3, summary") ?? table).textContent.trim().slice(0, 60).replace(/\W+/g, "-") || "table";
     const save = make("a", { class: "csv", href: "#", download: `${name}.csv`, on: { click: () => { save.href = URL.createObjectURL(new Blob([csv(table)], { type: "text/csv" })); } } }, "CSV");
     (table.closest(".scroll") ?? table).after(save);
   }
@@ -418,6 +438,10 @@
       );
       $("#more").hidden = shown.length <= limit;
     }
+    everyDialogue = () => [
+      ["run", "set", "step", "scenario", "domain", "rollout", "end", "turns", "unscored turns", "cut replies", "return", "EPM-Q"],
+      ...shown.map((row) => [index.runs[row.run].name, row.held ? "validation" : "training", row.step, row.card.id, row.card.domain, row.r + 1, row.outcome, row.turns, row.unscored, row.cut, row.value, row.score]),
+    ];
     form.addEventListener("change", (event) => {
       if (event.target !== search) {
         limit = 60;
