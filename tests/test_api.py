@@ -142,5 +142,7 @@ def test_a_configuration_is_found_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "tiny").write_text("training: {steps: 7}")  # a file wins
     assert mapo_jax.load_config("tiny").training.steps == 7
     assert mapo_jax.load_config("live").environment.family == "live"
-    with pytest.raises(mapo_jax.UserError, match=r"there is no file lave; .* live-engine, live, "):
+    with pytest.raises(
+        mapo_jax.UserError, match=r"there is no file lave; .* live-engine, live-small, live, "
+    ):
         mapo_jax.load_config("lave")

@@ -1,13 +1,18 @@
 """A dry run makes the checks of a run, and says what differs, how large it is and how long it takes."""
 
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
 from mapo_jax import train
 from mapo_jax.config import load_config
 from mapo_jax.dry_run import dry_run
+from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running import forecast
+from mapo_jax.running.memory import forecast_memory
 
 
 def said(capsys, *arguments):
@@ -54,6 +59,18 @@ def test_what_a_run_refuses_before_its_first_step(settings, words, tmp_path, cap
     assert (status, shown) == (2, "") and words in error and error.count("\n") == 1
 
 
+def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    for folder, words in (
+        (tmp_path / "file" / "run", "a part of that path is a file"),
+        ("/proc/x", "/proc/x"),
+    ):
+        status, _, error = said(capsys, f"run.directory={folder}")
+        assert status == 2 and words in error and "cannot be used" in error and error.count("\n") == 1
+    assert said(capsys, f"run.directory={tmp_path / 'a' / 'run'}")[0] == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("gib", [0.05, 0.1])
 def test_a_run_that_does_not_fit_is_refused(gib, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(forecast, "device_memory", lambda mesh: int(gib * 2**30))
@@ -76,3 +93,42 @@ def test_a_model_as_judge_is_named_with_its_calls_and_its_price(tmp_path):
     words = " ".join(dry_run(load_config(None, [*settings, f"run.directory={tmp_path / 'run'}"])).split())
     assert "judge m at http://judge.example/v1 (24," in words and "at its prices" in words
     assert "the others scripted" in words and "user" not in words.split("world", 1)[1]
+
+
+ROLES = [f"environment.{role}.model=engine:Qwen/Qwen3-0.6B" for role in ("user", "judge", "director")]
+SLOTS = [
+    f"environment.{role}.extra_body={{slots: 3, tokens: 1000}}" for role in ("user", "judge", "director")
+]
+
+
+def test_engines_of_roles_are_in_the_memory(tmp_path, monkeypatch):
+    """Qwen3-0.6B: 596,049,920 weights, of which 65,536 norms in float32; 28 layers x 8 heads of 128, keys and values."""
+    common = ["environment.family=live", "model.dtype=bfloat16", f"run.directory={tmp_path / 'run'}", *ROLES]
+
+    def held(*settings):
+        config = load_config(None, [*common, *settings])
+        return config, forecast_memory(config, forecast.model_shape(config), make_mesh(config.mesh))
+
+    config, shared = held(*SLOTS)
+    cache = 28 * 2 * 8 * 128 * 2 * 3 * 1000
+    assert shared.held["KV caches of roles (bfloat16)"] == cache
+    assert shared.held["models of roles (bfloat16)"] == 2 * (596_049_920 + 65_536)
+    _, two = held(*SLOTS, "environment.judge.temperature=0.5")
+    assert two.roles == 2 * shared.roles
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: 2**30)
+    with pytest.raises(ValueError, match=r"lower extra_body\.slots .* which need 1\.4 GiB"):
+        dry_run(config)
+
+
+def test_the_command_for_ones_own_model_fits_a_machine_with_24_gib(capsys, monkeypatch):
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: 23 * 2**30)
+    for module in ("dry_run", "running.policy"):
+        monkeypatch.setattr(f"mapo_jax.{module}.cached", lambda name: None)  # nothing is downloaded
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    command = re.search(r"`python -m mapo_jax.train (--config \S+ model.path=\S+) --dry-run`", readme)[1]
+    status, shown, _ = said(capsys, *shlex.split(command))
+    assert status == 0 and "17 GiB" in readme and "16.752 while talking" in shown
+    words = " ".join(shown.split())
+    assert (
+        "not here; the run fetches them, or hf download Qwen/Qwen3-0.6B, hf download Qwen/Qwen3-4B" in words
+    )

@@ -64,8 +64,8 @@ def forecast(config: Config) -> str:
     if limit is not None and updating > FORECAST_ERROR * limit:
         raise UserError(
             f"the run does not fit: an update is forecast to need {updating / GIB:.1f} GiB of each device, "
-            f"which has {limit / GIB:.1f} GiB; lower training.microbatch_tokens, set model.remat=block, use "
-            "more devices, or begin a new run with a lower rollout.max_tokens"
+            f"which has {limit / GIB:.1f} GiB; {_less_for_roles(memory)}lower training.microbatch_tokens, "
+            "set model.remat=block, use more devices, or begin a new run with a lower rollout.max_tokens"
         )
     trained = count if model.lora is None else count - parameter_count(replace(model, lora=None))
     dialogues = rollout.scenarios * rollout.rollouts
@@ -235,13 +235,13 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
         parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.held.items())
         raise UserError(
             f"`rollout.ahead` is {config.rollout.ahead}, with which each device needs {certain / GIB:.1f} "
-            f"GiB ({parts}, and the gradient) and has {limit / GIB:.1f} GiB; lower it or rollout.slots, use "
-            "more devices, or begin a new run with a lower rollout.max_tokens"
+            f"GiB ({parts}, and the gradient) and has {limit / GIB:.1f} GiB; {_less_for_roles(memory)}lower it "
+            "or rollout.slots, use more devices, or begin a new run with a lower rollout.max_tokens"
         )
     if certain > limit:
         raise UserError(
             f"the run does not fit: weights, moments and gradient need {certain / GIB:.1f} GiB of each "
-            f"device, which has {limit / GIB:.1f} GiB; use more devices (mesh.fsdp x mesh.tensor is "
+            f"device, which has {limit / GIB:.1f} GiB; {_less_for_roles(memory)}use more devices (mesh.fsdp x mesh.tensor is "
             f"{mesh.shape['fsdp'] * mesh.shape['tensor']}), or begin a new run with a smaller model or "
             "adapters (lora.rank=16)"
         )
@@ -251,10 +251,20 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
         raise UserError(
             f"the run does not fit: while dialogues are held each device needs {talking / GIB:.1f} GiB "
             f"({parts} beside weights and moments) and has {limit / GIB:.1f} GiB; "
-            "lower rollout.slots, set rollout.copy_weights=false, "
+            f"{_less_for_roles(memory)}lower rollout.slots, set rollout.copy_weights=false, "
             f"raise mesh.tensor, which is {mesh.shape['tensor']}, or begin a new run with a lower "
             "rollout.max_tokens"
         )
+
+
+def _less_for_roles(memory: Forecast) -> str:
+    """The remedy where models play roles on this machine."""
+    if not memory.roles:
+        return ""
+    return (
+        f"lower extra_body.slots and .tokens of the models of roles, which need {memory.roles / GIB:.1f} GiB "
+        "of it, or name smaller ones, "
+    )
 
 
 def check_update(

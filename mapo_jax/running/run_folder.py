@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,6 +171,15 @@ def refuse_folder(folder: Path, config: Config) -> None:
             )
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raises UserError unless a folder can be made there, or written to; leaves nothing behind."""
+    if in_bucket(folder):
+        return
+    with _unusable_folder_errors(folder), disk_errors(folder):
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".mapo_jax-", dir=place))
+
+
 def _visible_names(folder: Path) -> set[str]:
     names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     return {name for name in names if not name.startswith(".")}
@@ -210,7 +220,8 @@ def _unusable_folder_errors(folder: Path) -> Iterator[None]:
         # Libraries for buckets raise errors of their own kinds; a disk raises only OSError.
         if not isinstance(error, OSError) and not in_bucket(folder):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error)
+        reason = " ".join(said.split())[:200] or type(error).__name__
         remedy = "pip install gcsfs" if isinstance(error, ImportError) else "check the name and your rights"
         raise UserError(f"`run.directory` {folder} cannot be used ({reason}); {remedy}") from error
 
