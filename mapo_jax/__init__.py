@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mapo_jax import train
     from mapo_jax.algorithm import advantages
     from mapo_jax.api import Model, load
+    from mapo_jax.commands import Stopped
     from mapo_jax.config import Config, load_config
     from mapo_jax.environment.scenario import load_scenarios
     from mapo_jax.errors import UserError
@@ -19,6 +20,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Config",
     "Model",
+    "Stopped",
     "UserError",
     "advantages",
     "load",
@@ -29,6 +31,7 @@ __all__ = [
 _HOMES = {
     "Config": "config",
     "Model": "api",
+    "Stopped": "commands",
     "UserError": "errors",
     "load": "api",
     "load_config": "config",

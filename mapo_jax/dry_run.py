@@ -45,7 +45,7 @@ def dry_run(config: Config, *, full: bool = False) -> str:
     refuse_folder(folder, config)
     refuse_unwritable(folder)
     absent = _absent_models(config, continues=bool(whole_steps(folder)))
-    idle = idle_settings(config)
+    idle = idle_settings(config, len(validation))
     rows = {
         "cards": f"{len(training)} for training, {len(validation)} for validation, "
         f"{config.evaluation.rollouts} dialogues with each",

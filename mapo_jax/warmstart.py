@@ -8,7 +8,6 @@ policy holds dialogues on the validation cards; their figures are shown and save
 Face folder in a cache. Its name is a hash of everything that determines it.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -23,11 +22,12 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from mapo_jax.commands import Stopped, cache_folder, prepare_jax, run_command
+from mapo_jax.commands import Stopped, cache_folder, command_parser, prepare_jax, run_command
 from mapo_jax.config import Config, OptimizerConfig, load_config, updated
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.files import damaged_file, read_object, write_checksums, write_whole
+from mapo_jax.idle import unread
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import create_state
 from mapo_jax.learning.update import Scoring, make_supervised_update, place
@@ -238,13 +238,15 @@ def _train(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input or too weak, 128 + n signal n."""
-    parser = argparse.ArgumentParser(prog="python -m mapo_jax.warmstart", description=__doc__.split("\n")[0])
+    parser = command_parser("warmstart", __doc__.split("\n")[0])
     parser.add_argument("--config", metavar="FILE|NAME", help="YAML file, or one of configs/ by name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. warmstart.steps=100")
-    options = parse_settings(Config, parser, arguments)
+    options = parse_settings(Config, parser, arguments, "warmstart")
 
     def command() -> None:
         config = load_config(options.config, options.overrides)
+        if idle := unread("warmstart", options.overrides):
+            print(f"no effect in a warm start: {', '.join(idle)}")
         prepare_jax(config.run.compilation_cache)
         with StopRequest(answer=print) as stop:
             try:

@@ -102,7 +102,7 @@ SLOTS = [
 
 
 def test_engines_of_roles_are_in_the_memory(tmp_path, monkeypatch):
-    """Qwen3-0.6B: 596,049,920 weights, of which 65,536 norms in float32; 28 layers x 8 heads of 128, keys and values."""
+    """Qwen3-0.6B: 596,049,920 weights, of which 65,536 norms in float32; 28 layers x 8 heads of 128."""
     common = ["environment.family=live", "model.dtype=bfloat16", f"run.directory={tmp_path / 'run'}", *ROLES]
 
     def held(*settings):

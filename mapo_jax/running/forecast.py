@@ -235,13 +235,14 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
         parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in memory.held.items())
         raise UserError(
             f"`rollout.ahead` is {config.rollout.ahead}, with which each device needs {certain / GIB:.1f} "
-            f"GiB ({parts}, and the gradient) and has {limit / GIB:.1f} GiB; {_less_for_roles(memory)}lower it "
-            "or rollout.slots, use more devices, or begin a new run with a lower rollout.max_tokens"
+            f"GiB ({parts}, and the gradient) and has {limit / GIB:.1f} GiB; lower it or rollout.slots, use "
+            "more devices, or begin a new run with a lower rollout.max_tokens"
         )
     if certain > limit:
         raise UserError(
             f"the run does not fit: weights, moments and gradient need {certain / GIB:.1f} GiB of each "
-            f"device, which has {limit / GIB:.1f} GiB; {_less_for_roles(memory)}use more devices (mesh.fsdp x mesh.tensor is "
+            f"device, which has {limit / GIB:.1f} GiB; {_less_for_roles(memory)}"
+            "use more devices (mesh.fsdp x mesh.tensor is "
             f"{mesh.shape['fsdp'] * mesh.shape['tensor']}), or begin a new run with a smaller model or "
             "adapters (lora.rank=16)"
         )

@@ -466,8 +466,8 @@ def test_claim_refuses_what_is_not_this_run(tmp_path):
     refuses(
         folder,
         load_config(overrides=["training.steps=60"]),
-        r"train its weights further in a new folder: python -m mapo_jax.train model.path=\S+/run "
-        "run.directory=NEW training.steps=60",
+        r"train its weights further in a new folder: python -m mapo_jax.train --config \S+/run/config.yaml "
+        r"model.path=\S+/run run.directory=NEW training.steps=60",
     )
     (folder / "config.yaml").write_text("- a\n- list\n")
     refuses(folder, load_config(), r"config.yaml is no configuration of a run")
