@@ -41,7 +41,7 @@ from mapo_jax.evaluation.subject import (
     refuse_idle_options,
 )
 from mapo_jax.files import encodable, write_whole
-from mapo_jax.idle import refuse_unread
+from mapo_jax.idle import refuse_unread, unread
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.scores import emobench, empa, eqbench
@@ -415,8 +415,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_idle_options(options)
         if vars(options).get("cards") and options.split != options.default("split"):
             raise UserError("--split has no effect with --cards; leave one of them out")
-        endpoint = " --endpoint" if vars(options).get("endpoint") else ""
-        refuse_unread(f"evaluate {options.name}{endpoint}", options.overrides)
+        refuse_unread("evaluate", options.overrides)
+        mode = f"evaluate {options.name}" + (" --endpoint" if vars(options).get("endpoint") else "")
+        if idle := unread(mode, options.overrides):
+            console.print(f"no effect in {mode}: {', '.join(idle)}", soft_wrap=True)
         options.command(options, console)
 
     return run_command(command)

@@ -128,10 +128,13 @@ _DIALOGUES = ("evaluation.temperature", "rollout.max_reply_tokens", "rollout.min
 _TALK = (*_MODEL, *_DIALOGUES, "rollout.max_tokens")
 _ENGINE = ("mesh.", "model.dtype")  # of roles
 _ASKED = (*_ENGINE, "environment.judge.", "environment.concurrency", "environment.call_seconds")
-READS = {  # command -> keys, and sections with their dot, that it reads
+# Keys, and sections with their dot, that a command reads, and one in this mode. Settings are often shared by
+# the modes of a command, so those that only another mode reads are named, and the others refused.
+READS = {
     "load": (*_TALK, "environment."),
     "chat": (*_TALK, "environment."),
     "chat without --scenario": _TALK,
+    "evaluate": (*_TALK, "evaluation.rollouts", "environment."),
     "evaluate empa": (*_TALK, "evaluation.rollouts", "environment."),
     "evaluate empa --endpoint": (*_ENGINE, *_DIALOGUES, "evaluation.rollouts", "environment."),
     "evaluate emobench": _MODEL,

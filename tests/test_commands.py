@@ -225,18 +225,16 @@ def test_settings_may_stand_before_and_after_options(capsys):
     ("main", "arguments"),
     [
         (chat.main, ["--model", "x", "training.steps=3"]),
-        (chat.main, ["--model", "x", "environment.judge.model=m"]),  # without a scenario
         (chat.main, ["--model", "x", "--trust-run-world"]),
         (serve.main, ["--model", "x", "training.steps=3"]),
         (evaluate.main, ["empa", "--model", "x", "training.steps=3"]),
         (evaluate.main, ["empa", "--model", "x", "--timeout", "3"]),
         (evaluate.main, ["empa", "--model", "x", "--split", "train", "--cards", "y"]),
-        (evaluate.main, ["empa", "--endpoint", "http://x/v1", "rollout.system_prompt=Hm."]),
         (evaluate.main, ["empa", "--endpoint", "http://x/v1", "--step", "3"]),
         (evaluate.main, ["empa", "--trajectories", "x", "rollout.max_turns=3"]),
         (evaluate.main, ["empa", "--trajectories", "x", "--split", "train"]),
         (evaluate.main, ["eqbench", "--questions", "q", "--answers", "x", "--temperature", "0.5"]),
-        (evaluate.main, ["dialogues", "--transcripts", "x", "evaluation.rollouts=3"]),
+        (evaluate.main, ["dialogues", "--transcripts", "x", "lora.rank=3"]),
         (rate.main, ["x", "--output", "y.jsonl", "environment.user.model=m"]),
         (draft.main, ["x", "--output", "y.yaml", "rollout.max_turns=3"]),
         (export.main, ["--run", "x", "--output", "y", "--part", "adapters", "--dtype", "bfloat16"]),
@@ -247,3 +245,30 @@ def test_what_a_command_cannot_use_is_one_sentence(main, arguments, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search("ha(s|ve) no effect", error), error
+
+
+NOBODY = "http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize(
+    ("main", "mode", "arguments", "idle"),
+    [
+        (
+            evaluate.main,
+            "evaluate empa --endpoint",
+            ["empa", "--endpoint", NOBODY],
+            "rollout.system_prompt=Hm.",
+        ),
+        (
+            evaluate.main,
+            "evaluate eqbench",
+            ["eqbench", "--questions", "q", "--model", "x"],
+            "rollout.max_turns=3",
+        ),
+        (evaluate.main, "evaluate dialogues", ["dialogues", "--transcripts", "x"], "evaluation.rollouts=3"),
+        (chat.main, "chat without --scenario", ["--model", "x"], "environment.judge.model=m"),
+    ],
+)
+def test_settings_of_another_mode_of_a_command_are_named(main, mode, arguments, idle, capsys):
+    assert main([*arguments, idle]) == 2  # nothing of all this is there
+    assert capsys.readouterr().out == f"no effect in {mode}: {idle.partition('=')[0]}\n"

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -476,6 +477,21 @@ def test_claim_refuses_what_is_not_this_run(tmp_path):
     (other / "cat.png").touch()
     refuses(other, load_config(), r"photos holds files but no run \(cat.png, ...\); choose a new or empty")
     refuses(other / "cat.png", load_config(), r"cat.png is a file; choose a folder")
+
+
+def test_what_is_advised_for_more_steps_goes_on_with_the_runs_own_settings(tmp_path):
+    """Also in a folder whose name a shell would cut, and with the roles of a live world."""
+    folder = tmp_path / "my runs" / "it's one"
+    settings = ["environment.judge.implementation=a:B", "algorithm.estimator=grpo", "training.seed=3"]
+    with claim(folder, load_config(overrides=settings)):
+        (folder / "checkpoints" / "45").mkdir(parents=True)
+    more = load_config(overrides=[*settings, "training.steps=12"])
+    with pytest.raises(UserError) as caught, claim(folder, more):
+        pass
+    words = shlex.split(str(caught.value).rpartition("python -m mapo_jax.train ")[2])
+    assert words[0] == "--config"
+    found = load_config(words[1], words[2:])
+    assert found == updated(more, {"model.path": str(folder), "run.directory": "NEW"})
 
 
 def test_a_run_folder_belongs_to_one_process_and_a_killed_one_frees_it(tmp_path):
