@@ -13,14 +13,22 @@ from mapo_jax.environment.scenario import Scenario
 from mapo_jax.files import as_path
 from mapo_jax.hub import cached, hub_id
 from mapo_jax.idle import idle_settings, refuse_unused_roles
+from mapo_jax.model.sharding import make_mesh
 from mapo_jax.role_models import check_roles
 from mapo_jax.rollout.completion import role_engines
 from mapo_jax.run import cards, cards_of_run
 from mapo_jax.running.display import duration
 from mapo_jax.running.forecast import details, forecast, summary_rows
 from mapo_jax.running.metrics import METRICS_FILE, import_wandb, read_rows
-from mapo_jax.running.run_folder import refuse_folder, refuse_unwritable, whole_steps
+from mapo_jax.running.run_folder import (
+    CONFIG_FILE,
+    refuse_folder,
+    refuse_lost_checkpoints,
+    refuse_unwritable,
+    whole_steps,
+)
 from mapo_jax.settings import merged, nested, value_at
+from mapo_jax.warmstart import check_rows
 from mapo_jax.warmstarting.chats import read_chats
 
 
@@ -39,12 +47,17 @@ def dry_run(config: Config, *, full: bool = False) -> str:
     training, validation = cards_of_run(config)
     played = played_roles(config.environment)
     check_roles(config, played)
-    if config.model.path is None and config.warmstart.data is not None:
-        read_chats(config.warmstart.data)
+    if config.model.path is None:
+        check_rows(config.warmstart.rows, make_mesh(config.mesh))
+        if config.warmstart.data is not None:
+            read_chats(config.warmstart.data)
     folder = as_path(config.run.directory)
     refuse_folder(folder, config)
     refuse_unwritable(folder)
-    absent = _absent_models(config, continues=bool(whole_steps(folder)))
+    continues = bool(whole_steps(folder))
+    if (folder / CONFIG_FILE).exists() and not continues:
+        refuse_lost_checkpoints(folder, config)
+    absent = _absent_models(config, continues=continues)
     idle = idle_settings(config, len(validation))
     rows = {
         "cards": f"{len(training)} for training, {len(validation)} for validation, "

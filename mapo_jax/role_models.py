@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
-from mapo_jax.config import HELD_OUT, ROLES, Config, EnvironmentConfig, RoleConfig, RolloutConfig
+from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, EnvironmentConfig, RoleConfig, RolloutConfig
 from mapo_jax.environment.live.call_cache import CACHE_FILE, CallCache
 from mapo_jax.environment.live.calls import FAILURES_FILE, Caller, CallLog, Complete
 from mapo_jax.environment.live.director import LiveDirector
@@ -25,11 +25,13 @@ from mapo_jax.environment.live.user import LiveUser
 from mapo_jax.environment.roles import Completion, Messages, Schema
 from mapo_jax.errors import UserError
 from mapo_jax.files import part_of
+from mapo_jax.model.qwen import QwenConfig
+from mapo_jax.model.sharding import make_mesh
 from mapo_jax.rollout.completion import EngineModel, RoleEngine, role_engine
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.loop import LoopThread
-from mapo_jax.running.policy import check_policy, load_policy
+from mapo_jax.running.policy import check_policy, load_policy, read_shape
 
 if TYPE_CHECKING:
     from mapo_jax.environment.live.client import Connections, Server
@@ -139,6 +141,8 @@ def check_roles(config: Config, names: Sequence[str]) -> None:
         if (engine := role_engine(role)) is not None:
             try:
                 check_policy(engine.folder, RolloutConfig(max_tokens=engine.tokens))
+                model = read_shape(engine.folder)
+                _make_engine(engine, model, (0,), model.vocab_size, config, make_mesh(config.mesh))
             except UserError as error:
                 raise UserError(_with_role_keys(str(error), name)) from error
         elif role.model is not None:
@@ -244,22 +248,11 @@ def _engine_call(
     role = getattr(config.environment, name)
     made_of = role_engine(role)
     if made_of not in engines:
-        roles = (getattr(config.environment, each) for each in (*ROLES, HELD_OUT))
-        longest = max(each.max_tokens for each in roles if each.model == role.model)
         try:
             rollout, dtype = RolloutConfig(max_tokens=made_of.tokens), config.model.dtype
             policy, params = load_policy(made_of.folder, rollout, mesh=mesh, dtype=dtype)
-            engine = Engine(
-                policy.config,
-                slots=made_of.slots,
-                length=made_of.tokens,
-                sampling=Sampling(temperature=role.temperature),
-                max_reply_tokens=longest,
-                stop_ids=policy.chat.stop_ids,
-                vocabulary_size=policy.chat.vocabulary_size,
-                dtype=dtype,
-                mesh=mesh,
-            )
+            chat = policy.chat
+            engine = _make_engine(made_of, policy.config, chat.stop_ids, chat.vocabulary_size, config, mesh)
         except UserError as error:
             raise UserError(_with_role_keys(str(error), name)) from error
         engine.load(params, 0)
@@ -273,6 +266,29 @@ def _engine_call(
         return completion
 
     return call
+
+
+def _make_engine(
+    made_of: RoleEngine,
+    model: QwenConfig,
+    stop_ids: Sequence[int],
+    vocabulary_size: int,
+    config: Config,
+    mesh: Mesh | None,
+) -> Engine:
+    """The engine, without weights, for the longest answers of the roles that have its model."""
+    roles = (getattr(config.environment, name) for name in (*ROLES, HELD_OUT))
+    return Engine(
+        model,
+        slots=made_of.slots,
+        length=made_of.tokens,
+        sampling=Sampling(temperature=made_of.temperature),
+        max_reply_tokens=max(role.max_tokens for role in roles if role.model == ENGINE + made_of.folder),
+        stop_ids=stop_ids,
+        vocabulary_size=vocabulary_size,
+        dtype=config.model.dtype,
+        mesh=mesh,
+    )
 
 
 def _with_role_keys(message: str, name: str) -> str:

@@ -33,7 +33,7 @@ from mapo_jax.learning.train_state import create_state
 from mapo_jax.learning.update import Scoring, make_supervised_update, place
 from mapo_jax.model.backends import row_attention
 from mapo_jax.model.qwen import Params, init_params, parameter_shapes
-from mapo_jax.model.sharding import make_mesh, param_shardings
+from mapo_jax.model.sharding import make_mesh, param_shardings, row_shards
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.running.display import duration
 from mapo_jax.running.forecast import fresh_model
@@ -173,6 +173,15 @@ def _rows(config: Config, policy: Policy, chats: Sequence[Chat]) -> PackedRows:
 # --- Training. ---
 
 
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Raises UserError unless the rows of an update can be split over the mesh."""
+    if rows % (shards := row_shards(mesh)):
+        raise UserError(
+            f"`warmstart.rows` is {rows}; it must be a multiple of the {shards} shards "
+            "(mesh.data x mesh.fsdp) that the rows are split over"
+        )
+
+
 def _train(
     config: Config,
     policy: Policy,
@@ -183,12 +192,8 @@ def _train(
     check: Check,
 ) -> tuple[Params, list[list[float]], float]:
     """The trained weights, the loss curve as [update, loss] pairs, and tokens/s without compilation."""
-    settings, shards = config.warmstart, mesh.shape["data"] * mesh.shape["fsdp"]
-    if settings.rows % shards:
-        raise UserError(
-            f"`warmstart.rows` is {settings.rows}; it must be a multiple of the {shards} shards "
-            "(mesh.data x mesh.fsdp) that the rows are split over"
-        )
+    settings = config.warmstart
+    check_rows(settings.rows, mesh)
     own = updated(OPTIMIZER, {"learning_rate": settings.learning_rate})
     optimizer = make_optimizer(own, settings.steps, b2=B2)
     scoring = Scoring(

@@ -1,8 +1,10 @@
 """A dry run makes the checks of a run, and says what differs, how large it is and how long it takes."""
 
+import os
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from mapo_jax.dry_run import dry_run
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running import forecast
 from mapo_jax.running.memory import forecast_memory
+from tests.forked import run_forked
 
 
 def said(capsys, *arguments):
@@ -48,6 +51,10 @@ def test_the_summary_fits_a_screen_and_full_has_the_rest(tmp_path, capsys):
         (["environment.user.url=http://x/v1"], "that role has no model"),
         (["environment.judge.model=engine:/nowhere"], "/nowhere"),
         (
+            ["environment.judge.model=engine:Qwen/Qwen3-0.6B", "environment.judge.extra_body={tokens: 2048}"],
+            "`environment.judge.max_tokens`",
+        ),
+        (
             [f"environment.judge.{key}" for key in ("model=m", "url=http://x/v1", "key_variable=NOKEY")],
             "NOKEY, which is empty or not set",
         ),
@@ -57,6 +64,32 @@ def test_what_a_run_refuses_before_its_first_step(settings, words, tmp_path, cap
     monkeypatch.setitem(sys.modules, "wandb", None)
     status, shown, error = said(capsys, *settings, f"run.directory={tmp_path / 'run'}")
     assert (status, shown) == (2, "") and words in error and error.count("\n") == 1
+
+
+def test_sizes_that_do_not_fit_the_devices_are_refused(tmp_path):
+    script = """
+        import sys
+        from mapo_jax import train
+
+        judge = ["environment.judge.model=engine:Qwen/Qwen3-0.6B", "environment.judge.extra_body={slots: 3}"]
+        for settings in (["warmstart.rows=3"], ["rollout.slots=3"], judge):
+            assert train.main(["--dry-run", f"run.directory={sys.argv[1]}", *settings]) == 2
+        sys.exit(0)
+    """
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    done = run_forked(textwrap.dedent(script), [tmp_path / "run"], env=os.environ | {"XLA_FLAGS": flags})
+    errors = done.stderr.splitlines()
+    assert done.returncode == 0 and len(errors) == 3, done.stderr
+    assert "`warmstart.rows` is 3" in errors[0]
+    assert "3 resident cannot be cut over the 2 devices" in errors[1]
+    assert "3 slots cannot be cut over the 2 devices" in errors[2]
+
+
+def test_a_run_without_its_checkpoints_is_refused(capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 40}\n')
+    status, _, error = said(capsys, f"run.directory={tmp_path}")
+    assert status == 2 and "no whole checkpoint is left" in error
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
@@ -97,7 +130,7 @@ def test_a_model_as_judge_is_named_with_its_calls_and_its_price(tmp_path):
 
 ROLES = [f"environment.{role}.model=engine:Qwen/Qwen3-0.6B" for role in ("user", "judge", "director")]
 SLOTS = [
-    f"environment.{role}.extra_body={{slots: 3, tokens: 1000}}" for role in ("user", "judge", "director")
+    f"environment.{role}.extra_body={{slots: 3, tokens: 3000}}" for role in ("user", "judge", "director")
 ]
 
 
@@ -110,13 +143,13 @@ def test_engines_of_roles_are_in_the_memory(tmp_path, monkeypatch):
         return config, forecast_memory(config, forecast.model_shape(config), make_mesh(config.mesh))
 
     config, shared = held(*SLOTS)
-    cache = 28 * 2 * 8 * 128 * 2 * 3 * 1000
+    cache = 28 * 2 * 8 * 128 * 2 * 3 * 3000
     assert shared.held["KV caches of roles (bfloat16)"] == cache
     assert shared.held["models of roles (bfloat16)"] == 2 * (596_049_920 + 65_536)
     _, two = held(*SLOTS, "environment.judge.temperature=0.5")
     assert two.roles == 2 * shared.roles
     monkeypatch.setattr(forecast, "device_memory", lambda mesh: 2**30)
-    with pytest.raises(ValueError, match=r"lower extra_body\.slots .* which need 1\.4 GiB"):
+    with pytest.raises(ValueError, match=r"lower extra_body\.slots .* which need 2\.1 GiB"):
         dry_run(config)
 
 

@@ -22,7 +22,7 @@ from mapo_jax.rollout.requests import Counts
 from mapo_jax.running.display import duration
 from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory, rollout_memory
 from mapo_jax.running.metrics import METRICS_FILE, read_rows
-from mapo_jax.running.policy import adapters, check_policy, read_shape
+from mapo_jax.running.policy import adapters, check_policy, make_engine, read_shape
 from mapo_jax.running.utilization import peak_flops, step_work
 
 FORECAST_ERROR = 1.1  # of the memory of an update, as tests require
@@ -122,6 +122,10 @@ def _checked(config: Config) -> tuple[QwenConfig, Mesh]:
         check_policy(config.model.path, config.rollout)
     check_rows(config, mesh)
     check_memory(config, model, mesh)
+    rollout, dtype = config.rollout, config.model.dtype
+    make_engine(
+        model, (0,), model.vocab_size, rollout, rollout.temperature, dtype=dtype, mesh=mesh
+    )  # its sizes
     return model, mesh
 
 
