@@ -143,6 +143,7 @@ READS = {
     "evaluate eqbench --endpoint": (),
     "evaluate dialogues": (*_ENGINE, "environment."),
     "serve": (*_MODEL, "rollout.max_tokens", "rollout.max_reply_tokens", "environment.scenarios"),
+    "serve without a run": (*_MODEL, "environment.scenarios"),
     "rate": _ASKED,
     "draft": _ASKED,
     "warmstart": (
