@@ -7,7 +7,7 @@ from functools import reduce
 
 import yaml
 
-from mapo_jax.config import Config, differing_keys, played_roles
+from mapo_jax.config import Config, differing_keys, played_roles, updated
 from mapo_jax.environment.live.cost import live_forecast, run_load
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.files import as_path
@@ -67,7 +67,8 @@ def dry_run(config: Config, *, full: bool = False) -> str:
         **({"weights": f"not here; the run fetches them, or {', '.join(absent)}"} if absent else {}),
         **({"no effect": ", ".join(idle)} if idle else {}),
     }
-    parts = [_differing(config), f"{forecast(config)}\n{summary_rows(rows)}"]
+    counted = updated(config, {"evaluation.scenarios": len(validation)})
+    parts = [_differing(config), f"{forecast(counted)}\n{summary_rows(rows)}"]
     if full:
         parts.append(details(config))
         if played:

@@ -272,3 +272,15 @@ NOBODY = "http://127.0.0.1:9/v1"
 def test_settings_of_another_mode_of_a_command_are_named(main, mode, arguments, idle, capsys):
     assert main([*arguments, idle]) == 2  # nothing of all this is there
     assert capsys.readouterr().out == f"no effect in {mode}: {idle.partition('=')[0]}\n"
+
+
+@pytest.mark.parametrize(
+    "parse", [lambda words: evaluate._parse(["empa", *words]), serve._parser().parse_args]
+)
+def test_the_best_checkpoint_can_be_named(parse, capsys):
+    assert [parse(["--model", "x", "--step", step]).step for step in ("best", "30")] == ["best", 30]
+    with pytest.raises(SystemExit):
+        parse(["--model", "x", "--step", "worst"])
+    assert "'worst' is neither a step nor best" in capsys.readouterr().err
+    assert chat.main(["--model", "x", "--step", "best"]) == 2  # it is an option of chat, too
+    assert "no model folder or run x" in capsys.readouterr().err

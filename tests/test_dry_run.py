@@ -35,6 +35,8 @@ def test_the_summary_fits_a_screen_and_full_has_the_rest(tmp_path, capsys):
     words = " ".join(shown.split())
     assert "up to" in words and "two quiet CPU cores" in words and "a new run" in words
     assert "no effect algorithm.turn_weight (needs algorithm.estimator=mapo)" in words
+    estimates = [said(capsys, *settings, f"evaluation.scenarios={count}")[1] for count in (16, 100)]
+    assert len({re.search(r"up to [^:]*", text)[0] for text in estimates}) == 1  # there are 16 cards
     status, full, _ = said(capsys, *settings, f"run.directory={folder}", "--full")
     assert status == 0 and "  seed: 0\n" in full and "AdamW's moments" in full and "sharding" in full
 

@@ -18,6 +18,7 @@ import pytest
 
 from mapo_jax.config import known_keys, load_config, to_yaml, updated
 from mapo_jax.errors import UserError
+from mapo_jax.files import write_whole
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import TrainState, create_state
 from mapo_jax.running import checkpoint
@@ -158,6 +159,10 @@ def test_weights_alone_for_another_run(tmp_path):
     assert_same_bits(restore_params(checkpoint_folder(tmp_path), state.params), make_state(2).params)
     assert read_progress(checkpoint_folder(tmp_path))["seed"] == 7
 
+    with pytest.raises(UserError, match=r"has an evaluation; give its number"):
+        checkpoint_folder(tmp_path, "best")
+    write_whole(tmp_path / "evaluations" / "step_000001.json", '{"return/mean": 0.5}')
+    assert checkpoint_folder(tmp_path, "best").name == "1"
     with pytest.raises(UserError, match=r"no checkpoint of step 5; it has 1, 2"):
         checkpoint_folder(tmp_path, 5)
     with pytest.raises(UserError, match=r"nowhere holds no whole checkpoint; train there first"):
