@@ -68,8 +68,8 @@ def idle_settings(config: Config, validation: int, processes: int = 1) -> list[s
             f"more validation cards than the {validation} there are",
         ),
         "algorithm.turn_weight": (estimator == "mapo", "algorithm.estimator=mapo"),
-        "algorithm.batch_scope": (batch_level, "algorithm.estimator=mapo with a batch level, or batch"),
-        "algorithm.leave_one_out": (turn_level, "algorithm.estimator=mapo with a turn level, or turn"),
+        "algorithm.batch_scope": (batch_level, "algorithm.estimator=batch, or mapo with turn_weight below 1"),
+        "algorithm.leave_one_out": (turn_level, "algorithm.estimator=turn, or mapo with turn_weight above 0"),
         "algorithm.discount": (
             turn_level or estimator == "reinforce_plus_plus",
             "an estimator of returns; here only the reported returns change, and the best checkpoint by them",
@@ -128,8 +128,8 @@ _DIALOGUES = ("evaluation.temperature", "rollout.max_reply_tokens", "rollout.min
 _TALK = (*_MODEL, *_DIALOGUES, "rollout.max_tokens")
 _ENGINE = ("mesh.", "model.dtype")  # of roles
 _ASKED = (*_ENGINE, "environment.judge.", "environment.concurrency", "environment.call_seconds")
-# Keys, and sections with their dot, that a command reads, and one in this mode. Settings are often shared by
-# the modes of a command, so those that only another mode reads are named, and the others refused.
+# Keys, and sections with their dot, that a command reads, or a mode of it. The modes of a command are often
+# called with the same settings: those that only another mode reads are named, all others are refused.
 READS = {
     "load": (*_TALK, "environment."),
     "chat": (*_TALK, "environment."),
