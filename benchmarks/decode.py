@@ -1,6 +1,7 @@
 """Decoding speed of the engine, compared with the bound by memory bandwidth.
 
-    python benchmarks/decode.py [--shape 0.6b 4b] [--batch 64] [--context 1024 4096] [--json FILE]
+    python benchmarks/decode.py [--shape 0.6b 4b] [--batch 64] [--context 1024 4096] [--cache bfloat16 int8]
+        [--json FILE]
 
 A decode step has to read every weight and every cached key and value once, so its time is at least
 (parameter + cache bytes) / bandwidth. The bandwidth is measured here, by adding 1 to a large array. The
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import time
@@ -61,10 +63,10 @@ def random_params(config: QwenConfig) -> Params:
     return jax.tree.unflatten(tree, [make(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
 
 
-def bytes_per_step(config: QwenConfig, batch: int, tokens: float) -> float:
+def bytes_per_step(config: QwenConfig, batch: int, tokens: float, cache: str) -> float:
     """Bytes that a decode step has to read: all weights (the head is the embedding), all keys and values."""
     weights = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(config)))
-    return weights * jnp.dtype(DTYPE).itemsize + cache_bytes(config, batch, batch, 1, DTYPE) * tokens
+    return weights * jnp.dtype(DTYPE).itemsize + cache_bytes(config, batch, batch, 1, cache) * tokens
 
 
 def bandwidth(gibibytes: float) -> float:
@@ -79,7 +81,9 @@ def bandwidth(gibibytes: float) -> float:
     return 2 * array.nbytes / best
 
 
-def measure(config: QwenConfig, params: Params, batch: int, context: int, blocks: int, block: int) -> dict:
+def measure(
+    config: QwenConfig, params: Params, batch: int, context: int, cache: str, blocks: int, block: int
+) -> dict:
     """Tokens per second of `blocks` blocks of decode steps at the end of a context of `context` tokens."""
     timed = blocks * block
     if context <= timed + block:
@@ -94,6 +98,7 @@ def measure(config: QwenConfig, params: Params, batch: int, context: int, blocks
         chunk=min(512, context),
         block=block,
         dtype=DTYPE,
+        cache_dtype=cache,
     )
     engine.load(params, 0)
     engine.warm_up()
@@ -111,13 +116,13 @@ def measure(config: QwenConfig, params: Params, batch: int, context: int, blocks
     return {
         "tokens_per_second": sampled / seconds,
         "milliseconds_per_step": 1e3 * seconds / timed,
-        "bytes_per_step": bytes_per_step(config, batch, context - timed / 2),
+        "bytes_per_step": bytes_per_step(config, batch, context - timed / 2, cache),
     }
 
 
 def run(
-    shapes: list[str], batch: int, contexts: list[int], blocks: int, block: int, gibibytes: float,
-    report: Callable[[str], None],
+    shapes: list[str], batch: int, contexts: list[int], caches: list[str], blocks: int, block: int,
+    gibibytes: float, report: Callable[[str], None],
 ) -> dict:  # fmt: skip
     """All measurements; see the module's docstring."""
     speed = bandwidth(gibibytes)
@@ -125,11 +130,11 @@ def run(
     rows = []
     for name in shapes:
         params = random_params(SHAPES[name])
-        for context in contexts:
-            row = measure(SHAPES[name], params, batch, context, blocks, block)
+        for context, cache in itertools.product(contexts, caches):
+            row = measure(SHAPES[name], params, batch, context, cache, blocks, block)
             bound = batch * speed / row["bytes_per_step"]
             rows.append(
-                {"shape": name, "batch": batch, "context": context, **row}
+                {"shape": name, "batch": batch, "context": context, "cache": cache, **row}
                 | {"bound": bound, "share": row["tokens_per_second"] / bound}
             )
     return {"device": jax.devices()[0].device_kind, "bytes_per_second": speed, "rows": rows}
@@ -142,6 +147,8 @@ def main() -> int:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.6b", "4b"], help="models")
     parser.add_argument("--batch", type=int, default=64, help="dialogues in a batch")
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096], help="tokens of a dialogue")
+    caches = ["bfloat16", "int8"]
+    parser.add_argument("--cache", nargs="+", choices=caches, default=caches[:1], help="numbers of the cache")
     parser.add_argument("--blocks", type=int, default=8, help="number of timed blocks")
     parser.add_argument("--block", type=int, default=16, help="decode steps per block")
     parser.add_argument(
@@ -151,16 +158,17 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(highlight=False)
     result = run(
-        options.shape, options.batch, options.context, options.blocks, options.block, options.copy_gib,
-        console.print,
+        options.shape, options.batch, options.context, options.cache, options.blocks, options.block,
+        options.copy_gib, console.print,
     )  # fmt: skip
     table = Table(title=f"decoding, {options.batch} dialogues", title_justify="left")
-    for heading in ("shape", "context", "ms a step", "tokens/s", "bound", "share"):
+    for heading in ("shape", "context", "cache", "ms a step", "tokens/s", "bound", "share"):
         table.add_column(heading, justify="left" if heading == "shape" else "right")
     for row in result["rows"]:
         table.add_row(
             row["shape"],
             f"{row['context']:,}",
+            row["cache"],
             f"{row['milliseconds_per_step']:.2f}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['bound']:,.0f}",

@@ -1,7 +1,8 @@
 """Multi-turn rollout: our engine compared with transformers, with Tunix, and with lock-step batches.
 
     python benchmarks/rollout.py [--rounds 3] [--peers transformers tunix] [--json FILE]
-    python benchmarks/rollout.py --sizes    only the ragged work, with other numbers of lanes and block sizes
+    python benchmarks/rollout.py --reference   only the reference work
+    python benchmarks/rollout.py --sizes       only the ragged work, with other lanes and block sizes
 
 Reference work: a Qwen3 of 4.2 M random parameters (hidden 256, 4 layers, 8/4 heads of 32, MLP 768,
 vocabulary 4,096), float32; 32 dialogues of 6 turns, a first prompt of 64 tokens, user turns of 24, replies
@@ -16,7 +17,8 @@ faster of the two counts.
 All variants run in turn, round after round, in one process on all cores, so that other load slows all of
 them; only the ratios count. A peer that is not available is listed with the reason.
 
-transformers runs with torch on the CPU (`pip install torch`), with its cache kept between turns, and without.
+transformers runs with torch (`pip install torch`), on the GPU if jax does, with its cache kept between turns,
+and without.
 Tunix always starts from the beginning; it is installed into a separate environment.
 """
 
@@ -107,7 +109,8 @@ def transformers_peer(folder: Path) -> dict[str, Callable[[], int]]:
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     options = dict(
         do_sample=True,
         temperature=1.0,
@@ -120,10 +123,13 @@ def transformers_peer(folder: Path) -> dict[str, Callable[[], int]]:
     )
 
     def run(keep: bool) -> int:
-        cache, row = DynamicCache() if keep else None, torch.zeros((DIALOGUES, 0), dtype=torch.long)
+        cache, row = (
+            DynamicCache() if keep else None,
+            torch.zeros((DIALOGUES, 0), dtype=torch.long, device=device),
+        )
         for turn in range(TURNS):
             new = [tokens(100 * d + turn, USER if turn else FIRST) for d in range(DIALOGUES)]
-            row = torch.cat([row, torch.tensor(new)], dim=1)
+            row = torch.cat([row, torch.tensor(new, device=device)], dim=1)
             with torch.inference_mode():
                 row = model.generate(row, attention_mask=torch.ones_like(row), cache=cache, **options)
         assert row.shape[1] == LENGTH
@@ -323,6 +329,37 @@ def ratios(ours: list[float], theirs: list[float]) -> list[float]:
     return [mine / other for mine, other in zip(ours, theirs, strict=True)]
 
 
+def longest_dialogue() -> int:
+    """Tokens of the longest ragged dialogue."""
+    return max(sum(map(sum, dialogue)) for dialogue in ragged_dialogues())
+
+
+def ragged_work(params: dict) -> dict[str, Callable[[], int]]:
+    """The ways to do the ragged work, with users who answer at once and with slow ones."""
+    longest = longest_dialogue()
+    ours = make_engine(params, slots=RAGGED, lanes=LANES, length=longest)
+    narrow = make_engine(params, slots=RAGGED, resident=RESIDENT, length=longest)
+    together = make_engine(params, slots=RAGGED, block=REPLY, length=longest)
+    batches = make_engine(params, slots=RESIDENT, block=REPLY, length=longest)
+    work: dict[str, Callable[[], int]] = {}
+    for suffix, latency in (("", 0), (", users of 200 ms", LATENCY)):
+        work["ragged" + suffix] = lambda latency=latency: continuous(ours, latency)
+        work["ragged, 16 caches" + suffix] = lambda latency=latency: continuous(narrow, latency)
+        work["64 in lock step" + suffix] = lambda latency=latency: lockstep(together, latency)
+        work["4 x 16 in lock step" + suffix] = lambda latency=latency: lockstep(batches, latency)
+    return work
+
+
+def ragged_ratios(speeds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Ours against the faster lock step, and with slow users against users who answer at once."""
+    compared = {}
+    for name, suffix in (("lockstep_ragged", ""), ("lockstep_latency", ", users of 200 ms")):
+        rivals = [speeds[f"{batch} in lock step{suffix}"] for batch in ("64", "4 x 16")]
+        compared[name] = ratios(speeds["ragged" + suffix], max(rivals, key=statistics.median))
+    slow, fast = "ragged, 16 caches, users of 200 ms", "ragged, 16 caches"
+    return compared | {"latency": ratios(speeds[slow], speeds[fast])}
+
+
 def table(title: str, columns: list[str], rows: dict[str, list[str]]) -> Table:
     result = Table(title=title, title_justify="left")
     for heading in columns:
@@ -339,6 +376,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="number of measured rounds")
     parser.add_argument("--peers", nargs="*", default=["transformers", "tunix"], help="peers to compare with")
     parser.add_argument("--json", type=Path, help="file for the ratios")
+    parser.add_argument("--reference", action="store_true", help="only the reference work")
     parser.add_argument(
         "--sizes", action="store_true", help="only the ragged work, with other lanes and blocks"
     )
@@ -348,9 +386,8 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     console.print(f"Qwen3 of {parameter_count(SHAPE):,} parameters on {jax.devices()[0]}, {cores} cores")
     params = init_params(SHAPE, seed=0)
-    longest = max(sum(map(sum, dialogue)) for dialogue in ragged_dialogues())
     if options.sizes:
-        sizes(params, longest, options.rounds, console)
+        sizes(params, longest_dialogue(), options.rounds, console)
         return 0
     work: dict[str, Callable[[], int]] = {}
     left_out: dict[str, str] = {}
@@ -367,24 +404,14 @@ def main() -> int:
                 work |= peer(Path(folder))
             except Exception as error:
                 left_out[name] = f"{type(error).__name__}: {error}"
-        ours = make_engine(params, slots=RAGGED, lanes=LANES, length=longest)
-        narrow = make_engine(params, slots=RAGGED, resident=RESIDENT, length=longest)
-        together = make_engine(params, slots=RAGGED, block=REPLY, length=longest)
-        batches = make_engine(params, slots=RESIDENT, block=REPLY, length=longest)
-        for suffix, latency in (("", 0), (", users of 200 ms", LATENCY)):
-            work["ragged" + suffix] = lambda latency=latency: continuous(ours, latency)
-            work["ragged, 16 caches" + suffix] = lambda latency=latency: continuous(narrow, latency)
-            work["64 in lock step" + suffix] = lambda latency=latency: lockstep(together, latency)
-            work["4 x 16 in lock step" + suffix] = lambda latency=latency: lockstep(batches, latency)
+        if not options.reference:
+            work |= ragged_work(params)
         with compiled.steady("the work after warm-up"):
             speeds, failed = measure(work, options.rounds, console.print)
     left_out |= failed
     compared = {name: ratios(speeds["reference"], speeds[name]) for name in PEERS if name in speeds}
-    slow, fast = "ragged, 16 caches, users of 200 ms", "ragged, 16 caches"
-    for name, suffix in (("lockstep_ragged", ""), ("lockstep_latency", ", users of 200 ms")):
-        rivals = [speeds[f"{batch} in lock step{suffix}"] for batch in ("64", "4 x 16")]
-        compared[name] = ratios(speeds["ragged" + suffix], max(rivals, key=statistics.median))
-    compared["latency"] = ratios(speeds[slow], speeds[fast])
+    if not options.reference:
+        compared |= ragged_ratios(speeds)
 
     three = (statistics.median, min, max)
     columns = ["median", "least", "most"]

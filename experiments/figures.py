@@ -28,6 +28,7 @@ from experiments.tables import at_best_rate, labels_of, selection_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DISCOUNT_RATE = 0.1
+WINDOW = 5  # steps of a running mean
 COLOURS = {
     "mapo 0.33": "#1f77b4",
     "mapo 0.50": "#17becf",
@@ -198,6 +199,42 @@ def credit_positions(content: dict[str, Any]) -> Figure:
     return figure
 
 
+def estimators(content: dict[str, Any]) -> Figure:
+    """The language model: return and gradient norm by step with bands, and every seed's end."""
+    figure, (curves, norms, ends) = plt.subplots(1, 3, figsize=(11, 3.4), width_ratios=(4, 4, 3))
+    runs = {label: list(content["runs"][label].values()) for label in NAMES if label in content["runs"]}
+    for place, (label, seeds) in enumerate(runs.items()):
+        for panel, key in ((curves, "training_return"), (norms, "grad_norm")):
+            values = np.array([smoothed(run[key]) for run in seeds])
+            mean, error = values.mean(axis=0), 1.96 * values.std(axis=0, ddof=1) / np.sqrt(len(values))
+            steps = np.arange(1, len(mean) + 1)
+            panel.fill_between(steps, mean - error, mean + error, color=COLOURS[label], alpha=0.15)
+            panel.plot(steps, mean, color=COLOURS[label], label=NAMES[label])
+        last = [list(run["validation"].values())[-1]["return"] for run in seeds]
+        mean, low, high = interval(last)
+        ends.plot(last, [-place + 0.2] * len(last), "o", color=COLOURS[label], alpha=0.5, markersize=3)
+        ends.plot([low, high], [-place] * 2, color=COLOURS[label], linewidth=2)
+        ends.plot(mean, -place, "o", color=COLOURS[label], markersize=5)
+    curves.set_ylabel("return of the step's dialogues")
+    norms.set_ylabel("norm of the gradient")
+    for panel in (curves, norms):
+        panel.set_xlabel(f"step (mean of {WINDOW}, over the seeds)")
+        panel.grid(alpha=0.3)
+    curves.legend(fontsize=7, loc="upper left")
+    ends.set_yticks([-place for place in range(len(runs))], [NAMES[label] for label in runs])
+    ends.set_xlabel("validation return after training\n(dots: seeds; bars: 95 % interval of the mean)")
+    ends.axvline(0, color="black", linewidth=0.8)
+    ends.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Running mean over WINDOW values, of fewer at both ends."""
+    ones = np.ones(WINDOW)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+
+
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     "lab_worlds": ("lab.json", lab_worlds),
     "lab_weight": ("lab.json", lab_weight),
@@ -205,6 +242,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
     "lab_discount": ("lab.json", lab_discount),
     "credit_worlds": ("credit.json", credit_worlds),
     "credit_positions": ("credit.json", credit_positions),
+    "estimators": ("estimators.json", estimators),
 }
 """File name -> the results that it shows, and the function that draws it."""
 

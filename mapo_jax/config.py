@@ -118,6 +118,9 @@ class RolloutConfig(Section):
     temperature: float = key(0.7, "sampling temperature in training", gt=0)
     max_reply_tokens: Count = key(32, "a reply longer than this is cut and marked truncated")
     max_tokens: int = key(448, "longest dialogue in tokens; also the length of the KV cache", ge=2)
+    cache_dtype: Literal["int8"] | None = key(
+        None, "int8: KV caches in 8 bits, with a scale per token and head; empty: exact, in model.dtype"
+    )
     copy_weights: bool | None = key(None, "sample with a cast copy: faster, needs memory; empty: only on CPU")
     slots: Count | None = key(None, "KV caches on the device, the rest in host memory; empty: all of a step")
     ahead: int = key(
@@ -218,7 +221,6 @@ class AlgorithmConfig(Section):
     )
     batch_scope: Literal["batch", "group"] = key("batch", "batch-level statistics: over all or per scenario")
     leave_one_out: bool = key(False, "centre the turn level on the mean of the other rollouts")
-    min_group: int = key(2, "fewest scored rollouts for turn-level statistics", ge=2)
     clip_low: Share = key(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: Amount = key(0.28, "the ratio is clipped above 1 + clip_high")
     dual_clip: float = key(10.0, "largest ratio that counts where the advantage is negative", ge=1)
@@ -320,11 +322,11 @@ class Config(Section):
                 raise ValueError(f"`{dotted}` is {value_of(self, dotted)!r}; it must be {rule}")
 
         rollout, algorithm, fresh = self.rollout, self.algorithm, self.model.fresh
-        estimator, least = algorithm.estimator, algorithm.min_group
+        estimator = algorithm.estimator
         single = estimator in SINGLE_ROLLOUT_ESTIMATORS
         single |= estimator == "mapo" and algorithm.turn_weight == 0
-        rule = f"at least {least} with algorithm.estimator={estimator}, which compares a scenario's rollouts"
-        require(single or rollout.rollouts >= least, "rollout.rollouts", rule)
+        rule = f"at least 2 with algorithm.estimator={estimator}, which compares a scenario's rollouts"
+        require(single or rollout.rollouts >= 2, "rollout.rollouts", rule)
         rule = f"a divisor of rollout.scenarios ({rollout.scenarios})"
         divides = rollout.scenarios % self.training.minibatch_scenarios == 0
         require(divides, "training.minibatch_scenarios", rule)
@@ -368,6 +370,7 @@ GONE = {
     "optimizer.b1": Gone("it is always 0.9", lambda _: 0.9),
     "optimizer.b2": Gone("it is always 0.999", lambda _: 0.999),
     "algorithm.outcome_weight": Gone("it is always 1", lambda _: 1.0),
+    "algorithm.min_group": Gone("it is always 2", lambda _: 2),
     "logging.dialogues_every": Gone("the dialogues of every step are written", lambda _: 1),
 }
 RUN_FILE = "config.yaml"  # of a run folder; there a removed key is allowed if it has the value in effect

@@ -6,7 +6,6 @@ from mapo_jax.config import (
     ENGINE,
     HELD_OUT,
     ROLES,
-    SINGLE_ROLLOUT_ESTIMATORS,
     Config,
     differing_keys,
     is_played,
@@ -73,10 +72,6 @@ def idle_settings(config: Config, validation: int, processes: int = 1) -> list[s
         "algorithm.discount": (
             turn_level or estimator == "reinforce_plus_plus",
             "an estimator of returns; here only the reported returns change, and the best checkpoint by them",
-        ),
-        "algorithm.min_group": (
-            estimator not in SINGLE_ROLLOUT_ESTIMATORS and weight != 0.0,
-            "an estimator that compares rollouts",
         ),
         **{
             f"algorithm.{key}": (updates or not corrected, "several updates a step, or old_logprobs=sampler")

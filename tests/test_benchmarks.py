@@ -90,21 +90,92 @@ def test_ahead(tmp_path, monkeypatch, capsys):
     assert "steps per hour" in capsys.readouterr().out
 
 
-def test_decode(decode, tmp_path, monkeypatch, capsys):
-    arguments = "decode.py --shape tiny --batch 2 --context 64 --blocks 2 --block 4 --copy-gib 0.01 --json"
-    monkeypatch.setattr(sys, "argv", [*arguments.split(), str(tmp_path / "decode.json")])
-    assert decode.main() == 0
-    result = json.loads((tmp_path / "decode.json").read_text())
+GPU = BENCHMARKS / "gpu.sh"
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory):
+    """The folder of the script for a GPU, in its small form: the parts that no other test runs."""
+    folder = tmp_path_factory.mktemp("gpu")
+    command = [GPU, folder, "--tiny", "update_4b", "decode_4b", "train", "smollm2"]
+    environment = {key: value for key, value in os.environ.items() if key != "SMOLLM2"}
+    done = subprocess.run(
+        command, env=environment | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=400
+    )
+    logs = "".join(file.read_text() for file in folder.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    return folder
+
+
+def test_gpu_parts(gpu):
+    rows = [line.split("\t") for line in (gpu / "summary.tsv").read_text().splitlines()]
+    results = {part: result for part, result, _ in rows}
+    assert results == {"part": "result", "smollm2": "left out: SMOLLM2 is no folder"} | dict.fromkeys(
+        ("update_4b", "decode_4b", "train"), "done"
+    )
+    (row,) = [json.loads(line) for line in (gpu / "train" / "metrics.jsonl").read_text().splitlines()][-1:]
+    assert row["step"] == 1 and "evaluation/return/mean" in row
+
+
+def test_gpu_parts_have_limits_and_are_independent(tmp_path):
+    """A part that fails or outlasts its limit is said, and the others still run; all limits: 12 minutes."""
+    python, clock = tmp_path / "python", tmp_path / "timeout"
+    python.write_text('#!/bin/bash\necho "$@"\n[[ "$*" = *decode* ]] && exit 3\nexit 0\n')
+    clock.write_text('#!/bin/bash\necho "${@:3:1}" >>"$(dirname "$0")/limits"\nshift 3\n"$@" || exit\n'
+                     '[[ "$*" = *rollout* ]] && exit 124\nexit 0\n')  # fmt: skip
+    for file in (python, clock):
+        file.chmod(0o755)
+    (tmp_path / "model").mkdir()
+    environment = os.environ | {
+        "PYTHON": str(python), "SMOLLM2": str(tmp_path / "model"), "PATH": f"{tmp_path}:{os.environ['PATH']}"
+    }  # fmt: skip
+    done = subprocess.run(
+        [GPU, tmp_path / "out"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    rows = [line.split("\t")[:2] for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    failed = "failed: benchmarks/decode.py --shape 4b --json " + str(tmp_path / "out" / "decode_4b.json")
+    assert (
+        ["decode_4b", failed] in rows
+        and ["rollout", "out of time"] in rows
+        and rows[-1] == ["smollm2", "done"]
+    )
+    assert [part for part, result in rows if result == "done"] == [
+        "smoke", "update_0.6b", "update_1.7b", "update_4b", "train", "smollm2"
+    ]  # fmt: skip
+    limits = [int(line) for line in (tmp_path / "limits").read_text().split()]
+    assert len(limits) == len(rows) == 9 and sum(limits) <= 12 * 60
+    unknown = subprocess.run([GPU, tmp_path / "out", "no"], capture_output=True, text=True, timeout=60)
+    assert unknown.returncode == 2 and "'no' is no part" in unknown.stderr
+
+
+def test_missing_packages(tmp_path, capsys, monkeypatch):
+    """Also of a file that the file names, of an extra, and of a version that is too old."""
+    missing = load("missing")
+    (tmp_path / "base.txt").write_text("numpy  # any\nno-such-package>=2\n\n")
+    file = tmp_path / "all.txt"
+    file.write_text("-r base.txt\nrich<1\njax[cuda13]\n")
+    monkeypatch.setattr(sys, "argv", ["missing.py", str(file)])
+    assert missing.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "no-such-package>=2" and lines[1].startswith("rich<1  # ")
+    assert any(line.startswith("jax-cuda13-plugin[with-cuda]") for line in lines[2:])
+    file.write_text("numpy\n")
+    assert missing.main() == 0 and capsys.readouterr().out == "nothing is missing\n"
+
+
+def test_decode(gpu):
+    result = json.loads((gpu / "decode_4b.json").read_text())
     (row,) = result["rows"]
     # Embedding 512 x 64; per layer q and o 64 x 64, k and v 64 x 32, MLP 3 x 64 x 128, norms 2 x 64 + 2 x 16;
     # the last norm 64. Two bytes each.
     weights = 2 * (512 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 160) + 64)
-    # 2 rows x 2 layers x keys and values x 2 heads of 16, two bytes each; 60 tokens midway.
-    cache = 2 * 2 * 2 * 2 * 16 * 2 * 60
+    # 2 rows x 2 layers x keys and values x 2 heads of 16 bytes and a scale; 60 tokens midway.
+    cache = 2 * 2 * 2 * 2 * (16 + 4) * 60
     assert row["bytes_per_step"] == weights + cache
     assert row["bound"] == pytest.approx(2 * result["bytes_per_second"] / (weights + cache))
     assert row["share"] == pytest.approx(row["tokens_per_second"] / row["bound"])
-    assert "tiny" in capsys.readouterr().out
+    assert "tiny" in (gpu / "decode_4b.log").read_text()
 
 
 def test_published_shapes(decode):
@@ -120,17 +191,12 @@ def test_published_shapes(decode):
 
 def test_no_room(decode):
     with pytest.raises(SystemExit, match="no room"):
-        decode.measure(decode.SHAPES["tiny"], {}, 2, 12, 2, 4)
+        decode.measure(decode.SHAPES["tiny"], {}, 2, 12, "bfloat16", 2, 4)
 
 
-def test_update(tmp_path, monkeypatch):
+def test_update(gpu):
     """FLOPs by hand; an attention that is not available is listed with the reason."""
-    options = "--shape tiny --length 256 --attention xla cudnn --updates 1 --matrix 64"
-    arguments = ["update.py", "--json", str(tmp_path / "update.json"), *options.split()]
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    assert load("update").main() == 0
-    result = json.loads((tmp_path / "update.json").read_text())
+    result = json.loads((gpu / "update_4b.json").read_text())
     (row,), (left_out,) = result["rows"], result["left_out"]
     # Per layer q and o 64 x 64, k and v 64 x 32, MLP 3 x 64 x 128; 512 tokens. Two products of 4 heads of 16
     # with half of all pairs; the head for 256 tokens. Forward once, backward twice.

@@ -272,11 +272,10 @@ def test_mappings_of_a_key_are_merged(tmp_path):
         (["rollout.ahead=1", "training.steps=1"], ["rollout.ahead (needs training.steps above 1)"]),
         (["run.join_seconds=9", "run.silent_seconds=9"], ["(needs several processes)"] * 2),
         (
-            ["algorithm.turn_weight=0", "algorithm.leave_one_out=true", "algorithm.min_group=3"],
-            ["algorithm.leave_one_out", "algorithm.min_group"],
+            ["algorithm.turn_weight=0", "algorithm.leave_one_out=true", "algorithm.discount=0.5"],
+            ["algorithm.discount", "algorithm.leave_one_out"],
         ),
         (["algorithm.turn_weight=0", "algorithm.batch_scope=group"], []),
-        (["algorithm.turn_weight=0", "algorithm.discount=0.5"], ["only the reported returns change"]),
         (["algorithm.turn_weight=1", "algorithm.batch_scope=group"], ["algorithm.batch_scope"]),
         (["algorithm.turn_weight=1", "algorithm.leave_one_out=true", "algorithm.discount=0.5"], []),
         (["algorithm.estimator=turn", "algorithm.batch_scope=group"], ["algorithm.batch_scope"]),

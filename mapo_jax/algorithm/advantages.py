@@ -248,16 +248,15 @@ RETURN_ESTIMATORS = ("mapo", "turn", "reinforce_plus_plus")
 """Names of those that take `returns`."""
 
 
-_TURN_OPTIONS = ("discount", "leave_one_out", "min_group")
-_OPTIONS = {  # of each estimator: keys of the configuration
+_TURN_OPTIONS = ("discount", "leave_one_out")
+_OPTIONS = {  # keys of the configuration; the other estimators have none
     "mapo": (*_TURN_OPTIONS, "turn_weight", "batch_scope"),
     "turn": _TURN_OPTIONS,
     "batch": ("batch_scope",),
     "reinforce_plus_plus": ("discount",),
-    **dict.fromkeys(("grpo", "grpo_per_turn", "rloo", "dr_grpo", "mt_grpo"), ("min_group",)),
 }
 
 
 def estimator_options(config: AlgorithmConfig) -> dict[str, Any]:
     """The options of `ESTIMATORS[config.estimator]`, except `returns`."""
-    return config.model_dump(include=set(_OPTIONS[config.estimator]))
+    return config.model_dump(include=set(_OPTIONS.get(config.estimator, ())))

@@ -77,13 +77,25 @@ def _causal_block(query, key, value, segment_pair, start):
 def cached_attention(
     query: Float[Array, "K N H E"], cache: LayerCache, positions: Int[Array, "K N"]
 ) -> Float[Array, "K N H E"]:
-    """Attention of new tokens to the cache entries at or before their own position; softmax in float32."""
+    """Attention of new tokens to the cache entries at or before their own position; softmax in float32.
+
+    The numbers of a cache in 8 bits are exact in every compute dtype; their scales are factors of a column of
+    scores or weights.
+    """
     allowed = jnp.arange(cache.length) <= positions[:, :, None]
-    return _attend(query, cache.keys, cache.values, allowed, keys="bgec" if cache.by_feature else "bgce")
+    keys, values = (array.astype(query.dtype) for array in (cache.keys, cache.values))
+    scales, axes = (cache.key_scales, cache.value_scales), "bgec" if cache.by_feature else "bgce"
+    return _attend(query, keys, values, allowed, axes, *scales)
 
 
 def _attend(
-    query: Heads, key: Array, value: Float[Array, "B G C E"], allowed: Array, keys: str = "bgce"
+    query: Heads,
+    key: Array,
+    value: Float[Array, "B G C E"],
+    allowed: Array,
+    keys: str = "bgce",
+    key_scales: Float[Array, "B G C"] | None = None,
+    value_scales: Float[Array, "B G C"] | None = None,
 ) -> Heads:
     """`keys` names the axes of `key` in their order."""
     batch, length, heads, size = query.shape
@@ -92,13 +104,18 @@ def _attend(
     query = (query * size**-0.5).reshape(batch, length, groups, share, size)
     query = query.transpose(0, 2, 3, 1, 4).reshape(batch, groups, share * length, size)
     scores = jnp.einsum(f"bgqe,{keys}->bgqc", query, key, preferred_element_type=jnp.float32)
+    if key_scales is not None:
+        scores *= key_scales[:, :, None]
     scores = scores.reshape(batch, groups, share, length, -1)
     scores = jnp.where(allowed[:, None, None], scores, MASKED)
     # Softmax whose division comes after the product with the values: one pass over [L, C] less, and a
     # shorter backward pass. The maximum cancels, so no gradient goes through it.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1).reshape(batch, groups, share * length, 1)
-    weights = weights.reshape(batch, groups, share * length, -1).astype(value.dtype)
+    weights = weights.reshape(batch, groups, share * length, -1)
+    if value_scales is not None:
+        weights *= value_scales[:, :, None]
+    weights = weights.astype(value.dtype)
     output = jnp.einsum("bgqc,bgce->bgqe", weights, value, preferred_element_type=jnp.float32) / total
     output = output.reshape(batch, groups, share, length, size).transpose(0, 3, 1, 2, 4)
     return output.reshape(batch, length, heads, size).astype(value.dtype)

@@ -314,11 +314,15 @@ def for_decoding(params: Params, config: QwenConfig, dtype) -> Params:
 def init_cache(
     config: QwenConfig, rows: int, length: int, dtype=jnp.float32, *, by_feature: bool = False
 ) -> Cache:
-    """Empty caches for `rows` rows of up to `length` tokens; `by_feature` as of `LayerCache`."""
+    """Empty caches for `rows` rows of up to `length` tokens; `by_feature` as of `LayerCache`.
+
+    With `dtype` int8 they are in 8 bits, with scales.
+    """
     values = (rows, config.num_kv_heads, length, config.head_dim)
     keys = (rows, config.num_kv_heads, config.head_dim, length) if by_feature else values
+    scales = [jnp.zeros(values[:-1], jnp.float32)] * 2 if jnp.dtype(dtype) == jnp.int8 else []
     return [
-        LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), by_feature)
+        LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), by_feature, *scales)
         for _ in range(config.num_layers)
     ]
 

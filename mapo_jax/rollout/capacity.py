@@ -101,8 +101,12 @@ def check_sizes(
 
 
 def cache_bytes(config: QwenConfig, resident: int, lanes: int, length: int, dtype) -> int:
-    """Bytes of all resident caches, and of the lanes' copies where there are fewer lanes than caches."""
-    token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    """Bytes of all resident caches, and of the lanes' copies where there are fewer lanes than caches.
+
+    `dtype` is that of the cache; with int8 each token and head has two float32 scales.
+    """
+    head = config.head_dim * jnp.dtype(dtype).itemsize + (4 if jnp.dtype(dtype) == jnp.int8 else 0)
+    token = config.num_layers * 2 * config.num_kv_heads * head
     return token * length * (resident + (lanes if lanes < resident else 0))
 
 

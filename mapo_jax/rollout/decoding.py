@@ -69,20 +69,22 @@ def make_programs(
     sampling: Sampling,
     per_request: bool,
     dtype,
+    cache_dtype,
     mesh: Mesh | None,
 ) -> EnginePrograms:
     """The programs of one engine; sizes as of `Engine`."""
     cache_sharding = everywhere = weights_sharding = None
     if mesh is not None:
         weights_sharding = decoding_shardings(parameter_shapes(config), mesh)
-        cache_sharding = NamedSharding(mesh, activation_spec("cache"))
+        # Of keys, values and scales, which have no features.
+        cache_sharding = NamedSharding(mesh, PartitionSpec(*activation_spec("cache")[:2]))
         everywhere = NamedSharding(mesh, PartitionSpec())
     on_cpu = platform(mesh) == "cpu"
     model = dict(config=config, dtype=dtype, mesh=mesh)
     options = CPU_OPTIONS if on_cpu else None
     to_cache = functools.partial(jax.jit, out_shardings=cache_sharding)
     ready = functools.partial(for_decoding, config=config, dtype=dtype)
-    create = functools.partial(init_cache, config, resident, dtype=dtype, by_feature=on_cpu)
+    create = functools.partial(init_cache, config, resident, dtype=cache_dtype, by_feature=on_cpu)
     constants = dict(stop_ids=stop_ids, vocabulary_size=vocabulary_size, sampling=sampling, block=block)
     decode = functools.partial(generate, **model, in_place=lanes == resident, **constants)
     generated = None if mesh is None else (cache_sharding, *(everywhere,) * (7 if per_request else 4))
@@ -270,7 +272,7 @@ def _write_back(cache: Cache, work: Cache, rows: Int[Array, "D M/D"], positions:
 
     def write(entry: LayerCache, copied: LayerCache) -> LayerCache:
         new = cut((positions, *copied.read(positions)))
-        written = jax.vmap(LayerCache.write)(cut(entry), rows, *new)
+        written = jax.vmap(LayerCache.put)(cut(entry), rows, *new)
         return jax.tree.map(lambda array, old: array.reshape(old.shape), written, entry)
 
     return list(map(write, cache, work))

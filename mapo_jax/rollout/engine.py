@@ -92,6 +92,7 @@ class Engine:
         block: int | None = None,
         copy_weights: bool | None = None,
         dtype=jnp.float32,
+        cache_dtype=None,
         mesh: Mesh | None = None,
         device: Device | None = None,
     ):
@@ -118,7 +119,8 @@ class Engine:
           copy_weights: sample with a copy of the weights, cast and cut by layer once; else every step casts
             and cuts, and there is no second copy. The results are the same, bit for bit. None: a copy on CPU
             only.
-          dtype: of computation and cache.
+          dtype: of computation.
+          cache_dtype: of the cache; None: `dtype`; int8: in 8 bits, with a scale per token and head.
           mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
             `tensor`.
           device: shared with other threads that run programs; None: there are none.
@@ -155,7 +157,8 @@ class Engine:
         self._shards = shards
         self._slots_per_shard = slots // shards
         self._params: Params | None = None
-        check_memory(config, resident, lanes, length, self.dtype, mesh)
+        cache_dtype = jnp.dtype(cache_dtype or dtype)
+        check_memory(config, resident, lanes, length, cache_dtype, mesh)
         self._programs = make_programs(
             config,
             resident=resident,
@@ -166,6 +169,7 @@ class Engine:
             sampling=self.sampling,
             per_request=per_request,
             dtype=self.dtype,
+            cache_dtype=cache_dtype,
             mesh=mesh,
         )
         self.reset()

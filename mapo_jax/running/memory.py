@@ -136,9 +136,10 @@ def rollout_memory(config: Config, model: QwenConfig, mesh: Mesh, weights: Param
     resident = min(share.slots or dialogues, dialogues)
     steps = 1 + share.ahead  # under way at once, each with caches and weights of its own
     vocabulary = _device_share(model, mesh).vocab_size
-    caches = cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(dtype)) / own_mesh.size
+    cache_dtype = share.cache_dtype or dtype
+    caches = cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(cache_dtype)) / own_mesh.size
     logits = 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary
-    sizes = {f"KV caches ({dtype})": steps * caches, "logits of the lanes": logits}
+    sizes = {f"KV caches ({cache_dtype})": steps * caches, "logits of the lanes": logits}
     whole = 0
     if share.ahead:  # which updates leave alone
         trained, frozen = trained_and_frozen(in_precision(weights, dtype))

@@ -241,6 +241,7 @@ def make_engine(
         sampling=Sampling(temperature=temperature),
         copy_weights=rollout.copy_weights,
         dtype=dtype,
+        cache_dtype=rollout.cache_dtype,
         mesh=mesh,
         device=device,
     )

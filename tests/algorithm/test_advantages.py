@@ -400,7 +400,6 @@ def test_the_table_is_the_configuration_s():
         "turn_weight": 1 / 3,
         "batch_scope": "batch",
         "leave_one_out": False,
-        "min_group": 2,
     }
 
 

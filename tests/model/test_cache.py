@@ -15,9 +15,10 @@ def numbers(*shape):
     return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
 
 
-def empty(by_feature):
-    values = jnp.zeros((ROWS, GROUPS, LENGTH, SIZE))
-    return LayerCache(values.swapaxes(2, 3) if by_feature else values, values, by_feature)
+def empty(by_feature, dtype=jnp.float32):
+    values = jnp.zeros((ROWS, GROUPS, LENGTH, SIZE), dtype)
+    scales = [jnp.zeros(values.shape[:-1])] * 2 if dtype == jnp.int8 else []
+    return LayerCache(values.swapaxes(2, 3) if by_feature else values, values, by_feature, *scales)
 
 
 @pytest.mark.parametrize("by_feature", [False, True])
@@ -39,6 +40,46 @@ def test_what_is_written_is_read_and_nothing_else_is_touched(by_feature):
         written.read(jnp.array([[7], [0], [4]])), (expected_keys, expected_values), strict=True
     ):
         np.testing.assert_array_equal(array[:, 0], expected[[0, 1, 2], :, [7, 0, 4]])
+
+
+@pytest.mark.parametrize("by_feature", [False, True])
+def test_in_8_bits_every_number_is_a_multiple_of_its_token_and_heads_scale(by_feature):
+    """Largest magnitude / 127 by hand; also of zeros; moved to another row it is not rounded again."""
+    keys = numbers(1, 2, GROUPS, SIZE) * 1e3
+    values = numbers(1, 2, GROUPS, SIZE).at[0, 0, 0].set(0.0)
+    positions = jnp.array([[3, LENGTH - 1]])
+    entry = empty(by_feature, jnp.int8).write(jnp.array([1]), positions, keys, values).grown(LENGTH + 2)
+    *stored, key_scales, value_scales = entry.read(jnp.tile(positions, (ROWS, 1)))
+    for array, scales, given in zip(stored, (key_scales, value_scales), (keys[0], values[0]), strict=True):
+        given = np.asarray(given, np.float64)
+        expected = np.abs(given).max(axis=-1) / 127
+        np.testing.assert_allclose(scales[1], expected, rtol=1e-6)
+        assert array.dtype == jnp.int8 and not np.any(array[0]) and not np.any(scales[2])
+        multiples = np.asarray(array[1], np.float64) * expected[..., None]
+        assert np.all(abs(multiples - given) <= expected[..., None] * 0.5001)
+    moved = entry.put(
+        jnp.array([2]), positions, *(array[1:2] for array in (*stored, key_scales, value_scales))
+    )
+    for array in jax.tree.leaves(moved):
+        np.testing.assert_array_equal(array[2], array[1])
+
+
+@pytest.mark.parametrize("by_feature", [False, True])
+def test_attention_over_8_bits_is_that_over_the_rounded_numbers(by_feature):
+    query, positions = numbers(ROWS, 2, 2 * GROUPS, SIZE), jnp.array([[4, 5], [0, 1], [10, 11]])
+    everywhere = jnp.tile(jnp.arange(LENGTH), (ROWS, 1))
+    entry = empty(by_feature, jnp.int8).write(
+        jnp.arange(ROWS),
+        everywhere,
+        3 * numbers(ROWS, LENGTH, GROUPS, SIZE),
+        numbers(ROWS, LENGTH, GROUPS, SIZE),
+    )
+    keys, values, key_scales, value_scales = entry.read(everywhere)
+    rounded = empty(by_feature).write(
+        jnp.arange(ROWS), everywhere, keys * key_scales[..., None], values * value_scales[..., None]
+    )
+    found, expected = (cached_attention(query, cache, positions) for cache in (entry, rounded))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_feature", [False, True])

@@ -526,6 +526,39 @@ def test_cache_bytes():
     # 2 layers x keys and values x 2 heads of 6 numbers of 4 bytes
     assert cache_bytes(CONFIG, resident=4, lanes=4, length=64, dtype="float32") == 2 * 2 * 2 * 6 * 4 * 64 * 4
     assert cache_bytes(CONFIG, resident=4, lanes=2, length=64, dtype="bfloat16") == 2 * 2 * 2 * 6 * 2 * 64 * 6
+    # 6 numbers of a byte and a scale of 4
+    assert cache_bytes(CONFIG, resident=4, lanes=4, length=64, dtype="int8") == 2 * 2 * 2 * (6 + 4) * 4 * 64
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(slots=6, resident=4, lanes=2)])
+def test_caches_in_8_bits_change_little_and_the_same_everywhere(params, sizes):
+    """Copied to lanes, parked and restored they stay as they are; the whole row's model says the same within
+    what rounding to 1/127 costs here."""
+    engine = make_engine(cache_dtype="int8", sampling=Sampling(temperature=TEMPERATURE), **sizes)
+    engine.load(params, 0)
+    slots, replies = engine.slots, []
+    for turn in range(3):
+        replies.append(engine.reply([
+            request(s, prompt(10 * s + turn, 7), turn, start=turn == 0) for s in range(slots)
+        ]))  # fmt: skip
+    assert {array.dtype.name for array in jax.tree.leaves(engine._cache)} == {"int8", "float32"}
+    alone = make_engine(cache_dtype="int8", sampling=Sampling(temperature=TEMPERATURE))
+    alone.load(params, 0)
+    for turn in range(3):
+        again = alone.reply([request(s, prompt(10 * s + turn, 7), turn, start=turn == 0) for s in range(4)])
+        for one, other in zip(again, replies[turn], strict=False):
+            assert one.ids == other.ids
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    differences = []
+    for slot in range(slots):
+        row, scored = [], []
+        for turn in range(3):
+            row += prompt(10 * slot + turn, 7)
+            scored += [(len(row) + i - 1, p) for i, p in enumerate(replies[turn][slot].logprobs)]
+            row += replies[turn][slot].ids
+        exact = whole_pass(params, row)
+        differences += [abs(exact[at] - p) for at, p in scored]
+    assert 1e-5 < np.mean(differences) < 0.05  # not exact, and near
 
 
 def test_on_a_mesh_of_four_as_on_one_device():

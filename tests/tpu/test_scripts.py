@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TPU = ROOT / "tpu"
 SCRIPTS = sorted(TPU.glob("*.sh"))
+GPU = TPU.parent / "benchmarks" / "gpu.sh"
 PLACE = ["--zone=us-east5-b", "--project=my-project"]
 SETTINGS = {
     "TPU_NAME": "mapo",
@@ -94,7 +95,7 @@ def commands(printed):
 # --- All scripts. ---
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, GPU], ids=lambda script: script.name)
 def test_shellcheck_has_nothing_to_say(script):
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = shutil.which("shellcheck") or str(Path(sys.executable).with_name("shellcheck"))
