@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mapo_jax import train
     from mapo_jax.algorithm import advantages
     from mapo_jax.api import Model, load
+    from mapo_jax.commands import Stopped
     from mapo_jax.config import Config, load_config
     from mapo_jax.environment.scenario import load_scenarios
     from mapo_jax.errors import UserError
@@ -21,6 +22,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Config",
     "Model",
+    "Stopped",
     "UserError",
     "advantages",
     "load",
@@ -31,6 +33,7 @@ __all__ = [
 _HOMES = {
     "Config": "config",
     "Model": "api",
+    "Stopped": "commands",
     "UserError": "errors",
     "load": "api",
     "load_config": "config",

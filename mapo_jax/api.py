@@ -30,6 +30,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.evaluation.conversations import ReasoningHidden
 from mapo_jax.evaluation.local import LENGTH_STEP, LocalModel
 from mapo_jax.evaluation.subject import find_subject
+from mapo_jax.idle import refuse_unread
 from mapo_jax.learning.update import Scoring, SupervisedBatch, make_scorer, place
 from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.collect import collect
@@ -48,7 +49,7 @@ _SIZES = ("rollout.max_tokens=4096", "rollout.max_reply_tokens=512")
 def load(
     path: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
 ) -> Model:
@@ -56,7 +57,7 @@ def load(
 
     Args:
       path: a run's folder, a Hugging Face folder or id (`org/name`, `org/name@revision`), or PEFT adapters.
-      step: which checkpoint of a run; the newest by default.
+      step: which checkpoint of a run, or "best", by its validation; the newest by default.
       config: a YAML file, or the name of one in `configs/`; by default the run's own, except for the servers
         and classes of a live world, which another person may have written.
       overrides: settings such as `rollout.max_reply_tokens=60`.
@@ -64,6 +65,7 @@ def load(
     Raises:
       UserError: no such model or step, or a bad setting.
     """
+    refuse_unread("load", overrides)
     options = Namespace(
         model=str(path),
         step=step,
@@ -75,6 +77,16 @@ def load(
     subject = find_subject(options, _SIZES)
     prepare_jax(subject.config.run.compilation_cache)
     return Model(subject.config, subject.load(), subject.unused_world)
+
+
+def _check_messages(messages: Any) -> None:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise UserError('messages must be a list, such as [{"role": "user", "content": "Hello."}]')
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise UserError(f"message {number} must be a mapping with `role` and `content`")
+        if not isinstance(message.get("content"), str | list):
+            raise UserError(f"message {number} has no text as `content`")
 
 
 @dataclass(frozen=True)
@@ -107,9 +119,10 @@ class Model:
           seed: of sampling.
 
         Raises:
-          UserError: the conversation leaves no room for a reply, or the last message is not the user's.
+          UserError: no messages, no room for a reply, or the last message is not the user's.
         """
-        if not messages or messages[-1].get("role") != "user":
+        _check_messages(messages)
+        if not messages or messages[-1]["role"] != "user":
             raise UserError("the last message must be the user's; add it, or leave the reply out")
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"`max_tokens` is {max_tokens}; it must be at least 1")
@@ -136,6 +149,8 @@ class Model:
         Raises:
           UserError: no such card, or a world that cannot be opened.
         """
+        if not isinstance(card, str | Scenario):
+            raise UserError(f"the card must be a scenario or the id of one, not {card!r}")
         config, environment = self.config, self.config.environment
         if self._unused_world is not None:
             raise UserError(
@@ -172,6 +187,7 @@ class Model:
         Raises:
           UserError: messages in another order, without a reply, or too long for the model.
         """
+        _check_messages(messages)
         chat, _ = parse_chat({"messages": list(messages)}, "the chat")
         policy, rollout = self._local.policy, self.config.rollout
         renderer = Renderer(policy.tokenizer, rollout.history, rollout.system_prompt)

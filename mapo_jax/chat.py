@@ -18,14 +18,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mapo_jax.commands import Stopped, prepare_jax, printable, run_command, show
+from mapo_jax.commands import Stopped, command_parser, prepare_jax, printable, run_command, show
 from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState
 from mapo_jax.environment.roles import Roles, take_turn
 from mapo_jax.environment.scenario import Scenario, find_scenario
 from mapo_jax.environment.state import AXES, norm
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.conversations import ReasoningHidden, limits_of
-from mapo_jax.evaluation.subject import TRUST, Subject, find_subject
+from mapo_jax.evaluation.subject import TRUST, Subject, add_step, find_subject
+from mapo_jax.idle import refuse_unread, unread
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.rows import ChatFormat
@@ -176,6 +177,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
     scripted = options.user == "scripted"
     if scripted and options.scenario is None:
         raise UserError("--user scripted plays a person on a card; name it with --scenario ID")
+    if options.trust_run_world and options.scenario is None:
+        raise UserError(f"{TRUST} has no effect without --scenario; leave it out")
+    refuse_unread("chat", options.overrides)
+    if options.scenario is None and (idle := unread("chat without --scenario", options.overrides)):
+        console.print(f"no effect in chat without --scenario: {', '.join(idle)}", soft_wrap=True)
     subject = find_subject(options)
     config, card = subject.config, None
     if options.scenario is not None:
@@ -207,9 +213,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.chat", description=__doc__.split("\n\n")[0].replace("\n", " ")
-    )
+    parser = command_parser("chat", __doc__.split("\n\n")[0].replace("\n", " "))
     option = parser.add_argument
     option(
         "--model",
@@ -217,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FOLDER|ID|RUN",
         help="model folder or id, PEFT adapters, or a run",
     )
-    option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
+    add_step(option)
     option("--scenario", metavar="ID", help="of the card that the user plays (default: a free talk)")
     option(
         "--user",

@@ -8,7 +8,6 @@ A line is what one request added to a conversation, or feedback on a reply. `rea
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from mapo_jax.commands import run_command
+from mapo_jax.commands import command_parser, run_command
 from mapo_jax.errors import UserError
 from mapo_jax.files import append_line, storage_problem, write_whole
 from mapo_jax.json_files import read_rows
@@ -139,9 +138,9 @@ def well_rated(chats: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`FOLDER --output FILE.jsonl`: writes the well-rated conversations for `warmstart.data`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.chat_log",
-        description="Writes the conversations that were rated well, as data for the warm start.",
+    parser = command_parser(
+        "chat_log",
+        "Writes the conversations that were rated well, as data for the warm start.",
     )
     parser.add_argument("folder", type=Path, help="the folder of `serve --conversations`")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
 import io
@@ -19,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from mapo_jax import __version__
 from mapo_jax.errors import UserError
 from mapo_jax.files import storage_problem
 from mapo_jax.startup import STOPPED, imported
@@ -32,7 +34,7 @@ _HUGE_PAGES_FOR, _PAGE = 2**30, 2**21  # bytes
 
 
 class Stopped(Exception):
-    """The command was stopped, by a signal or for another `reason`; all its files are whole."""
+    """The command or run was stopped, by a signal or for another `reason`; all its files are whole."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -43,6 +45,13 @@ class Stopped(Exception):
         """128 + n for signal n; 124, as the command `timeout` exits, for any other reason."""
         signals = signal.Signals.__members__
         return 128 + signals[self.reason] if self.reason in signals else 124
+
+
+def command_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """The parser of `python -m mapo_jax.NAME`, which knows `--version`."""
+    parser = argparse.ArgumentParser(prog=f"python -m mapo_jax.{name}", description=description)
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
 
 
 def run_command(command: Callable[[], None]) -> int:

@@ -17,13 +17,14 @@ from typing import Any
 import yaml
 
 from mapo_jax.chat_log import read_chats
-from mapo_jax.commands import run_command
+from mapo_jax.commands import command_parser, run_command
 from mapo_jax.config import Config, load_config
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.calls import Complete
 from mapo_jax.environment.live.draft import draft_card
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
+from mapo_jax.idle import refuse_unread
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.role_models import keep_calls, open_models
 from mapo_jax.settings import parse_settings
@@ -50,6 +51,7 @@ async def _draft_all(
 
 def run(options: argparse.Namespace) -> None:
     """Drafts and writes the cards."""
+    refuse_unread("draft", options.overrides)
     config = load_config(options.config, options.overrides)
     chats = [chat for chat in read_chats(options.conversations) if "scenario" not in chat]
     if not chats:
@@ -75,9 +77,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.draft", description="Drafts cards from kept conversations."
-    )
+    parser = command_parser("draft", "Drafts cards from kept conversations.")
     parser.add_argument("conversations", type=Path, help="the folder of `serve --conversations`")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.yaml")
     parser.add_argument("--config", metavar="FILE|NAME", help="YAML file with environment.judge")

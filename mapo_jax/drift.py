@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mapo_jax.chat_log import is_chat_log, read_chats
-from mapo_jax.commands import run_command, show
+from mapo_jax.commands import command_parser, run_command, show
 from mapo_jax.environment.dialogue import LEVEL_NAMES
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.transcripts import JUDGED
@@ -131,9 +131,7 @@ td:first-child, th:first-child {{ text-align: left; }}</style></head>
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 no drift, 1 drift, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.drift", description=__doc__.split("\n\n")[0].replace("\n", " ")
-    )
+    parser = command_parser("drift", __doc__.split("\n\n")[0].replace("\n", " "))
     option = parser.add_argument
     option("--before", nargs="+", required=True, metavar="FOLDER", help="the earlier period")
     option("--after", nargs="+", required=True, metavar="FOLDER", help="the later period")

@@ -7,23 +7,33 @@ from functools import reduce
 
 import yaml
 
-from mapo_jax.config import Config, differing_keys, played_roles
+from mapo_jax.config import Config, differing_keys, played_roles, updated
 from mapo_jax.environment.live.cost import live_forecast, run_load
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.files import as_path
+from mapo_jax.hub import cached, hub_id
 from mapo_jax.idle import idle_settings, refuse_unused_roles
+from mapo_jax.model.sharding import make_mesh
 from mapo_jax.role_models import check_roles
+from mapo_jax.rollout.completion import role_engines
 from mapo_jax.run import cards, cards_of_run
 from mapo_jax.running.display import duration
 from mapo_jax.running.forecast import details, forecast, summary_rows
 from mapo_jax.running.metrics import METRICS_FILE, import_wandb, read_rows
-from mapo_jax.running.run_folder import refuse_folder, whole_steps
+from mapo_jax.running.run_folder import (
+    CONFIG_FILE,
+    refuse_folder,
+    refuse_lost_checkpoints,
+    refuse_unwritable,
+    whole_steps,
+)
 from mapo_jax.settings import merged, nested, value_at
+from mapo_jax.warmstart import check_rows
 from mapo_jax.warmstarting.chats import read_chats
 
 
 def dry_run(config: Config, *, full: bool = False) -> str:
-    """Checks what a run checks before its first step, and describes it. Sends no request and writes nothing.
+    """Checks what a run checks before its first step, and describes it. Sends no request and leaves no file.
 
     Args:
       full: also the whole configuration, shardings, memory by kind, and calls and cost by role.
@@ -37,18 +47,28 @@ def dry_run(config: Config, *, full: bool = False) -> str:
     training, validation = cards_of_run(config)
     played = played_roles(config.environment)
     check_roles(config, played)
-    if config.model.path is None and config.warmstart.data is not None:
-        read_chats(config.warmstart.data)
-    refuse_folder(as_path(config.run.directory), config)
-    idle = idle_settings(config)
+    if config.model.path is None:
+        check_rows(config.warmstart.rows, make_mesh(config.mesh))
+        if config.warmstart.data is not None:
+            read_chats(config.warmstart.data)
+    folder = as_path(config.run.directory)
+    refuse_folder(folder, config)
+    refuse_unwritable(folder)
+    continues = bool(whole_steps(folder))
+    if (folder / CONFIG_FILE).exists() and not continues:
+        refuse_lost_checkpoints(folder, config)
+    absent = _absent_models(config, continues=continues)
+    idle = idle_settings(config, len(validation))
     rows = {
         "cards": f"{len(training)} for training, {len(validation)} for validation, "
         f"{config.evaluation.rollouts} dialogues with each",
         "world": _world(config, played, training),
         "folder": _folder(config),
+        **({"weights": f"not here; the run fetches them, or {', '.join(absent)}"} if absent else {}),
         **({"no effect": ", ".join(idle)} if idle else {}),
     }
-    parts = [_differing(config), f"{forecast(config)}\n{summary_rows(rows)}"]
+    counted = updated(config, {"evaluation.scenarios": len(validation)})
+    parts = [_differing(config), f"{forecast(counted)}\n{summary_rows(rows)}"]
     if full:
         parts.append(details(config))
         if played:
@@ -80,6 +100,13 @@ def _world(config: Config, played: tuple[str, ...], training: list[Scenario]) ->
         players.append(f"{name} {player} ({loads[name][0]:,.0f} calls at most{price})")
     rest = "" if config.environment.family == "live" else "; the others scripted"
     return f"{'; '.join(players)}{rest}. No request was sent"
+
+
+def _absent_models(config: Config, *, continues: bool) -> list[str]:
+    """The commands that fetch the models which are not in Hugging Face's cache."""
+    own = [config.model.path] if config.model.path and not continues else []
+    names = dict.fromkeys((*own, *(engine.folder for engine in role_engines(config.environment))))
+    return [hub_id(name).command for name in names if cached(name) is None]
 
 
 def _folder(config: Config) -> str:

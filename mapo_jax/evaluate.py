@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console, Group
 
-from mapo_jax.commands import Stopped, prepare_jax, printable, run_command, show
+from mapo_jax.commands import Stopped, command_parser, prepare_jax, printable, run_command, show
 from mapo_jax.config import ENGINE, HELD_OUT, ROLES, Config, held_out, load_config, updated
 from mapo_jax.environment.card_schema import SPLITS
 from mapo_jax.environment.live.guard import WorldFailing
@@ -34,8 +34,16 @@ from mapo_jax.evaluation import conversations, tables, transcripts
 from mapo_jax.evaluation import judged_page as page
 from mapo_jax.evaluation.answers import ANSWERS, Folder, Prompt, ask, fingerprint
 from mapo_jax.evaluation.items import HOMES, find_items
-from mapo_jax.evaluation.subject import TRUST, Subject, add_options, check_numbers, find_subject
+from mapo_jax.evaluation.subject import (
+    TRUST,
+    Subject,
+    add_options,
+    check_numbers,
+    find_subject,
+    refuse_idle_options,
+)
 from mapo_jax.files import encodable, write_whole
+from mapo_jax.idle import refuse_unread, unread
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.scores import emobench, empa, eqbench
@@ -322,9 +330,7 @@ def _write(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.evaluate", description=__doc__.split("\n\n")[0].replace("\n", " ")
-    )
+    parser = command_parser("evaluate", __doc__.split("\n\n")[0].replace("\n", " "))
     commands = parser.add_subparsers(required=True, metavar="{empa,emobench,eqbench,dialogues}")
     homes = ", ".join(HOMES)
 
@@ -339,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
         "the keys in the environment variables named there, and import and run the classes named there",
     )
     add_options(command, "--trajectories", "score saved levels again: JSONL of model, start, levels")
-    _common(command, run_empa)
+    _common(command, "empa", run_empa)
 
     command = commands.add_parser("emobench", help="EmoBench: what helps best, which emotion, and why")
     option = command.add_argument
@@ -352,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
         "in each of four orders",
     )
     add_options(command, "--answers", "score saved answers: JSONL of qid, language, answer")
-    _common(command, run_emobench)
+    _common(command, "emobench", run_emobench)
 
     command = commands.add_parser("eqbench", help="EQ-Bench v2: how strongly emotions are felt")
     option = command.add_argument
@@ -365,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
         help="benchmark (default): without * and #, names in any case; strict: as the answer stands",
     )
     add_options(command, "--answers", "score saved answers: JSON of {question id: text}")
-    _common(command, run_eqbench)
+    _common(command, "eqbench", run_eqbench)
 
     command = commands.add_parser("dialogues", help="real conversations, judged turn by turn")
     option = command.add_argument
@@ -377,12 +383,12 @@ def _parser() -> argparse.ArgumentParser:
         ", or the folder of `mapo_jax.serve --conversations`",
     )
     option("--worst", type=int, default=10, metavar="N", help="turns shown (default: 10)")
-    _common(command, run_dialogues)
+    _common(command, "dialogues", run_dialogues)
     return parser
 
 
-def _common(command: argparse.ArgumentParser, run: Callable[..., None]) -> None:
-    command.set_defaults(command=run)
+def _common(command: argparse.ArgumentParser, name: str, run: Callable[..., None]) -> None:
+    command.set_defaults(command=run, name=name, default=command.get_default)
     option = command.add_argument
     option("--output", metavar="FOLDER", help="for results; an evaluation in it is continued")
     option("--config", metavar="FILE|NAME", help="configuration (default: a run's own, else the defaults)")
@@ -408,6 +414,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         check_numbers(options)
+        refuse_idle_options(options)
+        if vars(options).get("cards") and options.split != options.default("split"):
+            raise UserError("--split has no effect with --cards; leave one of them out")
+        refuse_unread("evaluate", options.overrides)
+        mode = f"evaluate {options.name}" + (" --endpoint" if vars(options).get("endpoint") else "")
+        if idle := unread(mode, options.overrides):
+            console.print(f"no effect in {mode}: {', '.join(idle)}", soft_wrap=True)
         options.command(options, console)
 
     return run_command(command)

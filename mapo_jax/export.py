@@ -14,7 +14,6 @@ Of a run with adapters (`lora.rank`) the adapters are merged into the weights; o
 written, in PEFT's format, or the frozen weights beside them.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from mapo_jax.commands import run_command, show
+from mapo_jax.commands import command_parser, run_command, show
 from mapo_jax.config import Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
@@ -43,16 +42,14 @@ from mapo_jax.running.policy import Policy, load_policy, open_weights, read_poli
 from mapo_jax.running.run_folder import (
     BASE_FOLDER,
     CONFIG_FILE,
-    best_steps,
     checkpoint_folder,
-    whole_steps,
+    step_option,
 )
 from mapo_jax.tokenizer import write_tokenizer
 from mapo_jax.warmstarting.packing import Renderer
 
 DTYPES = ("float32", "bfloat16")
 PARTS = ("merged", "adapters", "base")
-BEST = "best"
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
 _SAMPLE = [
     {"role": "user", "content": "I keep thinking about the night shifts."},
@@ -94,10 +91,6 @@ def export(
     if not (run / CONFIG_FILE).is_file():
         raise UserError(f"{run} is no run folder (no {CONFIG_FILE}); give the folder of a training run")
     config = load_config(run / CONFIG_FILE)
-    if step == BEST:
-        step = next(iter(best_steps(run, whole_steps(run))), None)
-        if step is None:
-            raise UserError(f"no checkpoint of {run} has an evaluation; give its number with --step")
     step = int(checkpoint_folder(run, step).name)
     policy = read_policy(run, config.rollout)
     if part != "merged" and policy.config.lora is None:
@@ -213,21 +206,15 @@ def _sample_row(policy: Policy, config: Config) -> tuple[int, ...]:
     return renderer.pieces(_SAMPLE, sys.maxsize)[-1].ids
 
 
-def _step(text: str) -> int | str:
-    if text != BEST and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor {BEST}")
-    return text if text == BEST else int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.export", description="Writes a run's policy as a Hugging Face folder."
-    )
+    parser = command_parser("export", "Writes a run's policy as a Hugging Face folder.")
     option = parser.add_argument
     option("--run", required=True, metavar="RUN", help="run folder")
     option("--output", required=True, metavar="FOLDER", help="new or empty folder")
-    option("--step", type=_step, metavar="N|best", help="checkpoint (default: latest; best: by validation)")
+    option(
+        "--step", type=step_option, metavar="N|best", help="checkpoint (default: latest; best: by validation)"
+    )
     option("--dtype", choices=DTYPES, default="float32", help="of the written weights")
     option(
         "--part",
@@ -243,6 +230,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console()
         if options.check and options.part == "adapters":
             raise UserError("--check computes with a whole model; leave it out with --part adapters")
+        if options.part == "adapters" and (options.dtype, options.shard_gb) != ("float32", 5.0):
+            raise UserError(
+                "--dtype and --shard-gb have no effect with --part adapters, which are one file in float32; "
+                "leave them out"
+            )
         if not options.shard_gb > 0:
             raise UserError(f"--shard-gb is {options.shard_gb:g}; it must be above 0")
         chosen = {"step": options.step, "dtype": options.dtype, "part": options.part}

@@ -6,7 +6,6 @@ Writes every card with its start, and the evidence for each level to FILE.eviden
 beside the output, so that the same command continues after a stop.
 """
 
-import argparse
 import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 from rich.progress import track
 
-from mapo_jax.commands import run_command
+from mapo_jax.commands import command_parser, run_command
 from mapo_jax.config import Config, load_config
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.calls import Complete
@@ -24,6 +23,7 @@ from mapo_jax.environment.live.start import StartState, estimate_start
 from mapo_jax.environment.scenario import Scenario, read_cards, to_mapping
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
+from mapo_jax.idle import refuse_unread
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.role_models import keep_calls, open_models
 from mapo_jax.settings import parse_settings
@@ -31,9 +31,7 @@ from mapo_jax.settings import parse_settings
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.rate", description="Estimates missing start states with the judge's model."
-    )
+    parser = command_parser("rate", "Estimates missing start states with the judge's model.")
     parser.add_argument("cards", type=Path, help="a file or a folder of cards")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--config", metavar="FILE|NAME", help="YAML file with environment.judge")
@@ -41,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_settings(Config, parser, arguments)
 
     def command() -> None:
+        refuse_unread("rate", options.overrides)
         config = load_config(options.config, options.overrides)
         scenarios, problems = read_cards(options.cards)
         if problems:

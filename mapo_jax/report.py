@@ -9,13 +9,12 @@ paper. Missing and damaged parts of a run are left out and listed.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from mapo_jax.commands import prepare_jax, printable, run_command, show
+from mapo_jax.commands import command_parser, prepare_jax, printable, run_command, show
 from mapo_jax.errors import UserError
 from mapo_jax.reporting.text import render_text
 from mapo_jax.reporting.write import DIALOGUES, read_runs, write_report
@@ -23,9 +22,9 @@ from mapo_jax.reporting.write import DIALOGUES, read_runs, write_report
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (see `commands.run_command`)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.report",
-        description="Writes one self-contained HTML page about a training run, or about several beside each "
+    parser = command_parser(
+        "report",
+        "Writes one self-contained HTML page about a training run, or about several beside each "
         "other: did it get better, what did it learn to do, can the numbers be trusted, and every dialogue.",
     )
     parser.add_argument(

@@ -25,17 +25,18 @@ from mapo_jax.environment.live.user import LiveUser
 from mapo_jax.environment.roles import Completion, Messages, Schema
 from mapo_jax.errors import UserError
 from mapo_jax.files import part_of
-from mapo_jax.rollout.completion import EngineModel
+from mapo_jax.model.qwen import QwenConfig
+from mapo_jax.model.sharding import make_mesh
+from mapo_jax.rollout.completion import EngineModel, RoleEngine, role_engine
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.sampling import Sampling
 from mapo_jax.running.loop import LoopThread
-from mapo_jax.running.policy import check_policy, load_policy
+from mapo_jax.running.policy import check_policy, load_policy, read_shape
 
 if TYPE_CHECKING:
     from mapo_jax.environment.live.client import Connections, Server
 
 _METHODS = {"user": ("open", "reply"), "judge": ("score",), "director": ("act",), HELD_OUT: ("score",)}
-_ENGINE_DEFAULTS = {"slots": 8, "tokens": 4096}
 
 
 @contextmanager
@@ -64,14 +65,14 @@ def open_models(
     """
     environment = config.environment
     roles = {name: role for name in names if (role := getattr(environment, name)).model is not None}
-    remote = {name: role for name, role in roles.items() if not role.model.startswith(ENGINE)}
+    remote = {name: role for name, role in roles.items() if role_engine(role) is None}
     with ExitStack() as stack:
         log = CallLog(None if folder is None else part_of(folder / FAILURES_FILE, part))
         connections = _connect(remote.values(), environment, runner, stack)
         calls: dict[str, Callable[..., Awaitable[Any]]] = {}
         for name, role in remote.items():  # checks every key before the first request
             calls[name] = _server(name, role, environment, connections[role.url], log)
-        engines: dict[Any, EngineModel] = {}
+        engines: dict[RoleEngine, EngineModel] = {}
         for name, role in roles.items():
             if name in remote:
                 runner.run(_check_server(name, role, calls[name]))
@@ -137,10 +138,11 @@ def check_roles(config: Config, names: Sequence[str]) -> None:
 
     for name in names:
         role = getattr(config.environment, name)
-        if role.model is not None and role.model.startswith(ENGINE):
+        if (engine := role_engine(role)) is not None:
             try:
-                rollout = RolloutConfig(max_tokens=_engine_options(role)["tokens"])
-                check_policy(role.model.removeprefix(ENGINE), rollout)
+                check_policy(engine.folder, RolloutConfig(max_tokens=engine.tokens))
+                model = read_shape(engine.folder)
+                _make_engine(engine, model, (0,), model.vocab_size, config, make_mesh(config.mesh))
             except UserError as error:
                 raise UserError(_with_role_keys(str(error), name)) from error
         elif role.model is not None:
@@ -239,47 +241,23 @@ async def _check_server(name: str, role: RoleConfig, server: Server) -> None:
         ) from None
 
 
-def _engine_options(role: RoleConfig) -> dict[str, Any]:
-    options = _ENGINE_DEFAULTS | role.extra_body
-    if set(options) != set(_ENGINE_DEFAULTS) or not all(
-        isinstance(value, int) and value > 0 for value in options.values()
-    ):
-        raise UserError(
-            f"`extra_body` of {role.model} is {role.extra_body}; an engine takes slots and tokens there, "
-            "whole numbers above 0"
-        )
-    return options
-
-
 def _engine_call(
-    name: str, engines: dict[Any, EngineModel], config: Config, mesh: Mesh | None, log: CallLog
+    name: str, engines: dict[RoleEngine, EngineModel], config: Config, mesh: Mesh | None, log: CallLog
 ) -> Callable[..., Awaitable[Any]]:
     """Calls a frozen model on an engine of this process; roles of one model and temperature share it."""
     role = getattr(config.environment, name)
-    options = _engine_options(role)
-    identity = (role.model, role.temperature, options["slots"], options["tokens"])
-    if identity not in engines:
-        roles = (getattr(config.environment, each) for each in (*ROLES, HELD_OUT))
-        longest = max(each.max_tokens for each in roles if each.model == role.model)
+    made_of = role_engine(role)
+    if made_of not in engines:
         try:
-            rollout = RolloutConfig(max_tokens=options["tokens"])
-            policy, params = load_policy(role.model.removeprefix(ENGINE), rollout, mesh=mesh)
-            engine = Engine(
-                policy.config,
-                slots=options["slots"],
-                length=options["tokens"],
-                sampling=Sampling(temperature=role.temperature),
-                max_reply_tokens=longest,
-                stop_ids=policy.chat.stop_ids,
-                vocabulary_size=policy.chat.vocabulary_size,
-                dtype=config.model.dtype,
-                mesh=mesh,
-            )
+            rollout, dtype = RolloutConfig(max_tokens=made_of.tokens), config.model.dtype
+            policy, params = load_policy(made_of.folder, rollout, mesh=mesh, dtype=dtype)
+            chat = policy.chat
+            engine = _make_engine(made_of, policy.config, chat.stop_ids, chat.vocabulary_size, config, mesh)
         except UserError as error:
             raise UserError(_with_role_keys(str(error), name)) from error
         engine.load(params, 0)
-        engines[identity] = EngineModel(engine, policy.chat)
-    model = engines[identity]
+        engines[made_of] = EngineModel(engine, policy.chat)
+    model = engines[made_of]
 
     async def call(messages: Messages, *, seed: int, schema: Schema | None) -> Completion:
         started = time.monotonic()
@@ -288,6 +266,29 @@ def _engine_call(
         return completion
 
     return call
+
+
+def _make_engine(
+    made_of: RoleEngine,
+    model: QwenConfig,
+    stop_ids: Sequence[int],
+    vocabulary_size: int,
+    config: Config,
+    mesh: Mesh | None,
+) -> Engine:
+    """The engine, without weights, for the longest answers of the roles that have its model."""
+    roles = (getattr(config.environment, name) for name in (*ROLES, HELD_OUT))
+    return Engine(
+        model,
+        slots=made_of.slots,
+        length=made_of.tokens,
+        sampling=Sampling(temperature=made_of.temperature),
+        max_reply_tokens=max(role.max_tokens for role in roles if role.model == ENGINE + made_of.folder),
+        stop_ids=stop_ids,
+        vocabulary_size=vocabulary_size,
+        dtype=config.model.dtype,
+        mesh=mesh,
+    )
 
 
 def _with_role_keys(message: str, name: str) -> str:

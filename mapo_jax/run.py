@@ -218,7 +218,7 @@ def prepare(
     done = max(checkpoints.steps, default=-1)
     writer = None
     if processes.first:
-        if idle := idle_settings(config):
+        if idle := idle_settings(config, len(validation), processes.count):
             display.note(f"no effect in this run: {', '.join(idle)}")
         for problem in cut_back(folder, done):
             display.note(problem)

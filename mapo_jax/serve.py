@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from mapo_jax.chat_log import ChatLog
-from mapo_jax.commands import prepare_jax, printable, run_command, show
+from mapo_jax.commands import command_parser, prepare_jax, printable, run_command, show
 from mapo_jax.environment.live.keys import read_key
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.local import load_model
-from mapo_jax.evaluation.subject import Subject, find_subject
+from mapo_jax.evaluation.subject import Subject, add_step, find_subject
+from mapo_jax.idle import refuse_unread, unread
 from mapo_jax.rollout.engine import Engine
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def run(options: Namespace, console: Console) -> None:
     for name in HTTP_ONLY if grpc else ():
         if getattr(options, name) != _parser().get_default(name):
             raise UserError(f"--{name.replace('_', '-')} has no effect with JetStream; leave it out")
+    refuse_unread("serve", options.overrides)
     key, admin_key = (
         _key(variable, option)
         for variable, option in (
@@ -120,6 +122,8 @@ def run(options: Namespace, console: Console) -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
     listening = _listen(options.host, options.port)
     subject = find_subject(options)
+    if subject.step is None and (idle := unread("serve without a run", options.overrides)):
+        console.print(f"no effect in serve without a run: {', '.join(idle)}", soft_wrap=True)
     prepare_jax(subject.config.run.compilation_cache)
     if grpc:
         show(console, f"loading {printable(options.model)} and compiling ...")
@@ -243,9 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         return value
 
     count = partial(number, least=1)
-    parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.serve", description=__doc__.split("\n\n")[0].replace("\n", " ")
-    )
+    parser = command_parser("serve", __doc__.split("\n\n")[0].replace("\n", " "))
     option = parser.add_argument
     option(
         "--model",
@@ -253,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER|ID|RUN",
         help="Hugging Face folder or id (ORG/NAME[@REVISION]), PEFT adapters, or a run's folder",
     )
-    option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
+    add_step(option)
     option("--protocol", choices=("openai", "jetstream"), default="openai", help="default: openai")
     option("--name", help="of the model in requests (default: its folder's name)")
     option(

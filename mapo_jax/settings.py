@@ -12,6 +12,7 @@ import difflib
 import functools
 import json
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,6 +130,8 @@ def read_yaml(path: Path | str) -> tuple[dict[str, Any], dict[str, str]]:
         node = loader.get_single_node()
         collect_places(node)
         content = node and loader.construct_document(node)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
@@ -142,19 +145,27 @@ def read_yaml(path: Path | str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def parse_settings(
-    root: type[Section], parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+    root: type[Section],
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    section: str = "training",
 ) -> argparse.Namespace:
     """Parses a command line with options and `key=value` settings in any order.
 
-    Exits with status 2 for an unknown option; if it is the name of a setting, the message has its form.
+    Exits with status 2 for an unknown option; if it is the name of a setting, the message has its form. A
+    name is looked for in `section` first; that of a section means its first key, as `model` the path.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     options, unknown = parser.parse_known_intermixed_args(words)
     for option in unknown:
         name, _, value = option.lstrip("-").partition("=")
         value = value or "".join(words[words.index(option) + 1 :][:1])
-        if option.startswith("--") and (close := _meant(root, name.replace("-", "_"))):
-            parser.exit(2, f"error: `{option}` is no option; write the setting {close}={value or 'VALUE'}\n")
+        name = name.replace("-", "_")
+        named = [f"{section}.{name}", *(_keys_below(root, name) if name in root.model_fields else ())]
+        close = next((key for key in named if key in fields(root)), None) or _meant(root, name)
+        if option.startswith("--") and close:
+            setting = shlex.quote(f"{close}={value or 'VALUE'}")
+            parser.exit(2, f"error: `{option}` is no option; write the setting {setting}\n")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return options

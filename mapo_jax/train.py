@@ -16,7 +16,6 @@ The same command started again continues the run from its newest whole checkpoin
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -25,9 +24,10 @@ from types import ModuleType
 from rich.console import Console
 
 from mapo_jax import stages
-from mapo_jax.commands import prepare_jax, run_command, show
+from mapo_jax.commands import command_parser, prepare_jax, run_command, show
 from mapo_jax.config import Config, describe_keys, load_config
 from mapo_jax.dry_run import dry_run
+from mapo_jax.errors import UserError
 from mapo_jax.learning.batch import minibatches
 from mapo_jax.learning.credit import turn_advantages, turn_returns, turn_rewards
 from mapo_jax.learning.update import place
@@ -44,6 +44,8 @@ def train(config: Config, console: Console | None = None, *, verbose: bool = Fal
       UserError: bad input, a failing disk or device, or an update that is not finite. Saved files stay whole.
       Stopped: a stop request; the last finished step is saved.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"train takes a configuration, not {config!r}; mapo_jax.load_config reads one")
     prepare_jax(config.run.compilation_cache)
     algorithm, training = config.algorithm, config.training
     with open_run(config, console, verbose=verbose) as run:
@@ -96,9 +98,9 @@ def train(config: Config, console: Console | None = None, *, verbose: bool = Fal
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status (see commands.run_command)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mapo_jax.train",
-        description="Trains a dialogue policy with MAPO or one of its baselines. Without arguments: a tiny "
+    parser = command_parser(
+        "train",
+        "Trains a dialogue policy with MAPO or one of its baselines. Without arguments: a tiny "
         "model in the scripted world, on the CPU, in minutes. The same command continues an unfinished run.",
     )
     parser.add_argument("--config", metavar="FILE|NAME", help="YAML file, or one of configs/ by name")
@@ -112,6 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_settings(Config, parser, arguments)
     if options.full and not options.dry_run:
         parser.error("--full belongs to --dry-run; add it, or leave --full out")
+    if options.verbose and options.dry_run:
+        parser.error("--verbose has no effect with --dry-run; --full prints all tables")
+    if options.keys and (options.config or options.overrides or options.dry_run or options.verbose):
+        parser.error("--keys prints all keys and does nothing else; leave the rest out")
 
     def command() -> None:
         if options.keys:

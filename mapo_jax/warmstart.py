@@ -8,7 +8,6 @@ policy holds dialogues on the validation cards; their figures are shown and save
 Face folder in a cache. Its name is a hash of everything that determines it.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -23,17 +22,18 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from mapo_jax.commands import Stopped, cache_folder, prepare_jax, run_command, show
+from mapo_jax.commands import Stopped, cache_folder, command_parser, prepare_jax, run_command, show
 from mapo_jax.config import Config, OptimizerConfig, load_config, updated
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.files import damaged_file, read_object, write_checksums, write_whole
+from mapo_jax.idle import unread
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import create_state
 from mapo_jax.learning.update import Scoring, make_supervised_update, place
 from mapo_jax.model.backends import row_attention
 from mapo_jax.model.qwen import Params, init_params, parameter_shapes
-from mapo_jax.model.sharding import make_mesh, param_shardings
+from mapo_jax.model.sharding import make_mesh, param_shardings, row_shards
 from mapo_jax.rollout.rows import ChatFormat
 from mapo_jax.running.display import duration
 from mapo_jax.running.forecast import fresh_model
@@ -173,6 +173,15 @@ def _rows(config: Config, policy: Policy, chats: Sequence[Chat]) -> PackedRows:
 # --- Training. ---
 
 
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Raises UserError unless the rows of an update can be split over the mesh."""
+    if rows % (shards := row_shards(mesh)):
+        raise UserError(
+            f"`warmstart.rows` is {rows}; it must be a multiple of the {shards} shards "
+            "(mesh.data x mesh.fsdp) that the rows are split over"
+        )
+
+
 def _train(
     config: Config,
     policy: Policy,
@@ -183,12 +192,8 @@ def _train(
     check: Check,
 ) -> tuple[Params, list[list[float]], float]:
     """The trained weights, the loss curve as [update, loss] pairs, and tokens/s without compilation."""
-    settings, shards = config.warmstart, mesh.shape["data"] * mesh.shape["fsdp"]
-    if settings.rows % shards:
-        raise UserError(
-            f"`warmstart.rows` is {settings.rows}; it must be a multiple of the {shards} shards "
-            "(mesh.data x mesh.fsdp) that the rows are split over"
-        )
+    settings = config.warmstart
+    check_rows(settings.rows, mesh)
     own = updated(OPTIMIZER, {"learning_rate": settings.learning_rate})
     optimizer = make_optimizer(own, settings.steps, b2=B2)
     scoring = Scoring(
@@ -238,13 +243,15 @@ def _train(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input or too weak, 128 + n signal n."""
-    parser = argparse.ArgumentParser(prog="python -m mapo_jax.warmstart", description=__doc__.split("\n")[0])
+    parser = command_parser("warmstart", __doc__.split("\n")[0])
     parser.add_argument("--config", metavar="FILE|NAME", help="YAML file, or one of configs/ by name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. warmstart.steps=100")
-    options = parse_settings(Config, parser, arguments)
+    options = parse_settings(Config, parser, arguments, "warmstart")
 
     def command() -> None:
         config = load_config(options.config, options.overrides)
+        if idle := unread("warmstart", options.overrides):
+            print(f"no effect in a warm start: {', '.join(idle)}")
         prepare_jax(config.run.compilation_cache)
         with StopRequest(answer=print) as stop:
             try:

@@ -72,6 +72,28 @@ def test_a_reply_follows_from_the_seed(model):
         model.chat([{"role": "user", "content": "word " * 400}])
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: mapo_jax.train("tiny"), "train takes a configuration, not 'tiny'"),
+        (lambda model: model.chat("hello"), "messages must be a list"),
+        (lambda model: model.chat(5), "messages must be a list"),
+        (lambda model: model.chat(CHAT[0]), "messages must be a list"),
+        (lambda model: model.chat(["hello"]), "message 1 must be a mapping"),
+        (lambda model: model.chat([{"content": "Hm."}]), "message 1 must be a mapping"),
+        (lambda model: model.chat([*CHAT[:2], {"role": "user"}]), "message 3 has no text"),
+        (lambda model: model.chat([{"role": "user", "content": None}]), "message 1 has no text"),
+        (lambda model: model.chat([]), "the last message must be the user's"),
+        (lambda model: model.chat(CHAT[:2]), "the last message must be the user's"),
+        (lambda model: model.score("hello"), "messages must be a list"),
+        (lambda model: model.dialogue(5), "the card must be a scenario or the id of one, not 5"),
+    ],
+)
+def test_what_is_no_conversation_is_one_sentence(model, call, words):
+    with pytest.raises(mapo_jax.UserError, match=words):
+        call(model)
+
+
 def test_scores_are_the_log_probabilities_of_the_replies(model):
     """Against the logits of the whole row, of which the replies' columns are searched by their ids."""
     policy, params = model._local.policy, model._local.params
@@ -142,5 +164,7 @@ def test_a_configuration_is_found_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "tiny").write_text("training: {steps: 7}")  # a file wins
     assert mapo_jax.load_config("tiny").training.steps == 7
     assert mapo_jax.load_config("live").environment.family == "live"
-    with pytest.raises(mapo_jax.UserError, match=r"there is no file lave; .* live-engine, live, "):
+    with pytest.raises(
+        mapo_jax.UserError, match=r"there is no file lave; .* live-engine, live-small, live, "
+    ):
         mapo_jax.load_config("lave")

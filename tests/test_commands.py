@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import mapo_jax
-from mapo_jax import __main__, evaluate, train
+from mapo_jax import __main__, chat, draft, evaluate, export, rate, serve, train
 from mapo_jax.commands import Stopped, cache_folder, run_command
 from mapo_jax.errors import UserError
 from mapo_jax.startup import command_of
@@ -250,6 +251,9 @@ def test_every_command_is_listed_with_its_first_sentence(capsys, monkeypatch):
     # `config` prints the JSON schema, for the project's own use.
     for command in set(commands) - {"config"}:
         assert re.search(rf"mapo_jax\.{command} +\w+", listed), command
+        with pytest.raises(SystemExit) as ended:
+            import_module(f"mapo_jax.{command}").main(["--version"])
+        assert ended.value.code == 0 and capsys.readouterr().out.strip() == mapo_jax.__version__
 
 
 def test_settings_may_stand_before_and_after_options(capsys):
@@ -264,3 +268,68 @@ def test_settings_may_stand_before_and_after_options(capsys):
     with pytest.raises(SystemExit) as ended:
         evaluate.main(["empa", "a=1", "--model", "x", "b=2", "--nonsense"])
     assert ended.value.code == 2 and "unrecognized arguments: --nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (chat.main, ["--model", "x", "training.steps=3"]),
+        (chat.main, ["--model", "x", "--trust-run-world"]),
+        (serve.main, ["--model", "x", "training.steps=3"]),
+        (evaluate.main, ["empa", "--model", "x", "training.steps=3"]),
+        (evaluate.main, ["empa", "--model", "x", "--timeout", "3"]),
+        (evaluate.main, ["empa", "--model", "x", "--split", "train", "--cards", "y"]),
+        (evaluate.main, ["empa", "--endpoint", "http://x/v1", "--step", "3"]),
+        (evaluate.main, ["empa", "--trajectories", "x", "rollout.max_turns=3"]),
+        (evaluate.main, ["empa", "--trajectories", "x", "--split", "train"]),
+        (evaluate.main, ["eqbench", "--questions", "q", "--answers", "x", "--temperature", "0.5"]),
+        (evaluate.main, ["dialogues", "--transcripts", "x", "lora.rank=3"]),
+        (rate.main, ["x", "--output", "y.jsonl", "environment.user.model=m"]),
+        (draft.main, ["x", "--output", "y.yaml", "rollout.max_turns=3"]),
+        (export.main, ["--run", "x", "--output", "y", "--part", "adapters", "--dtype", "bfloat16"]),
+        (lambda arguments: run_command(lambda: mapo_jax.load("x", overrides=arguments)), ["lora.rank=3"]),
+    ],
+)
+def test_what_a_command_cannot_use_is_one_sentence(main, arguments, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search("ha(s|ve) no effect", error), error
+
+
+NOBODY = "http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize(
+    ("main", "mode", "arguments", "idle"),
+    [
+        (
+            evaluate.main,
+            "evaluate empa --endpoint",
+            ["empa", "--endpoint", NOBODY],
+            "rollout.system_prompt=Hm.",
+        ),
+        (
+            evaluate.main,
+            "evaluate eqbench",
+            ["eqbench", "--questions", "q", "--model", "x"],
+            "rollout.max_turns=3",
+        ),
+        (evaluate.main, "evaluate dialogues", ["dialogues", "--transcripts", "x"], "evaluation.rollouts=3"),
+        (chat.main, "chat without --scenario", ["--model", "x"], "environment.judge.model=m"),
+    ],
+)
+def test_settings_of_another_mode_of_a_command_are_named(main, mode, arguments, idle, capsys):
+    assert main([*arguments, idle]) == 2  # nothing of all this is there
+    assert capsys.readouterr().out == f"no effect in {mode}: {idle.partition('=')[0]}\n"
+
+
+@pytest.mark.parametrize(
+    "parse", [lambda words: evaluate._parse(["empa", *words]), serve._parser().parse_args]
+)
+def test_the_best_checkpoint_can_be_named(parse, capsys):
+    assert [parse(["--model", "x", "--step", step]).step for step in ("best", "30")] == ["best", 30]
+    with pytest.raises(SystemExit):
+        parse(["--model", "x", "--step", "worst"])
+    assert "'worst' is neither a step nor best" in capsys.readouterr().err
+    assert chat.main(["--model", "x", "--step", "best"]) == 2  # it is an option of chat, too
+    assert "no model folder or run x" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from mapo_jax import settings, train
+from mapo_jax import settings, train, warmstart
 from mapo_jax.config import (
     GONE,
     Config,
@@ -20,13 +20,14 @@ from mapo_jax.config import (
     value_of,
 )
 from mapo_jax.errors import UserError
-from mapo_jax.idle import idle_settings, refuse_unused_roles
+from mapo_jax.idle import READS, idle_settings, refuse_unread, refuse_unused_roles, unread
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 LIVE = ["environment.family=live"] + [
     f"environment.{role}.model=engine:x" for role in ("user", "judge", "director")
 ]
+SERVED = ["environment.judge.model=m", "environment.judge.url=http://x/v1"]
 
 
 def test_a_changed_configuration_survives_yaml(tmp_path):
@@ -168,14 +169,25 @@ def test_a_broken_file_is_one_clear_error(tmp_path, content, place):
 
 
 @pytest.mark.parametrize(
-    "words", [["--steps", "3"], ["--training.steps=3"], ["training.seed=1", "--steps", "3"]]
+    ("command", "words", "setting"),
+    [
+        (train, ["--steps", "3"], "training.steps=3"),
+        (train, ["--training.steps=3"], "training.steps=3"),
+        (train, ["training.seed=1", "--steps", "3"], "training.steps=3"),
+        (train, ["--model", "org/name"], "model.path=org/name"),
+        (train, ["--run", "my runs/1"], "'run.directory=my runs/1'"),
+        (train, ["--lr=1e-4"], "optimizer.learning_rate=1e-4"),
+        (warmstart, ["--steps", "3"], "warmstart.steps=3"),
+        (warmstart, ["--data=chats.jsonl"], "warmstart.data=chats.jsonl"),
+        (warmstart, ["--seed=3"], "training.seed=3"),
+    ],
 )
-def test_a_setting_written_as_an_option_is_told_its_form(words, capsys):
+def test_a_setting_written_as_an_option_is_told_its_form(command, words, setting, capsys):
     with pytest.raises(SystemExit) as ended:
-        train.main(words)
+        command.main(words)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1
-    assert "write the setting training.steps=3" in error
+    assert f"write the setting {setting}\n" in error
 
 
 def test_a_missing_file_is_one_clear_error(tmp_path):
@@ -195,7 +207,7 @@ def test_a_message_points_at_the_line(tmp_path):
     with pytest.raises(UserError, match=r"^`training.steps` is 0; it must be at least 1"):
         load_config(file, ["training.steps=0"])
     file.write_text("training: {seed: 1}\ntraining: {steps: 2}\n")
-    with pytest.raises(UserError, match=r"line 2: `training` is there a second time"):
+    with pytest.raises(UserError, match=rf"^{file}, line 2: `training` is there a second time; remove one"):
         load_config(file)
 
 
@@ -244,13 +256,68 @@ def test_mappings_of_a_key_are_merged(tmp_path):
         ([*LIVE, "environment.call_seconds=3", "environment.fault_rate=0.1"], ["environment.fault_rate"]),
         ([*LIVE, "environment.judge.requests_per_minute=3"], ["(needs a model on a server)"]),
         (["environment.judge.implementation=a:B", "environment.judge.samples=3"], ["judge.samples (needs"]),
+        (
+            ["environment.judge.implementation=a:B", "environment.judge.samples=3", *SERVED],
+            ["judge.samples (needs our own judge)"],
+        ),
+        ([*SERVED, "environment.judge.seconds=3"], ["judge.seconds (needs a role"]),
+        ([*SERVED, "environment.judge.samples=3"], []),
+        ([*LIVE, *SERVED, "environment.judge.seconds=3", "environment.concurrency=8"], []),
+        (["environment.concurrency=8"], ["environment.concurrency"]),
+        (["environment.max_failed_share=0.1"], ["(needs calls that can fail"]),
+        (["environment.fault_rate=0.1", "environment.max_failed_share=0.1"], []),
+        (["evaluation.scenarios=100"], ["evaluation.scenarios (needs more validation cards than the 16"]),
+        (["evaluation.scenarios=15", "rollout.slots=63", "rollout.ahead=1"], []),
+        (["rollout.slots=64"], ["rollout.slots (needs fewer than the 64"]),
+        (["rollout.ahead=1", "training.steps=1"], ["rollout.ahead (needs training.steps above 1)"]),
+        (["run.join_seconds=9", "run.silent_seconds=9"], ["(needs several processes)"] * 2),
+        (
+            ["algorithm.turn_weight=0", "algorithm.leave_one_out=true", "algorithm.discount=0.5"],
+            ["algorithm.discount", "algorithm.leave_one_out"],
+        ),
+        (["algorithm.turn_weight=0", "algorithm.batch_scope=group"], []),
+        (["algorithm.turn_weight=1", "algorithm.batch_scope=group"], ["algorithm.batch_scope"]),
+        (["algorithm.turn_weight=1", "algorithm.leave_one_out=true", "algorithm.discount=0.5"], []),
+        (["algorithm.estimator=turn", "algorithm.batch_scope=group"], ["algorithm.batch_scope"]),
+        (["algorithm.estimator=batch", "algorithm.discount=0.5"], ["only the reported returns change"]),
+        (["algorithm.estimator=grpo", "algorithm.discount=0.5"], ["only the reported returns change"]),
+        (["algorithm.estimator=reinforce_plus_plus", "algorithm.discount=0.5"], []),
+        (["algorithm.old_logprobs=trainer", "algorithm.clip_low=0.1"], []),
+        (
+            ["algorithm.old_logprobs=trainer", "algorithm.clip_low=0.1", "training.minibatch_scenarios=8"],
+            ["algorithm.clip_low (needs several updates a step"],
+        ),
+        ([*LIVE, "environment.delayed_opening=false"], []),  # the warm start makes dialogues
+        ([*LIVE, "environment.delayed_opening=false", "model.path=x"], ["environment.delayed_opening"]),
     ],
 )  # fmt: skip
 def test_changed_settings_without_effect_are_told(overrides, told):
     config = load_config(None, overrides)
     refuse_unused_roles(config)
-    idle = idle_settings(config)
+    idle = idle_settings(config, validation=16)
     assert len(idle) == len(told) and all(part in text for part, text in zip(told, idle, strict=True)), idle
+
+
+def test_several_processes_have_their_limits():
+    assert idle_settings(load_config(None, ["run.join_seconds=9"]), validation=16, processes=2) == []
+
+
+@pytest.mark.parametrize("command", READS)
+def test_a_command_refuses_settings_that_it_does_not_read(command):
+    for key in READS[command]:
+        assert any(known == key or known.startswith(key) for known in settings.fields(Config)), key
+    assert unread(command, ["nonsense.key=1", *(f"{key}=1" for key in READS[command])]) == []
+    with pytest.raises(
+        UserError, match=rf"`optimizer.learning_rate` has no effect in {command}; leave it out"
+    ):
+        refuse_unread(command, ["optimizer={learning_rate: 1.0}"])
+
+
+@pytest.mark.parametrize("words", [["--dry-run", "--verbose"], ["--keys", "training.steps=3"], ["--full"]])
+def test_options_of_training_that_cannot_go_together_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(words)
+    assert ended.value.code == 2 and words[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_a_tpu_recipe_has_the_papers_settings(name, sizes):
     assert config.environment.user.temperature == config.environment.judge.temperature == 1.0
 
 
-@pytest.mark.parametrize("name", ["qwen3_0.6b_gpu", "qwen3_4b_gpu", "qwen3_8b_lora_gpu"])
+@pytest.mark.parametrize("name", ["live-small", "qwen3_0.6b_gpu", "qwen3_4b_gpu", "qwen3_8b_lora_gpu"])
 def test_a_gpu_recipe_fits_the_gpu_that_it_names(name, absent_device):
     """With three quarters of its memory, jax's default."""
     path = next(path for path in CONFIGS if path.stem == name)

@@ -410,8 +410,10 @@ def test_roles_of_one_model_share_an_engine_with_room_for_the_longest_answer(mon
 
     policy = SimpleNamespace(config=None, chat=chat)
     monkeypatch.setattr("mapo_jax.role_models.Engine", Engine)
-    monkeypatch.setattr("mapo_jax.role_models.load_policy", lambda *args, **options: (policy, None))
-    changes = {f"environment__{role}__model": "engine:x" for role in ROLES}
+    loaded = []
+    load = lambda *args, **options: loaded.append(options["dtype"]) or (policy, None)  # noqa: E731
+    monkeypatch.setattr("mapo_jax.role_models.load_policy", load)
+    changes = {f"environment__{role}__model": "engine:x" for role in ROLES} | {"model__dtype": "bfloat16"}
     changes |= {f"environment__{role}__url": None for role in ROLES}
     lengths = {"user": 50, "judge": 700, "director": 90}
     changes |= {f"environment__{role}__max_tokens": length for role, length in lengths.items()}
@@ -427,6 +429,7 @@ def test_roles_of_one_model_share_an_engine_with_room_for_the_longest_answer(mon
         runner.run(ask(callers))
         metrics = call_figures([log.drain()], {})
     (engine,) = made
+    assert loaded == ["bfloat16"]
     assert engine.max_reply_tokens == 700 and engine.limits == [lengths[role] for role in ROLES]
     assert all(metrics[f"{role}/latency_p50"] > 0 for role in ROLES)
 

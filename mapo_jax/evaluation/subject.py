@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mapo_jax.files import encodable
 from mapo_jax.hub import fetch, hub_id
 from mapo_jax.model.peft import base_folder, is_adapter
 from mapo_jax.running.policy import MODEL_FOLDER
-from mapo_jax.running.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, checkpoint_folder
+from mapo_jax.running.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, checkpoint_folder, step_option
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,33 @@ def check_numbers(options: argparse.Namespace) -> None:
             raise UserError(f"`--{name.replace('_', '-')}` is {value}; it must be at least {least}")
 
 
+# Options of `add_options` and of the benchmarks that only one source of answers, or only a model, has.
+_IDLE = {"model": ("endpoint_model", "timeout"), "endpoint": ("step",)}
+_IDLE_SAVED = (
+    *("step", "endpoint_model", "timeout", "concurrency", "temperature", "max_tokens", "protocol"),
+    *("split", "cards", "trust_run_world", "output", "config", "overrides"),
+)
+
+
+def refuse_idle_options(options: argparse.Namespace) -> None:
+    """Raises UserError for an option, or settings, that have no effect with the source of the answers.
+
+    `options.default` gives the default of an option.
+    """
+    given = vars(options)
+    source = next((name for name in (*_IDLE, "answers", "trajectories") if given.get(name)), None)
+    for name in _IDLE.get(source, _IDLE_SAVED) if source else ():
+        if given.get(name) not in (None, [], options.default(name)):
+            word = "key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{word} has no effect with --{source}; leave it out")
+
+
+def add_step(option: Callable[..., Any]) -> None:
+    """Adds `--step` with `parser.add_argument`."""
+    which = "of a run: which checkpoint (default: the latest; best: by validation)"
+    option("--step", type=step_option, metavar="N|best", help=which)
+
+
 def add_options(parser: argparse.ArgumentParser, saved: str, help: str) -> None:
     """Adds the options that `find_subject` and `Subject` read, and `saved`, the one for saved results."""
     source = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -188,7 +216,7 @@ def add_options(parser: argparse.ArgumentParser, saved: str, help: str) -> None:
     source("--model", metavar="FOLDER|ID|RUN", help=model)
     source("--endpoint", metavar="URL", help="OpenAI-compatible server, such as http://HOST:PORT/v1")
     option = parser.add_argument
-    option("--step", type=int, metavar="N", help="of a run: which checkpoint (default: the latest)")
+    add_step(option)
     option("--endpoint-model", metavar="NAME", help="which of the server's models")
     option("--timeout", type=float, default=120.0, metavar="S", help="of a call (default: 120)")
     option("--concurrency", type=int, default=32, metavar="N", help="prompts or calls at once (default: 32)")

@@ -6,14 +6,47 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from mapo_jax.config import ENGINE, EnvironmentConfig, RoleConfig, played_roles
 from mapo_jax.environment.allowance import waiting
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.roles import Completion, Messages, Schema, with_schema
+from mapo_jax.errors import UserError
 from mapo_jax.rollout.dispatch import Dispatcher
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Reply, Request
 from mapo_jax.rollout.rows import ChatFormat
+
+_DEFAULTS = {"slots": 8, "tokens": 4096}
+
+
+class RoleEngine(NamedTuple):
+    """What an engine for roles is made of; roles for which it is the same share the engine."""
+
+    folder: str
+    temperature: float
+    slots: int
+    tokens: int  # longest prompt with its answer
+
+
+def role_engine(role: RoleConfig) -> RoleEngine | None:
+    """The engine of a role; None if its model is not on one. Raises UserError for other sizes than it has."""
+    if role.model is None or not role.model.startswith(ENGINE):
+        return None
+    sizes = _DEFAULTS | role.extra_body
+    if set(sizes) != set(_DEFAULTS) or not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+        raise UserError(
+            f"`extra_body` of {role.model} is {role.extra_body}; an engine takes slots and tokens there, "
+            "whole numbers above 0"
+        )
+    return RoleEngine(role.model.removeprefix(ENGINE), role.temperature, **sizes)
+
+
+def role_engines(environment: EnvironmentConfig) -> list[RoleEngine]:
+    """The engines of the roles that are played, each once. Raises as `role_engine`."""
+    engines = (role_engine(getattr(environment, name)) for name in played_roles(environment))
+    return list(dict.fromkeys(filter(None, engines)))
 
 
 class EngineModel:

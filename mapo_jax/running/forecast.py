@@ -22,7 +22,7 @@ from mapo_jax.rollout.requests import Counts
 from mapo_jax.running.display import duration
 from mapo_jax.running.memory import GIB, Forecast, device_memory, forecast_memory, rollout_memory
 from mapo_jax.running.metrics import METRICS_FILE, read_rows
-from mapo_jax.running.policy import adapters, check_policy, read_shape
+from mapo_jax.running.policy import adapters, check_policy, make_engine, read_shape
 from mapo_jax.running.utilization import peak_flops, step_work
 
 FORECAST_ERROR = 1.1  # of the memory of an update, as tests require
@@ -64,8 +64,8 @@ def forecast(config: Config) -> str:
     if limit is not None and updating > FORECAST_ERROR * limit:
         raise UserError(
             f"the run does not fit: an update is forecast to need {updating / GIB:.1f} GiB of each device, "
-            f"which has {limit / GIB:.1f} GiB; lower training.microbatch_tokens, set model.remat=block, use "
-            "more devices, or begin a new run with a lower rollout.max_tokens"
+            f"which has {limit / GIB:.1f} GiB; {_less_for_roles(memory)}lower training.microbatch_tokens, "
+            "set model.remat=block, use more devices, or begin a new run with a lower rollout.max_tokens"
         )
     trained = count if model.lora is None else count - parameter_count(replace(model, lora=None))
     dialogues = rollout.scenarios * rollout.rollouts
@@ -122,6 +122,10 @@ def _checked(config: Config) -> tuple[QwenConfig, Mesh]:
         check_policy(config.model.path, config.rollout)
     check_rows(config, mesh)
     check_memory(config, model, mesh)
+    rollout, dtype = config.rollout, config.model.dtype
+    make_engine(
+        model, (0,), model.vocab_size, rollout, rollout.temperature, dtype=dtype, mesh=mesh
+    )  # its sizes
     return model, mesh
 
 
@@ -241,7 +245,8 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
     if certain > limit:
         raise UserError(
             f"the run does not fit: weights, moments and gradient need {certain / GIB:.1f} GiB of each "
-            f"device, which has {limit / GIB:.1f} GiB; use more devices (mesh.fsdp x mesh.tensor is "
+            f"device, which has {limit / GIB:.1f} GiB; {_less_for_roles(memory)}"
+            "use more devices (mesh.fsdp x mesh.tensor is "
             f"{mesh.shape['fsdp'] * mesh.shape['tensor']}), or begin a new run with a smaller model or "
             "adapters (lora.rank=16)"
         )
@@ -251,10 +256,20 @@ def check_memory(config: Config, model: QwenConfig, mesh: Mesh) -> None:
         raise UserError(
             f"the run does not fit: while dialogues are held each device needs {talking / GIB:.1f} GiB "
             f"({parts} beside weights and moments) and has {limit / GIB:.1f} GiB; "
-            "lower rollout.slots, set rollout.copy_weights=false, "
+            f"{_less_for_roles(memory)}lower rollout.slots, set rollout.copy_weights=false, "
             f"raise mesh.tensor, which is {mesh.shape['tensor']}, or begin a new run with a lower "
             "rollout.max_tokens"
         )
+
+
+def _less_for_roles(memory: Forecast) -> str:
+    """The remedy where models play roles on this machine."""
+    if not memory.roles:
+        return ""
+    return (
+        f"lower extra_body.slots and .tokens of the models of roles, which need {memory.roles / GIB:.1f} GiB "
+        "of it, or name smaller ones, "
+    )
 
 
 def check_update(

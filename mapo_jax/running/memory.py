@@ -33,9 +33,11 @@ from mapo_jax.model import head, qwen
 from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
 from mapo_jax.model.backends import attention_name
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
-from mapo_jax.model.sharding import RULES, param_shardings, row_shards
+from mapo_jax.model.sharding import RULES, param_shardings, row_shards, with_shardings
 from mapo_jax.rollout.capacity import cache_bytes, copies_weights
+from mapo_jax.rollout.completion import role_engines
 from mapo_jax.running import processes as hosts
+from mapo_jax.running.policy import read_shape
 
 GIB = 2**30
 # Factors on a TPU: of the gradient, of a layer's work, and of the head's float32 gradient.
@@ -47,9 +49,10 @@ BATCH_BYTES = 4 + 4 + 1 + 4 + 4 + 4  # per token of `batch.Batch`
 class Forecast:
     """Bytes of each device by kind; kinds without memory are absent."""
 
-    held: dict[str, float]  # during the whole run
+    held: dict[str, float]  # during the whole run, with the engines of roles
     update: dict[str, float]  # in addition, during updates
     rollout: dict[str, float]  # in addition, while dialogues are held
+    roles: float = 0.0  # of what is held: the engines of roles
 
     @property
     def most(self) -> float:
@@ -75,6 +78,8 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
         "AdamW's moments": _bytes(state.opt_state),
         "frozen reference": _bytes(state.reference),
     }
+    engines = engines_memory(config, mesh)
+    held |= engines
     total, shards = minibatch_rows(config), row_shards(mesh)
     rows = microbatch_rows(total, length, config.training.microbatch_tokens, shards)
     share = _device_share(model, mesh)
@@ -96,8 +101,27 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
     rollout = rollout_memory(config, model, mesh, state.weights)
     if config.rollout.ahead:  # dialogues are held while updates run
         held, rollout = held | rollout, {}
-    phases = held, update, rollout
-    return Forecast(*({kind: size for kind, size in sizes.items() if size} for sizes in phases))
+    phases = ({kind: size for kind, size in sizes.items() if size} for sizes in (held, update, rollout))
+    return Forecast(*phases, roles=sum(engines.values()))
+
+
+def engines_memory(config: Config, mesh: Mesh) -> dict[str, float]:
+    """Memory of the frozen models that play roles on this machine, and of their caches.
+
+    Raises:
+      UserError: the shape of such a model cannot be read.
+    """
+    dtype = config.model.dtype
+    own_mesh = hosts.rollout_mesh(mesh, hosts.Processes(0, hosts.process_count(mesh)))
+    weights = caches = 0.0
+    for engine in role_engines(config.environment):
+        model = read_shape(engine.folder)
+        shapes = with_shardings(parameter_shapes(model), param_shardings(parameter_shapes(model), own_mesh))
+        weights += _bytes(in_precision(shapes, dtype))
+        caches += (
+            cache_bytes(model, engine.slots, engine.slots, engine.tokens, jnp.dtype(dtype)) / own_mesh.size
+        )
+    return {f"models of roles ({dtype})": weights, f"KV caches of roles ({dtype})": caches}
 
 
 def rollout_memory(config: Config, model: QwenConfig, mesh: Mesh, weights: Params) -> dict[str, float]:

@@ -7,10 +7,13 @@ checkpoint. So a checkpoint's step has all its files; later files are removed (`
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 import re
+import shlex
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +29,7 @@ from mapo_jax.settings import value_at
 CHECKPOINTS_FOLDER = "checkpoints"
 BASE_FOLDER = "base"  # frozen weights of a run with adapters, stored once for all its checkpoints
 CONFIG_FILE = "config.yaml"
+BEST = "best"  # in place of a step: the one with the best validation return
 STARTS_FILE = "starts.jsonl"  # one row per start: command, versions, machine (`running/origin.py`)
 STEP_FOLDERS = ("dialogues", "evaluations")  # of files named step_000010.*
 
@@ -77,15 +81,26 @@ def whole_steps(run_folder: Path | str) -> list[int]:
     )
 
 
-def checkpoint_folder(run_folder: Path | str, step: int | None = None) -> Path:
-    """The folder of one whole checkpoint of a run, the newest by default. Only reads.
+def step_option(text: str) -> int | str:
+    """The value of `--step`: a number or BEST."""
+    if text != BEST and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor {BEST}")
+    return text if text == BEST else int(text)
+
+
+def checkpoint_folder(run_folder: Path | str, step: int | str | None = None) -> Path:
+    """The folder of one whole checkpoint of a run, the newest by default, or BEST. Only reads.
 
     Raises:
-      UserError: the run has none, or none of that step.
+      UserError: the run has none, none of that step, or none with an evaluation.
     """
     steps = whole_steps(run_folder)
     if not steps:
         raise UserError(f"{run_folder} holds no whole checkpoint; train there first, or name another run")
+    if step == BEST:
+        step = next(iter(best_steps(run_folder, steps)), None)
+        if step is None:
+            raise UserError(f"no checkpoint of {run_folder} has an evaluation; give its number as the step")
     if step is not None and step not in steps:
         known = ", ".join(map(str, steps))
         raise UserError(f"{run_folder} holds no checkpoint of step {step}; it has {known}")
@@ -170,6 +185,15 @@ def refuse_folder(folder: Path, config: Config) -> None:
             )
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raises UserError unless a folder can be made there, or written to; leaves nothing behind."""
+    if in_bucket(folder):
+        return
+    with _unusable_folder_errors(folder), disk_errors(folder):
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=".mapo_jax-", dir=place))
+
+
 def _visible_names(folder: Path) -> set[str]:
     names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     return {name for name in names if not name.startswith(".")}
@@ -210,7 +234,8 @@ def _unusable_folder_errors(folder: Path) -> Iterator[None]:
         # Libraries for buckets raise errors of their own kinds; a disk raises only OSError.
         if not isinstance(error, OSError) and not in_bucket(folder):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error)
+        reason = " ".join(said.split())[:200] or type(error).__name__
         remedy = "pip install gcsfs" if isinstance(error, ImportError) else "check the name and your rights"
         raise UserError(f"`run.directory` {folder} cannot be used ({reason}); {remedy}") from error
 
@@ -230,8 +255,9 @@ def _refuse_other_configuration(file: Path, config: Config) -> None:
         remedy = "choose another run.directory, or the run's own configuration to continue it"
         if keys == ["training.steps"] and whole_steps(file.parent):
             remedy = (
-                "train its weights further in a new folder: python -m mapo_jax.train "
-                f"model.path={file.parent} run.directory=NEW training.steps={config.training.steps}"
+                "train its weights further in a new folder: python -m mapo_jax.train --config "
+                + shlex.join([str(file), f"model.path={file.parent}"])
+                + f" run.directory=NEW training.steps={config.training.steps}"
             )
         raise UserError(
             f"{file.parent} holds a run with {keys[0]}={values[0]!r}, not {values[1]!r}{others}; {remedy}"

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from mapo_jax.config import known_keys, load_config, to_yaml, updated
 from mapo_jax.errors import UserError
+from mapo_jax.files import write_whole
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import TrainState, create_state
 from mapo_jax.running import checkpoint
@@ -157,6 +159,10 @@ def test_weights_alone_for_another_run(tmp_path):
     assert_same_bits(restore_params(checkpoint_folder(tmp_path), state.params), make_state(2).params)
     assert read_progress(checkpoint_folder(tmp_path))["seed"] == 7
 
+    with pytest.raises(UserError, match=r"has an evaluation; give its number"):
+        checkpoint_folder(tmp_path, "best")
+    write_whole(tmp_path / "evaluations" / "step_000001.json", '{"return/mean": 0.5}')
+    assert checkpoint_folder(tmp_path, "best").name == "1"
     with pytest.raises(UserError, match=r"no checkpoint of step 5; it has 1, 2"):
         checkpoint_folder(tmp_path, 5)
     with pytest.raises(UserError, match=r"nowhere holds no whole checkpoint; train there first"):
@@ -466,8 +472,8 @@ def test_claim_refuses_what_is_not_this_run(tmp_path):
     refuses(
         folder,
         load_config(overrides=["training.steps=60"]),
-        r"train its weights further in a new folder: python -m mapo_jax.train model.path=\S+/run "
-        "run.directory=NEW training.steps=60",
+        r"train its weights further in a new folder: python -m mapo_jax.train --config \S+/run/config.yaml "
+        r"model.path=\S+/run run.directory=NEW training.steps=60",
     )
     (folder / "config.yaml").write_text("- a\n- list\n")
     refuses(folder, load_config(), r"config.yaml is no configuration of a run")
@@ -476,6 +482,21 @@ def test_claim_refuses_what_is_not_this_run(tmp_path):
     (other / "cat.png").touch()
     refuses(other, load_config(), r"photos holds files but no run \(cat.png, ...\); choose a new or empty")
     refuses(other / "cat.png", load_config(), r"cat.png is a file; choose a folder")
+
+
+def test_what_is_advised_for_more_steps_goes_on_with_the_runs_own_settings(tmp_path):
+    """Also in a folder whose name a shell would cut, and with the roles of a live world."""
+    folder = tmp_path / "my runs" / "it's one"
+    settings = ["environment.judge.implementation=a:B", "algorithm.estimator=grpo", "training.seed=3"]
+    with claim(folder, load_config(overrides=settings)):
+        (folder / "checkpoints" / "45").mkdir(parents=True)
+    more = load_config(overrides=[*settings, "training.steps=12"])
+    with pytest.raises(UserError) as caught, claim(folder, more):
+        pass
+    words = shlex.split(str(caught.value).rpartition("python -m mapo_jax.train ")[2])
+    assert words[0] == "--config"
+    found = load_config(words[1], words[2:])
+    assert found == updated(more, {"model.path": str(folder), "run.directory": "NEW"})
 
 
 def test_a_run_folder_belongs_to_one_process_and_a_killed_one_frees_it(tmp_path):
