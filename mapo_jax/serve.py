@@ -45,7 +45,7 @@ KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, or a reque
 HTTP_ONLY = (
     "name", "adapter", "admin_key_variable", "conversations", "max_messages", "requests_per_minute",
 )  # fmt: skip
-LOCAL_NAMES = ("127.0.0.1", "localhost", "[")  # Starlette reads "[" from "[::1]:8000"
+LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 def load_served(name: str, options: Namespace, subject: Subject | None = None) -> ServedModel:
@@ -163,7 +163,7 @@ def run(options: Namespace, console: Console) -> None:
         soft_wrap=True,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    app = make_app(service, hosts=("*",) if key else LOCAL_NAMES)
+    app = make_app(service, hosts=() if key else (*LOCAL_NAMES, host.lower()))
     asyncio.run(_serve(app, service, listening))
     console.print("stopped: every reply under way was sent")
 

@@ -6,6 +6,7 @@ A parameter that has no effect here is refused, not ignored; one that is null co
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,7 +17,8 @@ from mapo_jax.rollout.requests import Alternatives
 from mapo_jax.rollout.sampling import ALTERNATIVES, RequestSampling
 from mapo_jax.speech import text_of
 
-MOST_STOPS = 4
+MOST_STOPS, LONGEST_STOP = 4, 1000  # texts, characters
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -85,6 +87,9 @@ class _Metadata(_Values):
     scenario: str | None = None  # the id of the card that the user plays
 
 
+_Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
+
+
 class ChatRequest(_Values):
     """The body of POST /v1/chat/completions."""
 
@@ -93,7 +98,7 @@ class ChatRequest(_Values):
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: _StreamOptions | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] = []
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] = []
     seed: int | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=ALTERNATIVES)
@@ -144,9 +149,9 @@ class ChatRequest(_Values):
 
     @property
     def chat(self) -> list[dict[str, Any]]:
-        """The messages for the chat template."""
+        """The messages for the chat template, with content as text."""
         return [
-            message.model_dump(exclude_defaults=True) | {"content": message.content}
+            message.model_dump(exclude_defaults=True) | {"content": text_of(message.content) or ""}
             for message in self.messages
         ]
 
@@ -183,8 +188,12 @@ class Load(_Values):
     step: int | None = None
 
 
-def read_request(kind: type[T], body: bytes) -> T:
+def read_request(kind: type[T], body: bytes | bytearray, most_values: int) -> T:
     """The checked value in a request's body.
+
+    Args:
+      most_values: JSON values that a body may hold. A million small ones would take seconds to check, in
+        which no stream goes on.
 
     Raises:
       ProtocolError: it is not JSON, or not what the protocol has.
@@ -194,7 +203,13 @@ def read_request(kind: type[T], body: bytes) -> T:
         raise ValueError(f"{constant} is no JSON number")
 
     try:
-        content = encodable(json.loads(body, parse_constant=refuse))
+        text = body.decode("utf-8-sig")
+        frame = _STRING.sub("", text)
+        if sum(map(frame.count, ",[{")) > most_values:
+            raise ProtocolError(f"The body holds more than {most_values} JSON values.")
+        content = json.loads(text, parse_constant=refuse)
+        if "\\u" in text:
+            content = encodable(content)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ProtocolError(f"We could not parse the JSON body of your request: {reason}") from error

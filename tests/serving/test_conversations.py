@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import openai
@@ -12,6 +14,7 @@ import pytest
 from mapo_jax.chat_log import ChatLog, is_chat_log, read_chats
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.transcripts import read_transcripts
+from mapo_jax.files import append_line
 from mapo_jax.serving.limits import Limits
 
 HELLO = [{"role": "user", "content": "Hello, it is me."}]
@@ -117,6 +120,23 @@ def test_a_full_disk_stops_keeping_and_not_serving(kept, say, monkeypatch):
     (file,) = kept.service.chats.folder.iterdir()
     assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == ["turn", "turn"]
     assert [chat["messages"] for chat in read_chats(kept.service.chats.folder)] == [chat[:2], longer]
+
+
+def test_a_slow_disk_holds_up_no_other_reply(kept, say, monkeypatch):
+    release = threading.Event()
+
+    def slow(path, line):
+        assert release.wait(60)
+        append_line(path, line)
+
+    monkeypatch.setattr("mapo_jax.chat_log.append_line", slow)
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(say, HELLO)
+        _, chat = say([user("Not me.")], store=False)
+        assert not writing.done() and len(chat) == 2
+        release.set()
+        _, chat = writing.result()
+    assert [kept["messages"] for kept in read_chats(kept.service.chats.folder)] == [chat]
 
 
 def test_who_agrees_later_has_the_conversation_kept_whole(kept, say):
