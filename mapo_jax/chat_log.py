@@ -15,16 +15,58 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from mapo_jax.commands import run_command
 from mapo_jax.errors import UserError
 from mapo_jax.files import append_line, storage_problem, write_whole
 from mapo_jax.json_files import read_rows
+from mapo_jax.speech import text_of
 
 RATEABLE = 100_000  # replies that can still get feedback
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class Message(_Line):
+    """A message of a conversation; content parts are joined, and no content is none."""
+
+    role: str
+    content: Annotated[str, BeforeValidator(lambda content: text_of(content) or "")]
+
+
+class _Turn(_Line):
+    conversation: str
+    reply: str
+    model: str
+    time: float
+    scenario: str | None
+    messages: list[Message]
+
+
+class _Feedback(_Line):
+    reply: str
+    rating: Literal[-1, 0, 1]
+    comment: str
+
+
+def check_line(kind: type[T], row: Mapping[str, Any], place: str, what: str) -> T:
+    """The value in a line. Raises UserError with `place` if it is not `what`."""
+    try:
+        return kind.model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{place}, is no line of {what} (`{field}`: {first['msg']}); correct or remove it"
+        ) from error
 
 
 class ChatLog:
@@ -91,24 +133,19 @@ def read_chats(folder: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"there are no conversations in {folder}: it has no file such as 2026-01-31.jsonl")
     for file in files:
         for place, row in read_rows(file, "conversations"):
-            try:
-                if row["kind"] == "feedback":
-                    feedback[row["reply"]] = {"rating": row["rating"], "comment": row["comment"]}
-                    continue
-                first = {
-                    "id": row["conversation"],
-                    "messages": [],
-                    "model": row["model"],
-                    "time": row["time"],
-                }
-                if row["scenario"] is not None:
-                    first["scenario"] = row["scenario"]
-                chat = chats.setdefault(row["conversation"], first | {"replies": [], "feedback": {}})
-                chat["messages"] += row["messages"]
-                chat["replies"].append(row["reply"])
-                home[row["reply"]] = row["conversation"]
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{place}, is no line of a kept conversation: {error!r}") from error
+            if row.get("kind") == "feedback":
+                given = check_line(_Feedback, row, place, "kept conversations")
+                feedback[given.reply] = {"rating": given.rating, "comment": given.comment}
+                continue
+            turn = check_line(_Turn, row, place, "kept conversations")
+            first: dict[str, Any] = {"id": turn.conversation, "model": turn.model, "time": turn.time}
+            first |= {"messages": [], "replies": [], "feedback": {}}
+            if turn.scenario is not None:
+                first["scenario"] = turn.scenario
+            chat = chats.setdefault(turn.conversation, first)
+            chat["messages"] += [message.model_dump() for message in turn.messages]
+            chat["replies"].append(turn.reply)
+            home[turn.reply] = turn.conversation
     for reply, value in feedback.items():
         if reply in home and value["rating"]:
             chats[home[reply]]["feedback"][reply] = value
