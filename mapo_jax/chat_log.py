@@ -93,6 +93,7 @@ class ChatLog:
         line = orjson.dumps({"kind": kind, "time": round(now, 3), **row}) + b"\n"
         with self._lock:
             try:
+                file.touch(mode=0o600)  # in a folder that was there before others may look
                 append_line(file, line)
             except OSError as error:
                 self.problem = storage_problem(error, file) or f"{file} cannot be written: {error}"

@@ -122,6 +122,35 @@ def test_a_full_disk_stops_keeping_and_not_serving(kept, say, monkeypatch):
     assert [chat["messages"] for chat in read_chats(kept.service.chats.folder)] == [chat[:2], longer]
 
 
+def test_a_disk_that_fills_up_in_a_line_leaves_the_lines_of_others(tmp_path, monkeypatch):
+    """Two servers on one folder: one writes between the other's opening of the file and its failed write."""
+    one, other = ChatLog(tmp_path), ChatLog(tmp_path)
+    row = {"conversation": "c", "model": "m", "scenario": None, "messages": HELLO}
+    write = os.write
+
+    def fills_up(handle, data):
+        monkeypatch.setattr(os, "write", write)
+        assert other.add("turn", row | {"reply": "other"})
+        return write(handle, data[:20])
+
+    assert one.add("turn", row | {"reply": "first"})
+    monkeypatch.setattr(os, "write", fills_up)
+    assert not one.add("turn", row | {"reply": "lost"}) and "is full" in one.problem
+    assert one.add("turn", row | {"reply": "last"})
+    assert [chat["replies"] for chat in read_chats(tmp_path)] == [["first", "other", "last"]]
+    (file,) = tmp_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_folder_that_is_gone_is_a_problem_and_its_return_ends_it(tmp_path):
+    chats = ChatLog(tmp_path / "kept")
+    (tmp_path / "kept").rmdir()
+    row = {"conversation": "c", "reply": "r", "model": "m", "scenario": None, "messages": HELLO}
+    assert not chats.add("turn", row) and str(tmp_path / "kept") in chats.problem and chats.lost == 1
+    (tmp_path / "kept").mkdir()
+    assert chats.add("turn", row) and chats.problem is None
+
+
 def test_a_slow_disk_holds_up_no_other_reply(kept, say, monkeypatch):
     release = threading.Event()
 
