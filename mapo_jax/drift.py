@@ -30,7 +30,6 @@ from mapo_jax.files import write_whole
 from mapo_jax.json_files import read_rows
 from mapo_jax.scores.drift import FEWEST, compare, figures
 
-
 _Levels = Annotated[list[int], Field(min_length=len(LEVEL_NAMES), max_length=len(LEVEL_NAMES))]
 
 
