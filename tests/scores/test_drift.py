@@ -144,7 +144,7 @@ class TestCommand:
         ("file", "change", "named"),
         [
             ("2026-01-31.jsonl", {"messages": "text"}, "`messages`"),
-            ("2026-01-31.jsonl", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text"),
+            ("2026-01-31.jsonl", {"messages": [{"role": "user", "content": [{}]}]}, "not text"),
             ("2026-01-31.jsonl", {"conversation": ["a"]}, "`conversation`"),
             ("2026-01-31.jsonl", {"kind": "feedback", "rating": "good"}, "`rating`"),
             ("judged.jsonl", {"case": 1}, "`case`"),
