@@ -12,6 +12,7 @@ import argparse
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
@@ -27,6 +28,7 @@ from mapo_jax.json_files import read_rows
 from mapo_jax.speech import text_of
 
 RATEABLE = 100_000  # replies that can still get feedback
+RATEABLE_DAYS = 2  # after a restart
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -78,13 +80,20 @@ class ChatLog:
     """
 
     def __init__(self, folder: str | Path):
-        """Makes the folder, readable for this user only. Raises OSError."""
+        """Makes the folder, readable for this user only, or goes on in it. Raises OSError."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.problem: str | None = None
         self.lost = 0
         self._lock = Lock()
         self._replies: OrderedDict[str, None] = OrderedDict()
+        for file in _days(self.folder)[-RATEABLE_DAYS:]:
+            data = file.read_bytes()
+            if data and not data.endswith(b"\n"):  # cut by a power failure; the next line is one of its own
+                append_line(file, b"\n")
+            for line in data.splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    self._replies[orjson.loads(line)["reply"]] = None
 
     def add(self, kind: str, row: Mapping[str, Any]) -> bool:
         """Appends a line with its kind and its time; whether it was written."""
@@ -96,7 +105,8 @@ class ChatLog:
                 file.touch(mode=0o600)  # in a folder that was there before others may look
                 append_line(file, line)
             except OSError as error:
-                self.problem = storage_problem(error, file) or f"{file} cannot be written: {error}"
+                sentence = storage_problem(error, file) or f"{file} cannot be written: {error}"
+                self.problem = sentence.partition("; ")[0]  # keeping goes on by itself
                 self.lost += 1
                 return False
             self.problem = None
@@ -113,7 +123,11 @@ class ChatLog:
 
 def is_chat_log(path: str | Path) -> bool:
     """Whether a path is a folder of kept conversations."""
-    return Path(path).is_dir() and any(Path(path).glob("????-??-??.jsonl"))
+    return Path(path).is_dir() and bool(_days(Path(path)))
+
+
+def _days(folder: Path) -> list[Path]:
+    return sorted(folder.glob("????-??-??.jsonl"))
 
 
 def read_chats(folder: str | Path) -> list[dict[str, Any]]:
@@ -129,7 +143,7 @@ def read_chats(folder: str | Path) -> list[dict[str, Any]]:
     chats: dict[str, dict[str, Any]] = {}
     feedback: dict[str, dict[str, Any]] = {}
     home: dict[str, str] = {}  # reply -> conversation
-    files = sorted(Path(folder).glob("????-??-??.jsonl"))
+    files = _days(Path(folder))
     if not files:
         raise UserError(f"there are no conversations in {folder}: it has no file such as 2026-01-31.jsonl")
     for file in files:

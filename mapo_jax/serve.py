@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from mapo_jax.chat_log import ChatLog
-from mapo_jax.commands import prepare_jax, printable, run_command
+from mapo_jax.commands import exit_now, prepare_jax, printable, run_command
 from mapo_jax.environment.live.keys import read_key
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
@@ -185,13 +185,14 @@ async def _serve(app: Starlette, service: Service, listening: socket.socket) -> 
     )
     server = Server(config)
 
-    def stop() -> None:
-        server.force_exit = service.closing  # a second signal does not wait
+    def stop(number: signal.Signals) -> None:
+        if service.closing:  # a second signal does not wait, not even for a model that is being loaded
+            exit_now(128 + number)
         service.closing = server.should_exit = True
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     await server.serve(sockets=[listening])
 
 

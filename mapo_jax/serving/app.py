@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mapo_jax.chat_log import ChatLog
-from mapo_jax.commands import printable
+from mapo_jax.commands import machine_errors, printable
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.errors import UserError
 from mapo_jax.serving.exchange import SERVER_ERROR, EventStream, Exchange, whole_answer
@@ -200,7 +200,8 @@ class Service:
         asked = await self._admitted(request, Load, self.admin_key)
         async with self._loading:
             try:
-                new = await asyncio.to_thread(self.load, asked.model, asked.path, asked.step)
+                with machine_errors():
+                    new = await asyncio.to_thread(self.load, asked.model, asked.path, asked.step)
             except UserError as error:
                 raise ProtocolError(f"The model was not loaded: {error}", code="not_loaded") from error
             old = self.models.get(asked.model)
@@ -267,7 +268,7 @@ class _HostCheck:
         if scope["type"] == "http":
             host = _PORT.sub("", Headers(scope=scope).get("host", "")).lower()
             if host not in self._hosts:
-                error = ProtocolError(f"This server has not the name `{host[:200]}`.")
+                error = ProtocolError(f"This server does not answer to the name `{host[:200]}`.")
                 app = JSONResponse(error.body, error.status)
         await app(scope, receive, send)
 

@@ -103,7 +103,7 @@ def client_of(host: str) -> str:
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return host
+        return host[:100]
     if address.version == 4:
         return str(address)
     return str(address.ipv4_mapped or f"{int(address) >> 64:x}/64")

@@ -18,6 +18,7 @@ from mapo_jax.rollout.sampling import ALTERNATIVES, RequestSampling
 from mapo_jax.speech import text_of
 
 MOST_STOPS, LONGEST_STOP = 4, 1000  # texts, characters
+_UNION = re.compile(r"(constrained-)?str|(list|dict)\[.*")  # pydantic's names for members of a union
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 T = TypeVar("T", bound=BaseModel)
@@ -108,7 +109,7 @@ class ChatRequest(_Values):
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     store: bool = True  # whether the conversation may be kept, if the server keeps any
@@ -128,7 +129,7 @@ class ChatRequest(_Values):
         """The distribution that is asked for."""
         return RequestSampling(
             repetition_penalty=self.repetition_penalty,
-            temperature=self.temperature,
+            temperature=self.temperature if self.temperature > 1e-5 else 0.0,  # no overflow in float32
             top_k=min(max(self.top_k, 0), 2**31 - 1),  # an int32 on the device
             top_p=max(self.top_p, 1e-9),
             min_p=self.min_p,
@@ -183,8 +184,8 @@ class Feedback(_Values):
 class Load(_Values):
     """The body of POST /admin/load."""
 
-    model: str  # the name that is served; a new name is added
-    path: str
+    model: str = Field(min_length=1, max_length=200)  # the name that is served; a new name is added
+    path: str = Field(min_length=1, max_length=4000)
     step: int | None = None
 
 
@@ -237,9 +238,8 @@ def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
 def _refusal(error: ValidationError) -> ProtocolError:
     """The first of pydantic's errors in OpenAI's words."""
     first = error.errors(include_url=False)[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(
-        "."
-    )[:200]
+    parts = [part for part in first["loc"] if isinstance(part, int) or not _UNION.fullmatch(part)]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)[1:201]
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {place}"
     elif first["type"] == "missing":

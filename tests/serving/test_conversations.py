@@ -142,6 +142,21 @@ def test_a_disk_that_fills_up_in_a_line_leaves_the_lines_of_others(tmp_path, mon
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_restart_goes_on_after_a_cut_line_and_takes_feedback_on_what_was_kept(tmp_path):
+    row = {"conversation": "c", "model": "m", "scenario": None, "messages": HELLO}
+    assert ChatLog(tmp_path).add("turn", row | {"reply": "first"})
+    (file,) = tmp_path.iterdir()
+    with file.open("a") as torn:
+        torn.write('[1]\n{"kind": "tu')
+    chats = ChatLog(tmp_path)
+    assert chats.has("first") and not chats.has("tu")
+    assert chats.add("turn", row | {"reply": "last"})
+    with pytest.raises(UserError, match="line 2"):
+        read_chats(tmp_path)
+    file.write_text("".join(file.read_text().splitlines(True)[::3]))
+    assert [chat["replies"] for chat in read_chats(tmp_path)] == [["first", "last"]]
+
+
 def test_a_folder_that_is_gone_is_a_problem_and_its_return_ends_it(tmp_path):
     chats = ChatLog(tmp_path / "kept")
     (tmp_path / "kept").rmdir()
