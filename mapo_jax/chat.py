@@ -9,6 +9,8 @@ the text. Ctrl-D ends the conversation.
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,6 +28,7 @@ from mapo_jax.environment.state import AXES, norm
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.conversations import ReasoningHidden, limits_of
 from mapo_jax.evaluation.subject import TRUST, Subject, find_subject
+from mapo_jax.files import encodable
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.rows import ChatFormat
@@ -137,10 +140,10 @@ def converse(
 
 
 def _read(console: Console) -> str:
-    """What the person types; empty at the end."""
+    """What the person types, U+FFFD for bytes of another encoding; empty at the end."""
     while True:
         try:
-            said = console.input("[bold]you> [/bold]", markup=True).strip()
+            said = encodable(console.input("[bold]you> [/bold]", markup=True).strip())
         except EOFError:
             console.print()
             return ""
@@ -172,6 +175,8 @@ def _beside(state: DialogueState) -> Text:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Loads the model, opens the world, talks."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what a person types may be of another encoding
     scripted = options.user == "scripted"
     if scripted and options.scenario is None:
         raise UserError("--user scripted plays a person on a card; name it with --scenario ID")
