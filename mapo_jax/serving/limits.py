@@ -15,7 +15,7 @@ from mapo_jax.serving.protocol import ProtocolError
 
 CLIENTS = 10_000  # whose rates are remembered
 WRONG_KEYS_PER_MINUTE = 10  # of one client
-VALUES_PER_MESSAGE = 50  # JSON values; a message with a tool call has a dozen
+VALUES_PER_MESSAGE = 20  # JSON values; a message with a tool call has ten
 
 
 @dataclass(frozen=True)

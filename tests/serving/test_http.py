@@ -61,7 +61,7 @@ MALFORMED = {
     "not a number": (b'{"model": "tiny", "messages": [], "temperature": NaN}', 400),
     "no model": (json.dumps({"messages": HELLO}).encode(), 400),
     "nested": (b"[" * 100_000, 400),
-    "nested in time": (b'{"model": ' + b"[" * 9_000 + b"]" * 9_000 + b"}", 400),
+    "nested in time": (b'{"model": ' + b"[" * 3_000 + b"]" * 3_000 + b"}", 400),
     "many messages": (b'{"messages": [' + b"{}," * 300_000 + b"{}]}", 400),
     "an open string": (b'{"model": "' + b'\\"' * 400_000, 400),
     "a long stop text": (json.dumps({"model": "tiny", "messages": HELLO, "stop": "x" * 1001}).encode(), 400),
