@@ -74,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
     lines = (text for pair in zip(notes, texts, strict=True) for text in pair)
     write_whole(options.output, NOTE + "".join(lines))
     print(f"{len(pairs)} drafts in {options.output}; read and edit them before use")
+    print(f"{folder} holds the model's answers, also refused ones with names; delete it when you are done")
     if marked := sum(map(bool, notes)):
         print(f"{marked} of them may hold names; the line above each says which words to look at")
     if failures:
