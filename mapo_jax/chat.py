@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mapo_jax.commands import Stopped, prepare_jax, printable, run_command
+from mapo_jax.commands import prepare_jax, printable, run_command
 from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState
 from mapo_jax.environment.roles import Roles, take_turn
 from mapo_jax.environment.scenario import Scenario, find_scenario
@@ -203,10 +203,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         if card is not None:
             opened = open_world if scripted else open_judge
             world = stack.enter_context(opened(config, None, model.mesh))
-        try:
-            converse(console, card, world, subject, talker, scripted)
-        except KeyboardInterrupt:
-            raise Stopped("SIGINT", "stopped") from None
+        converse(console, card, world, subject, talker, scripted)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -62,6 +62,10 @@ def run_command(command: Callable[[], None]) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return stop.status
+    except KeyboardInterrupt:
+        _drop_output()
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         _drop_output()
         return 0
