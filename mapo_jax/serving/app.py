@@ -40,6 +40,7 @@ CONTENT_SECURITY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+MOST_LOGPROBS = 1_000_000  # of one answer, with alternatives: half a gigabyte
 _PORT = re.compile(r":\d*$")
 _LOG = logging.getLogger("mapo_jax.serving")
 
@@ -112,6 +113,13 @@ class Service:
         most = model.engine.lanes + self.limits.waiting
         if asked.n > most:
             raise ProtocolError(f"This server can hold {most} replies at once, not {asked.n}.", param="n")
+        tokens = min(asked.limit or model.reply_tokens or model.engine.length, model.engine.length)
+        if asked.logprobs and asked.n * tokens * (1 + asked.top_logprobs) > MOST_LOGPROBS:
+            raise ProtocolError(
+                f"One answer can hold {MOST_LOGPROBS:,} log-probabilities; ask for fewer replies, tokens or "
+                "alternatives.",
+                param="logprobs",
+            )
         waiting = self._reading + sum(model.waiting for model in self.models.values())
         if waiting + max(0, asked.n - model.free) > self.limits.waiting:
             raise too_many("The server is busy: too many requests are waiting.", 2)

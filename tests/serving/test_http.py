@@ -239,6 +239,13 @@ def test_a_full_queue_and_a_long_conversation_are_refused(serving, monkeypatch):
     release.set()
 
 
+def test_an_answer_that_would_not_fit_into_memory_is_refused(server, monkeypatch):
+    monkeypatch.setattr("mapo_jax.serving.app.MOST_LOGPROBS", 2 * 12 * 4)
+    assert post(server, body(n=2, logprobs=True, top_logprobs=3)).status_code == 200
+    answer = post(server, body(n=2, logprobs=True, top_logprobs=4))
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "logprobs"
+
+
 def test_a_top_k_beyond_the_devices_integers_is_all_tokens(server):
     answer = post(server, body(top_k=2**40, temperature=0.0))
     assert answer.status_code == 200
