@@ -9,6 +9,8 @@ the text. Ctrl-D ends the conversation.
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mapo_jax.commands import Stopped, command_parser, prepare_jax, printable, run_command, show
+from mapo_jax.commands import command_parser, prepare_jax, printable, run_command, show
 from mapo_jax.environment.dialogue import LEVEL_NAMES, Action, DialogueState
 from mapo_jax.environment.roles import Roles, take_turn
 from mapo_jax.environment.scenario import Scenario, find_scenario
@@ -26,6 +28,7 @@ from mapo_jax.environment.state import AXES, norm
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.conversations import ReasoningHidden, limits_of
 from mapo_jax.evaluation.subject import TRUST, Subject, add_step, find_subject
+from mapo_jax.files import encodable
 from mapo_jax.idle import refuse_unread, unread
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Request
@@ -139,10 +142,10 @@ def converse(
 
 
 def _read(console: Console) -> str:
-    """What the person types; empty at the end."""
+    """What the person types, U+FFFD for bytes of another encoding; empty at the end."""
     while True:
         try:
-            said = console.input("[bold]you> [/bold]", markup=True).strip()
+            said = encodable(console.input("[bold]you> [/bold]", markup=True).strip())
         except EOFError:
             console.print()
             return ""
@@ -174,6 +177,8 @@ def _beside(state: DialogueState) -> Text:
 
 def run(options: argparse.Namespace, console: Console) -> None:
     """Loads the model, opens the world, talks."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what a person types may be of another encoding
     scripted = options.user == "scripted"
     if scripted and options.scenario is None:
         raise UserError("--user scripted plays a person on a card; name it with --scenario ID")
@@ -205,10 +210,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         if card is not None:
             opened = open_world if scripted else open_judge
             world = stack.enter_context(opened(config, None, model.mesh))
-        try:
-            converse(console, card, world, subject, talker, scripted)
-        except KeyboardInterrupt:
-            raise Stopped("SIGINT", "stopped") from None
+        converse(console, card, world, subject, talker, scripted)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,19 +11,63 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from mapo_jax.commands import command_parser, run_command
 from mapo_jax.errors import UserError
 from mapo_jax.files import append_line, storage_problem, write_whole
 from mapo_jax.json_files import read_rows
+from mapo_jax.speech import text_of
 
 RATEABLE = 100_000  # replies that can still get feedback
+RATEABLE_DAYS = 2  # after a restart
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class Message(_Line):
+    """A message of a conversation; content parts are joined, and no content is none."""
+
+    role: str
+    content: Annotated[str, BeforeValidator(lambda content: text_of(content) or "")]
+
+
+class _Turn(_Line):
+    conversation: str
+    reply: str
+    model: str
+    time: float
+    scenario: str | None
+    messages: list[Message]
+
+
+class _Feedback(_Line):
+    reply: str
+    rating: Literal[-1, 0, 1]
+    comment: str
+
+
+def check_line(kind: type[T], row: Mapping[str, Any], place: str, what: str) -> T:
+    """The value in a line. Raises UserError with `place` if it is not `what`."""
+    try:
+        return kind.model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{place}, is no line of {what} (`{field}`: {first['msg']}); correct or remove it"
+        ) from error
 
 
 class ChatLog:
@@ -35,13 +79,20 @@ class ChatLog:
     """
 
     def __init__(self, folder: str | Path):
-        """Makes the folder, readable for this user only. Raises OSError."""
+        """Makes the folder, readable for this user only, or goes on in it. Raises OSError."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.problem: str | None = None
         self.lost = 0
         self._lock = Lock()
         self._replies: OrderedDict[str, None] = OrderedDict()
+        for file in _days(self.folder)[-RATEABLE_DAYS:]:
+            data = file.read_bytes()
+            if data and not data.endswith(b"\n"):  # cut by a power failure; the next line is one of its own
+                append_line(file, b"\n")
+            for line in data.splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    self._replies[orjson.loads(line)["reply"]] = None
 
     def add(self, kind: str, row: Mapping[str, Any]) -> bool:
         """Appends a line with its kind and its time; whether it was written."""
@@ -50,9 +101,11 @@ class ChatLog:
         line = orjson.dumps({"kind": kind, "time": round(now, 3), **row}) + b"\n"
         with self._lock:
             try:
+                file.touch(mode=0o600)  # in a folder that was there before others may look
                 append_line(file, line)
             except OSError as error:
-                self.problem = storage_problem(error, file) or f"{file} cannot be written: {error}"
+                sentence = storage_problem(error, file) or f"{file} cannot be written: {error}"
+                self.problem = sentence.partition("; ")[0]  # keeping goes on by itself
                 self.lost += 1
                 return False
             self.problem = None
@@ -69,7 +122,11 @@ class ChatLog:
 
 def is_chat_log(path: str | Path) -> bool:
     """Whether a path is a folder of kept conversations."""
-    return Path(path).is_dir() and any(Path(path).glob("????-??-??.jsonl"))
+    return Path(path).is_dir() and bool(_days(Path(path)))
+
+
+def _days(folder: Path) -> list[Path]:
+    return sorted(folder.glob("????-??-??.jsonl"))
 
 
 def read_chats(folder: str | Path) -> list[dict[str, Any]]:
@@ -85,29 +142,24 @@ def read_chats(folder: str | Path) -> list[dict[str, Any]]:
     chats: dict[str, dict[str, Any]] = {}
     feedback: dict[str, dict[str, Any]] = {}
     home: dict[str, str] = {}  # reply -> conversation
-    files = sorted(Path(folder).glob("????-??-??.jsonl"))
+    files = _days(Path(folder))
     if not files:
         raise UserError(f"there are no conversations in {folder}: it has no file such as 2026-01-31.jsonl")
     for file in files:
         for place, row in read_rows(file, "conversations"):
-            try:
-                if row["kind"] == "feedback":
-                    feedback[row["reply"]] = {"rating": row["rating"], "comment": row["comment"]}
-                    continue
-                first = {
-                    "id": row["conversation"],
-                    "messages": [],
-                    "model": row["model"],
-                    "time": row["time"],
-                }
-                if row["scenario"] is not None:
-                    first["scenario"] = row["scenario"]
-                chat = chats.setdefault(row["conversation"], first | {"replies": [], "feedback": {}})
-                chat["messages"] += row["messages"]
-                chat["replies"].append(row["reply"])
-                home[row["reply"]] = row["conversation"]
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{place}, is no line of a kept conversation: {error!r}") from error
+            if row.get("kind") == "feedback":
+                given = check_line(_Feedback, row, place, "kept conversations")
+                feedback[given.reply] = {"rating": given.rating, "comment": given.comment}
+                continue
+            turn = check_line(_Turn, row, place, "kept conversations")
+            first: dict[str, Any] = {"id": turn.conversation, "model": turn.model, "time": turn.time}
+            first |= {"messages": [], "replies": [], "feedback": {}}
+            if turn.scenario is not None:
+                first["scenario"] = turn.scenario
+            chat = chats.setdefault(turn.conversation, first)
+            chat["messages"] += [message.model_dump() for message in turn.messages]
+            chat["replies"].append(turn.reply)
+            home[turn.reply] = turn.conversation
     for reply, value in feedback.items():
         if reply in home and value["rating"]:
             chats[home[reply]]["feedback"][reply] = value

@@ -78,6 +78,7 @@ def run_command(command: Callable[[], None]) -> int:
         _complain(str(stop))
         return stop.status
     except KeyboardInterrupt:  # a command without safe points
+        _drop_output()
         print(STOPPED, file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:

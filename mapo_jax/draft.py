@@ -3,7 +3,8 @@
     python -m mapo_jax.draft CONVERSATIONS --output FILE.yaml --config configs/live.yaml [key=value ...]
 
 CONVERSATIONS is the folder of `mapo_jax.serve --conversations`; conversations that were held with a scenario
-are left out. The model replaces names and places; read every card before you use it.
+are left out. The model is asked to replace names and places. A card that holds one that was found in the
+conversation is refused; words that may be names are listed above it. Read every card before you use it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from mapo_jax.config import Config, load_config
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.calls import Complete
 from mapo_jax.environment.live.draft import draft_card
+from mapo_jax.environment.live.traces import doubtful, without_capitals
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from mapo_jax.idle import refuse_unread
@@ -65,14 +67,30 @@ def run(options: argparse.Namespace) -> None:
         if callers["judge"] is None:
             raise UserError("`environment.judge.model` is empty; name the model that is to draft")
         drafts = runner.run(_draft_all(chats, callers["judge"], config.environment.concurrency))
-    cards = [draft for draft in drafts if not isinstance(draft, RoleFailure)]
+    pairs = [(draft, chat) for draft, chat in zip(drafts, chats, strict=True) if isinstance(draft, dict)]
     failures = [draft for draft in drafts if isinstance(draft, RoleFailure)]
-    if not cards:
+    if not pairs:
         raise UserError(f"no card could be drafted ({failures[0]})")
-    write_whole(options.output, NOTE + yaml.safe_dump(cards, sort_keys=False, allow_unicode=True, width=110))
-    print(f"{len(cards)} drafts in {options.output}; read and edit them before use")
+    notes = [_note(card, chat["messages"]) for card, chat in pairs]
+    texts = (yaml.safe_dump([card], sort_keys=False, allow_unicode=True, width=110) for card, _ in pairs)
+    lines = (text for pair in zip(notes, texts, strict=True) for text in pair)
+    write_whole(options.output, NOTE + "".join(lines))
+    print(f"{len(pairs)} drafts in {options.output}; read and edit them before use")
+    print(f"{folder} holds the model's answers, also refused ones with names; delete it when you are done")
+    if marked := sum(map(bool, notes)):
+        print(f"{marked} of them may hold names; the line above each says which words to look at")
     if failures:
         print(f"{len(failures)} conversations gave none ({failures[0]}); the same command tries them again")
+
+
+def _note(card: Mapping[str, Any], messages: Sequence[Mapping[str, str]]) -> str:
+    """A comment with what a person must look at; empty if there is nothing."""
+    said = [message["content"] for message in messages]
+    words = ", ".join(doubtful(card, said))
+    note = f"# Said in the conversation too, and perhaps a name: {words}\n" if words else ""
+    if without_capitals(said):
+        note += "# The conversation is in a script without capitals: names in it were not looked for.\n"
+    return note
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from markupsafe import escape
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
-from mapo_jax.chat_log import is_chat_log, read_chats
+from mapo_jax.chat_log import Message, check_line, is_chat_log, read_chats
 from mapo_jax.commands import command_parser, run_command, show
 from mapo_jax.environment.dialogue import LEVEL_NAMES
 from mapo_jax.errors import UserError
@@ -27,6 +29,15 @@ from mapo_jax.evaluation.transcripts import JUDGED
 from mapo_jax.files import write_whole
 from mapo_jax.json_files import read_rows
 from mapo_jax.scores.drift import FEWEST, compare, figures
+
+_Levels = Annotated[list[int], Field(min_length=len(LEVEL_NAMES), max_length=len(LEVEL_NAMES))]
+
+
+class _Judged(BaseModel):
+    model_config = ConfigDict(strict=True)
+    case: str
+    levels: list[_Levels | None]
+    messages: list[Message]
 
 
 def read_period(folders: Sequence[str]) -> list[dict[str, float]]:
@@ -49,17 +60,18 @@ def read_period(folders: Sequence[str]) -> list[dict[str, float]]:
             )
         if judged.is_file():
             for place, row in read_rows(judged, "judged conversations"):
-                try:
-                    chat = chats.setdefault(row["case"], {})
-                    chat["levels"] = row["levels"]
-                    chat.setdefault("messages", row["messages"])
-                except KeyError as error:
-                    raise UserError(f"{place}, is no judged conversation: {error} is missing") from error
+                judgement = check_line(_Judged, row, place, "judged conversations")
+                chat = chats.setdefault(judgement.case, {})
+                chat["levels"] = judgement.levels
+                chat.setdefault("messages", [message.model_dump() for message in judgement.messages])
     return [figures(**chat, level_names=LEVEL_NAMES) for chat in chats.values()]
 
 
 def run(options: argparse.Namespace, console: Console) -> bool:
     """Shows the comparison; whether something has drifted."""
+    for name, most in (("p", 1), ("effect", math.inf), ("seed", math.inf)):
+        if not 0 <= getattr(options, name) <= most:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be from 0 to {most}")
     before, after = read_period(options.before), read_period(options.after)
     rows = compare(before, after, seed=options.seed)
     for row in rows:

@@ -94,7 +94,7 @@ def read_object(path: Path | str) -> dict[str, Any] | None:
 
 
 def append_line(path: Path | str, line: bytes) -> None:
-    """Appends a line in one write; after an error the file is unchanged.
+    """Appends a line in one write; after an error the file is unchanged but for lines of other processes.
 
     An object in a bucket cannot grow: it is read and written again with the line.
     """
@@ -103,13 +103,10 @@ def append_line(path: Path | str, line: bytes) -> None:
         path.write_bytes((path.read_bytes() if path.exists() else b"") + line)
         return
     with _errors_name(path), path.open("ab", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            if os.write(file.fileno(), line) < len(line):  # the disk filled up in the middle of the line
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            os.ftruncate(file.fileno(), size)
-            raise
+        written = os.write(file.fileno(), line)
+        if written < len(line):  # the disk filled up in the middle of the line
+            os.ftruncate(file.fileno(), file.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from mapo_jax.chat_log import ChatLog
-from mapo_jax.commands import command_parser, prepare_jax, printable, run_command, show
+from mapo_jax.commands import command_parser, exit_now, prepare_jax, printable, run_command, show
 from mapo_jax.environment.live.keys import read_key
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
@@ -46,7 +46,7 @@ KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, or a reque
 HTTP_ONLY = (
     "name", "adapter", "admin_key_variable", "conversations", "max_messages", "requests_per_minute",
 )  # fmt: skip
-LOCAL_NAMES = ("127.0.0.1", "localhost", "[")  # Starlette reads "[" from "[::1]:8000"
+LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 def load_served(name: str, options: Namespace, subject: Subject | None = None) -> ServedModel:
@@ -167,7 +167,7 @@ def run(options: Namespace, console: Console) -> None:
         else f"conversations and feedback on them are kept in {chats.folder}",
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    app = make_app(service, hosts=("*",) if key else LOCAL_NAMES)
+    app = make_app(service, hosts=() if key else (*LOCAL_NAMES, host.lower()))
     asyncio.run(_serve(app, service, listening))
     show(console, "stopped: every reply under way was sent")
 
@@ -189,13 +189,14 @@ async def _serve(app: Starlette, service: Service, listening: socket.socket) -> 
     )
     server = Server(config)
 
-    def stop() -> None:
-        server.force_exit = service.closing  # a second signal does not wait
+    def stop(number: signal.Signals) -> None:
+        if service.closing:  # a second signal does not wait, not even for a model that is being loaded
+            exit_now(128 + number)
         service.closing = server.should_exit = True
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
     await server.serve(sockets=[listening])
 
 

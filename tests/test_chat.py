@@ -37,7 +37,7 @@ def talk(model_folder, monkeypatch, capsys):
 
 
 def test_a_free_talk(talk):
-    status, out, _ = talk(typed=["Hello.", "", "And now?"])
+    status, out, _ = talk(typed=["Hello.", "", "And \udcff\x00\x1b[2J now?"])
     assert status == 0 and out.count("model> ") >= 2
     assert "energy" not in out
 

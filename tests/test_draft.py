@@ -8,6 +8,7 @@ import yaml
 from mapo_jax import chat_log, draft
 from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.draft import to_card
+from mapo_jax.environment.live.traces import doubtful, trace
 from mapo_jax.environment.scenario import load_scenarios, read_cards, to_mapping
 from mapo_jax.warmstarting.chats import read_chats as read_warmstart
 
@@ -73,6 +74,60 @@ def test_traces_of_a_person_are_refused(drafted, trace):
     to_card(json.dumps(drafted), "draft-1")
     with pytest.raises(RoleFailure, match="lead back"):
         to_card(json.dumps(drafted | {"hope": f"That they {trace}."}), "draft-1")
+
+
+SAID = [
+    "My sister Anna doesn't call since we moved to Leeds. Hector left. I HATE THE physio",
+    "On Monday Dr. Okafor said: Will it be Rose\u2019s farm in saltburn? Zo\u0065\u0308 knows.",
+    "\u201cBranwen\u201d is here, and Branwen\u2019s friend.",
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("That ANNA calls.", "ANNA"),
+        ("Near Leeds' station.", "Leeds"),
+        ("Ask okafor about it.", "okafor"),  # after an abbreviation's full stop, and of another spelling
+        ("With Branwen's friend.", "Branwen's"),
+        ("On Monday the sister will call.", None),
+        ("Hector was here, and Will, with a physio from Saltburn.", None),  # listed, see below
+        ("A rose.", None),
+    ],
+)
+def test_names_of_a_conversation_are_refused(drafted, text, found):
+    assert trace([text, {"a": 1}], SAID) == found
+    if found is not None:
+        with pytest.raises(RoleFailure, match=f"holds .{found}"):
+            to_card(json.dumps(drafted | {"hope": text}), "draft-1", SAID)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The physio in Saltburn knows Zo\u00eb and Hector.", ["physio", "Saltburn", "Zo\u00eb", "Hector"]),
+        ("Rose will call on Monday.", ["Rose"]),
+        ("A rose, and I will call the farm in Riga.", []),
+    ],
+)
+def test_what_may_be_a_name_is_listed(text, words):
+    assert doubtful({"hope": text}, SAID) == words
+
+
+def test_a_name_is_asked_for_again_and_what_may_be_one_is_marked(serve, drafted, tmp_path, capsys):
+    named = drafted | {"hope": "That Anna calls."}
+    better = drafted | {"hope": "That the physio calls."}
+    server = serve(lambda request, number: json.dumps(better if "Anna'" in str(request) else named))
+    talk = [user("It is my sister Anna, not the physio. \u4f60\u597d"), assistant("That hurts.")]
+    output = tmp_path / "drafts.yaml"
+    judge = [f"environment.judge.url={server.url}", "environment.judge.model=m"]
+    folder = write_log(tmp_path / "kept", [(None, talk)])
+    assert draft.main([str(folder), "--output", str(output), *judge]) == 0
+    (card,), problems = read_cards(output)
+    assert not problems and card.hope == better["hope"]
+    text = output.read_text()
+    assert "perhaps a name: physio\n" in text and "without capitals" in text
+    assert "1 of them may hold names" in capsys.readouterr().out
 
 
 def test_what_is_no_card_is_refused(drafted):

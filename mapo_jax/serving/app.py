@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, TypeVar
@@ -12,19 +14,20 @@ from typing import Any, TypeVar
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mapo_jax.chat_log import ChatLog
-from mapo_jax.commands import printable
+from mapo_jax.commands import machine_errors, printable
 from mapo_jax.environment.scenario import Scenario
 from mapo_jax.errors import UserError
 from mapo_jax.serving.exchange import SERVER_ERROR, EventStream, Exchange, whole_answer
-from mapo_jax.serving.limits import Limits, Rates, check_key, read_body, too_many
+from mapo_jax.serving.limits import KeyCheck, Limits, Rates, client_of, read_body, too_many
 from mapo_jax.serving.metrics import Metrics
 from mapo_jax.serving.protocol import ChatRequest, Feedback, Load, ProtocolError, read_request
 from mapo_jax.serving.served import Part, ServedModel
@@ -37,6 +40,8 @@ CONTENT_SECURITY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+MOST_LOGPROBS = 1_000_000  # of one answer, with alternatives: half a gigabyte
+_PORT = re.compile(r":\d*$")
 _LOG = logging.getLogger("mapo_jax.serving")
 
 
@@ -65,29 +70,35 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
-        self._rates = Rates(self.limits.requests_per_minute)
+        self._rates, self._check_key = Rates(self.limits.requests_per_minute), KeyCheck()
+        self._reading = 0  # replies whose prompts are being tokenised
+        self._writer = ThreadPoolExecutor(1, "conversations")  # a slow disk holds up only what is kept
         self._loading = asyncio.Lock()
         self._retired: set[asyncio.Task[None]] = set()
 
-    async def _admitted(self, request: Request, kind: type[T]) -> T:
-        """The checked body of a request that has the key, is within its client's rate, and comes in time.
+    def _know(self, request: Request, key: str | None) -> None:
+        """Raises ProtocolError if the request has not the `key`."""
+        self._check_key(_client(request), request.headers.get("authorization", ""), key)
+
+    async def _admitted(self, request: Request, kind: type[T], key: str | None) -> T:
+        """The checked body of a request that has the `key`, is within its client's rate, and comes in time.
 
         Raises:
           ProtocolError: it is not.
         """
-        check_key(request.headers.get("authorization", ""), self.key)
+        self._rates.take(_client(request))
+        self._know(request, key)
         if self.closing:
             raise ProtocolError(
                 "The server is shutting down.", status=503, kind="server_error", headers={"retry-after": "10"}
             )
-        self._rates.take(request.client.host if request.client else "")
-        return read_request(kind, await read_body(request, self.limits))
+        return read_request(kind, await read_body(request, self.limits), self.limits.values)
 
     # --- Chat. ---
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        asked = await self._admitted(request, ChatRequest)
+        asked = await self._admitted(request, ChatRequest, self.key)
         model = self.models.get(asked.model)
         if model is None:
             raise _no_model(asked.model)
@@ -102,17 +113,29 @@ class Service:
         most = model.engine.lanes + self.limits.waiting
         if asked.n > most:
             raise ProtocolError(f"This server can hold {most} replies at once, not {asked.n}.", param="n")
-        waiting = sum(model.waiting for model in self.models.values())
+        tokens = min(asked.limit or model.reply_tokens or model.engine.length, model.engine.length)
+        if asked.logprobs and asked.n * tokens * (1 + asked.top_logprobs) > MOST_LOGPROBS:
+            raise ProtocolError(
+                f"One answer can hold {MOST_LOGPROBS:,} log-probabilities; ask for fewer replies, tokens or "
+                "alternatives.",
+                param="logprobs",
+            )
+        waiting = self._reading + sum(model.waiting for model in self.models.values())
         if waiting + max(0, asked.n - model.free) > self.limits.waiting:
             raise too_many("The server is busy: too many requests are waiting.", 2)
-        exchange = Exchange(model, asked, model.prompt(asked), self.metrics, self._keep)
+        self._reading += asked.n
+        try:
+            prompt = await model.prompt(asked)
+        finally:
+            self._reading -= asked.n
+        exchange = Exchange(model, asked, prompt, self.metrics, self._keep)
         if asked.stream:
             return EventStream(exchange, self.limits.stall_seconds)
         return await whole_answer(exchange, request.receive)
 
     async def models_list(self, request: Request) -> Response:
         """GET /v1/models and /v1/models/{name}."""
-        check_key(request.headers.get("authorization", ""), self.key)
+        self._know(request, self.key)
         name = request.path_params.get("name")
         if name is not None and name not in self.models:
             raise _no_model(name)
@@ -124,14 +147,22 @@ class Service:
 
     async def feedback(self, request: Request) -> Response:
         """POST /v1/feedback: a rating of a kept reply."""
-        given = await self._admitted(request, Feedback)
+        given = await self._admitted(request, Feedback, self.key)
         if self.chats is None or not self.chats.has(given.reply):
             raise ProtocolError("That reply was not kept, so it cannot be rated.", status=404, param="reply")
-        if not await asyncio.to_thread(self.chats.add, "feedback", given.model_dump()):
+        if not await self._add("feedback", given.model_dump()):
             raise ProtocolError("The feedback could not be kept.", status=507, kind="server_error")
         return JSONResponse({"object": "feedback", "reply": given.reply})
 
-    def _keep(self, exchange: Exchange, name: str, text: str, last: Part) -> None:
+    async def _add(self, kind: str, row: dict[str, Any]) -> bool:
+        """Appends a line to the kept conversations; whether it was written."""
+        chats, had_problem = self.chats, self.chats.problem is not None
+        written = await asyncio.get_running_loop().run_in_executor(self._writer, chats.add, kind, row)
+        if not written and not had_problem:
+            _LOG.error("conversations are not kept: %s", printable(chats.problem or ""))
+        return written
+
+    async def _keep(self, exchange: Exchange, name: str, text: str, last: Part) -> None:
         """Notes where a conversation stands, and appends to the kept ones what is new in it."""
         model, asked, chats = exchange.model, exchange.asked, self.chats
         messages = asked.kept
@@ -148,11 +179,8 @@ class Service:
                 "tokens": last.tokens,
                 "messages": [*messages[-1 if goes_on else 0 :], {"role": "assistant", "content": text}],
             }
-            had_problem = chats.problem is not None
-            written = chats.add("turn", row)
-            if not written and not had_problem:
-                _LOG.error("conversations are not kept: %s", printable(chats.problem or ""))
-        model.remember(asked, exchange.prompt, conversation, text, last.row, written)
+            written = await self._add("turn", row)
+        model.remember(asked, conversation, text, last.row, written)
 
     # --- Around it. ---
 
@@ -167,7 +195,7 @@ class Service:
 
     async def metrics_page(self, request: Request) -> Response:
         """GET /metrics, for Prometheus."""
-        check_key(request.headers.get("authorization", ""), self.key)
+        self._know(request, self.key)
         models = self.models.values()
         self.metrics.running.set(sum(model.running for model in models))
         self.metrics.waiting.set(sum(model.waiting for model in models))
@@ -177,11 +205,11 @@ class Service:
         """POST /admin/load: loads weights for a new or known name; replies under way end on the old."""
         if self.admin_key is None or self.load is None:
             raise HTTPException(404)
-        check_key(request.headers.get("authorization", ""), self.admin_key)
-        asked = read_request(Load, await read_body(request, self.limits))
+        asked = await self._admitted(request, Load, self.admin_key)
         async with self._loading:
             try:
-                new = await asyncio.to_thread(self.load, asked.model, asked.path, asked.step)
+                with machine_errors():
+                    new = await asyncio.to_thread(self.load, asked.model, asked.path, asked.step)
             except UserError as error:
                 raise ProtocolError(f"The model was not loaded: {error}", code="not_loaded") from error
             old = self.models.get(asked.model)
@@ -227,18 +255,37 @@ class Service:
         return JSONResponse(facts | {"cards": cards, "messages": self.limits.messages})
 
 
+def _client(request: Request) -> str:
+    return client_of(request.client.host) if request.client else ""
+
+
 def _no_model(name: str) -> ProtocolError:
     return ProtocolError(
         f"The model `{name[:200]}` does not exist.", status=404, param="model", code="model_not_found"
     )
 
 
-def make_app(service: Service, *, hosts: Sequence[str] = ("*",)) -> Starlette:
+class _HostCheck:
+    """Refuses other host names: a page elsewhere cannot reach a local server by a name of its own then."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            host = _PORT.sub("", Headers(scope=scope).get("host", "")).lower()
+            if host not in self._hosts:
+                error = ProtocolError(f"This server does not answer to the name `{host[:200]}`.")
+                app = JSONResponse(error.body, error.status)
+        await app(scope, receive, send)
+
+
+def make_app(service: Service, *, hosts: Sequence[str] = ()) -> Starlette:
     """The application.
 
     Args:
-      hosts: names under which it may be called; a page elsewhere cannot reach a local server by a name of its
-        own then.
+      hosts: names and addresses under which it may be called, in lower case; none: any.
     """
 
     async def protocol_error(request: Request, error: ProtocolError) -> Response:
@@ -253,7 +300,15 @@ def make_app(service: Service, *, hosts: Sequence[str] = ("*",)) -> Starlette:
     async def server_error(request: Request, error: Exception) -> Response:
         return JSONResponse(SERVER_ERROR, 500)
 
-    handlers: dict[Any, Any] = {ProtocolError: protocol_error, HTTPException: http_error}
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        service.metrics.requests.labels("", "disconnected").inc()
+        return Response(status_code=499)  # which nobody reads
+
+    handlers: dict[Any, Any] = {
+        ProtocolError: protocol_error,
+        HTTPException: http_error,
+        ClientDisconnect: gone,
+    }
     return Starlette(
         routes=[
             Route("/v1/chat/completions", service.chat, methods=["POST"]),
@@ -267,5 +322,5 @@ def make_app(service: Service, *, hosts: Sequence[str] = ("*",)) -> Starlette:
             Route("/page.json", service.page_facts),
         ],
         exception_handlers=handlers | {Exception: server_error},
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        middleware=[Middleware(_HostCheck, hosts=hosts)] if hosts else [],
     )

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import orjson
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mapo_jax.serving.metrics import Metrics
@@ -35,7 +35,7 @@ class Exchange:
         asked: ChatRequest,
         prompt: Prompt,
         metrics: Metrics,
-        keep: Callable[[Exchange, str, str, Part], None],
+        keep: Callable[[Exchange, str, str, Part], Awaitable[None]],
     ) -> None:
         """`keep` is called with a reply's name, text and last part before the client can know its end."""
         self.model, self.asked, self.prompt = model, asked, prompt
@@ -59,7 +59,7 @@ class Exchange:
                     if part.finish:
                         self._lasts[part.choice] = part
                         name = self._name if self.asked.n == 1 else f"{self._name}-{part.choice}"
-                        self._keep(self, name, self._texts[part.choice], part)
+                        await self._keep(self, name, self._texts[part.choice], part)
                 yield part
 
     def _usage(self) -> dict[str, Any]:
@@ -126,7 +126,8 @@ async def whole_answer(exchange: Exchange, receive: Receive) -> Response:
     """The answer to a request that is not streamed."""
     outcome = "error"
     try:
-        answer = JSONResponse(await _unless_disconnected(receive, exchange.completion()))
+        answer = await _unless_disconnected(receive, exchange.completion())
+        answer = Response(orjson.dumps(answer), media_type="application/json")
         outcome = "ok"
         return answer
     except _Disconnected:

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import numpy as np
@@ -26,7 +27,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.sampling import RequestSampling
-from mapo_jax.serving.limits import Limits, check_key
+from mapo_jax.serving.limits import KeyCheck, Limits, client_of
 from mapo_jax.serving.protocol import ProtocolError
 from mapo_jax.serving.served import ServedModel
 from mapo_jax.serving.text import ReplyText
@@ -42,6 +43,11 @@ _root.handlers[:] = _handlers
 orchestrator.delete_pytree = lambda prefix: None  # calls jax.tree_map; our prefixes hold no arrays
 
 Prefix = tuple[Sequence[int], int]  # ids, most tokens of the reply
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
 GREEDY = RequestSampling(temperature=0.0)
 GRACE_SECONDS = 3600.0  # in which replies under way may end after a signal
 
@@ -128,16 +134,18 @@ class _Orchestrator(orchestrator.LLMOrchestrator):
     def __init__(self, driver: _Driver, served: ServedModel, limits: Limits, key: str | None) -> None:
         super().__init__(driver)
         self._served, self._limits, self._key, self._open = served, limits, key, 0
+        self._check_key = KeyCheck()
 
     async def Decode(self, request, context) -> AsyncIterator[Any]:
         """A reply to a text, as the first message of a chat, or to the ids of a row."""
-        code, ids = grpc.StatusCode.INVALID_ARGUMENT, ()
+        ids: tuple[int, ...] = ()
         try:
-            check_key(dict(context.invocation_metadata()).get("authorization", ""), self._key)
-            ids = self._ids(request)
+            peer = unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
+            given = dict(context.invocation_metadata()).get("authorization", "")
+            self._check_key(client_of(peer), given, self._key)
+            ids = await asyncio.to_thread(self._ids, request)  # a long text takes a second
         except ProtocolError as error:
-            code = grpc.StatusCode.UNAUTHENTICATED if error.status == 401 else code
-            await context.abort(code, str(error))
+            await context.abort(_CODES[error.status], str(error))
         if self._open >= self._served.engine.resident + self._limits.waiting:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "The server is busy; try again later.")
         chat = self._served.chat

@@ -6,6 +6,7 @@ A parameter that has no effect here is refused, not ignored; one that is null co
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,7 +17,9 @@ from mapo_jax.rollout.requests import Alternatives
 from mapo_jax.rollout.sampling import ALTERNATIVES, RequestSampling
 from mapo_jax.speech import text_of
 
-MOST_STOPS = 4
+MOST_STOPS, LONGEST_STOP = 4, 1000  # texts, characters
+_UNION = re.compile(r"(constrained-)?str|(list|dict)\[.*")  # pydantic's names for members of a union
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -85,6 +88,9 @@ class _Metadata(_Values):
     scenario: str | None = None  # the id of the card that the user plays
 
 
+_Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
+
+
 class ChatRequest(_Values):
     """The body of POST /v1/chat/completions."""
 
@@ -93,7 +99,7 @@ class ChatRequest(_Values):
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: _StreamOptions | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] = []
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] = []
     seed: int | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=ALTERNATIVES)
@@ -103,7 +109,7 @@ class ChatRequest(_Values):
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     store: bool = True  # whether the conversation may be kept, if the server keeps any
@@ -123,7 +129,7 @@ class ChatRequest(_Values):
         """The distribution that is asked for."""
         return RequestSampling(
             repetition_penalty=self.repetition_penalty,
-            temperature=self.temperature,
+            temperature=self.temperature if self.temperature > 1e-5 else 0.0,  # no overflow in float32
             top_k=min(max(self.top_k, 0), 2**31 - 1),  # an int32 on the device
             top_p=max(self.top_p, 1e-9),
             min_p=self.min_p,
@@ -144,9 +150,9 @@ class ChatRequest(_Values):
 
     @property
     def chat(self) -> list[dict[str, Any]]:
-        """The messages for the chat template."""
+        """The messages for the chat template, with content as text."""
         return [
-            message.model_dump(exclude_defaults=True) | {"content": message.content}
+            message.model_dump(exclude_defaults=True) | {"content": text_of(message.content) or ""}
             for message in self.messages
         ]
 
@@ -178,13 +184,17 @@ class Feedback(_Values):
 class Load(_Values):
     """The body of POST /admin/load."""
 
-    model: str  # the name that is served; a new name is added
-    path: str
+    model: str = Field(min_length=1, max_length=200)  # the name that is served; a new name is added
+    path: str = Field(min_length=1, max_length=4000)
     step: int | None = None
 
 
-def read_request(kind: type[T], body: bytes) -> T:
+def read_request(kind: type[T], body: bytes | bytearray, most_values: int) -> T:
     """The checked value in a request's body.
+
+    Args:
+      most_values: JSON values that a body may hold. A million small ones would take seconds to check, in
+        which no stream goes on.
 
     Raises:
       ProtocolError: it is not JSON, or not what the protocol has.
@@ -194,7 +204,13 @@ def read_request(kind: type[T], body: bytes) -> T:
         raise ValueError(f"{constant} is no JSON number")
 
     try:
-        content = encodable(json.loads(body, parse_constant=refuse))
+        text = body.decode("utf-8-sig")
+        frame = _STRING.sub("", text)
+        if sum(map(frame.count, ",[{")) > most_values:
+            raise ProtocolError(f"The body holds more than {most_values} JSON values.")
+        content = json.loads(text, parse_constant=refuse)
+        if "\\u" in text:
+            content = encodable(content)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ProtocolError(f"We could not parse the JSON body of your request: {reason}") from error
@@ -222,9 +238,8 @@ def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
 def _refusal(error: ValidationError) -> ProtocolError:
     """The first of pydantic's errors in OpenAI's words."""
     first = error.errors(include_url=False)[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(
-        "."
-    )[:200]
+    parts = [part for part in first["loc"] if isinstance(part, int) or not _UNION.fullmatch(part)]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)[1:201]
     if first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {place}"
     elif first["type"] == "missing":

@@ -10,6 +10,7 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,9 @@ from mapo_jax.serving.text import ReplyText, speller
 
 REMEMBERED_TOKENS = 4_000_000  # of conversations whose rows are kept as ids, 16 MB
 PING_SECONDS = 15.0  # a stream that waits says so, or proxies would close it
+INLINE_CHARACTERS = 4000  # a prompt of more takes over 5 ms and is made in a thread
+MESSAGE_CHARACTERS = 250  # what rendering a message costs, as characters to tokenise
+_PROMPTS = ThreadPoolExecutor(1, "prompts")
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ class ServedModel:
 
     # --- Prompts. ---
 
-    def prompt(self, request: ChatRequest) -> Prompt:
-        """The request's row.
+    async def prompt(self, request: ChatRequest) -> Prompt:
+        """The request's row. A long one is made in a thread, so that the replies under way go on.
 
         Raises:
           ProtocolError: messages that the template refuses, or too many tokens.
@@ -103,15 +107,16 @@ class ServedModel:
         texts, conversation = request.texts, None
         if texts is not None and texts[-1][0] == "user":
             conversation = self._remembered.get(_key(texts[:-1]))
-        if conversation is not None and conversation.row:
-            ids = (*conversation.row, *self.chat.next_user(texts[-1][1]))
-        elif texts is not None and [role for role, _ in texts] == ["user"]:
-            ids = self.chat.start(texts[0][1])  # as the template renders it, a few milliseconds faster
+        new = texts[-1:] if conversation is not None and conversation.row else texts
+        if new is not None and sum(MESSAGE_CHARACTERS + len(text) for _, text in new) < INLINE_CHARACTERS:
+            ids = self._ids(request, conversation)
         else:
+            self.users += 1
             try:
-                ids = self.chat.prompt(request.chat)
-            except (jinja2.TemplateError, TypeError) as error:
-                raise ProtocolError(f"Invalid 'messages': {error}.", param="messages") from error
+                loop = asyncio.get_running_loop()
+                ids = await loop.run_in_executor(_PROMPTS, self._ids, request, conversation)
+            finally:
+                self.users -= 1
         if len(ids) >= self.engine.length:
             raise ProtocolError(
                 f"This model's maximum context length is {self.engine.length} tokens. However, your messages "
@@ -121,33 +126,44 @@ class ServedModel:
             )
         return Prompt(ids, conversation)
 
+    def _ids(self, request: ChatRequest, conversation: Conversation | None) -> tuple[int, ...]:
+        texts = request.texts
+        if conversation is not None and conversation.row:
+            return (*conversation.row, *self.chat.next_user(texts[-1][1]))
+        if texts is not None and [role for role, _ in texts] == ["user"]:
+            return self.chat.start(texts[0][1])  # as the template renders it, a few milliseconds faster
+        try:
+            return self.chat.prompt(request.chat)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ProtocolError(f"Invalid 'messages': {error}.", param="messages") from error
+
     def conversation(self, request: ChatRequest, prompt: Prompt) -> tuple[str, bool]:
-        """The id of the conversation that a reply belongs to, and whether it goes on in one that was kept.
+        """The id of a new reply's conversation, and whether that goes on in one that was kept.
 
         A second continuation from one place is a conversation of its own, with all that was said before; so
         is the continuation of one of which something was not kept.
         """
         if prompt.conversation is not None:
-            before = self._remembered.get(_key(request.texts[:-1]))
-            if before is not None and before.kept and not before.continued:
-                return before.id, True
+            key = _key(request.texts[:-1])
+            before = self._remembered.get(key)
+            if before is not None and not before.continued:
+                self._put(key, replace(before, continued=True))
+                if before.kept:
+                    return before.id, True
         return f"conv-{secrets.token_hex(12)}", False
 
     def remember(
         self,
         request: ChatRequest,
-        prompt: Prompt,
         name: str,
         reply: str,
         row: Sequence[int] | None,
         kept: bool,
     ) -> None:
         """Notes that the conversation `name` has gone on by a reply, and whether all of it was kept."""
-        before, texts = prompt.conversation, request.texts
+        texts = request.texts
         if texts is None:
             return
-        if before is not None and not before.continued:
-            self._put(_key(texts[:-1]), replace(before, continued=True))
         ids = array("i", row if row is not None and self.chat.history == "append" else ())
         self._put(_key([*texts, ("assistant", reply)]), Conversation(name, ids, kept))
 

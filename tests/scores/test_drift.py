@@ -133,6 +133,40 @@ class TestCommand:
         assert drift.main(["--before", before, "--after", before]) == 0
         assert "nothing was tested" in capsys.readouterr().out
 
+    def test_content_parts_are_text(self, tmp_path):
+        (text,) = drift.read_period([write_log(tmp_path / "a", 1, ["I feel it."], lambda index: 1)])
+        parts = [[{"type": "text", "text": "I "}, "feel it."]]
+        assert drift.read_period([write_log(tmp_path / "b", 1, parts, lambda index: 1)]) == [text]
+        (row,) = drift.read_period([write_log(tmp_path / "c", 1, [None], lambda index: 1)])
+        assert row["turns"] == 1 and row["words per reply"] == 0
+
+    @pytest.mark.parametrize(
+        ("file", "change", "named"),
+        [
+            ("2026-01-31.jsonl", {"messages": "text"}, "`messages`"),
+            ("2026-01-31.jsonl", {"messages": [{"role": "user", "content": [{}]}]}, "not text"),
+            ("2026-01-31.jsonl", {"conversation": ["a"]}, "`conversation`"),
+            ("2026-01-31.jsonl", {"kind": "feedback", "rating": "good"}, "`rating`"),
+            ("judged.jsonl", {"case": 1}, "`case`"),
+            ("judged.jsonl", {"levels": [[1, 2]]}, "`levels.0`"),
+            ("judged.jsonl", {"levels": ["abcdef"]}, "`levels.0`"),
+        ],
+    )
+    def test_malformed_lines_are_one_sentence(self, tmp_path, capsys, file, change, named):
+        folder = write_log(tmp_path / "a", 1, ["Good."], lambda index: 1)
+        whole = json.loads((tmp_path / "a" / "2026-01-31.jsonl").read_text().splitlines()[0])
+        whole |= {"case": "c0", "levels": [None], "comment": ""}
+        with (tmp_path / "a" / file).open("w") as target:
+            target.write(json.dumps(whole) + "\n" + json.dumps(whole | change) + "\n")
+        assert drift.main(["--before", folder, "--after", folder]) == 2
+        error = capsys.readouterr().err
+        assert f"{file}, line 2" in error and named in error and error.count("\n") == 1
+
+    @pytest.mark.parametrize("option", ["--p=nan", "--p=2", "--effect=-1", "--seed=-1"])
+    def test_numbers_out_of_bounds(self, tmp_path, capsys, option):
+        assert drift.main(["--before", str(tmp_path), "--after", str(tmp_path), option]) == 2
+        assert option.split("=")[0] in capsys.readouterr().err
+
     def test_nothing_there(self, tmp_path, capsys):
         assert drift.main(["--before", str(tmp_path), "--after", str(tmp_path)]) == 2
         assert "neither conversations" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def tiny(model_folder):
 
 
 @contextmanager
-def running(service, hosts=("*",), **options):
+def running(service, hosts=(), **options):
     """Serves on a free port of this machine until the context ends."""
     import uvicorn
 
@@ -84,7 +84,7 @@ def serving(tiny):
 
     with ExitStack() as stack:
 
-        def start(engine=tiny[0], hosts=("*",), reply_tokens=16, **options):
+        def start(engine=tiny[0], hosts=(), reply_tokens=16, **options):
             engine.reset()
             model = ServedModel("tiny", engine, tiny[1], source="tests", reply_tokens=reply_tokens)
             return stack.enter_context(running(Service({"tiny": model}, **options), hosts))

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import openai
@@ -12,6 +14,7 @@ import pytest
 from mapo_jax.chat_log import ChatLog, is_chat_log, read_chats
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.transcripts import read_transcripts
+from mapo_jax.files import append_line
 from mapo_jax.serving.limits import Limits
 
 HELLO = [{"role": "user", "content": "Hello, it is me."}]
@@ -117,6 +120,67 @@ def test_a_full_disk_stops_keeping_and_not_serving(kept, say, monkeypatch):
     (file,) = kept.service.chats.folder.iterdir()
     assert [json.loads(line)["kind"] for line in file.read_text().splitlines()] == ["turn", "turn"]
     assert [chat["messages"] for chat in read_chats(kept.service.chats.folder)] == [chat[:2], longer]
+
+
+def test_a_disk_that_fills_up_in_a_line_leaves_the_lines_of_others(tmp_path, monkeypatch):
+    """Two servers on one folder: one writes between the other's opening of the file and its failed write."""
+    one, other = ChatLog(tmp_path), ChatLog(tmp_path)
+    row = {"conversation": "c", "model": "m", "scenario": None, "messages": HELLO}
+    write = os.write
+
+    def fills_up(handle, data):
+        monkeypatch.setattr(os, "write", write)
+        assert other.add("turn", row | {"reply": "other"})
+        return write(handle, data[:20])
+
+    assert one.add("turn", row | {"reply": "first"})
+    monkeypatch.setattr(os, "write", fills_up)
+    assert not one.add("turn", row | {"reply": "lost"}) and "is full" in one.problem
+    assert one.add("turn", row | {"reply": "last"})
+    assert [chat["replies"] for chat in read_chats(tmp_path)] == [["first", "other", "last"]]
+    (file,) = tmp_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_restart_goes_on_after_a_cut_line_and_takes_feedback_on_what_was_kept(tmp_path):
+    row = {"conversation": "c", "model": "m", "scenario": None, "messages": HELLO}
+    assert ChatLog(tmp_path).add("turn", row | {"reply": "first"})
+    (file,) = tmp_path.iterdir()
+    with file.open("a") as torn:
+        torn.write('[1]\n{"kind": "tu')
+    chats = ChatLog(tmp_path)
+    assert chats.has("first") and not chats.has("tu")
+    assert chats.add("turn", row | {"reply": "last"})
+    with pytest.raises(UserError, match="line 2"):
+        read_chats(tmp_path)
+    file.write_text("".join(file.read_text().splitlines(True)[::3]))
+    assert [chat["replies"] for chat in read_chats(tmp_path)] == [["first", "last"]]
+
+
+def test_a_folder_that_is_gone_is_a_problem_and_its_return_ends_it(tmp_path):
+    chats = ChatLog(tmp_path / "kept")
+    (tmp_path / "kept").rmdir()
+    row = {"conversation": "c", "reply": "r", "model": "m", "scenario": None, "messages": HELLO}
+    assert not chats.add("turn", row) and str(tmp_path / "kept") in chats.problem and chats.lost == 1
+    (tmp_path / "kept").mkdir()
+    assert chats.add("turn", row) and chats.problem is None
+
+
+def test_a_slow_disk_holds_up_no_other_reply(kept, say, monkeypatch):
+    release = threading.Event()
+
+    def slow(path, line):
+        assert release.wait(60)
+        append_line(path, line)
+
+    monkeypatch.setattr("mapo_jax.chat_log.append_line", slow)
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(say, HELLO)
+        _, chat = say([user("Not me.")], store=False)
+        assert not writing.done() and len(chat) == 2
+        release.set()
+        _, chat = writing.result()
+    assert [kept["messages"] for kept in read_chats(kept.service.chats.folder)] == [chat]
 
 
 def test_who_agrees_later_has_the_conversation_kept_whole(kept, say):

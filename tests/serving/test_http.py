@@ -2,13 +2,16 @@
 
 import copy
 import json
+import logging
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import jax
@@ -16,7 +19,8 @@ import pytest
 
 from mapo_jax import serve
 from mapo_jax.errors import UserError
-from mapo_jax.serving.limits import Limits
+from mapo_jax.serving.limits import WRONG_KEYS_PER_MINUTE, Limits, client_of
+from mapo_jax.serving.protocol import ChatRequest
 from mapo_jax.serving.served import ServedModel
 
 HELLO = [{"role": "user", "content": "Hello, it is me."}]
@@ -57,6 +61,10 @@ MALFORMED = {
     "not a number": (b'{"model": "tiny", "messages": [], "temperature": NaN}', 400),
     "no model": (json.dumps({"messages": HELLO}).encode(), 400),
     "nested": (b"[" * 100_000, 400),
+    "nested in time": (b'{"model": ' + b"[" * 3_000 + b"]" * 3_000 + b"}", 400),
+    "many messages": (b'{"messages": [' + b"{}," * 300_000 + b"{}]}", 400),
+    "an open string": (b'{"model": "' + b'\\"' * 400_000, 400),
+    "a long stop text": (json.dumps({"model": "tiny", "messages": HELLO, "stop": "x" * 1001}).encode(), 400),
     "huge number": (b'{"seed": 1' + b"0" * 5000 + b"}", 400),
     "no UTF-8": (b'{"model": "\xff"}', 400),
     "too large": (b" " * (2**20 + 1), 413),
@@ -73,6 +81,55 @@ def test_malformed_bodies(server, name):
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert post(server).status_code == 200
+
+
+def test_a_body_of_many_values_is_refused_before_it_is_checked(server, monkeypatch):
+    """Checking them would take seconds in which no stream goes on; commas in texts are none."""
+    many = body(messages=[{"role": "user", "content": ["x"] * 10_000}])
+    monkeypatch.setattr(ChatRequest, "model_validate", None)
+    assert "JSON values" in post(server, many).json()["error"]["message"]
+    monkeypatch.undo()
+    commas = [{"role": "user", "content": '\\",[{' * 20_000}]
+    assert post(server, body(messages=commas)).json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_long_message_is_tokenised_beside_the_streams(server, monkeypatch):
+    release, ids = threading.Event(), server.model._ids
+
+    def slow(request, conversation):
+        if len(request.messages[0].content) > 1000:
+            assert release.wait(60)
+        return ids(request, conversation)
+
+    monkeypatch.setattr(server.model, "_ids", slow)
+    with ThreadPoolExecutor() as pool:
+        long = pool.submit(post, server, body(messages=[{"role": "user", "content": "x " * 2**18}]))
+        while not server.service._reading:
+            time.sleep(0.005)
+        assert post(server).status_code == 200
+        release.set()
+        answer = long.result()
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+    assert not server.model.users and not server.service._reading
+
+
+@pytest.mark.parametrize("before", [[], [{"role": "system", "content": "Be kind."}]])
+@pytest.mark.parametrize(
+    ("part", "status"),
+    [
+        ({"type": None, "text": "x"}, 200),
+        ({"text": "x"}, 200),
+        ({"type": "image_url", "text": "x"}, 400),
+        ({"type": "text", "text": None}, 400),
+        ("x", 200),
+    ],
+)
+def test_content_parts_follow_one_rule(server, before, part, status):
+    answer = post(server, body(messages=[*before, {"role": "user", "content": [part]}]))
+    assert answer.status_code == status
+    if status == 200:
+        same = post(server, body(messages=[*before, {"role": "user", "content": "x"}])).json()
+        assert answer.json()["usage"]["prompt_tokens"] == same["usage"]["prompt_tokens"]
 
 
 def test_lone_surrogates_and_nulls(server):
@@ -99,9 +156,12 @@ def test_another_content_type_is_refused(server):
 
 
 def test_another_host_name_is_refused(serving):
-    server = serving(hosts=("127.0.0.1", "localhost"))
-    assert httpx2.get(f"{server.url}/health").status_code == 200
-    assert httpx2.get(f"{server.url}/health", headers={"host": "evil.example"}).status_code == 400
+    server = serving(hosts=("127.0.0.1", "localhost", "[::1]"))
+    for name in ("127.0.0.1", "LOCALHOST:8000", "[::1]:8000"):
+        assert httpx2.get(f"{server.url}/health", headers={"host": name}).status_code == 200
+    for name in ("evil.example", "localhost.evil.example:80", "[dead::beef]:80"):
+        answer = httpx2.get(f"{server.url}/health", headers={"host": name})
+        assert answer.status_code == 400 and name.split(":80")[0] in answer.json()["error"]["message"]
 
 
 def test_a_key(serving):
@@ -115,6 +175,45 @@ def test_a_key(serving):
     assert httpx2.get(f"{server.url}/health").status_code == 200
 
 
+def test_guessing_a_key_is_limited(serving):
+    """Not even the right key is told from a wrong one then; those of other addresses are."""
+    server = serving(key="secret-1", admin_key="secret-2", load=lambda *_: None)
+
+    def guess(path, key):
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx2.request("GET" if path == "/v1/models" else "POST", server.url + path, headers=headers)
+
+    paths = ("/v1/models", "/v1/chat/completions", "/v1/feedback", "/admin/load", "/v1/models")
+    answers = [guess(path, "wrong") for path in 2 * paths]
+    assert [answer.status_code for answer in answers] == [401] * WRONG_KEYS_PER_MINUTE
+    for path, key in (("/v1/models", "secret-1"), ("/admin/load", "secret-2"), ("/v1/models", "wrong")):
+        answer = guess(path, key)
+        assert answer.status_code == 429 and 1 <= int(answer.headers["retry-after"]) <= 6
+        assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+    server.service._check_key("192.0.2.1", "Bearer secret-1", "secret-1")
+
+
+@pytest.mark.parametrize(
+    ("host", "client"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3::4", "20010db800010002/64"),
+        ("2001:db8:1:2:ffff::", "20010db800010002/64"),
+        ("fe80::1%eth0", "fe80000000000000/64"),
+        ("testclient", "testclient"),
+    ],
+)
+def test_an_address_is_one_client(host, client):
+    assert client_of(host) == client
+
+
+def test_wrong_keys_count_as_requests(serving):
+    server = serving(key="secret-1", limits=Limits(requests_per_minute=3))
+    wrong = {"authorization": "Bearer wrong"}
+    assert [post(server, headers=wrong).status_code for _ in range(4)] == [401, 401, 401, 429]
+
+
 def test_a_rate_is_limited(serving):
     server = serving(limits=Limits(requests_per_minute=3))
     answers = [post(server) for _ in range(4)]
@@ -123,8 +222,10 @@ def test_a_rate_is_limited(serving):
     assert answers[-1].json()["error"]["code"] == "rate_limit_exceeded"
 
 
-def test_a_full_queue_and_a_long_conversation_are_refused(serving):
+def test_a_full_queue_and_a_long_conversation_are_refused(serving, monkeypatch):
     server = serving(limits=Limits(waiting=1, messages=3), reply_tokens=None)
+    release, advance = threading.Event(), server.model.engine.advance
+    monkeypatch.setattr(server.model.engine, "advance", lambda *steps: release.wait(60) and advance(*steps))
     answer = post(server, body(n=6))  # 4 streams and 1 that waits
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
     connection = raw_request(server, body(n=5, max_completion_tokens=None, temperature=0))
@@ -135,6 +236,14 @@ def test_a_full_queue_and_a_long_conversation_are_refused(serving):
     connection.close()
     answer = post(server, body(messages=4 * HELLO))
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
+    release.set()
+
+
+def test_an_answer_that_would_not_fit_into_memory_is_refused(server, monkeypatch):
+    monkeypatch.setattr("mapo_jax.serving.app.MOST_LOGPROBS", 2 * 12 * 4)
+    assert post(server, body(n=2, logprobs=True, top_logprobs=3)).status_code == 200
+    answer = post(server, body(n=2, logprobs=True, top_logprobs=4))
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "logprobs"
 
 
 def test_a_top_k_beyond_the_devices_integers_is_all_tokens(server):
@@ -151,6 +260,20 @@ def test_a_body_that_does_not_come_is_given_up(serving):
         connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
         assert b" 408 " in connection.recv(1000)
     assert post(server).status_code == 200
+
+
+def test_a_client_that_goes_away_while_it_sends(server, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
+    host, port = re.match(r"http://(.*):(\d+)", server.url).groups()
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n"
+        connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
+        time.sleep(0.1)
+    end = time.monotonic() + 20
+    while 'outcome="disconnected"} 1.0' not in httpx2.get(f"{server.url}/metrics").text:
+        assert time.monotonic() < end and not caplog.records
+        time.sleep(0.01)
+    assert not caplog.records
 
 
 def raw_request(server, content):

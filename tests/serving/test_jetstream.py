@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from mapo_jax.rollout.requests import Request
-from mapo_jax.serving.limits import Limits
+from mapo_jax.serving.limits import WRONG_KEYS_PER_MINUTE, Limits
 
 pytestmark = pytest.mark.peer
 grpc = pytest.importorskip("grpc", reason="pip install -r requirements-jetstream.txt")
@@ -141,11 +141,19 @@ def test_a_full_server_refuses(running):
 
 def test_a_key(running):
     stub = running(key="secret-1")
-    for metadata in (None, [("authorization", "Bearer secret-2")]):
+
+    def refused(metadata):
         with pytest.raises(grpc.RpcError) as caught:
             ask(stub, "Hello.", metadata=metadata)
-        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    assert ask(stub, "Hello.", metadata=[("authorization", "Bearer secret-1")])
+        return caught.value.code()
+
+    wrong, right = [("authorization", "Bearer secret-2")], [("authorization", "Bearer secret-1")]
+    for metadata in (None, wrong):
+        assert refused(metadata) is grpc.StatusCode.UNAUTHENTICATED
+    assert ask(stub, "Hello.", metadata=right)
+    for _ in range(WRONG_KEYS_PER_MINUTE):
+        refused(wrong)
+    assert refused(right) is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_the_import_leaves_the_log_alone():

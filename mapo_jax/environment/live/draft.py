@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,9 +12,9 @@ from mapo_jax.environment.dialogue import RoleFailure
 from mapo_jax.environment.live.calls import Complete
 from mapo_jax.environment.live.forms import read
 from mapo_jax.environment.live.prompts import Messages, chat, render
+from mapo_jax.environment.live.traces import trace
 
 Line = Annotated[str, Field(min_length=1)]
-_TRACES = re.compile(r"[\w.+-]+@[\w-]+\.\w+|https?://|\bwww\.|\+?\d[\d ()/-]{7,}\d")
 
 SYSTEM = f"""You write a scenario card about a person from a conversation that they had with an assistant. \
 The card lets an actor play someone with the same trouble. It must not lead back to the real person.
@@ -95,7 +94,7 @@ async def draft_card(name: str, messages: Sequence[Mapping[str, str]], complete:
     """
 
     def parse(text: str) -> dict[str, Any]:
-        return to_card(text, name)
+        return to_card(text, name, [message["content"] for message in messages])
 
     text = await complete(
         draft_messages(messages),
@@ -106,18 +105,19 @@ async def draft_card(name: str, messages: Sequence[Mapping[str, str]], complete:
     return parse(text)
 
 
-def to_card(text: str, name: str) -> dict[str, Any]:
-    """The card in a model's text.
+def to_card(text: str, name: str, said: Sequence[str] = ()) -> dict[str, Any]:
+    """The card in a model's text, drafted from what was `said`.
 
     Raises:
-      RoleFailure: malformed; also a card with an address, a number or a link that leads back to a person.
+      RoleFailure: malformed; also a card with an address, a number, a link or a name that leads back to a
+        person.
     """
     card = {"id": name, "language": "en", "split": "train", **read(text, CardForm).model_dump()}
     _, problems = check_card(card)
     if problems:
         raise RoleFailure("malformed", "; ".join(problems[:3]), text)
-    if trace := _TRACES.search(text):
-        raise RoleFailure("malformed", f"it holds {trace.group()!r}, which may lead back to a person", text)
+    if found := trace(card, said):
+        raise RoleFailure("malformed", f"it holds {found!r}, which may lead back to a person", text)
     return card
 
 
