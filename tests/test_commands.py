@@ -38,14 +38,6 @@ def test_a_signal_gives_the_shells_status(capsys):
     assert capsys.readouterr().err == "saved after step 3\n"
 
 
-def test_ctrl_c_is_no_defect(capsys):
-    def command():
-        raise KeyboardInterrupt
-
-    assert run_command(command) == 130
-    assert capsys.readouterr().err == "stopped by SIGINT\n"
-
-
 def test_our_own_defects_keep_their_traceback():
     def command():
         raise ZeroDivisionError
