@@ -131,6 +131,7 @@ def summary(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
         "after",
         "minus MAPO at 1/3 (Holm's p)",
         "harm",
+        "test reward",
         "test EPM-Q",
         "spikes",
     )
@@ -159,8 +160,12 @@ def summary(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
             )
         before, after = shown(ends(variant, 0, seeds)), shown(ends(variant, -1, seeds))
         harm = np.mean([list(by_seed[seed]["validation"].values())[-1]["harm"] for seed in seeds])
-        epm_q, spikes = (np.mean([by_seed[seed][key] for seed in seeds]) for key in ("test_epm_q", "spikes"))
-        cells = variant, len(seeds), before, after, against, f"{harm:.0%}", f"{epm_q:.1f}", f"{spikes:.1f}"
+        keys = ("test_reward", "test_epm_q", "spikes")
+        reward, epm_q, spikes = (np.mean([by_seed[seed][key] for seed in seeds]) for key in keys)
+        cells = (
+            *(variant, len(seeds), before, after, against),
+            *(f"{harm:.0%}", f"{reward:+.2f}", f"{epm_q:.1f}", f"{spikes:.1f}"),
+        )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

@@ -7,7 +7,12 @@ from tests.forked import run_module
 
 def run(before, after, spikes=0):
     figures = {"return": before, "harm": 0.5}, {"return": after, "harm": 0.25}
-    return {"validation": dict(enumerate(figures)), "test_epm_q": 40.0, "spikes": spikes}
+    return {
+        "validation": dict(enumerate(figures)),
+        "test_reward": -0.25,
+        "test_epm_q": 40.0,
+        "spikes": spikes,
+    }
 
 
 def test_table_pairs_the_seeds_that_both_have():
@@ -19,7 +24,7 @@ def test_table_pairs_the_seeds_that_both_have():
     assert len(header) == len(mapo) == len(grpo)
     assert mapo[1:4] == ["2", "-3.50 [-4.00, -3.00]", "+1.50 [+1.00, +2.00]"] and mapo[4] == ""
     assert grpo[4].startswith("-0.50 [-0.50, -0.50]")  # the third seed has no partner
-    assert grpo[5:] == ["25%", "40.0", "0.7 |"]
+    assert grpo[5:] == ["25%", "-0.25", "40.0", "0.7 |"]
 
 
 def test_quick_form_trains_tests_and_continues(tmp_path, monkeypatch, capsys):
