@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mapo_jax.reporting.charts import asset, counted_share
+from mapo_jax.reporting.charts import asset, counted_share, format_value
 from mapo_jax.reporting.comparison import mean
 from mapo_jax.reporting.credit import CreditedBatch
 from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue
@@ -267,5 +267,7 @@ def _change(before: float, after: float, totals: tuple[int, int]) -> str:
 
 
 def _aside(before: float, after: float, totals: tuple[int, int]) -> str:
-    """The same, to stand in brackets."""
-    return _change(before, after, totals).replace(" (", ", ").replace(")", "")
+    """Two shares and of how many, to stand in brackets."""
+    one, other = (format_value(value, "share") for value in (before, after))
+    first = "" if totals[0] == totals[1] else f" of {totals[0]:,}"
+    return f"{one}{first} → {other} of {totals[1]:,}"

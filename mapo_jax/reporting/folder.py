@@ -19,7 +19,7 @@ import orjson
 import yaml
 from pydantic import ValidationError
 
-from mapo_jax.config import AlgorithmConfig
+from mapo_jax.config import GONE, AlgorithmConfig, Config
 from mapo_jax.errors import UserError
 from mapo_jax.files import encodable
 from mapo_jax.reporting.dialogues import SavedBatch, SavedDialogue, parse_dialogue
@@ -202,6 +202,9 @@ def _algorithm(config: Mapping[str, Any], notes: list[str]) -> AlgorithmConfig:
     if not isinstance(section, Mapping):
         notes.append("the algorithm's settings are unknown; credit is computed with the defaults")
         return AlgorithmConfig()
+    defaults = Config()  # a key that is gone does no harm with the value that is in effect now
+    gone = {key: GONE[f"algorithm.{key}"].value(defaults) for key in section if f"algorithm.{key}" in GONE}
+    section = {key: value for key, value in section.items() if key not in gone or gone[key] != value}
     try:
         return AlgorithmConfig.model_validate(section)
     except ValidationError as error:

@@ -5,6 +5,7 @@ import pytest
 
 from mapo_jax.environment.scripted.grammar import KINDS
 from mapo_jax.reporting.behaviour import MEANINGS, behaviour, changes, levels_of, typical_pair
+from mapo_jax.reporting.charts import format_value
 from mapo_jax.reporting.credit import credit_batch
 from mapo_jax.reporting.folder import read_run
 
@@ -61,12 +62,15 @@ def test_every_rate_has_its_count_and_the_good_helper_beside_it(sides):
     assert situation.helper == 0.875 and situation.helper_count == 8
     assert found.helper_replies == 5 * len(after[0].dialogues) == 40
     assert behaviour(replace(run, helper={}), before, after).helper_replies == 0
-    for text in (found.headline, *found.sentences):
-        rates = re.findall(r"\d\u00a0%(?: \(|, )(\d+) of (\d+)", text)
+    for text in found.sentences:
+        rates = re.findall(r"\d\u00a0% \((\d+) of (\d+)", text)
         assert len(rates) == text.count("%") > 0, text
     harms = [turn.levels and min(turn.levels[1::2]) < 0 for d in after[0].dialogues for turn in d.turns]
-    assert f"{sum(filter(None, harms))} of {found.replies[1]})" in found.headline.split(" and ")[0]
-    assert situation.counts[1] == round(run.evaluations[6]["naming/situation_rate"] * found.replies[1])
+    harm = sum(filter(None, harms)) / found.replies[1]
+    first = found.headline.split(" and ")[0]
+    assert first.endswith(f"→ {format_value(harm, 'share')} of {found.replies[1]})"), first
+    assert found.replies[0] != found.replies[1]  # else the number stands once for both
+    assert found.headline.count("%") == found.headline.count(" of ") > 0
 
 
 def test_every_kind_of_the_scripted_world_has_an_explanation(sides):

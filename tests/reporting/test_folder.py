@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 
 from mapo_jax.errors import UserError
 from mapo_jax.reporting import folder as reporting_folder
@@ -91,6 +92,15 @@ def test_what_is_missing_is_noted(run_copy, gone, said):
 def test_a_broken_configuration_is_no_reason_to_stop(run_copy, content):
     (run_copy / "config.yaml").write_text(content)
     assert read_run(run_copy, dialogues=1000).algorithm.discount == 0.85
+
+
+def test_a_key_that_is_gone_is_no_fault_with_the_value_that_acts(run_copy):
+    file = run_copy / "config.yaml"
+    content = yaml.safe_load(file.read_text())
+    for value, said in ((2, False), (3, True)):
+        content["algorithm"]["min_group"] = value
+        file.write_text(yaml.safe_dump(content))
+        assert any("min_group" in note for note in read_run(run_copy, dialogues=1000).notes) == said
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
