@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -123,51 +124,72 @@ def record(place: Path) -> dict[str, Any]:
 
 
 def summary(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """Markdown: a line per variant; validation returns with 95 % bootstrap intervals over the seeds."""
+    """Markdown: a line per variant; means over the seeds with 95 % bootstrap intervals, p corrected."""
     heads = (
-        "estimator",
-        "seeds",
-        "before",
-        "after",
-        "minus MAPO at 1/3 (Holm's p)",
-        "harm",
-        "test reward",
-        "test EPM-Q",
-        "spikes",
+        *(
+            "estimator",
+            "seeds",
+            "before",
+            "after",
+            "minus MAPO at 1/3 (Holm's p)",
+            "users better off",
+            "harm",
+        ),
+        *("EPM-Q", "test reward", "test EPM-Q", "spikes"),
     )
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-
-    def ends(variant: str, which: int, seeds: Sequence[int]) -> list[float]:
-        return [list(runs[variant][seed]["validation"].values())[which]["return"] for seed in seeds]
-
-    def shown(values: Sequence[float]) -> str:
-        mean, low, high = interval(values)
-        return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-
     base = "mapo 0.33"
-    tests = {}
-    for variant in runs:
-        common = sorted(set(runs[variant]) & set(runs.get(base, {})))
-        if variant != base and len(common) > 1:
-            tests[variant] = paired(ends(variant, -1, common), ends(base, -1, common))
+    tests = {
+        variant: paired(*ends)
+        for variant in runs
+        if variant != base and len((ends := _paired_ends(runs, variant, base))[0]) > 1
+    }
     corrected = holm({variant: test["p"] for variant, test in tests.items()})
     for variant, by_seed in runs.items():
-        seeds, against = sorted(by_seed), ""
+        ends = [list(run["validation"].values()) for run in by_seed.values()]
+
+        def mean(key: str, place: int = -1, form: str = "{:+.2f}", ends: list = ends) -> str:
+            return " [".join((form, f"{form}, {form}]")).format(*interval([end[place][key] for end in ends]))
+
+        against = ""
         if variant in tests:
             test = tests[variant]
             against = (
                 f"{test['mean']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}] ({corrected[variant]:.2f})"
             )
-        before, after = shown(ends(variant, 0, seeds)), shown(ends(variant, -1, seeds))
-        harm = np.mean([list(by_seed[seed]["validation"].values())[-1]["harm"] for seed in seeds])
+        harm, epm_q = (np.mean([end[-1][key] for end in ends]) for key in ("harm", "epm_q"))
         keys = ("test_reward", "test_epm_q", "spikes")
-        reward, epm_q, spikes = (np.mean([by_seed[seed][key] for seed in seeds]) for key in keys)
+        reward, test_epm_q, spikes = (np.mean([run[key] for run in by_seed.values()]) for key in keys)
         cells = (
-            *(variant, len(seeds), before, after, against),
-            *(f"{harm:.0%}", f"{reward:+.2f}", f"{epm_q:.1f}", f"{spikes:.1f}"),
+            *(variant, len(by_seed), mean("return", 0), mean("return"), against),
+            *(mean("better_off", form="{:.0%}"), f"{harm:.0%}", f"{epm_q:.1f}"),
+            *(f"{reward:+.2f}", f"{test_epm_q:.1f}", f"{spikes:.1f}"),
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def pairs(runs: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """Markdown: the validation return of every two variants, by seed; p not corrected."""
+    lines = ["| | difference | seeds ahead | p |", "|---|---|---|---|"]
+    for one, other in combinations(runs, 2):
+        ends = _paired_ends(runs, one, other)
+        if len(ends[0]) > 1:
+            test, ahead = paired(*ends), sum(np.greater(*ends))
+            cells = (
+                f"{test['mean']:+.2f} [{test['low']:+.2f}, {test['high']:+.2f}] | {ahead} of {len(ends[0])}"
+            )
+            lines.append(f"| {one} minus {other} | {cells} | {test['p']:.3f} |")
+    return "\n".join(lines)
+
+
+def _paired_ends(runs: dict[str, dict[int, dict[str, Any]]], *variants: str) -> list[list[float]]:
+    """The last validation return of each variant, of the seeds that all have."""
+    common = sorted(set.intersection(*(set(runs.get(variant, {})) for variant in variants)))
+    return [
+        [list(runs[variant][seed]["validation"].values())[-1]["return"] for seed in common]
+        for variant in variants
+    ]
 
 
 def compare(
@@ -210,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         about = circumstances(time.monotonic() - began)
         write_json(options.json, {"about": about, "overrides": overrides, "runs": runs})
-    print(summary(runs))
+    print(summary(runs), pairs(runs), sep="\n\n")
     return 0
 
 

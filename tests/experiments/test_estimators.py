@@ -6,7 +6,8 @@ from tests.forked import run_module
 
 
 def run(before, after, spikes=0):
-    figures = {"return": before, "harm": 0.5}, {"return": after, "harm": 0.25}
+    others = {"epm_q": 35.0, "better_off": 0.75}
+    figures = {"return": before, "harm": 0.5} | others, {"return": after, "harm": 0.25} | others
     return {
         "validation": dict(enumerate(figures)),
         "test_reward": -0.25,
@@ -24,7 +25,11 @@ def test_table_pairs_the_seeds_that_both_have():
     assert len(header) == len(mapo) == len(grpo)
     assert mapo[1:4] == ["2", "-3.50 [-4.00, -3.00]", "+1.50 [+1.00, +2.00]"] and mapo[4] == ""
     assert grpo[4].startswith("-0.50 [-0.50, -0.50]")  # the third seed has no partner
-    assert grpo[5:] == ["25%", "-0.25", "40.0", "0.7 |"]
+    assert grpo[5:] == ["75% [75%, 75%]", "25%", "35.0", "-0.25", "40.0", "0.7 |"]
+    lines = estimators.pairs(runs).splitlines()
+    # With two pairs of one sign half of the sign flips are as far from 0.
+    assert lines[2].startswith("| mapo 0.33 minus grpo | +0.50 [+0.50, +0.50] | 2 of 2 | 0.5")
+    assert len(lines) == 3
 
 
 def test_quick_form_trains_tests_and_continues(tmp_path, monkeypatch, capsys):
