@@ -6,6 +6,7 @@ Prints one requirement per line, also those of installed packages, and of extras
 them where there is an index: `pip download --no-deps --only-binary=:all: -d wheels REQUIREMENT ...` takes the
 same lines. Install them by `pip install --no-index --no-deps wheels/*` and run this again, because a package
 that is not installed does not tell what it needs. Exit status 1 if any is missing.
+Needs the package `packaging`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.evaluation.conversations import ReasoningHidden, limits_of
 from mapo_jax.evaluation.subject import TRUST, Subject, add_step, find_subject
 from mapo_jax.files import encodable
-from mapo_jax.idle import refuse_unread, unread
+from mapo_jax.idle import refuse_unread, show_unread
 from mapo_jax.rollout.engine import Engine
 from mapo_jax.rollout.requests import Request
 from mapo_jax.rollout.rows import ChatFormat
@@ -185,8 +185,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     if options.trust_run_world and options.scenario is None:
         raise UserError(f"{TRUST} has no effect without --scenario; leave it out")
     refuse_unread("chat", options.overrides)
-    if options.scenario is None and (idle := unread("chat without --scenario", options.overrides)):
-        console.print(f"no effect in chat without --scenario: {', '.join(idle)}", soft_wrap=True)
+    if options.scenario is None:
+        show_unread(console, "chat without --scenario", options.overrides)
     subject = find_subject(options)
     config, card = subject.config, None
     if options.scenario is not None:

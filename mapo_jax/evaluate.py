@@ -43,7 +43,7 @@ from mapo_jax.evaluation.subject import (
     refuse_idle_options,
 )
 from mapo_jax.files import encodable, write_whole
-from mapo_jax.idle import refuse_unread, unread
+from mapo_jax.idle import refuse_unread, show_unread
 from mapo_jax.model.sharding import make_mesh
 from mapo_jax.running.stop import Interrupted, StopRequest
 from mapo_jax.scores import emobench, empa, eqbench
@@ -419,8 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--split has no effect with --cards; leave one of them out")
         refuse_unread("evaluate", options.overrides)
         mode = f"evaluate {options.name}" + (" --endpoint" if vars(options).get("endpoint") else "")
-        if idle := unread(mode, options.overrides):
-            console.print(f"no effect in {mode}: {', '.join(idle)}", soft_wrap=True)
+        show_unread(console, mode, options.overrides)
         options.command(options, console)
 
     return run_command(command)

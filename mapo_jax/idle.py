@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+from rich.console import Console
+
+from mapo_jax.commands import show
 from mapo_jax.config import (
     ENGINE,
     HELD_OUT,
@@ -156,6 +159,12 @@ def unread(command: str, overrides: Sequence[str]) -> list[str]:
     """The keys of `key=value` overrides that a command does not read. Raises UserError for other forms."""
     keys = (key for override in overrides for key in read_override(Config, override))
     return [key for key in keys if key in fields(Config) and not key.startswith(READS[command])]
+
+
+def show_unread(console: Console, mode: str, overrides: Sequence[str]) -> None:
+    """Names the overrides that a mode of a command does not read, if there are any."""
+    if keys := unread(mode, overrides):
+        show(console, f"no effect in {mode}: {', '.join(keys)}")
 
 
 def refuse_unread(command: str, overrides: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.errors import UserError
 from mapo_jax.evaluation.local import load_model
 from mapo_jax.evaluation.subject import Subject, add_step, find_subject
-from mapo_jax.idle import refuse_unread, unread
+from mapo_jax.idle import refuse_unread, show_unread
 from mapo_jax.rollout.engine import Engine
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def run(options: Namespace, console: Console) -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
     listening = _listen(options.host, options.port)
     subject = find_subject(options)
-    if subject.step is None and (idle := unread("serve without a run", options.overrides)):
-        console.print(f"no effect in serve without a run: {', '.join(idle)}", soft_wrap=True)
+    if subject.step is None:
+        show_unread(console, "serve without a run", options.overrides)
     prepare_jax(subject.config.run.compilation_cache)
     if grpc:
         show(console, f"loading {printable(options.model)} and compiling ...")

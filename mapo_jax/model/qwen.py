@@ -320,9 +320,14 @@ def init_cache(
     """
     values = (rows, config.num_kv_heads, length, config.head_dim)
     keys = (rows, config.num_kv_heads, config.head_dim, length) if by_feature else values
-    scales = [jnp.zeros(values[:-1], jnp.float32)] * 2 if jnp.dtype(dtype) == jnp.int8 else []
+    scales = [values[:-1]] * 2 if jnp.dtype(dtype) == jnp.int8 else []
     return [
-        LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype), by_feature, *scales)
+        LayerCache(
+            jnp.zeros(keys, dtype),
+            jnp.zeros(values, dtype),
+            by_feature,
+            *(jnp.zeros(shape, jnp.float32) for shape in scales),  # arrays of their own, to be donated
+        )
         for _ in range(config.num_layers)
     ]
 
