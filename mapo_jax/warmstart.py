@@ -146,7 +146,9 @@ def _start(config: Config, chats: Sequence[Chat], mesh: Mesh) -> tuple[Policy, P
     if config.model.path is not None:
         return load_policy(config.model.path, config.rollout, mesh=mesh)
     positions = max(config.rollout.max_tokens, config.warmstart.row_tokens)
-    texts = (message["content"] for chat in chats[:TOKENIZER_CHATS] for message in chat)
+    messages = chain.from_iterable(chats[:TOKENIZER_CHATS])
+    # Roles are in every message of a dialogue, so each should be one token.
+    texts = (text for message in messages for text in (message["role"], message["content"]))
     tokenizer = train_tokenizer(texts, config.model.fresh.vocabulary, max_tokens=positions)
     chat = ChatFormat(tokenizer, config.rollout.history, config.rollout.system_prompt)
     model = fresh_model(config.model.fresh, chat.vocabulary_size, positions)

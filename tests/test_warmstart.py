@@ -73,6 +73,7 @@ def test_the_result_is_a_model_folder_with_a_record(made):
     assert record["measured"]["turns/mean"] == 2.0
     assert {f"act/{kind}" for kind in KINDS} <= set(record["measured"])
     assert (made / "generation_config.json").is_file()
+    assert [len(policy.tokenizer.encode(role)) for role in ("user", "assistant")] == [1, 1]
 
 
 def test_it_is_found_again_whatever_does_not_determine_it(made, cache, monkeypatch):
@@ -134,7 +135,7 @@ def test_cards_and_data_are_part_of_the_name(tmp_path):
 def test_own_chats_train_an_existing_model(made, tmp_path):
     chats = [
         [{"role": "user", "content": "I feel tired."}, {"role": "assistant", "content": "You sound tired."}]
-    ] * 8
+    ] * 12
     write_chats(tmp_path / "chats.jsonl", chats)
     config = _config(tmp_path, f"model.path={made}", f"warmstart.data={tmp_path / 'chats.jsonl'}")
     folder = warmstart.run_warmstart(config, console=_quiet())
