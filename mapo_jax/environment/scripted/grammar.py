@@ -7,7 +7,7 @@ checked for coherence, so a list of cue words is never an act.
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -125,14 +125,13 @@ def read(reply: str) -> Reading:
 
 
 def _phrases(scenario: Scenario) -> dict[str, list[str]]:
-    """The card's phrases and all feelings in bare form, by slot letter."""
+    """The card's phrases in bare form, by slot letter."""
     story = scenario.story
     return {
         "p": [bare(p) for stage in story.stages for p in stage.particulars],
         "s": [bare(s) for s in story.strengths],
         "t": [bare(t) for t in story.steps],
         "v": [bare(scenario.value)],
-        "f": [*FEELINGS, *UNSTATED],
     }
 
 
@@ -154,16 +153,22 @@ def _frame_pairs() -> tuple[set[Pair], dict[str, set[str]], dict[str, set[str]]]
     return pairs, before, after
 
 
-def _card_pairs(scenario: Scenario) -> set[Pair]:
-    """Pairs of neighbouring words in the card's phrases and lines, and in constructions with its phrases."""
+def _slot_pairs(phrases: Mapping[str, Iterable[str]]) -> set[Pair]:
+    """Pairs of neighbouring words in phrases, and in constructions with them; `phrases` by slot letter."""
     _, before, after = _frame_pairs()
     pairs: set[Pair] = set()
-    for letter, phrases in _phrases(scenario).items():
-        for phrase in phrases:
+    for letter, candidates in phrases.items():
+        for phrase in candidates:
             words = phrase.split()
             pairs.update(itertools.pairwise(words))
             pairs |= {(left, words[0]) for left in before[letter]}
             pairs |= {(words[-1], right) for right in after[letter]}
+    return pairs
+
+
+def _card_pairs(scenario: Scenario) -> set[Pair]:
+    """Pairs of neighbouring words in the card's phrases and lines, and in constructions with its phrases."""
+    pairs = _slot_pairs(_phrases(scenario))
     for stage in scenario.story.stages:
         for line in stage.line:
             pairs.update(itertools.pairwise([START, *bare(line).split(), END]))
@@ -172,8 +177,9 @@ def _card_pairs(scenario: Scenario) -> set[Pair]:
 
 @lru_cache(maxsize=1)
 def world_pairs() -> frozenset[Pair]:
-    """Pairs of neighbouring words in all constructions and embedded cards."""
-    return frozenset(_frame_pairs()[0].union(*map(_card_pairs, load_scenarios())))
+    """Pairs of neighbouring words in all constructions, with all feelings and the embedded cards."""
+    feelings = _slot_pairs({"f": [*FEELINGS, *UNSTATED]})
+    return frozenset(_frame_pairs()[0].union(feelings, *map(_card_pairs, load_scenarios())))
 
 
 @lru_cache(maxsize=4096)
