@@ -112,7 +112,7 @@ class RolloutConfig(Section):
     """How dialogues are collected."""
 
     scenarios: Count = key(8, "S: scenarios per step")
-    rollouts: Count = key(8, "R: dialogues per scenario")
+    rollouts: Count = key(4, "R: dialogues per scenario")
     max_turns: Count = key(8, "T: most turns of a dialogue")
     min_turns: Count = key(5, "success and failure end a dialogue from this turn on")
     temperature: float = key(0.7, "sampling temperature in training", gt=0)
@@ -249,7 +249,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """The length of the run and the shape of an update."""
 
-    steps: Count = key(45, "collect-and-update steps")
+    steps: Count = key(40, "collect-and-update steps")
     seed: int = key(0, "seed of all random numbers", ge=0, le=2**31 - 1)
     minibatch_scenarios: Count = key(2, "scenarios per optimizer update; divides rollout.scenarios")
     microbatch_tokens: int = key(1792, "tokens per device and pass, at least one row; 0: no limit", ge=0)
@@ -259,7 +259,7 @@ class TrainingConfig(Section):
 class WarmstartConfig(Section):
     """Supervised training before RL when `model.path` is empty; cached by its configuration."""
 
-    steps: Count = key(1150, "optimizer updates")
+    steps: Count = key(1050, "optimizer updates")
     rows: Count = key(8, "packed rows per update")
     row_tokens: int = key(256, "length of a packed row", ge=2)
     turns: int = key(3, "dialogues are cut into pieces of this many turns; 0: as many as fit a row", ge=0)
@@ -290,7 +290,7 @@ class LoggingConfig(Section):
 class EvaluationConfig(Section):
     """Validation during training."""
 
-    every: Count = key(15, "steps between evaluations; also before the first and after the last step")
+    every: Count = key(20, "steps between evaluations; also before the first and after the last step")
     scenarios: Count = key(16, "number of validation cards, the first ones")
     rollouts: Count = key(2, "dialogues per card")
     temperature: Amount = key(0.7, "sampling temperature")

@@ -267,8 +267,8 @@ def test_mappings_of_a_key_are_merged(tmp_path):
         (["environment.max_failed_share=0.1"], ["(needs calls that can fail"]),
         (["environment.fault_rate=0.1", "environment.max_failed_share=0.1"], []),
         (["evaluation.scenarios=100"], ["evaluation.scenarios (needs more validation cards than the 16"]),
-        (["evaluation.scenarios=15", "rollout.slots=63", "rollout.ahead=1"], []),
-        (["rollout.slots=64"], ["rollout.slots (needs fewer than the 64"]),
+        (["evaluation.scenarios=15", "rollout.slots=31", "rollout.ahead=1"], []),
+        (["rollout.slots=32"], ["rollout.slots (needs fewer than the 32"]),
         (["rollout.ahead=1", "training.steps=1"], ["rollout.ahead (needs training.steps above 1)"]),
         (["run.join_seconds=9", "run.silent_seconds=9"], ["(needs several processes)"] * 2),
         (

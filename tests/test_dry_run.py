@@ -119,13 +119,14 @@ def test_a_folder_of_another_run_is_refused_and_ones_own_is_continued(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "metrics.jsonl").write_text('{"step": 30, "timing_s/step": 4.0}\n')
     words = " ".join(dry_run(config).split())
-    assert "continues after step 30, 15 steps left, about 1 min 00 s at its pace" in words
+    assert "continues after step 30, 10 steps left, about 40 s at its pace" in words
 
 
 def test_a_model_as_judge_is_named_with_its_calls_and_its_price(tmp_path):
     judge = ["model=m", "url=http://judge.example/v1", "prices=[2, 10]"]
+    work = ["training.steps=45", "rollout.rollouts=8", "evaluation.every=15", f"run.directory={tmp_path / 'run'}"]
     settings = [f"environment.judge.{key}" for key in judge]
-    words = " ".join(dry_run(load_config(None, [*settings, f"run.directory={tmp_path / 'run'}"])).split())
+    words = " ".join(dry_run(load_config(None, [*settings, *work])).split())
     assert "judge m at http://judge.example/v1 (24," in words and "at its prices" in words
     assert "the others scripted" in words and "user" not in words.split("world", 1)[1]
 
