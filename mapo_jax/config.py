@@ -249,7 +249,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """The length of the run and the shape of an update."""
 
-    steps: Count = key(40, "collect-and-update steps")
+    steps: Count = key(52, "collect-and-update steps")
     seed: int = key(0, "seed of all random numbers", ge=0, le=2**31 - 1)
     minibatch_scenarios: Count = key(2, "scenarios per optimizer update; divides rollout.scenarios")
     microbatch_tokens: int = key(1792, "tokens per device and pass, at least one row; 0: no limit", ge=0)
@@ -290,7 +290,7 @@ class LoggingConfig(Section):
 class EvaluationConfig(Section):
     """Validation during training."""
 
-    every: Count = key(20, "steps between evaluations; also before the first and after the last step")
+    every: Count = key(26, "steps between evaluations; also before the first and after the last step")
     scenarios: Count = key(16, "number of validation cards, the first ones")
     rollouts: Count = key(2, "dialogues per card")
     temperature: Amount = key(0.7, "sampling temperature")
