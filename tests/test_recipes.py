@@ -24,7 +24,7 @@ def test_a_recipe_loads_and_opens_with_its_command(path):
     assert f"--config configs/{path.name}" in head
     for word in ("Hardware:", "Cost:", "Expect:"):
         assert word in head
-    assert config.environment.family == "live"
+    assert config.environment.family == ("scripted" if path.stem == "scripted" else "live")
 
 
 # Of the paper's training: scenarios, rollouts, scenarios of a mini-batch, most and fewest turns, temperature.
