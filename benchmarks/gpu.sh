@@ -49,7 +49,7 @@ command_of() { # PART -> the arguments of python, in `words`
       words=(benchmarks/decode.py --shape "$shape" "${small[@]}" "${json[@]}") ;;
     rollout) words=(benchmarks/rollout.py --reference --rounds "${tiny:-3}" --peers transformers "${json[@]}") ;;
     train)
-      [ -n "$tiny" ] && small=(training.steps=1 warmstart.steps=2 warmstart.dialogues=20 warmstart.min_naming_ratio=0
+      [ -n "$tiny" ] && small=(training.steps=1 warmstart.steps=2 warmstart.dialogues=30 warmstart.min_naming_ratio=0
         rollout.scenarios=2 rollout.rollouts=2 rollout.max_turns=2 rollout.min_turns=2 evaluation.scenarios=1
         model.fresh.hidden=32 model.fresh.layers=1)
       words=(-m mapo_jax.train run.directory="$folder/train" warmstart.cache="$folder/warmstart" logging.progress=false

@@ -174,7 +174,8 @@ def test_the_memory_of_every_step_under_way_is_counted(monkeypatch):
 
 def test_the_forecast_says_what_it_would_bring(monkeypatch, tmp_path):
     """Ten turns of 10 s of calls and an opening of 4 s; the devices' time is that of the run's steps."""
-    settings = ["environment.family=live", "rollout.max_turns=10", f"run.directory={tmp_path}"]
+    settings = ["environment.family=live", "rollout.rollouts=8", "rollout.max_turns=10"]
+    settings += [f"run.directory={tmp_path}"]
     for role, seconds in (("user", 4), ("judge", 5), ("director", 1)):
         settings += [f"environment.{role}.{key}" for key in ("model=m", "url=http://a", f"seconds={seconds}")]
     (tmp_path / METRICS_FILE).write_text('{"step": 1, "perf/device_busy": 0.5, "timing_s/step": 80.0}\n')

@@ -124,7 +124,7 @@ def test_a_folder_of_another_run_is_refused_and_ones_own_is_continued(tmp_path):
 
 def test_a_model_as_judge_is_named_with_its_calls_and_its_price(tmp_path):
     judge = ["model=m", "url=http://judge.example/v1", "prices=[2, 10]"]
-    work = ["training.steps=45", "rollout.rollouts=8", "evaluation.every=15", f"run.directory={tmp_path / 'run'}"]
+    work = ["training.steps=90", f"run.directory={tmp_path / 'run'}"]
     settings = [f"environment.judge.{key}" for key in judge]
     words = " ".join(dry_run(load_config(None, [*settings, *work])).split())
     assert "judge m at http://judge.example/v1 (24," in words and "at its prices" in words
