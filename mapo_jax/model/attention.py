@@ -31,9 +31,8 @@ def rotary_angles(
 def rotate(x: Heads, rotary: tuple[Array, Array]) -> Heads:
     """Rotates each pair (x[i], x[i + E/2]) by its angle: the half-split convention of Hugging Face's Qwen."""
     cos, sin = rotary
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-    first, second = halves[..., 0, :], halves[..., 1, :]
-    rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2).reshape(x.shape)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
 
 
