@@ -6,6 +6,7 @@ command starts (tests/test_commands.py) start Python itself instead.
 """
 
 import atexit
+import fcntl
 import multiprocessing
 import os
 import subprocess
@@ -46,11 +47,11 @@ class Forked:
             self._process.kill()
 
     def communicate(self, timeout=None):
-        """Waits for the end; returns standard output and standard error."""
+        """Waits for the end, also of what it has started; returns standard output and standard error."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("forked process", timeout)
-        out, err = (file.read_text() for file in self._files)
+        out, err = map(_read_whole, self._files)
         for file in self._files:
             file.unlink()
         return out, err
@@ -92,9 +93,17 @@ def _closed(opened):
     return opened
 
 
+def _read_whole(file: Path) -> str:
+    """The text of a file, once nothing writes to it: a killed process's `Sentinel` writes after its end."""
+    with file.open() as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        return opened.read()
+
+
 def _child(code, arguments, environment, files):
     for number, file in zip((1, 2), files, strict=True):
         opened = os.open(file, os.O_WRONLY)
+        fcntl.flock(opened, fcntl.LOCK_SH)  # shared with every process that inherits it as its output
         os.dup2(opened, number)
         os.close(opened)
     os.environ.clear()

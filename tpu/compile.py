@@ -1,6 +1,7 @@
 """Compiles a recipe's programs for a TPU slice without a TPU: whether they fit, and what they need.
 
     python -m tpu.compile --config configs/qwen3_32b_v5p.yaml --slice v5p-128 [key=value ...]
+    python -m tpu.compile --config ... --slice ... --memory       until memory is assigned, in half a minute
     python -m tpu.compile --config ... --slice ... --forecast     by formulas, in seconds
     python -m tpu.compile --all       compiles the lines of the table that tpu/compiled.json lacks
 
@@ -15,6 +16,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: no program runs here
 
@@ -44,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="which of %(default)s")
     parser.add_argument("--layers", type=int, help="use a model of so many layers, for a quick check")
     parser.add_argument(
+        "--memory", action="store_true", help="stop when memory is assigned: no code is generated"
+    )
+    parser.add_argument("--dump", metavar="FOLDER", help="keep the compiler's reports of one program there")
+    parser.add_argument(
         "--forecast", action="store_true", help="compile nothing: print what --dry-run would on the slice"
     )
     parser.add_argument(
@@ -63,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         programs = options.programs.split(",")
         if not set(programs) <= set(PROGRAMS):
             raise UserError(f"`--programs` is {options.programs!r}; choose from {','.join(PROGRAMS)}")
+        if options.dump and len(programs) > 1:
+            raise UserError("`--dump` keeps the reports of one program; add --programs train, or another")
+        folder = Path(options.dump) if options.dump else None
         name = options.slice.replace("v5litepod-", "v5e-")  # Google's name for v5e
         job = make_job(load_config(options.config, options.overrides), name, options.layers)
         if options.forecast:
@@ -74,7 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return
         results = []
         for program in programs:
-            results.append(compile_program(job, program))
+            command = None
+            if options.memory:
+                command = ["--config", options.config, "--slice", name, "--programs", program]
+                command += [
+                    *(("--layers", str(options.layers)) if options.layers else ()),
+                    *options.overrides,
+                ]
+            results.append(compile_program(job, program, folder, command))
             console.print(f"{program}: {results[-1].seconds:.0f} s to compile", markup=False)
         console.print(summary(job, results))
         for result in results:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +35,7 @@ from mapo_jax.running.processes import (
     rollout_mesh,
     share_of,
 )
+from tpu import memory
 from tpu.bounds import bounds
 from tpu.hlo import Collective, collectives
 from tpu.shapes import STOP_IDS, TOKENIZER_IDS, model_shape
@@ -96,7 +99,7 @@ class Result:
     bounds: dict[str, float]  # lower bounds of the program's time, in seconds
     arguments: dict[str, int]  # bytes of the program's arguments, by kind
     beside: dict[str, int]  # bytes of other data in memory at the same time
-    temporary: int = 0  # bytes that the program needs in addition
+    temporary: int = 0  # bytes that the program needs in addition, its code included
     # kind -> number of operations, bytes of the largest
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
     gathered: list[str] = field(default_factory=list)  # all-gathers of whole activations or logits
@@ -131,40 +134,59 @@ def make_job(config: Config, slice_name: str, layers: int | None = None) -> Job:
     return job
 
 
-def compile_program(job: Job, program: str) -> Result:
-    """Compiles one of PROGRAMS. If it does not fit the slice, the result says so; that is not an error."""
+def compile_program(
+    job: Job, program: str, folder: Path | None = None, arguments: Sequence[str] | None = None
+) -> Result:
+    """Compiles one of PROGRAMS. If it does not fit the slice, the result says so; that is not an error.
+
+    Args:
+      folder: where the compiler's reports and the program's text are kept.
+      arguments: of `python -m tpu.compile` for this program: then it is compiled by that command, and only
+        until its memory is assigned. The size of the code is unknown and counts as 0.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        return _compile(job, program, folder or Path(temporary), arguments)
+
+
+def _compile(job: Job, program: str, folder: Path, command: Sequence[str] | None) -> Result:
     function, arguments, sizes, beside = _programs(job)[program]
-    memory = int(chip(job.slice).memory)
-    result = functools.partial(Result, program, memory=memory, bounds=bounds(job, program), beside=beside)
+    limit = int(chip(job.slice).memory)
+    result = functools.partial(Result, program, memory=limit, bounds=bounds(job, program), beside=beside)
     needed = sum(sizes.values()) + sum(beside.values())
-    if needed > memory:
-        error = f"its arguments alone take {gib(needed)} of the {gib(memory)} that a chip has"
+    if needed > limit:
+        error = f"its arguments alone take {gib(needed)} of the {gib(limit)} that a chip has"
         return result(compiled=False, seconds=0.0, arguments=sizes, error=error)
-    started = time.monotonic()
-    try:
-        compiled = function.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        seconds, message = time.monotonic() - started, " ".join(str(error).split())[:400]
-        return result(compiled=False, seconds=seconds, arguments=sizes, error=message)
-    seconds, analysis = time.monotonic() - started, compiled.memory_analysis()
-    operations = collectives(compiled.as_text())
+    started, code, error = time.monotonic(), 0, ""
+    if command is not None:
+        memory.assign(folder, command)
+    else:
+        lowered = function.trace(*arguments).lower(lowering_platforms=("tpu",))
+        try:
+            analysis = lowered.compile(compiler_options=memory.dump_options(folder)).memory_analysis()
+            code = analysis.generated_code_size_in_bytes
+        except jax.errors.JaxRuntimeError as problem:
+            if "RESOURCE_EXHAUSTED" not in str(problem):
+                raise
+            error = " ".join(str(problem).split())[:400]
+    seconds, total = time.monotonic() - started, memory.assigned(folder)
+    if total is None:
+        return result(
+            compiled=False, seconds=seconds, arguments=sizes, error=error or "no memory was assigned"
+        )
+    operations = collectives(memory.optimised(folder))
     by_kind: dict[str, dict[str, int]] = {}
     for operation in operations:
         entry = by_kind.setdefault(operation.kind, {"operations": 0, "largest": 0})
         entry["operations"] += 1
         entry["largest"] = max(entry["largest"], operation.bytes)
-    rest = analysis.argument_size_in_bytes - sum(sizes.values())
-    # Outputs reuse the memory of donated arguments; the other outputs count as temporary.
-    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return result(
-        compiled=True,
+        compiled=not error,
         seconds=seconds,
-        arguments=sizes | {"other": max(0, rest)},
-        temporary=analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes + outputs,
+        arguments=sizes,
+        temporary=total - sum(sizes.values()) + code,
         collectives=by_kind,
         gathered=unwanted_gathers(job, program, operations),
+        error=error,
     )
 
 

@@ -69,9 +69,12 @@ class Entry:
     overrides: tuple[str, ...] = ()
 
     @property
+    def arguments(self) -> list[str]:
+        return ["--config", f"configs/{self.recipe}.yaml", "--slice", self.slice, *self.overrides]
+
+    @property
     def command(self) -> str:
-        command = f"python -m tpu.compile --config configs/{self.recipe}.yaml --slice {self.slice}"
-        return " ".join([command, *self.overrides])
+        return " ".join(["python -m tpu.compile", *self.arguments])
 
 
 _LORA = ("lora.rank=32",)
@@ -129,7 +132,7 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
             if known.get(key, {}).get("configuration") == digest:
                 known[key]["bounds"] = bounds(job, program)  # by the current formulas, which need no compiler
                 continue
-            result = compile_program(job, program)
+            result = compile_program(job, program, arguments=[*entry.arguments, "--programs", program])
             console.print(summary(job, [result]))
             known[key] = {"configuration": digest, "made_by": made_by, **asdict(result)}
             write_whole(file, json.dumps(known, indent=1) + "\n")

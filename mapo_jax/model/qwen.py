@@ -22,7 +22,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.model.attention import cached_attention, causal_attention, rotary_angles, rotate
 from mapo_jax.model.cache import Cache, LayerCache
 from mapo_jax.model.lora import ADAPTERS, AdaptedLinear, LoRA, split
-from mapo_jax.model.sharding import constrain, param_shardings
+from mapo_jax.model.sharding import constrain, cut_rows, gather_rows, param_shardings
 
 Params = dict[str, Any]  # nested dict of arrays, layers stacked on axis 0; trained arrays are float32
 
@@ -113,10 +113,11 @@ class MLP(nnx.Module):
         self.up = linear("up", config.hidden_size, config.intermediate_size)
         self.down = linear("down", config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __call__(self, x: Float[Array, "B L D"], place: Place) -> Float[Array, "B L D"]:
         # One axis of tokens: on a CPU a product over two axes (the weights' gradient) is far slower.
         tokens = x.reshape(-1, x.shape[-1])
-        return self.down(jax.nn.silu(self.gate(tokens)) * self.up(tokens)).reshape(x.shape)
+        gate, up = (place(linear(tokens), "mlp") for linear in (self.gate, self.up))
+        return self.down(jax.nn.silu(gate) * up).reshape(x.shape)
 
 
 class Attention(nnx.Module):
@@ -152,10 +153,10 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B L D"], rotary, attend: Attend):
-        attended, carried = self.attention(self.attention_norm(x), rotary, attend)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), carried
+    def __call__(self, x: Float[Array, "B L D"], rotary, attend: Attend, place: Place):
+        attended, carried = self.attention(place(self.attention_norm(x), "hidden"), rotary, attend)
+        x = x + place(attended, "residual")
+        return x + place(self.mlp(place(self.mlp_norm(x), "hidden"), place), "residual"), carried
 
 
 class Qwen(nnx.Module):
@@ -179,6 +180,9 @@ class Qwen(nnx.Module):
 # (query, key, value), rotated -> (output of the heads, the layer's new cache entry or None)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
+# (array, "hidden", "residual" or "mlp") -> the array, placed as `sharding.ACTIVATION_AXES` says
+Place = Callable[[Array, str], Array]
+
 # (query, key, value, segments) -> output of the heads, for whole rows: as `causal_attention`
 RowAttention = Callable[[Array, Array, Array, Array | None], Array]
 
@@ -190,9 +194,13 @@ def _block_graphdef(config: QwenConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Block(config, dtype, rngs=nnx.Rngs(0))))[0]
 
 
-def run_block(config, dtype, layer: Params, x, rotary, attend: Attend):
-    """One layer: (new hidden states, second result of `attend`)."""
-    return nnx.merge(_block_graphdef(config, jnp.dtype(dtype)), layer)(x, rotary, attend)
+def run_block(config, dtype, layer: Params, x, rotary, attend: Attend, place: Place = lambda array, _: array):
+    """One layer: (new hidden states, second result of `attend`).
+
+    Args:
+      place: of whole rows on a mesh: "hidden" before products with weights, "residual" after them.
+    """
+    return nnx.merge(_block_graphdef(config, jnp.dtype(dtype)), layer)(x, rotary, attend, place)
 
 
 def _create(config: QwenConfig, key: Array) -> Params:
@@ -272,16 +280,21 @@ def hidden_states(
         "minimal": norms, rotation, attention and the MLP's product, while the outputs of the matrix products
         with weights are kept; "none": only attention.
       attention: of whole rows; `backends.row_attention` chooses one.
-      mesh: of weights and rows; hidden states are constrained to it.
+      mesh: of weights and rows. Between layers each row is cut over `tensor`: a layer gathers its rows before
+        its products with weights, and sums and cuts what they give.
     """
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
 
     def attend(query, key, value):
         return attention(query, key, value, segments), None
 
+    def place(array, name):
+        if name == "mlp":
+            return constrain(array, name, mesh)
+        return (gather_rows if name == "hidden" else cut_rows)(array, mesh)
+
     def layer(x, weights):
-        x = run_block(config, dtype, weights, x, rotary, attend)[0]
-        return constrain(x, "hidden", mesh), None
+        return run_block(config, dtype, weights, x, rotary, attend, place)[0], None
 
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}; it must be one of {', '.join(REMAT)}")
@@ -290,11 +303,11 @@ def hidden_states(
         layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
     # Each device looks up its slice of the width for all rows in its group; then rows are cut.
     x = constrain(params["embed"]["embedding"][tokens].astype(dtype), "looked_up", mesh)
-    x = constrain(x, "hidden", mesh)
+    x = constrain(x, "residual", mesh)
     # Recomputed layers stay in a loop, so that the compiler does not merge them with the forward pass.
     unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS and remat == "none" else 1
     x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
-    return rms_norm(x, params["norm"]["scale"], config.rms_norm_eps)
+    return place(rms_norm(x, params["norm"]["scale"], config.rms_norm_eps), "hidden")
 
 
 def unstack_layers(layers: Params, count: int) -> list[Params]:

@@ -1,5 +1,6 @@
 """Shardings: tables of which array axis is cut along which mesh axis, and functions over them."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "rank": None,
     "length": None,  # tokens of a row
     "features": None,  # the width of hidden states, whose rows are cut already
+    # Between layers a row is cut over the devices that share its heads, for norms and residuals; so is what
+    # the backward pass keeps (sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198).
+    "residual_length": "tensor",
     "slots": ("data", "fsdp"),
     "cache_length": None,
     # Decoding has one token per lane: it moves hidden states to the weights, not the other way round, and
@@ -74,7 +78,9 @@ for _kernel in [path for path in PARAMETER_AXES if path.startswith("layers/") an
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
     "tokens": ("rows", "length"),  # and everything of a batch that is [B, L]
     "hidden": ("rows", "length", "features"),
-    "looked_up": ("lanes", "length", "lane_features"),  # of the embedding, whose width is cut
+    "mlp": ("rows", "mlp"),  # inside an MLP, the tokens of all rows on one axis
+    "residual": ("rows", "residual_length", "features"),
+    "looked_up": ("lanes", "residual_length", "lane_features"),  # of the embedding, whose width is cut
     "heads": ("rows", "length", "heads", "head_dim"),
     "kv_heads": ("rows", "length", "kv_heads", "head_dim"),
     "cache": ("slots", "kv_heads", "cache_length", "head_dim"),
@@ -207,6 +213,24 @@ def constrain(array: jax.Array, name: str, mesh: Mesh | None) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, activation_spec(name)))
+
+
+def gather_rows(array: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """From "residual" to "hidden"; the gradient is summed, then cut."""
+    # Cut in its own precision first: the compiler would gather the float32 numbers that a norm computes with.
+    return constrain(constrain(array, "residual", mesh), "hidden", mesh)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def cut_rows(array: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """From sums not yet made to "residual"; the gradient is gathered once for all products that need it."""
+    return constrain(array, "residual", mesh)
+
+
+cut_rows.defvjp(
+    lambda array, mesh: (cut_rows(array, mesh), None),
+    lambda mesh, _, gradient: (gather_rows(gradient, mesh),),
+)
 
 
 def row_shards(mesh: Mesh | None) -> int:

@@ -84,7 +84,7 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
     rows = microbatch_rows(total, length, config.training.microbatch_tokens, shards)
     share = _device_share(model, mesh)
     attention = attention_name(config.model.attention, mesh, model, dtype)
-    microbatch = _Microbatch(share, rows // shards, length, dtype, attention)
+    microbatch = _Microbatch(share, rows // shards, length, dtype, attention, mesh.shape["tensor"])
     work = max(_layer_work(microbatch), _head_work(config, microbatch, model, mesh))
     gradient = trained if rows == total else 2 * trained
     if mesh.devices.flat[0].platform == "tpu":
@@ -193,6 +193,7 @@ class _Microbatch:
     length: int
     dtype: str
     attention: str
+    parts: int  # that a row is cut into between layers
 
     @property
     def hidden(self) -> int:
@@ -207,9 +208,17 @@ def _kept(batch: _Microbatch, remat: str) -> int:
     # A fused kernel keeps its inputs and output, but no scores.
     attend = causal_attention if batch.attention == "xla" else jax.checkpoint(causal_attention)
 
+    def place(array, name):  # by shape: gathered, or one part
+        if name == "mlp":
+            return array
+        return jnp.tile(array, (1, batch.parts, 1)) if name == "hidden" else array[:, :part]
+
     def layer(x, weights, rotary):
         def block(x, weights):
-            return qwen.run_block(config, dtype, weights, x, rotary, lambda *qkv: (attend(*qkv), None))[0]
+            def attended(*qkv):
+                return attend(*qkv), None
+
+            return qwen.run_block(config, dtype, weights, x, rotary, attended, place)[0]
 
         if remat != "none":
             block = jax.checkpoint(block, policy=qwen.REMAT[remat])
@@ -217,8 +226,9 @@ def _kept(batch: _Microbatch, remat: str) -> int:
 
     layers = parameter_shapes(config, batch.dtype)["layers"]
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
-    x = jax.ShapeDtypeStruct((batch.rows, batch.length, config.hidden_size), dtype)
-    positions = jax.ShapeDtypeStruct((batch.rows, batch.length), jnp.int32)
+    part = -(-batch.length // batch.parts)
+    x = jax.ShapeDtypeStruct((batch.rows, part, config.hidden_size), dtype)
+    positions = jax.ShapeDtypeStruct((batch.rows, part * batch.parts), jnp.int32)
     rotary = jax.eval_shape(lambda at: rotary_angles(at, config.head_dim, config.rope_theta), positions)
     kept = jax.tree.leaves(jax.eval_shape(layer, x, weights, rotary))
     # Weights and rotary angles are counted elsewhere.
