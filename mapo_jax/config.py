@@ -85,7 +85,9 @@ class ModelConfig(Section):
         None, "Hugging Face folder or id, or run folder; empty: a small model, warm-started"
     )
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute dtype; master weights stay float32")
-    remat: Literal["none", "minimal", "block"] = key("none", "what the backward pass recomputes (qwen.REMAT)")
+    remat: Literal["none", "minimal", "block", "offload"] = key(
+        "none", "what the backward pass recomputes (qwen.REMAT)"
+    )
     attention: Literal["auto", "xla", "splash", "cudnn"] = key(
         "auto", "for whole rows; auto: by the mesh's platform; splash: on TPU; cudnn: on GPU"
     )

@@ -31,7 +31,7 @@ from mapo_jax.idle import unread
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import create_state
 from mapo_jax.learning.update import Scoring, make_supervised_update, place
-from mapo_jax.model.backends import row_attention
+from mapo_jax.model.backends import check_remat, row_attention
 from mapo_jax.model.qwen import Params, init_params, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings, row_shards
 from mapo_jax.rollout.rows import ChatFormat
@@ -196,6 +196,7 @@ def _train(
     """The trained weights, the loss curve as [update, loss] pairs, and tokens/s without compilation."""
     settings = config.warmstart
     check_rows(settings.rows, mesh)
+    check_remat(config.model.remat, mesh)
     own = updated(OPTIMIZER, {"learning_rate": settings.learning_rate})
     optimizer = make_optimizer(own, settings.steps, b2=B2)
     scoring = Scoring(

@@ -21,9 +21,9 @@ def bounds(job: Job, program: str) -> dict[str, float]:
     """Lower bounds of a program's time in seconds, `operations` and `bytes`.
 
     Operations: a weight costs 2 per token forward and 4 backward, a frozen one 2 backward; `model.remat:
-    block` computes the forward pass twice. Causal attention over a row of L tokens costs 2 L H E per token
-    and layer forward, twice that backward, and is recomputed except with `model.remat: none`; over a cache
-    of C tokens it costs 4 C H E. The head counts only for loss tokens, and is always computed twice.
+    block` and `offload` compute the forward pass twice. Causal attention over a row of L tokens costs 2 L H E
+    per token and layer forward, twice that backward, and is recomputed except with `model.remat: none`; over
+    a cache of C tokens it costs 4 C H E. The head counts only for loss tokens, and is always computed twice.
 
     Bytes: an update reads the weights in the compute dtype, forward and backward for each micro-batch, and
     reads and writes the trained ones with their moments once. A decode step, or a chunk of prompts, reads
@@ -39,7 +39,7 @@ def bounds(job: Job, program: str) -> dict[str, float]:
         backward = 1 if model.lora else 2
         remat = config.model.remat
         operations = rows * (
-            (1 + backward + (remat == "block")) * 2 * body * length
+            (1 + backward + (remat in ("block", "offload"))) * 2 * body * length
             + (3 + (remat != "none")) * model.num_layers * 2 * length * length * heads
             + (2 + backward) * 2 * head * scored
         )

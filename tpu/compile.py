@@ -27,6 +27,7 @@ from mapo_jax.config import load_config
 from mapo_jax.errors import UserError
 from mapo_jax.running.forecast import memory_table
 from mapo_jax.running.memory import forecast_memory
+from tpu.memory import assigned
 from tpu.programs import PROGRAMS, compile_program, gib, make_job
 from tpu.slices import chip
 from tpu.table import README, RESULTS, fill_table, summary
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dump and len(programs) > 1:
             raise UserError("`--dump` keeps the reports of one program; add --programs train, or another")
         folder = Path(options.dump) if options.dump else None
+        if folder and assigned(folder) is not None:
+            raise UserError(f"{folder} has the reports of a program already; give another folder to --dump")
         name = options.slice.replace("v5litepod-", "v5e-")  # Google's name for v5e
         job = make_job(load_config(options.config, options.overrides), name, options.layers)
         if options.forecast:

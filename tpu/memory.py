@@ -54,6 +54,7 @@ def assign(folder: Path, arguments: Sequence[str]) -> int:
       UserError: the process ended, or an hour passed, without a result.
     """
     command = [sys.executable, "-m", "tpu.compile", *arguments, "--dump", str(folder)]
+    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=Path(__file__).parents[1])

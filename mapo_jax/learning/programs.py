@@ -15,7 +15,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.learning.batch import Batch, row_lengths
 from mapo_jax.learning.optimizer import Optimizer, make_optimizer
 from mapo_jax.learning.update import Scoring, Update, make_scorer, make_update
-from mapo_jax.model.backends import row_attention
+from mapo_jax.model.backends import check_remat, row_attention
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
 from mapo_jax.model.sharding import batch_sharding, param_shardings, row_shards
 
@@ -39,6 +39,7 @@ def make_programs(config: Config, model: QwenConfig, vocabulary_size: int, mesh:
     """
     rollout, training = config.rollout, config.training
     check_rows(config, mesh)
+    check_remat(config.model.remat, mesh)
     updates = training.steps * training.epochs * (rollout.scenarios // training.minibatch_scenarios)
     optimizer = make_optimizer(config.optimizer, updates)
     scoring = Scoring(

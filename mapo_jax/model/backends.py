@@ -58,6 +58,15 @@ def attention_name(name: str, mesh: Mesh, config: QwenConfig, dtype: str, *, pac
     return name
 
 
+def check_remat(name: str, mesh: Mesh) -> None:
+    """Raises UserError if the setting `model.remat` cannot act on the mesh's devices."""
+    if name == "offload" and mesh.devices.flat[0].platform == "cpu":
+        raise UserError(
+            "`model.remat` is 'offload', which moves what is kept of a layer from an accelerator to its "
+            "host's memory; on a CPU it is there already: choose block"
+        )
+
+
 def _limit(name: str, platform: str, config: QwenConfig, dtype: str, packed: bool) -> str | None:
     """Why an implementation cannot be used, to follow the word "which"; None if it can."""
     if name == "splash" and platform not in ("tpu", "cpu"):

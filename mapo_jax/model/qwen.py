@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -37,6 +38,12 @@ REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -277,6 +284,7 @@ def hidden_states(
       segments: for rows that hold several texts; a token attends to its own segment only.
       dtype: compute dtype; norms and softmax are float32 in any case.
       remat: what the backward pass recomputes. "block": each layer, of which only the input is kept;
+        "offload": the same, and the inputs wait in the host's memory;
         "minimal": norms, rotation, attention and the MLP's product, while the outputs of the matrix products
         with weights are kept; "none": only attention.
       attention: of whole rows; `backends.row_attention` chooses one.
@@ -294,6 +302,8 @@ def hidden_states(
         return (gather_rows if name == "hidden" else cut_rows)(array, mesh)
 
     def layer(x, weights):
+        if remat == "offload":
+            x = checkpoint_name(x, "layer input")
         return run_block(config, dtype, weights, x, rotary, attend, place)[0], None
 
     if remat not in REMAT:

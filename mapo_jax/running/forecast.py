@@ -15,6 +15,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.files import as_path
 from mapo_jax.learning.programs import abstract_batch, check_rows
 from mapo_jax.learning.train_state import TrainState
+from mapo_jax.model.backends import check_remat
 from mapo_jax.model.qwen import QwenConfig, parameter_count, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, sharding_table, with_shardings
 from mapo_jax.rollout.device import Exclusive
@@ -121,6 +122,7 @@ def _checked(config: Config) -> tuple[QwenConfig, Mesh]:
     if config.model.path is not None:
         check_policy(config.model.path, config.rollout)
     check_rows(config, mesh)
+    check_remat(config.model.remat, mesh)
     check_memory(config, model, mesh)
     rollout, dtype = config.rollout, config.model.dtype
     make_engine(
@@ -293,6 +295,10 @@ def check_update(
         reason = " ".join(str(error).split())[:300]
     else:
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        if (
+            mesh.devices.flat[0].platform == "tpu"
+        ):  # whose temp_size is more than is allocated (tpu/memory.py)
+            needed = memory.peak_memory_in_bytes
         if config.rollout.ahead:
             weights = with_shardings(state.weights, jax.tree.map(lambda leaf: leaf.sharding, state.weights))
             needed += sum(rollout_memory(config, model, mesh, weights).values())

@@ -91,11 +91,12 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
         gradient *= TPU_GRADIENT
         head_gradient = 0 if model.lora else 4 * share.vocab_size * share.hidden_size
         work = TPU_WORK * _layer_work(microbatch) + TPU_HEAD * head_gradient
+    remat = config.model.remat
+    kept_layers = 2 if remat == "offload" else model.num_layers  # one is moved while the next is computed
     update = {
         "rows of a mini-batch": BATCH_BYTES * total // shards * length,
         "gradient": gradient,
-        f"kept for the backward pass (remat {config.model.remat})": model.num_layers
-        * _kept(microbatch, config.model.remat),
+        f"kept for the backward pass (remat {remat})": kept_layers * _kept(microbatch, remat),
         "work of one layer or of the head": work,
     }
     rollout = rollout_memory(config, model, mesh, state.weights)

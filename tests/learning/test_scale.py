@@ -268,6 +268,7 @@ def test_an_update_that_an_accelerator_cannot_hold_is_said_before_the_first_dial
         def __init__(self, error=None):
             self.error = error
             self.argument_size_in_bytes, self.temp_size_in_bytes = 60 * 2**30, 20 * 2**30
+            self.peak_memory_in_bytes = 75 * 2**30
 
         def lower(self, state, batch):
             asked.append(batch)
@@ -289,6 +290,11 @@ def test_an_update_that_an_accelerator_cannot_hold_is_said_before_the_first_dial
     assert asked[0].tokens.shape == (8, 256)
     with pytest.raises(UserError, match=r"it needs 80\.0 GiB of 79\.0; lower training\.micro"):
         forecast.check_update(Update(), None, settings(), accelerator)
+    of_tpus = make_mesh(MeshConfig(), [absent_device(0, 0, "tpu")])
+    forecast.check_update(Update(), None, settings(), of_tpus)  # the compiler has accepted it
+    monkeypatch.setattr(forecast, "device_memory", lambda mesh: 74 * 2**30)
+    with pytest.raises(UserError, match=r"it needs 75\.0 GiB of 74\.0"):
+        forecast.check_update(Update(), None, settings(), of_tpus)
     with pytest.raises(jax.errors.JaxRuntimeError):
         forecast.check_update(Update("INTERNAL: a defect"), None, settings(), accelerator)
     monkeypatch.setattr(forecast, "device_memory", lambda mesh: 80 * 2**30)

@@ -147,3 +147,10 @@ def test_cudnn_equals_xla_forward_and_backward(qwen3, arrays):
     for one, other in zip(gradient(cudnn), gradient(causal_attention), strict=True):
         # bfloat16 has 8 bits; sums of up to 200 terms of order 1
         np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (one, other)), atol=0.1, rtol=0.05)
+
+
+def test_what_a_cpu_has_anyway_is_not_moved_there():
+    backends.check_remat("offload", mesh_of("tpu"))
+    backends.check_remat("block", mesh_of("cpu"))
+    with pytest.raises(UserError, match=r"`model.remat` is 'offload', .* choose block"):
+        backends.check_remat("offload", mesh_of("cpu"))

@@ -81,7 +81,8 @@ def test_packed_segments_equal_separate_rows(qwen3, qwen3_params, row):
     np.testing.assert_allclose(packed[:, cut:], alone, atol=SAME)
 
 
-def test_remat_changes_no_gradient(qwen3, qwen3_params, row):
+@pytest.mark.parametrize("remat", ["minimal", "block", "offload"])
+def test_remat_changes_no_gradient(remat, qwen3, qwen3_params, row):
     def loss(params, remat):
         return jnp.sum(jnp.sin(hidden_states(params, qwen3, *row, remat=remat)))
 
@@ -90,7 +91,7 @@ def test_remat_changes_no_gradient(qwen3, qwen3_params, row):
         # recomputed values are the same numbers up to fusion
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4),
         gradient(qwen3_params, "none"),
-        gradient(qwen3_params, "block"),
+        gradient(qwen3_params, remat),
     )
 
 
