@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -100,6 +101,9 @@ class Result:
     arguments: dict[str, int]  # bytes of the program's arguments, by kind
     beside: dict[str, int]  # bytes of other data in memory at the same time
     temporary: int = 0  # bytes that the program needs in addition, its code included
+    read: int = (
+        0  # bytes that its operations read, by the compiler's analysis, a loop's once; 0: not generated
+    )
     # kind -> number of operations, bytes of the largest
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
     gathered: list[str] = field(default_factory=list)  # all-gathers of whole activations or logits
@@ -156,14 +160,16 @@ def _compile(job: Job, program: str, folder: Path, command: Sequence[str] | None
     if needed > limit:
         error = f"its arguments alone take {gib(needed)} of the {gib(limit)} that a chip has"
         return result(compiled=False, seconds=0.0, arguments=sizes, error=error)
-    started, code, error = time.monotonic(), 0, ""
+    started, code, read, error = time.monotonic(), 0, 0, ""
     if command is not None:
         memory.assign(folder, command)
     else:
         lowered = function.trace(*arguments).lower(lowering_platforms=("tpu",))
         try:
-            analysis = lowered.compile(compiler_options=memory.dump_options(folder)).memory_analysis()
-            code = analysis.generated_code_size_in_bytes
+            compiled = lowered.compile(compiler_options=memory.dump_options(folder))
+            code = compiled.memory_analysis().generated_code_size_in_bytes
+            costs = compiled.cost_analysis().items()
+            read = int(sum(size for kind, size in costs if re.fullmatch(r"bytes accessed\d+{}", kind)))
         except jax.errors.JaxRuntimeError as problem:
             if "RESOURCE_EXHAUSTED" not in str(problem):
                 raise
@@ -184,6 +190,7 @@ def _compile(job: Job, program: str, folder: Path, command: Sequence[str] | None
         seconds=seconds,
         arguments=sizes,
         temporary=total - sum(sizes.values()) + code,
+        read=read,
         collectives=by_kind,
         gathered=unwanted_gathers(job, program, operations),
         error=error,

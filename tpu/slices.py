@@ -18,13 +18,14 @@ class Chip:
     memory: float  # bytes that programs may use, from the compiler's message when one does not fit
     operations: float  # bfloat16 operations a second
     bandwidth: float  # bytes a second of its memory
+    interconnect: float  # bytes a second that it can receive from other chips: half of both directions
 
 
 GB = 1e9
 CHIPS = {
-    "v5e": Chip(15.75 * 2**30, 197e12, 819 * GB),
-    "v5p": Chip(95.74 * 2**30, 459e12, 2765 * GB),
-    "v6e": Chip(31.25 * 2**30, 918e12, 1640 * GB),
+    "v5e": Chip(15.75 * 2**30, 197e12, 819 * GB, 200 * GB),
+    "v5p": Chip(95.74 * 2**30, 459e12, 2765 * GB, 600 * GB),
+    "v6e": Chip(31.25 * 2**30, 918e12, 1640 * GB, 400 * GB),
 }
 
 # A v5p slice is named by its cores, two to a chip; the others by their chips.

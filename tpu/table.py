@@ -19,6 +19,7 @@ from mapo_jax.config import Config, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.files import write_whole
 from tpu.bounds import bounds
+from tpu.costs import PARTS, dollars, step_seconds
 from tpu.hlo import KINDS
 from tpu.programs import PROGRAMS, Job, Result, compile_program, gib, make_job
 
@@ -49,6 +50,7 @@ def summary(job: Job, results: Sequence[Result]) -> Table:
     for kind in KINDS:
         row(f"{kind}: in the text, largest", (_collective(r, kind) for r in results))
     row("gathered whole", (", ".join(r.gathered) for r in results))
+    row("reads, by the compiler's analysis", (gib(r.read) for r in results))
     row("seconds to compile", (f"{r.seconds:.0f}" for r in results))
     row("at least, by operations", (f"{r.bounds['operations']:.3f} s" for r in results))
     row("at least, by bytes", (f"{r.bounds['bytes']:.3f} s" if "bytes" in r.bounds else "" for r in results))
@@ -77,37 +79,40 @@ class Entry:
         return " ".join(["python -m tpu.compile", *self.arguments])
 
 
-_LORA = ("lora.rank=32",)
+_LORA, _INT8 = ("lora.rank=32",), ("rollout.cache_dtype=int8",)
+_HALF = ("rollout.scenarios=32", "training.minibatch_scenarios=16")
+_FOUR = ("mesh.tensor=4",)
 
 # In order of importance, since the table is filled from the top: each recipe on its slice, then smaller
-# slices, other chips, and adapters.
+# slices and other chips for all weights, then for adapters.
 ENTRIES = (
     Entry("qwen3_32b_v5p", "v5p-128"),
-    Entry("qwen3_8b_v5p", "v5p-64"),
     Entry("qwen3_32b_v6e", "v6e-256"),
-    Entry("qwen3_8b_v6e", "v6e-64"),
     Entry("qwen3_14b_v5p", "v5p-64"),
+    Entry("qwen3_8b_v5p", "v5p-64"),
+    Entry("qwen3_8b_v6e", "v6e-64"),
     Entry("qwen2.5_7b_v5p", "v5p-32"),
-    Entry("qwen3_32b_v5p", "v5p-32", _LORA),
-    Entry("qwen3_8b_v5p", "v5p-16"),
     Entry("qwen3_32b_v5p", "v5p-64"),
-    Entry("qwen3_8b_v6e", "v6e-16", _LORA),
-    Entry("qwen3_14b_v5p", "v5p-16", _LORA),
-    Entry("qwen2.5_7b_v5p", "v5p-8", _LORA),
-    Entry("qwen3_8b_v6e", "v5e-128", ("rollout.scenarios=32", "training.minibatch_scenarios=16")),
-    Entry("qwen3_8b_v6e", "v6e-16"),
+    Entry("qwen3_32b_v5p", "v5p-32"),
+    Entry("qwen3_32b_v5p", "v5p-32", _INT8),
     Entry("qwen3_14b_v5p", "v5p-16"),
-    Entry("qwen2.5_7b_v5p", "v5p-8"),
-    Entry("qwen3_14b_v5p", "v6e-64", ("mesh.tensor=4",)),
-    Entry("qwen2.5_7b_v5p", "v6e-16", ("mesh.tensor=4",)),
-    Entry("qwen3_8b_v6e", "v5e-64", _LORA),
-    Entry("qwen3_14b_v5p", "v6e-16", ("mesh.tensor=4", *_LORA)),
-    Entry("qwen2.5_7b_v5p", "v6e-8", ("mesh.tensor=4", *_LORA)),
-    Entry("qwen2.5_7b_v5p", "v5e-64", ("mesh.tensor=4",)),
+    Entry("qwen3_14b_v5p", "v6e-16", (*_FOUR, *_INT8)),
+    Entry("qwen3_14b_v5p", "v5e-128", (*_FOUR, *_HALF)),
+    Entry("qwen3_8b_v5p", "v5p-16"),
     Entry("qwen3_8b_v5p", "v5p-8"),
+    Entry("qwen3_8b_v6e", "v6e-16"),
+    Entry("qwen3_8b_v6e", "v5e-64"),
+    Entry("qwen2.5_7b_v5p", "v5p-8"),
+    Entry("qwen2.5_7b_v5p", "v6e-8", _FOUR),
+    Entry("qwen2.5_7b_v5p", "v5e-64", _FOUR),
+    Entry("qwen3_32b_v5p", "v5p-32", _LORA),
     Entry("qwen3_14b_v5p", "v5p-8", _LORA),
-    Entry("qwen2.5_7b_v5p", "v5e-32", ("mesh.tensor=4", *_LORA)),
+    Entry("qwen3_14b_v5p", "v6e-16", (*_FOUR, *_LORA)),
+    Entry("qwen3_8b_v6e", "v6e-16", _LORA),
     Entry("qwen3_8b_v6e", "v5e-32", _LORA),
+    Entry("qwen2.5_7b_v5p", "v5p-8", _LORA),
+    Entry("qwen2.5_7b_v5p", "v6e-8", (*_FOUR, *_LORA)),
+    Entry("qwen2.5_7b_v5p", "v5e-32", (*_FOUR, *_LORA)),
 )
 
 
@@ -137,6 +142,12 @@ def fill_table(file: Path, table: Path, console: Console) -> bool:
             known[key] = {"configuration": digest, "made_by": made_by, **asdict(result)}
             write_whole(file, json.dumps(known, indent=1) + "\n")
             write_table(table, known)
+        train, _, generate = (known[f"{entry.command} {program}"] for program in PROGRAMS)
+        copy = generate["arguments"].get("copy of the weights", 0)
+        train["step"] = step_seconds(
+            job, {p: known[f"{entry.command} {p}"]["bounds"] for p in PROGRAMS}, copy
+        )
+        train["chips"] = job.mesh.size
     write_whole(file, json.dumps(known, indent=1) + "\n")
     write_table(table, known)
     return all(
@@ -183,7 +194,7 @@ def table_text(known: dict[str, Any]) -> str:
     """The Markdown table of the results, a line for each program."""
     lines = [
         "| recipe | slice | program | weights, moments | cache | temporary | together, of a chip's | fits "
-        "| compiled in | at least |",
+        "| known after | at least |",
         "|---|---|---|---:|---:|---:|---:|---|---:|---:|",
     ]
     for entry, program in itertools.product(ENTRIES, PROGRAMS):
@@ -201,7 +212,27 @@ def table_text(known: dict[str, Any]) -> str:
             f"| {'yes' if result.fits else 'no'} | {result.seconds:.0f} s "
             f"| {max(result.bounds.values()):.3f} s |"
         )
+    lines += ["", *_step_lines(known)]
     made = sorted({entry["made_by"] for entry in known.values()})
     lines += ["", f"Compiled by {'; '.join(made)}. The command of each line:", ""]
     lines += [f"- `{entry.command}`" for entry in ENTRIES]
     return "\n".join(lines) + "\n"
+
+
+def _step_lines(known: dict[str, Any]) -> list[str]:
+    """The Markdown table of what a step takes and costs (`costs.py`)."""
+    lines = [
+        f"| recipe | slice | chips | seconds of a step | {' | '.join(PARTS)} | chip hours | dollars |",
+        f"|---|---|---:|---:|{'---:|' * len(PARTS)}---:|---:|",
+    ]
+    for entry in ENTRIES:
+        if not (step := known.get(f"{entry.command} train", {}).get("step")):
+            continue
+        chips, seconds = known[f"{entry.command} train"]["chips"], sum(step.values())
+        shares = " | ".join(f"{step[part] / seconds:.0%}" for part in PARTS)
+        hours = chips * seconds / 3600
+        lines.append(
+            f"| {', '.join([entry.recipe, *entry.overrides])} | {entry.slice} | {chips} | {seconds:,.0f} "
+            f"| {shares} | {hours:.1f} | {dollars(entry.slice, hours):.0f} |"
+        )
+    return lines

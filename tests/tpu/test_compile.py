@@ -4,6 +4,7 @@ import importlib.util
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -213,7 +214,7 @@ def test_bad_input_gets_a_sentence(arguments, words, capsys, monkeypatch):
 RESULT = {
     "program": "train", "compiled": True, "seconds": 12.3, "memory": 100 * 2**30,
     "bounds": {"operations": 1.5}, "arguments": {"weights": 2**30, "moments": 2 * 2**30},
-    "beside": {}, "temporary": 4 * 2**30,
+    "beside": {}, "temporary": 4 * 2**30, "read": 0,
     "collectives": {}, "gathered": [], "error": "", "configuration": "x", "made_by": "commit abc, jax 1",
 }  # fmt: skip
 
@@ -239,14 +240,18 @@ class TestTable:
 
         asked = []
 
-        def compile_program(job, program):
+        def compile_program(job, program, *, arguments):
+            assert arguments == [*tool.ENTRIES[0].arguments, "--programs", program]
             asked.append(program)
             names = {field.name for field in fields(tool.Result)}
             values = {name: value for name, value in RESULT.items() if name in names}
             return tool.Result(**values | {"program": program, "memory": 5 * 2**30})
 
         monkeypatch.setattr(tool, "ENTRIES", tool.ENTRIES[:1])
-        monkeypatch.setattr(tool, "make_job", lambda config, slice_name: None)
+        job = SimpleNamespace(mesh=SimpleNamespace(size=64))
+        monkeypatch.setattr(tool, "make_job", lambda config, slice_name: job)
+        halves = dict.fromkeys(tool.PARTS, 0.0) | {"update": 90.0, "waiting": 90.0}
+        monkeypatch.setattr(tool, "step_seconds", lambda job, bounds, copy: halves)
         monkeypatch.setattr(tool, "_made_by", lambda: "commit abc, jax 1")
         monkeypatch.setattr(tool, "summary", lambda job, results: "")
         monkeypatch.setattr(tool, "bounds", lambda job, program: {"operations": 7.5})
@@ -260,6 +265,8 @@ class TestTable:
         assert len(asked) == 3
         assert {found["bounds"]["operations"] for found in json.loads(file.read_text()).values()} == {7.5}
         assert table.read_text().count("| 7.500 s |") == 3
+        # 64 chips for 180 s at 4.20 dollars an hour
+        assert "| v5p-128 | 64 | 180 | 50% | 0% | 0% | 0% | 50% | 3.2 | 13 |" in table.read_text()
         monkeypatch.setattr(tool, "_digest", lambda config: "another recipe")
         tool.fill_table(file, table, Console())
         assert len(asked) == 6
@@ -270,3 +277,29 @@ class TestTable:
         (tmp_path / "README.md").write_text("nothing")
         with pytest.raises(UserError, match="has no lines"):
             write_table(tmp_path / "README.md", {})
+
+
+def test_a_steps_time_by_hand():
+    """Two processes of 64 dialogues each, 8 lanes, 4 rows of 32 tokens to a chunk, blocks of 16 tokens."""
+    from tpu import costs
+
+    config = load_config(CONFIGS / "qwen3_8b_v5p.yaml", [
+        "rollout.scenarios=32", "rollout.rollouts=4", "rollout.max_turns=10", "rollout.max_reply_tokens=96",
+        "rollout.max_tokens=4096", "training.minibatch_scenarios=8", "environment.judge.seconds=3",
+    ])  # fmt: skip
+    engine = SimpleNamespace(prefill_rows=4, chunk=32, lanes=8, block=16)
+    job = SimpleNamespace(config=config, slice="v5p-16", engine=engine, processes=SimpleNamespace(count=2))
+    bounds = {
+        "train": {"operations": 9.0, "bytes": 1.0},
+        "generate": {"operations": 0.001, "bytes": 0.006},
+        "prefill": {"operations": 0.0045, "bytes": 0.001},
+    }
+    found = costs.step_seconds(job, bounds, copy=1200 * 10**9)
+    assert found == pytest.approx({
+        "update": 4 * 9.0 / 0.45,  # four mini-batches, at 45 %
+        "decode": 8 * 960 / 16 * 0.006 / 0.6,  # eight times eight dialogues of 10 x 96 tokens, at 60 %
+        "prefill": 64 * (4096 - 960) / 128 * 0.0045 / 0.45,
+        "exchange": 2.0,  # 1200 GB at 600 GB/s
+        "waiting": 30.0,
+    })  # fmt: skip
+    assert costs.dollars("v5p-16", 10.0) == 42.0
