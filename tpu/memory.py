@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mapo_jax.errors import UserError
 
-_TOTAL = re.compile(r"Memory Space: default \(color=0\)\s+Total bytes: (\d+)")
+_TOTAL = re.compile(r"Memory Space: default \(color=0\)\s+Total bytes: (\d+) ")
 PATIENCE_S = 3600.0  # for one program; the slowest took minutes
 
 
