@@ -88,11 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for program in programs:
             command = None
             if options.memory:
-                command = ["--config", options.config, "--slice", name, "--programs", program]
-                command += [
-                    *(("--layers", str(options.layers)) if options.layers else ()),
-                    *options.overrides,
-                ]
+                file = str(Path(options.config).absolute())
+                command = ["--config", file, "--slice", name, "--programs", program, *options.overrides]
+                command += ["--layers", str(options.layers)] if options.layers else []
             results.append(compile_program(job, program, folder, command))
             console.print(f"{program}: {results[-1].seconds:.0f} s to compile", markup=False)
         console.print(summary(job, results))

@@ -45,7 +45,7 @@ def assign(folder: Path, arguments: Sequence[str]) -> int:
     Code generation, most of the time, is left out.
 
     Args:
-      arguments: of `python -m tpu.compile`, for one program.
+      arguments: of `python -m tpu.compile` in the checkout's folder, for one program.
 
     Returns:
       As `assigned`.
@@ -53,7 +53,7 @@ def assign(folder: Path, arguments: Sequence[str]) -> int:
     Raises:
       UserError: the process ended, or an hour passed, without a result.
     """
-    command = [sys.executable, "-m", "tpu.compile", *arguments, "--dump", str(folder)]
+    command = [sys.executable, "-m", "tpu.compile", *arguments, "--dump", str(folder.absolute())]
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     with log.open("w") as output:

@@ -101,9 +101,7 @@ class Result:
     arguments: dict[str, int]  # bytes of the program's arguments, by kind
     beside: dict[str, int]  # bytes of other data in memory at the same time
     temporary: int = 0  # bytes that the program needs in addition, its code included
-    read: int = (
-        0  # bytes that its operations read, by the compiler's analysis, a loop's once; 0: not generated
-    )
+    read: int = 0  # bytes that its operations read, a loop's once; 0 if no code was generated
     # kind -> number of operations, bytes of the largest
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
     gathered: list[str] = field(default_factory=list)  # all-gathers of whole activations or logits

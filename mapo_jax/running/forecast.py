@@ -295,9 +295,7 @@ def check_update(
         reason = " ".join(str(error).split())[:300]
     else:
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        if (
-            mesh.devices.flat[0].platform == "tpu"
-        ):  # whose temp_size is more than is allocated (tpu/memory.py)
+        if mesh.devices.flat[0].platform == "tpu":  # its temp_size is more than it allocates (tpu/memory.py)
             needed = memory.peak_memory_in_bytes
         if config.rollout.ahead:
             weights = with_shardings(state.weights, jax.tree.map(lambda leaf: leaf.sharding, state.weights))
