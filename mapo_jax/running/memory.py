@@ -10,8 +10,7 @@ is computed per device from its micro-batch:
 
 The compiler orders its buffers differently, so its figure differs: by at most 10 % on a CPU
 (tests/learning/test_scale.py), and by at most 9 % for the updates that were compiled for TPU slices
-(tests/tpu/test_compile.py). The TPU's compiler keeps more alive; factors fitted to those updates account for
-that.
+(tests/tpu/test_compile.py).
 """
 
 import functools
@@ -40,8 +39,9 @@ from mapo_jax.running import processes as hosts
 from mapo_jax.running.policy import read_shape
 
 GIB = 2**30
-# Factors on a TPU: of the gradient, of a layer's work, and of the head's float32 gradient.
-TPU_GRADIENT, TPU_WORK, TPU_HEAD = 2.0, 1.2, 1.27
+TPU_GRADIENT = (
+    1.1  # factor of the gradient on a TPU, whose compiler casts all weights before the loop over layers
+)
 BATCH_BYTES = 4 + 4 + 1 + 4 + 4 + 4  # per token of `batch.Batch`
 
 
@@ -89,8 +89,6 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
     gradient = trained if rows == total else 2 * trained
     if mesh.devices.flat[0].platform == "tpu":
         gradient *= TPU_GRADIENT
-        head_gradient = 0 if model.lora else 4 * share.vocab_size * share.hidden_size
-        work = TPU_WORK * _layer_work(microbatch) + TPU_HEAD * head_gradient
     remat = config.model.remat
     kept_layers = 2 if remat == "offload" else model.num_layers  # one is moved while the next is computed
     update = {
