@@ -23,7 +23,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.model.attention import cached_attention, causal_attention, rotary_angles, rotate
 from mapo_jax.model.cache import Cache, LayerCache
 from mapo_jax.model.lora import ADAPTERS, AdaptedLinear, LoRA, split
-from mapo_jax.model.sharding import constrain, cut_rows, gather_rows, param_shardings
+from mapo_jax.model.sharding import constrain, cut_mlp, cut_rows, gather_rows, param_shardings
 
 Params = dict[str, Any]  # nested dict of arrays, layers stacked on axis 0; trained arrays are float32
 
@@ -121,8 +121,7 @@ class MLP(nnx.Module):
         self.down = linear("down", config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: Float[Array, "B L D"], place: Place) -> Float[Array, "B L D"]:
-        # One axis of tokens: on a CPU a product over two axes (the weights' gradient) is far slower.
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = place(x, "tokens")
         gate, up = (place(linear(tokens), "mlp") for linear in (self.gate, self.up))
         return self.down(jax.nn.silu(gate) * up).reshape(x.shape)
 
@@ -187,7 +186,7 @@ class Qwen(nnx.Module):
 # (query, key, value), rotated -> (output of the heads, the layer's new cache entry or None)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
-# (array, "hidden", "residual" or "mlp") -> the array, placed as `sharding.ACTIVATION_AXES` says
+# (array, "hidden", "residual", "tokens" or "mlp") -> the array, placed as `sharding.ACTIVATION_AXES` says
 Place = Callable[[Array, str], Array]
 
 # (query, key, value, segments) -> output of the heads, for whole rows: as `causal_attention`
@@ -201,7 +200,12 @@ def _block_graphdef(config: QwenConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Block(config, dtype, rngs=nnx.Rngs(0))))[0]
 
 
-def run_block(config, dtype, layer: Params, x, rotary, attend: Attend, place: Place = lambda array, _: array):
+def on_one_device(array: Array, name: str) -> Array:
+    """As `Place`: puts an MLP's tokens on one axis, since on a CPU a product over two (a weight's gradient) is slow."""
+    return array.reshape(-1, array.shape[-1]) if name == "tokens" else array
+
+
+def run_block(config, dtype, layer: Params, x, rotary, attend: Attend, place: Place = on_one_device):
     """One layer: (new hidden states, second result of `attend`).
 
     Args:
@@ -296,10 +300,14 @@ def hidden_states(
     def attend(query, key, value):
         return attention(query, key, value, segments), None
 
-    def place(array, name):
-        if name == "mlp":
-            return constrain(array, name, mesh)
-        return (gather_rows if name == "hidden" else cut_rows)(array, mesh)
+    def on_mesh(array, name):
+        if (
+            name == "tokens"
+        ):  # on one axis, the compiler would gather the rows of all devices for some products
+            return array
+        return {"hidden": gather_rows, "residual": cut_rows, "mlp": cut_mlp}[name](array, mesh)
+
+    place = on_one_device if mesh is None or mesh.size == 1 else on_mesh
 
     def layer(x, weights):
         if remat == "offload":

@@ -78,7 +78,7 @@ for _kernel in [path for path in PARAMETER_AXES if path.startswith("layers/") an
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
     "tokens": ("rows", "length"),  # and everything of a batch that is [B, L]
     "hidden": ("rows", "length", "features"),
-    "mlp": ("rows", "mlp"),  # inside an MLP, the tokens of all rows on one axis
+    "mlp": ("rows", "length", "mlp"),
     "residual": ("rows", "residual_length", "features"),
     "looked_up": ("lanes", "residual_length", "lane_features"),  # of the embedding, whose width is cut
     "heads": ("rows", "length", "heads", "head_dim"),
@@ -231,6 +231,11 @@ cut_rows.defvjp(
     lambda array, mesh: (cut_rows(array, mesh), None),
     lambda mesh, _, gradient: (gather_rows(gradient, mesh),),
 )
+
+
+def cut_mlp(array: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Inside an MLP: whole rows, and its width cut."""
+    return constrain(array, "mlp", mesh)
 
 
 def row_shards(mesh: Mesh | None) -> int:

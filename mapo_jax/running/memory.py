@@ -208,7 +208,7 @@ def _kept(batch: _Microbatch, remat: str) -> int:
     attend = causal_attention if batch.attention == "xla" else jax.checkpoint(causal_attention)
 
     def place(array, name):  # by shape: gathered, or one part
-        if name == "mlp":
+        if name in ("tokens", "mlp"):
             return array
         return jnp.tile(array, (1, batch.parts, 1)) if name == "hidden" else array[:, :part]
 
