@@ -201,7 +201,7 @@ def _block_graphdef(config: QwenConfig, dtype: jnp.dtype) -> nnx.GraphDef:
 
 
 def on_one_device(array: Array, name: str) -> Array:
-    """As `Place`: puts an MLP's tokens on one axis, since on a CPU a product over two (a weight's gradient) is slow."""
+    """As `Place`: an MLP's tokens on one axis; on a CPU products over two (weights' gradients) are slow."""
     return array.reshape(-1, array.shape[-1]) if name == "tokens" else array
 
 
