@@ -9,8 +9,8 @@ is computed per device from its micro-batch:
 - or, if larger, the work of the head: its gathered matrix and gradient, and four times a chunk's logits.
 
 The compiler orders its buffers differently, so its figure differs: by at most 10 % on a CPU
-(tests/learning/test_scale.py), and by at most 9 % for the updates that were compiled for TPU slices
-(tests/tpu/test_compile.py).
+(tests/learning/test_scale.py), and by at most 7 % for the updates that were compiled for TPU slices, or, with
+adapters, up to 20 % too large (tests/tpu/test_compile.py).
 """
 
 import functools

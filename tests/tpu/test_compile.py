@@ -101,10 +101,13 @@ def test_the_forecast_of_an_update_is_near_what_the_compiler_said(entry, found, 
     config = load_config(CONFIGS / f"{entry.recipe}.yaml", entry.overrides)
     chips = [absent_device(number, number * hosts // count, "tpu") for number in range(count)]
     mesh = make_mesh(config.mesh, chips)
-    forecast = forecast_memory(config, model_shape(config), mesh)
+    model = model_shape(config)
+    forecast = forecast_memory(config, model, mesh)
     expected = sum((forecast.held | forecast.update).values())
     compiled = sum(found["arguments"].values()) + sum(found["beside"].values()) + found["temporary"]
-    assert expected == pytest.approx(compiled, rel=0.1)
+    # With adapters it may be a fifth too large, as for Qwen2.5-7B (1.15 to 1.19): of a layer whose weights
+    # are frozen the compiler needs less than `jax.vjp` keeps. It is then on the safe side.
+    assert 0.93 <= expected / compiled <= (1.2 if model.lora else 1.07)
 
 
 @pytest.mark.parametrize(
