@@ -192,7 +192,7 @@ def test_a_forecast_compiles_nothing(capsys):
     arguments = ["--forecast", "--config", str(CONFIGS / "qwen3_8b_v6e.yaml"), "--slice"]
     assert main([*arguments, "v6e-64"]) == 0
     assert "it fits" in capsys.readouterr().out
-    assert main([*arguments, "v5e-64"]) == 1
+    assert main([*arguments, "v5e-16"]) == 1
     shown = capsys.readouterr().out
     assert "15.75 GiB: it does NOT fit" in shown and "kept for the backward pass" in shown
 
