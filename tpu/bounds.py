@@ -11,6 +11,7 @@ from mapo_jax.learning.batch import microbatch_rows, row_lengths
 from mapo_jax.learning.programs import loss_tokens, minibatch_rows
 from mapo_jax.model.qwen import parameter_count
 from mapo_jax.model.sharding import row_shards
+from mapo_jax.rollout.capacity import cache_bytes
 from tpu.slices import chip
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def bounds(job: Job, program: str) -> dict[str, float]:
     }[program]
     operations = rows * width * (2 * (body + logits) + model.num_layers * 4 * engine.length * heads)
     mesh = job.sampling_mesh
-    cache = model.num_layers * 2 * model.num_kv_heads * model.head_dim * item * engine.length
-    moved = item * (body + logits) * mesh.shape["data"] + cache * rows
+    dtype = jnp.dtype(config.rollout.cache_dtype or config.model.dtype)
+    moved = item * (body + logits) * mesh.shape["data"] + cache_bytes(model, rows, rows, engine.length, dtype)
     return {
         "operations": steps * operations / mesh.size / hardware.operations,
         "bytes": steps * moved / mesh.size / hardware.bandwidth,

@@ -46,14 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="which of %(default)s")
     parser.add_argument("--layers", type=int, help="use a model of so many layers, for a quick check")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--memory", action="store_true", help="stop when memory is assigned: no code is generated"
     )
     parser.add_argument("--dump", metavar="FOLDER", help="keep the compiler's reports of one program there")
-    parser.add_argument(
+    what.add_argument(
         "--forecast", action="store_true", help="compile nothing: print what --dry-run would on the slice"
     )
-    parser.add_argument(
+    what.add_argument(
         "--all", action="store_true", help=f"compile the lines of the table that {RESULTS.name} lacks"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         nonlocal good
+        if options.dump and (options.all or options.forecast):
+            raise UserError("`--dump` keeps reports of one program; leave it out with --all and --forecast")
         if options.all:
             good = fill_table(RESULTS, README, console)
             return

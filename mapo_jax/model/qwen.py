@@ -23,7 +23,7 @@ from mapo_jax.errors import UserError
 from mapo_jax.model.attention import cached_attention, causal_attention, rotary_angles, rotate
 from mapo_jax.model.cache import Cache, LayerCache
 from mapo_jax.model.lora import ADAPTERS, AdaptedLinear, LoRA, split
-from mapo_jax.model.sharding import constrain, cut_mlp, cut_rows, gather_rows, param_shardings
+from mapo_jax.model.sharding import constrain, cut_rows, gather_rows, param_shardings
 
 Params = dict[str, Any]  # nested dict of arrays, layers stacked on axis 0; trained arrays are float32
 
@@ -305,7 +305,9 @@ def hidden_states(
             name == "tokens"
         ):  # on one axis, the compiler would gather the rows of all devices for some products
             return array
-        return {"hidden": gather_rows, "residual": cut_rows, "mlp": cut_mlp}[name](array, mesh)
+        if name == "mlp":
+            return constrain(array, name, mesh)
+        return {"hidden": gather_rows, "residual": cut_rows}[name](array, mesh)
 
     place = on_one_device if mesh is None or mesh.size == 1 else on_mesh
 

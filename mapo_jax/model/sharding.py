@@ -233,11 +233,6 @@ cut_rows.defvjp(
 )
 
 
-def cut_mlp(array: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Inside an MLP: whole rows, and its width cut."""
-    return constrain(array, "mlp", mesh)
-
-
 def row_shards(mesh: Mesh | None) -> int:
     """Number of shards of rows and of slots."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES["rows"])

@@ -142,6 +142,23 @@ def test_bounds_of_an_update(overrides, passes, attention, head_passes):
     assert found["bytes"] == pytest.approx(moved / 2765e9, rel=1e-9)
 
 
+@pytest.mark.parametrize(("dtype", "of_a_head"), [("null", 128 * 2), ("int8", 128 + 4)])
+def test_the_bound_of_a_decode_step_reads_the_cache_in_its_own_type(dtype, of_a_head):
+    """By hand: 6 lanes of 512 tokens, blocks of 4, Qwen3-8B's 36 layers of 8 key/value heads, on one chip."""
+    from tpu.bounds import bounds
+
+    config = load_config(CONFIGS / "qwen3_8b_v5p.yaml", [f"rollout.cache_dtype={dtype}"])
+    model = model_shape(config)
+    engine = SimpleNamespace(prefill_rows=2, chunk=32, lanes=6, block=4, length=512)
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), MESH_AXES)
+    job = SimpleNamespace(
+        config=config, model=model, slice="v5p-8", engine=engine, sampling_mesh=mesh, mesh=mesh
+    )
+    weights = 2 * (parameter_count(model) - 151_936 * 4096)  # of the two matrices only the head is read
+    caches = 6 * 512 * 36 * 8 * 2 * of_a_head
+    assert bounds(job, "generate")["bytes"] == pytest.approx(4 * (weights + caches) / 2765e9, rel=1e-9)
+
+
 def test_a_gather_of_everything_is_noticed():
     """By its size, with any shape; gathered weights are allowed."""
     from tpu.hlo import Collective
@@ -204,6 +221,7 @@ def test_a_forecast_compiles_nothing(capsys):
         (["--config", "configs/qwen3_8b_v5p.yaml", "--slice", "v5p-100"], "no slice 'v5p-100'"),
         (["--config", "configs/tiny.yaml", "--slice", "v5p-8"], "no published shape"),
         (["--config", "x.yaml", "--slice", "v5p-8", "--programs", "decode"], "train,prefill,generate"),
+        (["--all", "--dump", "reports"], "leave it out with --all and --forecast"),
     ],
 )
 def test_bad_input_gets_a_sentence(arguments, words, capsys, monkeypatch):
