@@ -30,7 +30,15 @@ from mapo_jax.learning.optimizer import Optimizer
 from mapo_jax.learning.train_state import TrainState, state_shardings, trained_and_frozen
 from mapo_jax.model.attention import causal_attention
 from mapo_jax.model.head import token_logprobs
-from mapo_jax.model.qwen import Params, QwenConfig, RowAttention, hidden_states, parameter_shapes
+from mapo_jax.model.qwen import (
+    RUNNING_SUM,
+    Params,
+    QwenConfig,
+    RowAttention,
+    hidden_states,
+    parameter_shapes,
+    sums_in_place,
+)
 from mapo_jax.model.sharding import batch_sharding, row_shards
 
 Scalar = Float[Array, ""]
@@ -179,19 +187,22 @@ def _microbatches(batch: Any, rows: int) -> Any:
 
 
 def _gradient(
-    loss: Callable[[Params, Any], Loss], params: Params, batch: Any, tokens: int, mesh: Mesh | None
+    loss: Callable[[Params, Any], Loss], params: Params, batch: Any, tokens: int, scoring: Scoring
 ) -> tuple[Scalar, Metrics, Params]:
     """Loss, metrics and gradient of a mini-batch, at most `tokens` tokens of each device at a time."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     size, length = batch.tokens.shape
-    rows = microbatch_rows(size, length, tokens, row_shards(mesh))
+    rows = microbatch_rows(size, length, tokens, row_shards(scoring.mesh))
     if rows == size:
         (value, metrics), gradient = value_and_grad(params, batch)
         return value, metrics, gradient
+    in_place = sums_in_place(scoring.remat, scoring.config)
 
     def add(total: Params, microbatch: Any):
-        (value, metrics), gradient = value_and_grad(params, microbatch)
-        return jax.tree.map(jnp.add, total, gradient), (value, metrics)
+        given = params | {RUNNING_SUM: total["layers"]} if in_place else params
+        (value, metrics), gradient = value_and_grad(given, microbatch)
+        summed = {"layers": gradient.pop(RUNNING_SUM)} if in_place else {}
+        return jax.tree.map(jnp.add, total, gradient) | summed, (value, metrics)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     gradient, (values, metrics) = jax.lax.scan(add, zeros, _microbatches(batch, rows))
@@ -267,7 +278,7 @@ def make_update(
             weights = replace(state, params=params).weights
             return _policy_loss(weights, reference, microbatch, totals, scoring, algorithm, constant_length)
 
-        value, metrics, gradient = _gradient(loss, state.params, batch, microbatch_tokens, scoring.mesh)
+        value, metrics, gradient = _gradient(loss, state.params, batch, microbatch_tokens, scoring)
         tokens = jnp.sum(batch.mask, dtype=jnp.float32)
         state, applied = _apply(state, optimizer, value, gradient, tokens, trained)
         return state, metrics | {f"actor/{name}": number for name, number in applied.items()}
@@ -298,7 +309,7 @@ def make_supervised_update(scoring: Scoring, optimizer: Optimizer, *, shardings:
         def loss(params: Params, microbatch: SupervisedBatch):
             return _supervised_loss(params, microbatch, total, scoring)
 
-        value, _, gradient = _gradient(loss, state.params, batch, 0, scoring.mesh)
+        value, _, gradient = _gradient(loss, state.params, batch, 0, scoring)
         return _apply(state, optimizer, value, gradient, tokens, shardings)
 
     return _compile(supervised_update, scoring, optimizer, shardings, reference=False)

@@ -222,6 +222,8 @@ def _backward(chunks, residuals, cotangents):
         if chunks.mesh is not None:
             total = jax.lax.psum_scatter(total, RULES["width"], scatter_dimension=chunks.axis, tiled=True)
             total = jax.lax.psum(total, tuple(axis for axis in RULES["rows"] if axis != RULES["width"]))
+            # Else the compiler sums whole matrices over the micro-batches, and reduces them once.
+            total = jax.lax.optimization_barrier(total)
             states = jax.lax.psum(states, RULES["vocabulary"])
         return total, states
 

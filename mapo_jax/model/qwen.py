@@ -290,7 +290,8 @@ def hidden_states(
       remat: what the backward pass recomputes. "block": each layer, of which only the input is kept;
         "offload": the same, and the inputs wait in the host's memory;
         "minimal": norms, rotation, attention and the MLP's product, while the outputs of the matrix products
-        with weights are kept; "none": only attention.
+        with weights are kept; "none": only attention. With one of `SUMS_IN_PLACE`, `params` may hold a
+        `RUNNING_SUM`.
       attention: of whole rows; `backends.row_attention` chooses one.
       mesh: of weights and rows. Between layers each row is cut over `tensor`: a layer gathers its rows before
         its products with weights, and sums and cuts what they give.
@@ -301,9 +302,7 @@ def hidden_states(
         return attention(query, key, value, segments), None
 
     def on_mesh(array, name):
-        if (
-            name == "tokens"
-        ):  # on one axis, the compiler would gather the rows of all devices for some products
+        if name == "tokens":  # on one axis, the compiler would gather all devices' rows for some products
             return array
         if name == "mlp":
             return constrain(array, name, mesh)
@@ -318,16 +317,71 @@ def hidden_states(
 
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}; it must be one of {', '.join(REMAT)}")
-    if remat != "none":
-        # scan already prevents that the recomputation is merged with the forward pass
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
+    if RUNNING_SUM in params and remat not in SUMS_IN_PLACE:
+        raise ValueError(f"remat is {remat!r}; for a running sum, one of {', '.join(SUMS_IN_PLACE)}")
     # Each device looks up its slice of the width for all rows in its group; then rows are cut.
     x = constrain(params["embed"]["embedding"][tokens].astype(dtype), "looked_up", mesh)
     x = constrain(x, "residual", mesh)
-    # Recomputed layers stay in a loop, so that the compiler does not merge them with the forward pass.
-    unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS and remat == "none" else 1
-    x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
+    if RUNNING_SUM in params:
+        x = _scan_adding(layer, x, params["layers"], params[RUNNING_SUM], to_host=remat == "offload")
+    elif remat == "none":
+        unroll = config.num_layers if config.num_layers <= MAX_UNROLLED_LAYERS else 1
+        x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
+    else:
+        # They stay in a loop, which also prevents that the recomputation is merged with the forward pass.
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=REMAT[remat])
+        x, _ = jax.lax.scan(layer, x, params["layers"])
     return place(rms_norm(x, params["norm"]["scale"], config.rms_norm_eps), "hidden")
+
+
+# Key of `hidden_states`' parameters: the sum of the layers' gradients over earlier micro-batches, in the form
+# of `layers`. Its own gradient is defined as the sum with this micro-batch's, which the backward pass adds in
+# place, layer by layer; the gradient by `layers` is then 0. A tree of the size of all weights is saved.
+RUNNING_SUM = "running_sum"
+SUMS_IN_PLACE = ("block", "offload")  # values of `remat`
+
+
+def sums_in_place(remat: str, config: QwenConfig) -> bool:
+    """Whether micro-batches should give `hidden_states` a `RUNNING_SUM`; the sum of adapters is small."""
+    return remat in SUMS_IN_PLACE and config.lora is None
+
+
+def _scan_adding(layer, x: Array, layers: Params, running_sum: Params, *, to_host: bool) -> Array:
+    """As `jax.lax.scan(layer, x, layers)[0]`, with a `RUNNING_SUM`; recomputes each layer from its input."""
+
+    def cast_later(weights: Params) -> Params:
+        # Times a 1 that the compiler does not know: else it casts all layers first and keeps the copies.
+        return jax.tree.map(lambda leaf: leaf * jax.lax.optimization_barrier(jnp.ones(())), weights)
+
+    @jax.custom_vjp
+    def scan(x, layers, running_sum):
+        return jax.lax.scan(layer, x, layers)[0]
+
+    def forward(x, layers, running_sum):
+        def step(x, weights):
+            kept = jax.device_put(x, jax.memory.Space.Host) if to_host else x
+            return layer(x, cast_later(weights))[0], kept
+
+        x, inputs = jax.lax.scan(step, x, layers)
+        return x, (inputs, layers, running_sum)
+
+    def backward(kept, gradient):
+        inputs, layers, running_sum = kept
+
+        def step(carry, given):
+            gradient, total = carry
+            index, x, weights = given
+            x = jax.device_put(x, jax.memory.Space.Device) if to_host else x
+            _, pull, _ = jax.vjp(layer, x, cast_later(weights), has_aux=True)
+            gradient, of_weights = pull(gradient)
+            return (gradient, jax.tree.map(lambda t, g: t.at[index].add(g), total, of_weights)), None
+
+        numbered = (jnp.arange(inputs.shape[0]), inputs, layers)
+        (gradient, running_sum), _ = jax.lax.scan(step, (gradient, running_sum), numbered, reverse=True)
+        return gradient, None, running_sum
+
+    scan.defvjp(forward, backward)
+    return scan(x, layers, running_sum)
 
 
 def unstack_layers(layers: Params, count: int) -> list[Params]:

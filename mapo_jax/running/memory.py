@@ -31,7 +31,7 @@ from mapo_jax.learning.train_state import abstract_state, trained_and_frozen
 from mapo_jax.model import head, qwen
 from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
 from mapo_jax.model.backends import attention_name
-from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes
+from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes, sums_in_place
 from mapo_jax.model.sharding import RULES, param_shardings, row_shards, with_shardings
 from mapo_jax.rollout.capacity import cache_bytes, copies_weights
 from mapo_jax.rollout.completion import role_engines
@@ -86,7 +86,9 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
     attention = attention_name(config.model.attention, mesh, model, dtype)
     microbatch = _Microbatch(share, rows // shards, length, dtype, attention, mesh.shape["tensor"])
     work = max(_layer_work(microbatch), _head_work(config, microbatch, model, mesh))
-    gradient = trained if rows == total else 2 * trained
+    gradient = trained if rows == total else 2 * trained  # with micro-batches, one and the sum of others
+    if rows < total and sums_in_place(config.model.remat, model):
+        gradient -= _bytes(state.params["layers"])
     if mesh.devices.flat[0].platform == "tpu":
         gradient *= TPU_GRADIENT
     remat = config.model.remat

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 
 import jax
@@ -8,7 +9,16 @@ import pytest
 
 from mapo_jax.errors import UserError
 from mapo_jax.model import head
-from mapo_jax.model.qwen import QwenConfig, extend, hidden_states, init_cache, init_params, parameter_count
+from mapo_jax.model.qwen import (
+    RUNNING_SUM,
+    SUMS_IN_PLACE,
+    QwenConfig,
+    extend,
+    hidden_states,
+    init_cache,
+    init_params,
+    parameter_count,
+)
 
 LENGTH = 23
 CACHE = 32
@@ -93,6 +103,24 @@ def test_remat_changes_no_gradient(remat, qwen3, qwen3_params, row):
         gradient(qwen3_params, "none"),
         gradient(qwen3_params, remat),
     )
+
+
+@pytest.mark.parametrize("remat", SUMS_IN_PLACE)
+def test_the_gradient_by_a_running_sum_is_the_new_sum(remat, qwen3, qwen3_params, row):
+    def loss(params, remat):
+        return jnp.sum(jnp.sin(hidden_states(params, qwen3, *row, remat=remat)))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    plain = gradient(qwen3_params, "none")
+    earlier = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), plain["layers"])
+    summed = gradient(qwen3_params | {RUNNING_SUM: earlier}, remat)
+    expected = jax.tree.map(jnp.add, earlier, plain["layers"])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)  # as above
+    jax.tree.map(close, summed.pop(RUNNING_SUM), expected)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(summed.pop("layers")))
+    jax.tree.map(close, summed, {name: leaf for name, leaf in plain.items() if name != "layers"})
+    with pytest.raises(ValueError, match="for a running sum, one of block, offload"):
+        gradient(qwen3_params | {RUNNING_SUM: earlier}, "minimal")
 
 
 def test_bfloat16_is_near_float32_and_keeps_logits_in_float32(qwen3, qwen3_params, row, whole):

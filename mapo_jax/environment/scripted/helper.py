@@ -41,7 +41,7 @@ def _fresh_fillers(mind: Mind, kind: str) -> list[str]:
     return [filler for filler in right_fillers(mind, kind) if (kind, bare(filler)) not in mind.credited]
 
 
-def say(mind: Mind, kind: str, rng: Random, filler: str | None = None, worn: bool = False) -> str:
+def say(mind: Mind, kind: str, rng: Random, filler: str | None = None) -> str:
     """A sentence of this kind.
 
     Args:
@@ -49,7 +49,6 @@ def say(mind: Mind, kind: str, rng: Random, filler: str | None = None, worn: boo
       kind: one of grammar.KINDS.
       rng: source of the choice of words.
       filler: what to name; None: something the user has said, if the slots of any construction allow it.
-      worn: choose among all constructions, not only those that are still fresh.
     """
     story, content = mind.scenario.story, mind.content
     pools: dict[str, Sequence[str]] = {
@@ -69,7 +68,7 @@ def say(mind: Mind, kind: str, rng: Random, filler: str | None = None, worn: boo
         if filler is not None:
             slots[SLOT_OF.get(kind, "p")] = filler
         sentence = realise(frame, slots)
-        if worn or (frame not in used and bare(sentence) not in mind.sentences):
+        if frame not in used and bare(sentence) not in mind.sentences:
             break
     return sentence
 
@@ -83,23 +82,27 @@ _PLAN = {
 }
 
 
+def _fitting_acts(mind: Mind) -> list[str]:
+    """The acts that serve the user now, best first: two, or one where no other is left."""
+    if mind.closed:
+        return ["repair"]
+    plan = _PLAN[mind.episode.need]
+    if acts := [kind for kind in plan if _fresh_fillers(mind, kind) and not routine(mind, kind)][:2]:
+        return acts
+    return ["ask"] if right_fillers(mind, "ask") and not routine(mind, "ask") else ["presence"]
+
+
 def good_helper(state: DialogueState, delayed_opening: bool = True) -> str:
     """A reply that uses the card and the hidden mind: the upper bound of this world."""
     mind = mind_at(state, delayed_opening)
     rng = Random(f"{state.seed}:{state.turn_count}:helper")
-    if mind.closed:
-        return say(mind, "repair", rng)
-    replies = []
-    for kind in _PLAN[mind.episode.need]:
-        fillers = _fresh_fillers(mind, kind)
-        if fillers and len(replies) < 2 and not routine(mind, kind):
-            replies.append(say(mind, kind, rng, rng.choice(fillers)))
-    if not replies:
-        fillers = right_fillers(mind, "ask")
-        if fillers and not routine(mind, "ask"):
-            return say(mind, "ask", rng, rng.choice(fillers))
-        return say(mind, "presence", rng)
-    return " ".join(replies)
+    return " ".join(_word_act(mind, kind, rng) for kind in _fitting_acts(mind))
+
+
+def _word_act(mind: Mind, kind: str, rng: Random) -> str:
+    """A sentence that names something right, if the act names anything."""
+    fillers = _fresh_fillers(mind, kind) or right_fillers(mind, kind) if kind in (*HELPFUL, "ask") else ()
+    return say(mind, kind, rng, rng.choice(fillers) if fillers else None)
 
 
 # Weights of the acts that the mixed speaker draws when it does not choose by the need.
@@ -110,8 +113,8 @@ RANDOM_ACTS = {
     "presence": 1.5,
     **dict.fromkeys(HARMFUL, 0.8),
 }
-_RIGHT = 0.92  # chance that the mixed speaker names something right where it can
-_WORN = 0.1  # chance that it takes any construction, used up or not
+_BOTH = 0.6  # chance that the mixed speaker says both of two acts that fit
+_RIGHT = 0.92  # chance that it names something right where it can
 _UNFOUNDED = 0.05  # chance that it names something although the user has said nothing of the kind
 _HASTY = 0.25  # the same for a step, which is then one of a few stock steps
 _STOCK_STEPS = 12
@@ -124,22 +127,22 @@ def speaker(state: DialogueState, rng: Random, skill: float = 0.5, delayed_openi
     Args:
       state: a dialogue that awaits a reply.
       rng: source of every choice.
-      skill: chance that an act is chosen by the user's need rather than at random. Fillers are mostly right
-        at any skill, so that naming can be learnt from these dialogues even where timing cannot.
+      skill: chance that the acts are those that fit, as the good helper chooses them; otherwise it is one at
+        random. Fillers are mostly right at any skill, so that naming can be learnt from these dialogues even
+        where timing cannot.
       delayed_opening: the world's switch.
     """
     mind = mind_at(state, delayed_opening)
-    kinds = dict.fromkeys(_choose_act(mind, rng, skill) for _ in range(2 if rng.random() < 0.6 else 1))
-    return " ".join(_word_act(mind, kind, rng) for kind in kinds)
-
-
-def _choose_act(mind: Mind, rng: Random, skill: float) -> str:
     if rng.random() < skill:
-        if mind.closed:
-            return "repair"
-        plan = [kind for kind in _PLAN[mind.episode.need] if _fresh_fillers(mind, kind)]
-        if plan:
-            return rng.choice(plan)
+        kinds = _fitting_acts(mind)
+        if rng.random() >= _BOTH:
+            kinds = [rng.choice(kinds)]
+    else:
+        kinds = [_random_act(mind, rng)]
+    return " ".join(_word_carelessly(mind, kind, rng) for kind in kinds)
+
+
+def _random_act(mind: Mind, rng: Random) -> str:
     while True:
         kind = rng.choices(list(RANDOM_ACTS), list(RANDOM_ACTS.values()))[0]
         unfounded = rng.random() < (_HASTY if kind == "offer_step" else _UNFOUNDED)
@@ -147,16 +150,16 @@ def _choose_act(mind: Mind, rng: Random, skill: float) -> str:
             return kind
 
 
-def _word_act(mind: Mind, kind: str, rng: Random) -> str:
-    worn = rng.random() < _WORN
+def _word_carelessly(mind: Mind, kind: str, rng: Random) -> str:
+    """A sentence that names something right most of the time."""
     if kind not in (*HELPFUL, "ask"):
-        return say(mind, kind, rng, worn=worn)
-    fillers = _fresh_fillers(mind, kind) or right_fillers(mind, kind)
+        return say(mind, kind, rng)
+    fillers = right_fillers(mind, kind)
     if kind == "offer_step" and not fillers:
-        return say(mind, kind, rng, rng.choice(_stock_steps()), worn)
+        return say(mind, kind, rng, rng.choice(_stock_steps()))
     if not fillers or rng.random() >= _RIGHT:
-        fillers = _any_fillers(mind, kind)
-    return say(mind, kind, rng, rng.choice(fillers), worn)
+        return say(mind, kind, rng, rng.choice(_any_fillers(mind, kind)))
+    return _word_act(mind, kind, rng)
 
 
 @lru_cache(maxsize=1)

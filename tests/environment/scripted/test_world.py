@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import statistics
 import time
 from dataclasses import replace
 
@@ -269,12 +270,26 @@ def test_metrics_of_the_helper_and_of_the_mixed_speaker():
 
 def test_synthetic_dialogues_are_of_mixed_quality():
     rng = random.Random(0)
-    cards = [imagined_scenario(rng) for _ in range(20)] + load_scenarios(split="train")[:20]
-    rewards = []
-    for i, card in enumerate(cards):
-        level = random.Random(i).uniform(0.3, 0.9)
-        rewards += dialogue_rewards(hold_dialogue(card, i, mixed(i, level), ROLES, Limits(8, 8)))
-    assert -1.5 < sum(rewards) / len(rewards) < -0.5
+    cards = [imagined_scenario(rng) for _ in range(10)] + load_scenarios(split="train")[:10]
+
+    def dialogues(skill):
+        policies = (good_helper if skill is None else mixed(i, skill) for i in range(len(cards)))
+        held = zip(cards, policies, strict=True)
+        return [
+            hold_dialogue(card, i, policy, ROLES, Limits(16, 16)) for i, (card, policy) in enumerate(held)
+        ]
+
+    groups = [dialogues(skill) for skill in (0.3, 0.7, 1.0, None)]
+    means = [statistics.fmean(r for state in group for r in dialogue_rewards(state)) for group in groups]
+    assert means == sorted(means) and means[0] < -0.5 and means[1] > 0 and means[3] > 1.5
+    turns = [turn for group in groups for state in group for turn in state.turns]
+    # What it must teach besides naming: nothing is said twice, and two acts in one reply are two that fit.
+    repeated = [any("repeats an earlier" in reason for reason in turn.judgement.reasons) for turn in turns]
+    assert sum(repeated) < 0.01 * len(turns)
+    levels = {1: [], 2: []}
+    for turn in (turn for state in groups[1] for turn in state.turns):
+        levels[len(turn.judgement.reading["acts"])].append(sum(turn.judgement.levels))
+    assert statistics.fmean(levels[2]) > statistics.fmean(levels[1]) + 0.5
     messages = synthetic_dialogue(cards[0], 5)
     assert messages == synthetic_dialogue(cards[0], 5) and messages != synthetic_dialogue(cards[0], 6)
     assert [m["role"] for m in messages[:2]] == ["user", "assistant"] and len(messages) == 16
