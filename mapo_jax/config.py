@@ -119,9 +119,9 @@ class RolloutConfig(Section):
     min_turns: Count = key(5, "success and failure end a dialogue from this turn on")
     temperature: float = key(0.7, "sampling temperature in training", gt=0)
     max_reply_tokens: Count = key(32, "a reply longer than this is cut and marked truncated")
-    max_tokens: int = key(448, "longest dialogue in tokens; also the length of the KV cache", ge=2)
-    cache_dtype: Literal["int8"] | None = key(
-        None, "int8: KV caches in 8 bits, with a scale per token and head; empty: exact, in model.dtype"
+    max_tokens: int = key(512, "longest dialogue in tokens; also the length of the KV cache", ge=2)
+    cache: Literal["exact", "int8", "paged"] = key(
+        "exact", "int8: 8 bits, a scale per token and head; paged: on TPUs, decoding reads only its used part"
     )
     copy_weights: bool | None = key(None, "sample with a cast copy: faster, needs memory; empty: only on CPU")
     slots: Count | None = key(None, "KV caches on the device, the rest in host memory; empty: all of a step")
@@ -254,7 +254,7 @@ class TrainingConfig(Section):
     steps: Count = key(52, "collect-and-update steps")
     seed: int = key(0, "seed of all random numbers", ge=0, le=2**31 - 1)
     minibatch_scenarios: Count = key(2, "scenarios per optimizer update; divides rollout.scenarios")
-    microbatch_tokens: int = key(1792, "tokens per device and pass, at least one row; 0: no limit", ge=0)
+    microbatch_tokens: int = key(2048, "tokens per device and pass, at least one row; 0: no limit", ge=0)
     epochs: Count = key(1, "passes over a step's dialogues")
 
 

@@ -113,7 +113,7 @@ def test_the_schema_for_editors_is_what_the_models_give():
         (["algorithm.estimator=gpro"], ["grpo", "one of"]),
         (["training.minibatch_scenarios=3"], ["divisor of rollout.scenarios (8)"]),
         (["rollout.min_turns=9"], ["rollout.max_turns (8)"]),
-        (["rollout.max_reply_tokens=448"], ["rollout.max_tokens (448)"]),
+        (["rollout.max_reply_tokens=512"], ["rollout.max_tokens (512)"]),
         (["mesh.data=-1"], ["at most one axis"]),
         (["mesh.tensor=0"], ["mesh.tensor"]),
         (["algorithm.discount=1.5"], ["between 0 and 1"]),

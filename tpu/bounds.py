@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mapo_jax.learning.batch import microbatch_rows, row_lengths
 from mapo_jax.learning.programs import loss_tokens, minibatch_rows
+from mapo_jax.model.backends import stored_dtype
 from mapo_jax.model.qwen import parameter_count
 from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.capacity import cache_bytes
@@ -60,7 +61,7 @@ def bounds(job: Job, program: str) -> dict[str, float]:
     }[program]
     operations = rows * width * (2 * (body + logits) + model.num_layers * 4 * engine.length * heads)
     mesh = job.sampling_mesh
-    dtype = jnp.dtype(config.rollout.cache_dtype or config.model.dtype)
+    dtype = jnp.dtype(stored_dtype(config.rollout.cache, config.model.dtype))
     moved = item * (body + logits) * mesh.shape["data"] + cache_bytes(model, rows, rows, engine.length, dtype)
     return {
         "operations": steps * operations / mesh.size / hardware.operations,

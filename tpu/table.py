@@ -79,7 +79,7 @@ class Entry:
         return " ".join(["python -m tpu.compile", *self.arguments])
 
 
-_LORA, _INT8 = ("lora.rank=32",), ("rollout.cache_dtype=int8",)
+_LORA, _INT8 = ("lora.rank=32",), ("rollout.cache=int8",)
 _HALF = ("rollout.scenarios=32", "training.minibatch_scenarios=16")
 _FOUR = ("mesh.tensor=4",)
 

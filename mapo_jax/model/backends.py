@@ -1,4 +1,6 @@
-"""Three implementations of causal attention over whole rows, and the choice between them.
+"""Implementations of attention for whole rows and for decoded tokens, and the choice between them.
+
+Causal attention over whole rows (`row_attention`):
 
 | name   | runs on | packed rows | notes |
 |--------|---------|-------------|-------|
@@ -6,24 +8,32 @@
 | splash | TPU (on a CPU interpreted, for tests) | yes | JAX's Pallas kernel; no scores in memory |
 | cudnn  | NVIDIA GPU | no | `jax.nn.dot_product_attention`; bfloat16 only |
 
+Attention of a decoded token to its cache (`decode_attention`): `attention.cached_attention` anywhere, which
+reads whole caches, or JAX's kernel for pages of a cache, which reads only those in use.
+
 The platform is that of the mesh, not of the process: so a TPU program can be compiled without a TPU.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from mapo_jax.errors import UserError
-from mapo_jax.model.attention import causal_attention
-from mapo_jax.model.qwen import QwenConfig, RowAttention
-from mapo_jax.model.sharding import activation_spec, row_shards
+from mapo_jax.model.attention import cached_attention, causal_attention
+from mapo_jax.model.cache import LayerCache
+from mapo_jax.model.qwen import CacheAttention, QwenConfig, RowAttention
+from mapo_jax.model.sharding import RULES, activation_spec, platform, row_shards
 
 LANES = 128  # width of a TPU vector register: splash cuts a row into multiples of it
 SPLASH_BLOCK = 512  # most tokens of a block of queries or keys
+PAGE = 512  # most tokens of a page
+PAGE_MULTIPLE = 16  # a bfloat16 tile on a TPU has so many rows
 CUDNN_HEAD_DIM = 128  # largest head of cuDNN's backward pass
 
 
@@ -58,6 +68,34 @@ def attention_name(name: str, mesh: Mesh, config: QwenConfig, dtype: str, *, pac
     return name
 
 
+def stored_dtype(cache: str, dtype: str) -> str:
+    """In which the setting `rollout.cache` stores keys and values; `dtype` is that of computation."""
+    return "int8" if cache == "int8" else dtype
+
+
+def decode_attention(cache: str, mesh: Mesh | None, config: QwenConfig, dtype: str) -> CacheAttention:
+    """The attention of the setting `rollout.cache`, for one token of each slot.
+
+    Args:
+      cache: exact or int8, or paged: exact, and read by JAX's kernel, only its used pages.
+      mesh: of the slots.
+      config, dtype: the model, and its compute dtype.
+
+    Raises:
+      UserError: the kernel does not support it; names the limit and the alternative.
+    """
+    if cache != "paged":
+        return cached_attention
+    limits = {
+        f"runs on TPUs, not on the mesh's {platform(mesh)}": platform(mesh) != "tpu",
+        f"computes in bfloat16, not in `model.dtype` {dtype}": dtype != "bfloat16",
+        f"takes heads of a multiple of {LANES}, not the model's {config.head_dim}": config.head_dim % LANES,
+    }
+    if limit := next((limit for limit, holds in limits.items() if holds), None):
+        raise UserError(f"`rollout.cache` is 'paged', whose kernel {limit}; choose exact or int8")
+    return functools.partial(_paged, mesh=mesh)
+
+
 def check_remat(name: str, mesh: Mesh) -> None:
     """Raises UserError if the setting `model.remat` cannot act on the mesh's devices."""
     if name == "offload" and mesh.devices.flat[0].platform == "cpu":
@@ -81,6 +119,34 @@ def _limit(name: str, platform: str, config: QwenConfig, dtype: str, packed: boo
         if packed:
             return "takes one text to a row, not packed rows"
     return None
+
+
+def _paged(query, cache: LayerCache, positions, *, mesh: Mesh | None):
+    if mesh is None:
+        return _paged_slots(query, cache, positions)
+    heads = activation_spec("slot_heads")
+    specs = (heads, activation_spec("cache"), PartitionSpec(RULES["slots"]))
+    attend = jax.shard_map(_paged_slots, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return attend(query, cache, positions)
+
+
+def _paged_slots(query, cache: LayerCache, positions):
+    """One device's slots and heads. Each KV head of a slot is a sequence of its own, of consecutive pages."""
+    slots, _, heads, size = query.shape
+    groups, length = cache.values.shape[1:3]
+    page = max(p for p in range(PAGE_MULTIPLE, PAGE + 1, PAGE_MULTIPLE) if length % p == 0)
+    shape = (slots * groups, length // page)
+    pages = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+    # A position beyond the cache is that of an idle lane, whose output is meaningless.
+    used = jnp.where(positions < length, positions + 1, 1)
+    attended = paged_attention(
+        (query * size**-0.5).reshape(slots * groups, heads // groups, size),
+        *(array.reshape(1, -1, page, size) for array in (cache.keys, cache.values)),
+        lengths=jnp.repeat(used[:, 0], groups),
+        page_indices=pages,
+        pages_per_compute_block=1,
+    )
+    return attended.reshape(query.shape)
 
 
 def _cudnn(query, key, value, segments=None):

@@ -192,6 +192,9 @@ Place = Callable[[Array, str], Array]
 # (query, key, value, segments) -> output of the heads, for whole rows: as `causal_attention`
 RowAttention = Callable[[Array, Array, Array, Array | None], Array]
 
+# (query [K, 1, H, E], cache, positions [K, 1]) -> output of the heads, as `cached_attention`
+CacheAttention = Callable[[Array, LayerCache, Array], Array]
+
 _normal = nnx.initializers.normal(INIT_SCALE)
 
 
@@ -427,6 +430,7 @@ def extend(
     cache: Cache,
     *,
     dtype=jnp.float32,
+    attention: CacheAttention = cached_attention,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "K N D"], Cache]:
     """Appends N tokens to each slot: a chunk of a prompt (N = chunk) or one decoded token (N = 1).
@@ -440,6 +444,9 @@ def extend(
     On a `mesh` a chunk of a prompt is computed on its slot's devices, as in training: weights are gathered.
     For a decoded token the hidden states are transferred instead, since they are far smaller than the
     weights; only attention runs on the slot's devices.
+
+    Args:
+      attention: `backends.decode_attention` chooses one for decoded tokens.
 
     Returns:
       Hidden states after the last norm, and the new cache (donate the old one).
@@ -457,7 +464,7 @@ def extend(
             query = constrain(query, "slot_heads", mesh)
             key, value = (constrain(array, "slot_kv_heads", mesh) for array in (key, value))
             entry = entry.write(jnp.arange(len(query)), positions, key, value)
-            output = constrain(cached_attention(query, entry, positions), "slot_heads", mesh)
+            output = constrain(attention(query, entry, positions), "slot_heads", mesh)
             return constrain(output, heads, mesh), entry
 
         x, entry = run_block(config, dtype, layers[index], x, rotary, attend)

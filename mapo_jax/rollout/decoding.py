@@ -17,7 +17,15 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from mapo_jax.model.cache import Cache, LayerCache
 from mapo_jax.model.head import logits
-from mapo_jax.model.qwen import Params, QwenConfig, extend, for_decoding, init_cache, parameter_shapes
+from mapo_jax.model.qwen import (
+    CacheAttention,
+    Params,
+    QwenConfig,
+    extend,
+    for_decoding,
+    init_cache,
+    parameter_shapes,
+)
 from mapo_jax.model.sharding import activation_spec, constrain, decoding_shardings, platform, row_shards
 from mapo_jax.rollout.sampling import (
     ALTERNATIVES,
@@ -70,6 +78,7 @@ def make_programs(
     per_request: bool,
     dtype,
     cache_dtype,
+    attention: CacheAttention,
     mesh: Mesh | None,
 ) -> EnginePrograms:
     """The programs of one engine; sizes as of `Engine`."""
@@ -86,7 +95,9 @@ def make_programs(
     ready = functools.partial(for_decoding, config=config, dtype=dtype)
     create = functools.partial(init_cache, config, resident, dtype=cache_dtype, by_feature=on_cpu)
     constants = dict(stop_ids=stop_ids, vocabulary_size=vocabulary_size, sampling=sampling, block=block)
-    decode = functools.partial(generate, **model, in_place=lanes == resident, **constants)
+    decode = functools.partial(
+        generate, **model, attention=attention, in_place=lanes == resident, **constants
+    )
     generated = None if mesh is None else (cache_sharding, *(everywhere,) * (7 if per_request else 4))
     return EnginePrograms(
         ready=jax.jit(ready, out_shardings=weights_sharding),
@@ -130,6 +141,7 @@ def generate(
     *,
     config: QwenConfig,
     dtype,
+    attention: CacheAttention,
     mesh: Mesh | None,
     in_place: bool,
     stop_ids: tuple[int, ...],
@@ -179,7 +191,16 @@ def generate(
     def advance(state):
         step, work, token, seen, ids, logprobs, others, counts, done = state
         position = jnp.where(done, length, positions + step)
-        hidden, work = extend(params, config, token[:, None], position[:, None], work, dtype=dtype, mesh=mesh)
+        hidden, work = extend(
+            params,
+            config,
+            token[:, None],
+            position[:, None],
+            work,
+            dtype=dtype,
+            attention=attention,
+            mesh=mesh,
+        )
         scores = logits(params, config, hidden[:, 0], vocabulary_size=vocabulary_size)
         scores = constrain(constrain(scores, "lane_logits", mesh), "sampled_logits", mesh)
         if each is not None:

@@ -36,8 +36,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mapo_jax.errors import UserError
+from mapo_jax.model.attention import cached_attention
 from mapo_jax.model.cache import Cache
-from mapo_jax.model.qwen import Params, QwenConfig
+from mapo_jax.model.qwen import CacheAttention, Params, QwenConfig
 from mapo_jax.model.sharding import row_shards
 from mapo_jax.rollout.capacity import cache_lengths, check_memory, check_sizes, copies_weights
 from mapo_jax.rollout.decoding import PerRequest, make_programs
@@ -93,6 +94,7 @@ class Engine:
         copy_weights: bool | None = None,
         dtype=jnp.float32,
         cache_dtype=None,
+        attention: CacheAttention = cached_attention,
         mesh: Mesh | None = None,
         device: Device | None = None,
     ):
@@ -121,6 +123,7 @@ class Engine:
             only.
           dtype: of computation.
           cache_dtype: of the cache; None: `dtype`; int8: in 8 bits, with a scale per token and head.
+          attention: of a decoded token to its cache.
           mesh: where the weights lie; slots, caches and lanes are cut over its row axes, KV heads over
             `tensor`.
           device: shared with other threads that run programs; None: there are none.
@@ -170,6 +173,7 @@ class Engine:
             per_request=per_request,
             dtype=self.dtype,
             cache_dtype=cache_dtype,
+            attention=attention,
             mesh=mesh,
         )
         self.reset()

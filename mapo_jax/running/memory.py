@@ -30,7 +30,7 @@ from mapo_jax.learning.programs import loss_tokens, minibatch_rows
 from mapo_jax.learning.train_state import abstract_state, trained_and_frozen
 from mapo_jax.model import head, qwen
 from mapo_jax.model.attention import causal_attention, query_block, rotary_angles
-from mapo_jax.model.backends import attention_name
+from mapo_jax.model.backends import attention_name, stored_dtype
 from mapo_jax.model.qwen import Params, QwenConfig, in_precision, parameter_shapes, sums_in_place
 from mapo_jax.model.sharding import RULES, param_shardings, row_shards, with_shardings
 from mapo_jax.rollout.capacity import cache_bytes, copies_weights
@@ -137,7 +137,7 @@ def rollout_memory(config: Config, model: QwenConfig, mesh: Mesh, weights: Param
     resident = min(share.slots or dialogues, dialogues)
     steps = 1 + share.ahead  # under way at once, each with caches and weights of its own
     vocabulary = _device_share(model, mesh).vocab_size
-    cache_dtype = share.cache_dtype or dtype
+    cache_dtype = stored_dtype(share.cache, dtype)
     caches = cache_bytes(model, resident, resident, share.max_tokens, jnp.dtype(cache_dtype)) / own_mesh.size
     logits = 3 * 4 * -(-resident // row_shards(own_mesh)) * vocabulary
     sizes = {f"KV caches ({cache_dtype})": steps * caches, "logits of the lanes": logits}

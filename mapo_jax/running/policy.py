@@ -16,6 +16,7 @@ from mapo_jax.config import LoraConfig, RolloutConfig
 from mapo_jax.errors import UserError
 from mapo_jax.files import as_path, damaged_file, disk_errors, local_folder, write_checksums
 from mapo_jax.hub import cached, fetch, hub_id
+from mapo_jax.model.backends import decode_attention, stored_dtype
 from mapo_jax.model.huggingface import check_weights, load_params, read_config, write_config
 from mapo_jax.model.lora import ADAPTERS, LoRA, join, low_rank, merge, split
 from mapo_jax.model.peft import base_folder, is_adapter, read_adapter_config, write_adapter_config
@@ -241,7 +242,8 @@ def make_engine(
         sampling=Sampling(temperature=temperature),
         copy_weights=rollout.copy_weights,
         dtype=dtype,
-        cache_dtype=rollout.cache_dtype,
+        cache_dtype=stored_dtype(rollout.cache, dtype),
+        attention=decode_attention(rollout.cache, mesh, model, dtype),
         mesh=mesh,
         device=device,
     )

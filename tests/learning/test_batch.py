@@ -213,7 +213,7 @@ def test_minibatches_are_whole_scenarios_in_a_fixed_shuffle(dialogues):
         (["rollout.history=per_turn"], 32),
         (["rollout.max_turns=3", "rollout.min_turns=1"], 96),
         (["rollout.max_turns=3", "rollout.min_turns=1", "rollout.history=per_turn"], 32),
-        (["rollout.max_turns=20"], 448),  # as many as fit
+        (["rollout.max_turns=20"], 512),  # as many as fit
     ],
 )
 def test_the_constant_length_is_the_most_loss_tokens_of_a_row(overrides, most, monkeypatch):
@@ -224,5 +224,5 @@ def test_the_constant_length_is_the_most_loss_tokens_of_a_row(overrides, most, m
     monkeypatch.setattr(programs, "make_scorer", lambda scoring, **_: given.update(row=scoring.loss_tokens))
     mesh = make_mesh(config.mesh.model_copy(update={"fsdp": 1}))
     fresh = config.model.fresh.model_copy(update={"hidden": 8, "intermediate": 8, "layers": 1})
-    programs.make_programs(config, fresh_model(fresh, 300, 448), 300, mesh)
+    programs.make_programs(config, fresh_model(fresh, 300, 512), 300, mesh)
     assert given["constant_length"] == given["row"] == programs.loss_tokens(config) == most

@@ -1,19 +1,23 @@
-"""Attention by three implementations: equal numbers, and clear refusals. On a CPU splash is interpreted."""
+"""Attention by several implementations: equal numbers, and clear refusals. TPU kernels are interpreted."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pallas_tpu
 
-from mapo_jax.config import MeshConfig
+from mapo_jax.config import MeshConfig, load_config
 from mapo_jax.errors import UserError
 from mapo_jax.model import backends
-from mapo_jax.model.attention import causal_attention
+from mapo_jax.model.attention import cached_attention, causal_attention
+from mapo_jax.model.cache import LayerCache
 from mapo_jax.model.qwen import hidden_states
 from mapo_jax.model.sharding import make_mesh
+from mapo_jax.running.policy import make_engine
 
 # Four query heads on two key/value heads; a length that no block divides.
 ROWS, LENGTH, HEADS, GROUPS, SIZE = 2, 200, 4, 2, 16
@@ -147,6 +151,48 @@ def test_cudnn_equals_xla_forward_and_backward(qwen3, arrays):
     for one, other in zip(gradient(cudnn), gradient(causal_attention), strict=True):
         # bfloat16 has 8 bits; sums of up to 200 terms of order 1
         np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (one, other)), atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize(("heads", "length"), [(4, 96), (16, 528)], ids=["one page", "pages of 176"])
+def test_paged_attention_equals_xlas(mesh, heads, length):
+    """Slots of different lengths, with large numbers beyond them in the cache; the last slot is idle."""
+    rng = np.random.default_rng(2)
+    positions = np.array([0, length - 1, length // 2, length])[:, None]
+    query = rng.standard_normal((4, 1, heads, 128))
+    keys, values = rng.standard_normal((2, 4, GROUPS, length, 128))
+    unused = np.arange(length) > positions
+    values = np.where(unused[:, None, :, None], 1e6, values)
+    query, keys, values = (jnp.asarray(array, jnp.bfloat16) for array in (query, keys, values))
+    arguments = query, LayerCache(keys, values), jnp.asarray(positions)
+    expected = jax.jit(cached_attention)(*arguments)[:3]
+    for place in (None, mesh):
+        with pallas_tpu.force_tpu_interpret_mode():
+            found = jax.jit(functools.partial(backends._paged, mesh=place))(*arguments)[:3]
+        # The scores' weights are rounded to bfloat16, 8 bits, in one of the two only.
+        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (found, expected)), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "words"),
+    [
+        ("cpu", "bfloat16", 128, "runs on TPUs, not on the mesh's cpu"),
+        ("tpu", "float32", 128, "computes in bfloat16, not in `model.dtype` float32"),
+        ("tpu", "bfloat16", 64, "takes heads of a multiple of 128, not the model's 64"),
+    ],
+)
+def test_what_paged_attention_cannot_do_is_refused(qwen3, platform, dtype, head_dim, words):
+    config = dataclasses.replace(qwen3, head_dim=head_dim)
+    choose = functools.partial(backends.decode_attention, mesh=mesh_of(platform), config=config, dtype=dtype)
+    assert choose("exact") is choose("int8") is cached_attention
+    with pytest.raises(UserError, match=r"`rollout.cache` is 'paged', whose kernel .*; choose ex") as refusal:
+        choose("paged")
+    assert words in str(refusal.value)
+
+
+def test_a_run_is_told_before_its_first_dialogue_that_a_cpu_has_no_pages(qwen3):
+    rollout = load_config(None, ["rollout.cache=paged"]).rollout
+    with pytest.raises(UserError, match="runs on TPUs, not on the mesh's cpu; choose exact"):
+        make_engine(qwen3, (0,), 64, rollout, 1.0, dtype="bfloat16", mesh=None)
 
 
 def test_what_a_cpu_has_anyway_is_not_moved_there():

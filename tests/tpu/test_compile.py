@@ -142,12 +142,12 @@ def test_bounds_of_an_update(overrides, passes, attention, head_passes):
     assert found["bytes"] == pytest.approx(moved / 2765e9, rel=1e-9)
 
 
-@pytest.mark.parametrize(("dtype", "of_a_head"), [("null", 128 * 2), ("int8", 128 + 4)])
-def test_the_bound_of_a_decode_step_reads_the_cache_in_its_own_type(dtype, of_a_head):
+@pytest.mark.parametrize(("cache", "of_a_head"), [("exact", 128 * 2), ("int8", 128 + 4)])
+def test_the_bound_of_a_decode_step_reads_the_cache_in_its_own_type(cache, of_a_head):
     """By hand: 6 lanes of 512 tokens, blocks of 4, Qwen3-8B's 36 layers of 8 key/value heads, on one chip."""
     from tpu.bounds import bounds
 
-    config = load_config(CONFIGS / "qwen3_8b_v5p.yaml", [f"rollout.cache_dtype={dtype}"])
+    config = load_config(CONFIGS / "qwen3_8b_v5p.yaml", [f"rollout.cache={cache}"])
     model = model_shape(config)
     engine = SimpleNamespace(prefill_rows=2, chunk=32, lanes=6, block=4, length=512)
     mesh = jax.sharding.AbstractMesh((1, 1, 1), MESH_AXES)
@@ -187,6 +187,21 @@ def test_an_update_of_adapters_compiles(chip):
     result = compile_program(job_of("qwen3_8b_v6e", chip, "lora.rank=32"), "train")
     assert result.good, result
     assert result.arguments["moments"] < result.arguments["weights"] / 20
+
+
+@pytest.mark.aot
+@needs_libtpu
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_decode_step_that_reads_pages_compiles_and_copies_no_cache(chip):
+    from tpu.programs import compile_program
+
+    overrides = ["rollout.max_tokens=1600", "rollout.slots=8", "rollout.cache="]
+    pages, whole = (
+        compile_program(job_of("qwen3_8b_v6e", chip, *overrides[:-1], overrides[-1] + name), "generate")
+        for name in ("paged", "exact")
+    )
+    assert pages.good, pages
+    assert pages.temporary < whole.temporary + pages.arguments["cache"] / 8
 
 
 @pytest.mark.aot
