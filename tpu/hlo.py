@@ -1,4 +1,4 @@
-"""Collective operations in the text of a compiled program."""
+"""Collective operations and types of arrays in the text of a compiled program."""
 
 from __future__ import annotations
 
@@ -29,18 +29,25 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        return self.elements * _BYTES[self.dtype]
+        return size_of(self.dtype, self.shape)
+
+
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an array, without padding."""
+    return math.prod(shape) * _BYTES[dtype]
+
+
+def shapes_of(type: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The arrays of a result's type, in their order."""
+    found = _SHAPE.findall(type)
+    return [(dtype, tuple(int(size) for size in sizes.split(",") if size)) for dtype, sizes in found]
 
 
 def collectives(text: str) -> list[Collective]:
     """Every collective in a compiled program's text; asynchronous ones count once, at their start."""
     operations = []
     for result, kind in _OPERATION.findall(text):
-        shapes = [
-            (dtype, tuple(int(size) for size in sizes.split(",") if size))
-            for dtype, sizes in _SHAPE.findall(result)
-        ]
-        if shapes:
+        if shapes := shapes_of(result):
             dtype, shape = max(shapes, key=lambda pair: math.prod(pair[1]))
             operations.append(Collective(kind, dtype, shape))
     return operations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from mapo_jax.running.processes import (
 from tpu import memory
 from tpu.bounds import bounds
 from tpu.hlo import Collective, collectives
+from tpu.reads import bytes_read
 from tpu.shapes import STOP_IDS, TOKENIZER_IDS, model_shape
 from tpu.slices import ONE_HOST, chip, slice_devices
 
@@ -101,7 +101,7 @@ class Result:
     arguments: dict[str, int]  # bytes of the program's arguments, by kind
     beside: dict[str, int]  # bytes of other data in memory at the same time
     temporary: int = 0  # bytes that the program needs in addition, its code included
-    read: int = 0  # bytes that its operations read, a loop's once; 0 if no code was generated
+    read: int = 0  # bytes of the chip's memory that it reads, a loop's once; 0 if no code was generated
     # kind -> number of operations, bytes of the largest
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
     gathered: list[str] = field(default_factory=list)  # all-gathers of whole activations or logits
@@ -166,8 +166,7 @@ def _compile(job: Job, program: str, folder: Path, command: Sequence[str] | None
         try:
             compiled = lowered.compile(compiler_options=memory.dump_options(folder))
             code = compiled.memory_analysis().generated_code_size_in_bytes
-            costs = compiled.cost_analysis().items()
-            read = int(sum(size for kind, size in costs if re.fullmatch(r"bytes accessed\d+{}", kind)))
+            read = bytes_read(compiled.as_text())
         except jax.errors.JaxRuntimeError as problem:
             if "RESOURCE_EXHAUSTED" not in str(problem):
                 raise

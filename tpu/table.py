@@ -50,7 +50,7 @@ def summary(job: Job, results: Sequence[Result]) -> Table:
     for kind in KINDS:
         row(f"{kind}: in the text, largest", (_collective(r, kind) for r in results))
     row("gathered whole", (", ".join(r.gathered) for r in results))
-    row("reads, by the compiler's analysis", (gib(r.read) for r in results))
+    row("reads of the chip's memory", (gib(r.read) for r in results))
     row("seconds to compile", (f"{r.seconds:.0f}" for r in results))
     row("at least, by operations", (f"{r.bounds['operations']:.3f} s" for r in results))
     row("at least, by bytes", (f"{r.bounds['bytes']:.3f} s" if "bytes" in r.bounds else "" for r in results))
