@@ -2,7 +2,7 @@
 
 from tpu.reads import bytes_read
 
-# A step of a loop: a lookup of 4 rows in a table, a product whose matrix is a view made in a fusion of its own,
+# A step of a loop: a lookup of 4 rows in a table, a product whose matrix is a view made in its own fusion,
 # a matrix of which half is copied to fast memory ahead of its use, a cache written in place and read.
 TEXT = """HloModule step
 
