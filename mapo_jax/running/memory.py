@@ -10,7 +10,7 @@ is computed per device from its micro-batch:
 
 The compiler orders its buffers differently, so its figure differs: by at most 10 % on a CPU
 (tests/learning/test_scale.py), and by at most 7 % for the updates that were compiled for TPU slices, or, with
-adapters, up to 20 % too large (tests/tpu/test_compile.py).
+adapters, up to 14 % too large (tests/tpu/test_compile.py).
 """
 
 import functools
@@ -39,9 +39,7 @@ from mapo_jax.running import processes as hosts
 from mapo_jax.running.policy import read_shape
 
 GIB = 2**30
-TPU_GRADIENT = (
-    1.1  # factor of the gradient on a TPU, whose compiler casts all weights before the loop over layers
-)
+TPU_WORK = 0.89  # factor of the work of a layer or of the head on a TPU, whose compiler shares more of it
 BATCH_BYTES = 4 + 4 + 1 + 4 + 4 + 4  # per token of `batch.Batch`
 
 
@@ -86,16 +84,14 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
     attention = attention_name(config.model.attention, mesh, model, dtype)
     microbatch = _Microbatch(share, rows // shards, length, dtype, attention, mesh.shape["tensor"])
     work = max(_layer_work(microbatch), _head_work(config, microbatch, model, mesh))
-    gradient = trained if rows == total else 2 * trained  # with micro-batches, one and the sum of others
-    if rows < total and sums_in_place(config.model.remat, model):
-        gradient -= _bytes(state.params["layers"])
+    one_tree = rows == total or sums_in_place(config.model.remat, model)
     if mesh.devices.flat[0].platform == "tpu":
-        gradient *= TPU_GRADIENT
+        work *= TPU_WORK
     remat = config.model.remat
     kept_layers = 2 if remat == "offload" else model.num_layers  # one is moved while the next is computed
     update = {
         "rows of a mini-batch": BATCH_BYTES * total // shards * length,
-        "gradient": gradient,
+        "gradient": trained if one_tree else 2 * trained,
         f"kept for the backward pass (remat {remat})": kept_layers * _kept(microbatch, remat),
         "work of one layer or of the head": work,
     }

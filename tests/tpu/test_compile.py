@@ -105,9 +105,9 @@ def test_the_forecast_of_an_update_is_near_what_the_compiler_said(entry, found, 
     forecast = forecast_memory(config, model, mesh)
     expected = sum((forecast.held | forecast.update).values())
     compiled = sum(found["arguments"].values()) + sum(found["beside"].values()) + found["temporary"]
-    # With adapters it may be a fifth too large, as for Qwen2.5-7B (1.15 to 1.19): of a layer whose weights
+    # With adapters it may be a seventh too large, as for Qwen2.5-7B (1.07 to 1.13): of a layer whose weights
     # are frozen the compiler needs less than `jax.vjp` keeps. It is then on the safe side.
-    assert 0.93 <= expected / compiled <= (1.2 if model.lora else 1.07)
+    assert 0.93 <= expected / compiled <= (1.14 if model.lora else 1.07)
 
 
 @pytest.mark.parametrize(
