@@ -190,8 +190,7 @@ def prepare(
     if config.logging.wandb and processes.first:
         import_wandb()  # before anything is spent
     _, validation = cards_of_run(config)
-    compiles, phases = stack.enter_context(CompileCounter()), Phases()
-    stack.enter_context(Heartbeat(phases))
+    compiles = stack.enter_context(CompileCounter())
     share = share_of(config.rollout, processes.count)  # may raise, so before anything is read
     mesh = make_mesh(config.mesh)
     sampling_mesh = rollout_mesh(mesh, processes)
@@ -201,6 +200,8 @@ def prepare(
     world = stack.enter_context(opened)
     show(console, f"{folder}: building the run")
     policy, params = starting_policy(config, folder, mesh, stop, console, processes)
+    phases = Phases()  # from here on: a warm start may take longer than any phase, and shows its progress
+    stack.enter_context(Heartbeat(phases))
     chat = policy.chat
     programs = make_programs(config, policy.config, chat.vocabulary_size, mesh)
     model = policy.config, chat.stop_ids, chat.vocabulary_size
