@@ -121,7 +121,7 @@ class RolloutConfig(Section):
     max_reply_tokens: Count = key(32, "a reply longer than this is cut and marked truncated")
     max_tokens: int = key(512, "longest dialogue in tokens; also the length of the KV cache", ge=2)
     cache: Literal["exact", "int8", "paged"] = key(
-        "exact", "int8: 8 bits, a scale per token and head; paged: on TPUs, decoding reads only its used part"
+        "exact", "in training; int8: 8 bits, a scale per token and head; paged: TPUs read only its used part"
     )
     copy_weights: bool | None = key(None, "sample with a cast copy: faster, needs memory; empty: only on CPU")
     slots: Count | None = key(None, "KV caches on the device, the rest in host memory; empty: all of a step")
@@ -364,6 +364,9 @@ class Gone(NamedTuple):
 GONE = {
     "rollout.top_p": Gone("training samples from the whole distribution", lambda _: 1.0),
     "rollout.top_k": Gone("training samples from the whole distribution", lambda _: 0),
+    "rollout.cache_dtype": Gone(
+        "it is rollout.cache", lambda c: None if c.rollout.cache == "exact" else "int8"
+    ),
     "rollout.lanes": Gone("all caches on the device are decoded at once; set rollout.slots", lambda _: None),
     "model.fresh.intermediate": Gone("it is 3 x model.fresh.hidden", lambda c: c.model.fresh.intermediate),
     "model.fresh.kv_heads": Gone("it is model.fresh.heads / 2", lambda c: c.model.fresh.kv_heads),

@@ -35,6 +35,7 @@ from mapo_jax.learning.train_state import (
     weights_copy,
 )
 from mapo_jax.learning.update import Update
+from mapo_jax.model.backends import decode_attention
 from mapo_jax.model.lora import join
 from mapo_jax.model.qwen import Params, init_adapters, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings, with_shardings
@@ -278,6 +279,7 @@ def starting_policy(
         check_memory(config, policy.config, mesh)  # there may be fewer devices than before
         return policy, None
     refuse_lost_checkpoints(folder, config)
+    decode_attention(config.rollout.cache, mesh, model_shape(config), config.model.dtype)  # may raise
     path = config.model.path or warm_start(config, mesh, stop, console, processes)
     check_memory(config, model_shape(config), mesh)
     lora = adapters(config.lora)

@@ -31,7 +31,7 @@ from mapo_jax.idle import unread
 from mapo_jax.learning.optimizer import make_optimizer
 from mapo_jax.learning.train_state import create_state
 from mapo_jax.learning.update import Scoring, make_supervised_update, place
-from mapo_jax.model.backends import check_remat, row_attention
+from mapo_jax.model.backends import check_remat, decode_attention, row_attention
 from mapo_jax.model.qwen import Params, init_params, parameter_shapes
 from mapo_jax.model.sharding import make_mesh, param_shardings, row_shards
 from mapo_jax.rollout.rows import ChatFormat
@@ -197,6 +197,7 @@ def _train(
     settings = config.warmstart
     check_rows(settings.rows, mesh)
     check_remat(config.model.remat, mesh)
+    decode_attention(config.rollout.cache, mesh, policy.config, config.model.dtype)  # measures the result
     own = updated(OPTIMIZER, {"learning_rate": settings.learning_rate})
     optimizer = make_optimizer(own, settings.steps, b2=B2)
     scoring = Scoring(

@@ -193,10 +193,10 @@ def _gradient(
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     size, length = batch.tokens.shape
     rows = microbatch_rows(size, length, tokens, row_shards(scoring.mesh))
-    if rows == size:
+    in_place = sums_in_place(scoring.remat, scoring.config)
+    if rows == size and not in_place:
         (value, metrics), gradient = value_and_grad(params, batch)
         return value, metrics, gradient
-    in_place = sums_in_place(scoring.remat, scoring.config)
 
     def add(total: Params, microbatch: Any):
         given = params | {RUNNING_SUM: total["layers"]} if in_place else params

@@ -92,7 +92,9 @@ def decode_attention(cache: str, mesh: Mesh | None, config: QwenConfig, dtype: s
         f"takes heads of a multiple of {LANES}, not the model's {config.head_dim}": config.head_dim % LANES,
     }
     if limit := next((limit for limit, holds in limits.items() if holds), None):
-        raise UserError(f"`rollout.cache` is 'paged', whose kernel {limit}; choose exact or int8")
+        raise UserError(
+            f"`rollout.cache` is 'paged', whose kernel {limit}; begin a new run with rollout.cache=exact"
+        )
     return functools.partial(_paged, mesh=mesh)
 
 
@@ -139,14 +141,15 @@ def _paged_slots(query, cache: LayerCache, positions):
     pages = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
     # A position beyond the cache is that of an idle lane, whose output is meaningless.
     used = jnp.where(positions < length, positions + 1, 1)
+    # From a bfloat16 query the kernel would round its sums after every page, where groups are of 8 heads.
     attended = paged_attention(
-        (query * size**-0.5).reshape(slots * groups, heads // groups, size),
+        (query.astype(jnp.float32) * size**-0.5).reshape(slots * groups, heads // groups, size),
         *(array.reshape(1, -1, page, size) for array in (cache.keys, cache.values)),
         lengths=jnp.repeat(used[:, 0], groups),
         page_indices=pages,
         pages_per_compute_block=1,
     )
-    return attended.reshape(query.shape)
+    return attended.reshape(query.shape).astype(query.dtype)
 
 
 def _cudnn(query, key, value, segments=None):

@@ -354,7 +354,9 @@ def _scan_adding(layer, x: Array, layers: Params, running_sum: Params, *, to_hos
 
     def cast_later(weights: Params) -> Params:
         # Times a 1 that the compiler does not know: else it casts all layers first and keeps the copies.
-        return jax.tree.map(lambda leaf: leaf * jax.lax.optimization_barrier(jnp.ones(())), weights)
+        return jax.tree.map(
+            lambda leaf: leaf * jax.lax.optimization_barrier(jnp.ones((), leaf.dtype)), weights
+        )
 
     @jax.custom_vjp
     def scan(x, layers, running_sum):

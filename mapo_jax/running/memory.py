@@ -83,15 +83,15 @@ def forecast_memory(config: Config, model: QwenConfig, mesh: Mesh) -> Forecast:
     share = _device_share(model, mesh)
     attention = attention_name(config.model.attention, mesh, model, dtype)
     microbatch = _Microbatch(share, rows // shards, length, dtype, attention, mesh.shape["tensor"])
-    work = max(_layer_work(microbatch), _head_work(config, microbatch, model, mesh))
-    one_tree = rows == total or sums_in_place(config.model.remat, model)
+    in_place = sums_in_place(config.model.remat, model)
+    work = max(_layer_work(microbatch), _head_work(config, microbatch, model, mesh, in_place))
     if mesh.devices.flat[0].platform == "tpu":
         work *= TPU_WORK
     remat = config.model.remat
     kept_layers = 2 if remat == "offload" else model.num_layers  # one is moved while the next is computed
     update = {
         "rows of a mini-batch": BATCH_BYTES * total // shards * length,
-        "gradient": trained if one_tree else 2 * trained,
+        "gradient": trained if rows == total or in_place else 2 * trained,
         f"kept for the backward pass (remat {remat})": kept_layers * _kept(microbatch, remat),
         "work of one layer or of the head": work,
     }
@@ -244,11 +244,11 @@ def _layer_work(batch: _Microbatch) -> int:
     return _kept(batch, "none") + 2 * scores + 2 * weights + 3 * batch.hidden
 
 
-def _head_work(config: Config, batch: _Microbatch, model: QwenConfig, mesh: Mesh) -> int:
+def _head_work(config: Config, batch: _Microbatch, model: QwenConfig, mesh: Mesh, in_place: bool) -> int:
     share = batch.model
     matrix = share.vocab_size * share.hidden_size
     gathered = mesh.shape["fsdp"] > 1 or batch.dtype != "float32"
     scored = batch.rows * min(loss_tokens(config), batch.length)
     logits = min(head.head_chunk(model.vocab_size), scored) * share.vocab_size * 4
-    gradient = (model.lora is None and mesh.shape["fsdp"] > 1) * matrix * 4
+    gradient = (model.lora is None and (mesh.shape["fsdp"] > 1 or in_place)) * matrix * 4
     return gathered * matrix * jnp.dtype(batch.dtype).itemsize + gradient + 4 * logits + 3 * batch.hidden

@@ -283,15 +283,19 @@ def test_update_equals_torch(params):
         np.testing.assert_allclose(found[name], value, atol=1e-4 * max(1, np.abs(value).max()), err_msg=name)
 
 
-@pytest.mark.parametrize("algorithm", [DEFAULT, EVERYTHING], ids=["token-mean", "sequence-mean"])
-def test_microbatches_add_up_to_the_whole(params, algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "remat"),
+    [(DEFAULT, "none"), (EVERYTHING, "none"), (EVERYTHING, "block"), (DEFAULT, "offload")],
+    ids=["token-mean", "sequence-mean", "in place", "in place, from the host"],
+)
+def test_microbatches_add_up_to_the_whole(params, algorithm, remat):
     """Relative 1e-6 of each gradient's largest entry: float32 rounding of another order of sums."""
     batch, reference = loose_rows(), jax.tree.map(jnp.array, make_params(1))
     whole, gradient = gradient_of(params, batch, algorithm=algorithm, reference=reference)
     reference = jax.tree.map(jnp.array, make_params(1))
-    parts, summed = gradient_of(
-        params, batch, algorithm=algorithm, reference=reference, microbatch_tokens=2 * LENGTH
-    )
+    scoring = dataclasses.replace(SCORING, remat=remat)
+    options = dict(algorithm=algorithm, scoring=scoring, microbatch_tokens=2 * LENGTH)
+    parts, summed = gradient_of(params, batch, reference=reference, **options)
     for g, s, p in zip(*map(jax.tree.leaves, (gradient, summed, params)), strict=True):
         # A gradient read off the new weights also has their rounding, 6e-8 of the weight, twice.
         assert np.abs(g - s).max() <= 1e-6 * np.abs(g).max() + 1.3e-7 * np.abs(p).max()

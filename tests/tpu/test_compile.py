@@ -191,13 +191,16 @@ def test_an_update_of_adapters_compiles(chip):
 
 @pytest.mark.aot
 @needs_libtpu
-@pytest.mark.parametrize("chip", CHIPS)
-def test_a_decode_step_that_reads_pages_compiles_and_copies_no_cache(chip):
+@pytest.mark.parametrize(
+    ("recipe", "chip"), [*(("qwen3_8b_v6e", chip) for chip in CHIPS), ("qwen3_32b_v6e", "v6e")]
+)
+def test_a_decode_step_that_reads_pages_compiles_and_copies_no_cache(recipe, chip):
+    """With 4 query heads to a key/value head, and with 8, for which the kernel has another layout."""
     from tpu.programs import compile_program
 
-    overrides = ["rollout.max_tokens=1600", "rollout.slots=8", "rollout.cache="]
+    sizes = ["rollout.max_tokens=1600", "rollout.slots=8"]
     pages, whole = (
-        compile_program(job_of("qwen3_8b_v6e", chip, *overrides[:-1], overrides[-1] + name), "generate")
+        compile_program(job_of(recipe, chip, *sizes, f"rollout.cache={name}"), "generate")
         for name in ("paged", "exact")
     )
     assert pages.good, pages
