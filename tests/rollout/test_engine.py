@@ -14,6 +14,7 @@ import pytest
 
 from mapo_jax.config import MeshConfig
 from mapo_jax.errors import UserError
+from mapo_jax.model.attention import cached_attention
 from mapo_jax.model.head import logits, token_logprobs
 from mapo_jax.model.huggingface import save_params, write_config
 from mapo_jax.model.qwen import QwenConfig, hidden_states, init_cache, init_params
@@ -619,7 +620,8 @@ def test_either_layout_of_the_keys_gives_the_same(params, in_place):
         words = np.tile(np.arange(4, dtype=np.uint32), (lanes, 1))
         cache, ids, logprobs, counts, _ = generate(
             params, cache, places, words, tokens[:, 4], *np.full((2, lanes), [[4], [6]], np.int32),
-            **model, in_place=in_place, stop_ids=(), vocabulary_size=TOKENS, sampling=Sampling(), block=6,
+            **model, attention=cached_attention, in_place=in_place, stop_ids=(), vocabulary_size=TOKENS,
+            sampling=Sampling(), block=6,
         )  # fmt: skip
         assert (counts == 6).all()
         everything = np.tile(np.arange(LENGTH), (4, 1))
