@@ -19,8 +19,8 @@ LONG = 4096  # tokens of a cache whose programs take long to compile
 def cache_lengths(length: int) -> tuple[int, ...]:
     """Lengths that the cache grows through: `length`, and below it two significant bits (256, 384, 512, ...).
 
-    Each decode step reads the whole cache, so a cache that is too long costs time; each length costs a set of
-    compiled programs. Beyond LONG there are five, each twice the one before.
+    A decode step reads whole caches (unless by pages), so one that is too long costs time; each length costs
+    a set of compiled programs. Beyond LONG there are five, each twice the one before.
 
     Up to ONE_LENGTH there is only one length. On a CPU the order of sums over the cache can depend on its
     length (a difference in the last bits), and the length depends on the other dialogues: with one length a

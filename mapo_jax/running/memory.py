@@ -10,7 +10,8 @@ is computed per device from its micro-batch:
 
 The compiler orders its buffers differently, so its figure differs: by at most 10 % on a CPU
 (tests/learning/test_scale.py), and by at most 7 % for the updates that were compiled for TPU slices, or, with
-adapters, up to 14 % too large (tests/tpu/test_compile.py).
+adapters, up to 14 % too large (tests/tpu/test_compile.py). Those all have remat block: with none or minimal a
+TPU's compiler also casts all weights before the loop over layers, which is not counted.
 """
 
 import functools
