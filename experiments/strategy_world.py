@@ -7,7 +7,8 @@ needs, openings and closings, routines, saturation, delayed effects, ends. A tes
 
 Every function is of one dialogue, without a batch axis; use `jax.vmap`. Left out, because a policy over kinds
 has no words: replies that are no sentence, that echo, or that are too long; worn-out constructions. A
-sentence with a slot never has to be repeated; those without a slot run out as in the scripted world.
+sentence with a slot never has to be repeated; those without a slot run out as in the scripted world, where of
+several worn ones the oldest is said again.
 
 An act names the first thing that is right and fresh, else one that is right, else one not said yet.
 
@@ -39,6 +40,7 @@ from mapo_jax.environment.scripted.assessment import (
     KIND_MOST,
     KIND_RUNNING,
     NEED_AXIS,
+    SENTENCE_MEMORY,
 )
 from mapo_jax.environment.scripted.director import LAST_STAGE, MEMORY_SHARE, MOST_MEMORIES, PATIENCE
 from mapo_jax.environment.scripted.grammar import CONSTRUCTIONS, HARMFUL, KINDS, slots_of
@@ -65,7 +67,7 @@ STAGE, MEMORY, FOCUSED = range(3)  # origin of an episode
 RUNNING, SUCCESS, FAILURE, TIMEOUT = range(4)
 OUTCOMES = ("running", "success", "failure", "timeout")
 
-# Kinds whose sentences have no slot, and how many there are: one more use repeats a sentence.
+# Kinds whose sentences have no slot, and how many there are: one more in SENTENCE_MEMORY replies repeats one.
 LIMITED = {k: len(c) for k, c in CONSTRUCTIONS.items() if not any(map(slots_of, c))}
 
 
@@ -175,8 +177,7 @@ class State(NamedTuple):
     harmed: Flag
     heard: Flag
     deep: Flag
-    kinds: tuple[Scalar, ...]  # masks of the last five replies, newest first
-    uses: tuple[Scalar, ...]  # of each of LIMITED
+    kinds: tuple[Scalar, ...]  # masks of the last eight replies, newest first
     repeated: Flag
     # The calculator.
     turn: Scalar  # finished turns
@@ -233,8 +234,7 @@ def begin(card: Card) -> State:
         harmed=no,
         heard=no,
         deep=no,
-        kinds=(zero,) * (KIND_MEMORY - 1),
-        uses=(zero,) * len(LIMITED),
+        kinds=(zero,) * SENTENCE_MEMORY,
         repeated=no,
         turn=zero,
         position=card.start,
@@ -311,6 +311,12 @@ def _routines(kinds: tuple[Scalar, ...]) -> Scalar:
     for mask in kinds:
         once, twice, thrice = once | mask, twice | (once & mask), thrice | (twice & mask)
     return (kinds[0] & kinds[1]) | thrice
+
+
+def _spent(kinds: tuple[Scalar, ...]) -> Scalar:
+    """The kinds of which one more act says a sentence again that the user still knows."""
+    counts = {kind: sum((mask & bits(kind)) > 0 for mask in kinds) for kind in LIMITED}
+    return sum(jnp.where(counts[kind] >= most, bits(kind), 0) for kind, most in LIMITED.items())
 
 
 def _lowest(mask: Scalar) -> Scalar:
@@ -409,9 +415,8 @@ def judge(state: State, acts: Scalar, wrong: Scalar, rules: Rules) -> Judged:
     opened = jnp.where(s.deep | jnp.logical_not(rules.delayed_opening), 2, 1)
 
     # Repetition.
-    routine = (acts & _routines(s.kinds)) > 0
-    spent = [act(kind) & (used >= most) for used, (kind, most) in zip(s.uses, LIMITED.items(), strict=True)]
-    repeats = jnp.any(jnp.stack(spent))
+    routine = (acts & _routines(s.kinds[: KIND_MEMORY - 1])) > 0
+    repeats = (acts & _spent(s.kinds)) > 0
     asks_again = act("ask") & ((s.kinds[0] & bits("ask")) > 0)
     cancelled = any_of(harmful) | routine | repeats | asks_again
 
@@ -500,7 +505,6 @@ def judge(state: State, acts: Scalar, wrong: Scalar, rules: Rules) -> Judged:
         heard=s.heard | met,
         deep=s.deep | fully,
         kinds=(acts, *s.kinds[:-1]),
-        uses=tuple(used + act(kind) for used, kind in zip(s.uses, LIMITED, strict=True)),
         repeated=s.repeated | repeats,
     )
     return Judged(levels, after)

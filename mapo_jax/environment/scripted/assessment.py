@@ -20,6 +20,7 @@ WHAT = dict(zip(HELPFUL, ("situation", "feeling", "unstated", "strength", "value
 LONGEST_SENTENCES, LONGEST_WORDS = 3, 45
 MOST_ACTS = 2  # different helpful acts in one reply; a reply with more is guessing
 FRAME_MEMORY = 3  # replies within which a construction counts as used
+SENTENCE_MEMORY = 8  # replies for which the user knows a sentence again
 KIND_MEMORY, KIND_MOST = 6, 3  # an act in more than KIND_MOST of KIND_MEMORY replies is a routine
 KIND_RUNNING = 3  # an act in this many consecutive replies is a routine as well
 EPISODE_POINTS = 4  # most points per axis and episode
@@ -238,7 +239,7 @@ def _judge_repetition(mind: Mind, pairs: Pairs, tally: _Tally) -> None:
     """Harm by sentences, constructions and acts that are repeated."""
     for i, (kind, sentence) in enumerate(pairs):
         text, earlier = sentence.text, {other.words for _, other in pairs[:i]}
-        if sentence.words in mind.sentences or sentence.words in earlier:
+        if sentence.words in mind.known or sentence.words in earlier:
             # The first repetition is a slip; another one, or one within a reply, is a routine.
             slip = not mind.repeats and sentence.words not in earlier
             levels = {"A": -1 if slip else -2}
@@ -348,6 +349,7 @@ def _conclude(mind: Mind, reply: str, tally: _Tally, pairs: Pairs, idle: int) ->
     else:
         closed = 0 if "repair" in acts and worst == 0 else max(0, mind.closed - 1)
 
+    words = frozenset(sentence.words for _, sentence in pairs)
     credited = mind.credited | tally.credited
     met = mind.met or _met(mind, credited)
     first = mind.episode.origin == "stage" and mind.episode.content == 0
@@ -362,8 +364,8 @@ def _conclude(mind: Mind, reply: str, tally: _Tally, pairs: Pairs, idle: int) ->
         harmed=worst < 0,
         heard=mind.heard or met,
         deep=mind.deep or heard_fully,
-        sentences=mind.sentences | {sentence.words for _, sentence in pairs},
-        repeats=mind.repeats + any(sentence.words in mind.sentences for _, sentence in pairs),
+        sentences=(*mind.sentences, words)[-SENTENCE_MEMORY:],
+        repeats=mind.repeats + bool(words & mind.known),
         frames=(*mind.frames, frozenset(s.frame for _, s in pairs if s.frame))[-FRAME_MEMORY:],
         kinds=(*mind.kinds, acts)[-KIND_MEMORY:],
         reaction=next((name for name in REACTIONS if name in tally.reactions), None),

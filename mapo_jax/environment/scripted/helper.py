@@ -68,7 +68,7 @@ def say(mind: Mind, kind: str, rng: Random, filler: str | None = None) -> str:
         if filler is not None:
             slots[SLOT_OF.get(kind, "p")] = filler
         sentence = realise(frame, slots)
-        if frame not in used and bare(sentence) not in mind.sentences:
+        if frame not in used and bare(sentence) not in mind.known:
             break
     return sentence
 

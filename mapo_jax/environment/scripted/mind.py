@@ -63,7 +63,7 @@ class Mind:
     harmed: bool = False  # the last reply did harm
     heard: bool = False  # the first need has been met
     deep: bool = False  # in the first stage both situation and feeling were named right
-    sentences: frozenset[str] = frozenset()  # sentences of earlier replies
+    sentences: tuple[frozenset[str], ...] = ()  # sentences of recent replies, newest last
     repeats: int = 0  # replies that repeated one of them
     frames: tuple[frozenset[str], ...] = ()  # constructions of recent replies, newest last
     kinds: tuple[frozenset[str], ...] = ()  # acts of recent replies, newest last
@@ -81,6 +81,11 @@ class Mind:
     def needs(self) -> tuple[str, str, str, str]:
         """The needs of this person's four stages."""
         return NEEDS[self.scenario.strongest_axis]
+
+    @property
+    def known(self) -> frozenset[str]:
+        """The sentences that the user would know again."""
+        return frozenset().union(*self.sentences)
 
     @property
     def unstated_hinted(self) -> bool:

@@ -17,7 +17,7 @@ from mapo_jax.environment.dialogue import DialogueState, from_stripped, strip_te
 from mapo_jax.environment.roles import open_dialogue, take_turn
 from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
-from mapo_jax.environment.scripted.assessment import assess
+from mapo_jax.environment.scripted.assessment import SENTENCE_MEMORY, assess
 from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import bare
 from mapo_jax.environment.scripted.helper import (
@@ -174,6 +174,16 @@ def test_an_apology_for_nothing_leaves_the_need_unanswered():
         assert first.after.idle == mind.idle + 1
         assert "apologises for nothing" in first.judgement.reasons[3]
         assert assess(first.after, sorry_again).after.idle == first.after.idle
+
+
+@pytest.mark.parametrize("gap", [1, SENTENCE_MEMORY, SENTENCE_MEMORY + 1])
+def test_a_sentence_is_known_again_for_eight_replies(gap):
+    def policy(state):
+        return "There is no hurry." if state.turn_count in (0, gap) else good_helper(state)
+
+    for card in CARDS[:5]:
+        reason = hold_dialogue(card, 0, policy, ROLES, Limits(12, 12)).turns[gap].judgement.reasons[3]
+        assert ("repeats an earlier sentence" in reason) == (gap <= 8)
 
 
 def test_advice_before_being_heard_is_harm():
