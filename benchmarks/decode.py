@@ -1,7 +1,7 @@
 """Decoding speed of the engine, compared with the bound by memory bandwidth.
 
-    python benchmarks/decode.py [--shape 0.6b 4b] [--batch 64] [--context 1024 4096] [--cache bfloat16 int8]
-        [--json FILE]
+    python benchmarks/decode.py [--shape 0.6b 4b] [--batch 64] [--context 1024 4096]
+        [--cache exact int8 paged] [--json FILE]
 
 A decode step has to read every weight and every cached key and value once, so its time is at least
 (parameter + cache bytes) / bandwidth. The bandwidth is measured here, by adding 1 to a large array. The
@@ -30,6 +30,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout without installation
 
+from mapo_jax.model.backends import decode_attention, stored_dtype
 from mapo_jax.model.qwen import INIT_SCALE, Params, QwenConfig, parameter_shapes
 from mapo_jax.rollout.capacity import cache_bytes
 from mapo_jax.rollout.engine import Engine
@@ -66,7 +67,8 @@ def random_params(config: QwenConfig) -> Params:
 def bytes_per_step(config: QwenConfig, batch: int, tokens: float, cache: str) -> float:
     """Bytes that a decode step has to read: all weights (the head is the embedding), all keys and values."""
     weights = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(config)))
-    return weights * jnp.dtype(DTYPE).itemsize + cache_bytes(config, batch, batch, 1, cache) * tokens
+    of_a_token = cache_bytes(config, batch, batch, 1, stored_dtype(cache, "bfloat16"))
+    return weights * jnp.dtype(DTYPE).itemsize + of_a_token * tokens
 
 
 def bandwidth(gibibytes: float) -> float:
@@ -98,7 +100,8 @@ def measure(
         chunk=min(512, context),
         block=block,
         dtype=DTYPE,
-        cache_dtype=cache,
+        cache_dtype=stored_dtype(cache, "bfloat16"),
+        attention=decode_attention(cache, None, config, "bfloat16"),
     )
     engine.load(params, 0)
     engine.warm_up()
@@ -147,8 +150,8 @@ def main() -> int:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["0.6b", "4b"], help="models")
     parser.add_argument("--batch", type=int, default=64, help="dialogues in a batch")
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096], help="tokens of a dialogue")
-    caches = ["bfloat16", "int8"]
-    parser.add_argument("--cache", nargs="+", choices=caches, default=caches[:1], help="numbers of the cache")
+    caches = ["exact", "int8", "paged"]
+    parser.add_argument("--cache", nargs="+", choices=caches, default=caches[:1], help="as `rollout.cache`")
     parser.add_argument("--blocks", type=int, default=8, help="number of timed blocks")
     parser.add_argument("--block", type=int, default=16, help="decode steps per block")
     parser.add_argument(

@@ -121,7 +121,7 @@ class RolloutConfig(Section):
     max_reply_tokens: Count = key(32, "a reply longer than this is cut and marked truncated")
     max_tokens: int = key(512, "longest dialogue in tokens; also the length of the KV cache", ge=2)
     cache: Literal["exact", "int8", "paged"] = key(
-        "exact", "in training; int8: 8 bits, a scale per token and head; paged: TPUs read only its used part"
+        "exact", "in training; int8: 8 bits, a scale per token and head; paged: only its used part is read"
     )
     copy_weights: bool | None = key(None, "sample with a cast copy: faster, needs memory; empty: only on CPU")
     slots: Count | None = key(None, "KV caches on the device, the rest in host memory; empty: all of a step")

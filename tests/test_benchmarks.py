@@ -135,9 +135,11 @@ def test_gpu_parts_have_limits_and_are_independent(tmp_path):
     )
     rows = [line.split("\t")[:2] for line in done.stdout.splitlines()]
     assert done.returncode == 1
-    failed = "failed: benchmarks/decode.py --shape 4b --json " + str(tmp_path / "out" / "decode_4b.json")
+    words = (
+        f"benchmarks/decode.py --shape 4b --cache exact paged --json {tmp_path / 'out' / 'decode_4b.json'}"
+    )
     assert (
-        ["decode_4b", failed] in rows
+        ["decode_4b", f"failed: {words}"] in rows
         and ["rollout", "out of time"] in rows
         and rows[-1] == ["smollm2", "done"]
     )

@@ -9,7 +9,7 @@ Causal attention over whole rows (`row_attention`):
 | cudnn  | NVIDIA GPU | no | `jax.nn.dot_product_attention`; bfloat16 only |
 
 Attention of a decoded token to its cache (`decode_attention`): `attention.cached_attention` anywhere, which
-reads whole caches, or JAX's kernel for pages of a cache, which reads only those in use.
+reads whole caches, or JAX's Pallas kernel for TPUs or for GPUs, which read only the pages of a cache in use.
 
 The platform is that of the mesh, not of the process: so a TPU program can be compiled without a TPU.
 """
@@ -19,6 +19,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu.decode_attention import mqa
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -34,6 +35,8 @@ LANES = 128  # width of a TPU vector register: splash cuts a row into multiples 
 SPLASH_BLOCK = 512  # most tokens of a block of queries or keys
 PAGE = 512  # most tokens of a page
 PAGE_MULTIPLE = 16  # a bfloat16 tile on a TPU has so many rows
+GPU_BLOCK = 128  # most tokens that a GPU's kernel loads at once; a power of 2
+GPU_HEADS = (16, 32, 64, 128, 256)
 CUDNN_HEAD_DIM = 128  # largest head of cuDNN's backward pass
 
 
@@ -86,16 +89,18 @@ def decode_attention(cache: str, mesh: Mesh | None, config: QwenConfig, dtype: s
     """
     if cache != "paged":
         return cached_attention
+    kind, size = platform(mesh), config.head_dim
     limits = {
-        f"runs on TPUs, not on the mesh's {platform(mesh)}": platform(mesh) != "tpu",
+        f"runs on TPUs and GPUs, not on the mesh's {kind}": kind not in ("tpu", "gpu"),
         f"computes in bfloat16, not in `model.dtype` {dtype}": dtype != "bfloat16",
-        f"takes heads of a multiple of {LANES}, not the model's {config.head_dim}": config.head_dim % LANES,
+        f"takes heads of a multiple of {LANES}, not the model's {size}": kind == "tpu" and size % LANES,
+        f"takes heads of {GPU_HEADS}, not the model's {size}": kind == "gpu" and size not in GPU_HEADS,
     }
     if limit := next((limit for limit, holds in limits.items() if holds), None):
         raise UserError(
             f"`rollout.cache` is 'paged', whose kernel {limit}; begin a new run with rollout.cache=exact"
         )
-    return functools.partial(_paged, mesh=mesh)
+    return functools.partial(_paged, mesh=mesh, attend={"tpu": _tpu_slots, "gpu": _gpu_slots}[kind])
 
 
 def check_remat(name: str, mesh: Mesh) -> None:
@@ -123,33 +128,59 @@ def _limit(name: str, platform: str, config: QwenConfig, dtype: str, packed: boo
     return None
 
 
-def _paged(query, cache: LayerCache, positions, *, mesh: Mesh | None):
+def _paged(query, cache: LayerCache, positions, *, mesh: Mesh | None, attend: CacheAttention):
+    """One token of each slot by `attend`, which gets one device's slots and heads."""
     if mesh is None:
-        return _paged_slots(query, cache, positions)
+        return attend(query, cache, positions)
     heads = activation_spec("slot_heads")
     specs = (heads, activation_spec("cache"), PartitionSpec(RULES["slots"]))
-    attend = jax.shard_map(_paged_slots, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    attend = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
     return attend(query, cache, positions)
 
 
-def _paged_slots(query, cache: LayerCache, positions):
-    """One device's slots and heads. Each KV head of a slot is a sequence of its own, of consecutive pages."""
+def _tpu_slots(query, cache: LayerCache, positions):
+    """Each KV head of a slot is a sequence of its own, of consecutive pages."""
     slots, _, heads, size = query.shape
     groups, length = cache.values.shape[1:3]
-    page = max(p for p in range(PAGE_MULTIPLE, PAGE + 1, PAGE_MULTIPLE) if length % p == 0)
+    page = _page(length, PAGE_MULTIPLE)
     shape = (slots * groups, length // page)
     pages = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
-    # A position beyond the cache is that of an idle lane, whose output is meaningless.
-    used = jnp.where(positions < length, positions + 1, 1)
     # From a bfloat16 query the kernel would round its sums after every page, where groups are of 8 heads.
     attended = paged_attention(
         (query.astype(jnp.float32) * size**-0.5).reshape(slots * groups, heads // groups, size),
         *(array.reshape(1, -1, page, size) for array in (cache.keys, cache.values)),
-        lengths=jnp.repeat(used[:, 0], groups),
+        lengths=jnp.repeat(_used(positions, length), groups),
         page_indices=pages,
         pages_per_compute_block=1,
     )
     return attended.reshape(query.shape).astype(query.dtype)
+
+
+def _gpu_slots(query, cache: LayerCache, positions, *, interpret: bool = False):
+    """Each KV head of a slot is a sequence of its own, whose pages are attended to in parallel."""
+    slots, _, heads, size = query.shape
+    groups, length = cache.values.shape[1:3]
+    block = math.gcd(length, GPU_BLOCK)
+    attended = mqa(
+        query.reshape(slots * groups, heads // groups, size),
+        *(array.reshape(slots * groups, length, size) for array in (cache.keys, cache.values)),
+        kv_seq_len=jnp.repeat(_used(positions, length), groups),
+        k_splits=length // _page(length, block),
+        block_k=block,
+        interpret=interpret,
+    )
+    return attended.reshape(query.shape)
+
+
+def _page(length: int, multiple: int) -> int:
+    """The largest multiple of `multiple`, up to PAGE, that divides the cache's length."""
+    return max(p for p in range(multiple, PAGE + 1, multiple) if length % p == 0)
+
+
+def _used(positions, length: int):
+    """Tokens of each slot that its new token attends to. A position beyond the cache is that of an idle lane,
+    whose output is meaningless."""
+    return jnp.where(positions < length, positions + 1, 1)[:, 0]
 
 
 def _cudnn(query, key, value, segments=None):

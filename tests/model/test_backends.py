@@ -1,5 +1,6 @@
-"""Attention by several implementations: equal numbers, and clear refusals. TPU kernels are interpreted."""
+"""Attention by several implementations: equal numbers, and clear refusals. Kernels are interpreted."""
 
+import contextlib
 import dataclasses
 import functools
 from types import SimpleNamespace
@@ -153,8 +154,12 @@ def test_cudnn_equals_xla_forward_and_backward(qwen3, arrays):
         np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (one, other)), atol=0.1, rtol=0.05)
 
 
+KERNELS = {"tpu": backends._tpu_slots, "gpu": functools.partial(backends._gpu_slots, interpret=True)}
+
+
+@pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize(("heads", "length"), [(4, 96), (16, 528)], ids=["one page", "pages of 176"])
-def test_paged_attention_equals_xlas(mesh, heads, length):
+def test_paged_attention_equals_xlas(mesh, kind, heads, length):
     """Slots of different lengths, with large numbers beyond them in the cache; the last slot is idle."""
     rng = np.random.default_rng(2)
     positions = np.array([0, length - 1, length // 2, length])[:, None]
@@ -165,22 +170,47 @@ def test_paged_attention_equals_xlas(mesh, heads, length):
     query, keys, values = (jnp.asarray(array, jnp.bfloat16) for array in (query, keys, values))
     arguments = query, LayerCache(keys, values), jnp.asarray(positions)
     expected = jax.jit(cached_attention)(*arguments)[:3]
+    # Both results, and the scores' weights of one, are rounded to bfloat16: outputs of a slot with one token
+    # are of order 1, of the others a tenth.
     for place in (None, mesh):
-        with pallas_tpu.force_tpu_interpret_mode():
-            found = jax.jit(functools.partial(backends._paged, mesh=place))(*arguments)[:3]
-        # Both results, and the scores' weights of one, are rounded to bfloat16: outputs of a slot with one
-        # token are of order 1, of the others a tenth.
+        with pallas_tpu.force_tpu_interpret_mode() if kind == "tpu" else contextlib.nullcontext():
+            attend = functools.partial(backends._paged, mesh=place, attend=KERNELS[kind])
+            found = jax.jit(attend)(*arguments)[:3]
         np.testing.assert_allclose(
             *(np.asarray(a, np.float32) for a in (found, expected)), atol=0.002, rtol=2**-7
         )
 
 
+@pytest.mark.parametrize("length", [96, 1600, 6400])
+def test_the_gpus_kernel_is_lowered_without_a_gpu(length):
+    """To what a GPU's compiler gets."""
+    query = jax.ShapeDtypeStruct((3, 1, 4, 128), jnp.bfloat16)
+    cache = LayerCache(*[jax.ShapeDtypeStruct((3, GROUPS, length, 128), jnp.bfloat16)] * 2)
+    traced = jax.jit(backends._gpu_slots).trace(query, cache, jax.ShapeDtypeStruct((3, 1), jnp.int32))
+    assert "xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "length"), [(4, 96), (16, 528)])
+def test_paged_attention_on_a_gpu_equals_xlas(heads, length):
+    rng = np.random.default_rng(2)
+    positions = jnp.asarray([0, length - 1, length // 2])[:, None]
+    query, keys, values = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((3, 1, heads, 128), *[(3, GROUPS, length, 128)] * 2)
+    )
+    arguments = query, LayerCache(keys, values), positions
+    found, exact = (jax.jit(attend)(*arguments) for attend in (backends._gpu_slots, cached_attention))
+    np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (found, exact)), 2**-6, 0.004)
+
+
 @pytest.mark.parametrize(
     ("platform", "dtype", "head_dim", "words"),
     [
-        ("cpu", "bfloat16", 128, "runs on TPUs, not on the mesh's cpu"),
+        ("cpu", "bfloat16", 128, "runs on TPUs and GPUs, not on the mesh's cpu"),
         ("tpu", "float32", 128, "computes in bfloat16, not in `model.dtype` float32"),
         ("tpu", "bfloat16", 64, "takes heads of a multiple of 128, not the model's 64"),
+        ("gpu", "bfloat16", 96, r"takes heads of (16, 32, 64, 128, 256), not the model's 96"),
     ],
 )
 def test_what_paged_attention_cannot_do_is_refused(qwen3, platform, dtype, head_dim, words):
