@@ -211,6 +211,7 @@ def test_update(gpu):
     assert left_out["attention"] == "cudnn" and "runs on GPUs" in left_out["reason"]
 
 
+@pytest.mark.slow
 def test_serve(tmp_path):
     """The server's throughput against its engine's, and the time to the first token."""
     options = "--quick --rounds 1 --no-transformers"
@@ -225,6 +226,7 @@ def test_serve(tmp_path):
     assert "transformers" in result["left_out"]
 
 
+@pytest.mark.slow
 def test_soak(tmp_path):
     """Rude clients: every reply is its own, all slots are free at the end, memory stays."""
     arguments = [BENCHMARKS / "soak.py", "--requests", "300", "--json", tmp_path / "soak.json"]

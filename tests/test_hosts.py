@@ -347,6 +347,7 @@ def names_of(settings, **changes):
     return [[card.person.name for card in each] for each in persons]
 
 
+@pytest.mark.slow
 def test_a_process_without_a_usable_dialogue_is_no_outage(serve, well_formed, settings, tmp_path):
     """Process 0 has no validation card; process 1 loses every dialogue of its only training card."""
     folder, world = tmp_path / "run", live("http://127.0.0.1:9/v1")

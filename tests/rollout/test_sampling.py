@@ -229,10 +229,11 @@ class TestEachLane:
         row = jnp.asarray(rng.normal(size=(1, 60)) * 2, jnp.float32)
         scores = jnp.repeat(row, len(self.SETTINGS), axis=0)
         lanes = LaneSampling.of(self.SETTINGS)
+        each, one = jax.jit(sample_each), jax.jit(sample, static_argnums=2)
         for number in rng.uniform(size=20).astype(np.float32):
-            ids, logprobs = sample_each(scores, jnp.full(len(self.SETTINGS), number), lanes)
+            ids, logprobs = each(scores, jnp.full(len(self.SETTINGS), number), lanes)
             for index, settings in enumerate(self.SETTINGS):
-                alone = sample(row, jnp.full(1, number), settings)
+                alone = one(row, jnp.full(1, number), settings)
                 assert ids[index] == alone[0][0]
                 assert logprobs[index] == pytest.approx(float(alone[1][0]), abs=1e-6)
 

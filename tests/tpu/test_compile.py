@@ -27,13 +27,13 @@ SMALL = [
     "training.microbatch_tokens=512", "mesh.fsdp=2",
 ]  # fmt: skip
 
-# One recipe is compiled for every chip, others for their own; the remaining pairs take minutes more. So do
-# the two recipes whose programs are those of the 32B model with smaller numbers.
+# A recipe is compiled for its own chip, and one for the v5e; the other pairs take minutes more. So do the two
+# recipes whose programs are those of the 32B model with smaller numbers.
 SMALLER = ("qwen3_8b_v5p", "qwen3_14b_v5p")
 
 
 def usual(recipe, chip):
-    return recipe == "qwen3_8b_v6e" or (chip in recipe and recipe not in SMALLER)
+    return (chip in recipe and recipe not in SMALLER) or (recipe, chip) == ("qwen3_8b_v6e", "v5e")
 
 
 PAIRS = [
@@ -206,13 +206,10 @@ def test_a_decode_step_that_reads_pages_compiles_and_copies_no_cache(recipe, chi
     """With 4 query heads to a key/value head, and with 8, for which the kernel has another layout."""
     from tpu.programs import compile_program
 
-    sizes = ["rollout.max_tokens=1600", "rollout.slots=8"]
-    pages, whole = (
-        compile_program(job_of(recipe, chip, *sizes, f"rollout.cache={name}"), "generate")
-        for name in ("paged", "exact")
-    )
-    assert pages.good, pages
-    assert pages.temporary < whole.temporary + pages.arguments["cache"] / 8
+    sizes = ["rollout.max_tokens=12800", "rollout.slots=8", "rollout.cache=paged"]
+    result = compile_program(job_of(recipe, chip, *sizes), "generate")
+    assert result.good, result
+    assert result.temporary < result.arguments["cache"] * 0.7  # most of it for logits and sampling
 
 
 @pytest.mark.aot
