@@ -24,12 +24,13 @@ export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM
 
 limits() { # seconds of each part
   cat <<'PARTS'
-smoke 50
+smoke 45
 update_0.6b 60
 update_1.7b 70
 update_4b 80
-decode_0.6b 60
-decode_4b 80
+decode_0.6b 50
+decode_4b 65
+paged_0.6b 40
 rollout 90
 train 130
 smollm2 90
@@ -45,9 +46,9 @@ command_of() { # PART -> the arguments of python, in `words`
       [ -n "$tiny" ] && small=(--length 256 --updates 1 --matrix 64)
       words=(benchmarks/update.py --shape "$shape" "${small[@]}" "${json[@]}") ;;
     decode_*)
-      small=(--cache exact paged)
       [ -n "$tiny" ] && small=(--batch 2 --context 64 --cache int8 --blocks 2 --block 4 --copy-gib 0.01)
       words=(benchmarks/decode.py --shape "$shape" "${small[@]}" "${json[@]}") ;;
+    paged_*) words=(benchmarks/decode.py --shape "$shape" --cache paged "${json[@]}") ;; # a GPU only
     rollout) words=(benchmarks/rollout.py --reference --rounds "${tiny:-3}" --peers transformers "${json[@]}") ;;
     train)
       [ -n "$tiny" ] && small=(training.steps=1 warmstart.steps=2 warmstart.dialogues=30 warmstart.min_naming_ratio=0

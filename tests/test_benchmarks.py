@@ -135,9 +135,7 @@ def test_gpu_parts_have_limits_and_are_independent(tmp_path):
     )
     rows = [line.split("\t")[:2] for line in done.stdout.splitlines()]
     assert done.returncode == 1
-    words = (
-        f"benchmarks/decode.py --shape 4b --cache exact paged --json {tmp_path / 'out' / 'decode_4b.json'}"
-    )
+    words = f"benchmarks/decode.py --shape 4b --json {tmp_path / 'out' / 'decode_4b.json'}"
     assert (
         ["decode_4b", f"failed: {words}"] in rows
         and ["rollout", "out of time"] in rows
@@ -147,7 +145,7 @@ def test_gpu_parts_have_limits_and_are_independent(tmp_path):
         "smoke", "update_0.6b", "update_1.7b", "update_4b", "train", "smollm2"
     ]  # fmt: skip
     limits = [int(line) for line in (tmp_path / "limits").read_text().split()]
-    assert len(limits) == len(rows) == 9 and sum(limits) <= 12 * 60
+    assert len(limits) == len(rows) == 10 and sum(limits) <= 12 * 60
     unknown = subprocess.run([GPU, tmp_path / "out", "no"], capture_output=True, text=True, timeout=60)
     assert unknown.returncode == 2 and "'no' is no part" in unknown.stderr
 

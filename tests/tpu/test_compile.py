@@ -209,7 +209,8 @@ def test_a_decode_step_that_reads_pages_compiles_and_copies_no_cache(recipe, chi
     sizes = ["rollout.max_tokens=12800", "rollout.slots=8", "rollout.cache=paged"]
     result = compile_program(job_of(recipe, chip, *sizes), "generate")
     assert result.good, result
-    assert result.temporary < result.arguments["cache"] * 0.7  # most of it for logits and sampling
+    others = {"qwen3_8b_v6e": 31, "qwen3_32b_v6e": 57}[recipe] * 2**20  # what rollout.cache=exact takes
+    assert result.temporary < others + result.arguments["cache"] / 8
 
 
 @pytest.mark.aot
