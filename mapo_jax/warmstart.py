@@ -3,9 +3,10 @@
     python -m mapo_jax.warmstart [--config FILE] [key=value ...]
 
 Without `model.path` a small Qwen3 and its tokenizer are built; with it, that model folder is trained. Without
-`warmstart.data` the texts are synthetic dialogues of mixed quality with the scripted user. Afterwards the
-policy holds dialogues on the validation cards; their figures are shown and saved. The result is a Hugging
-Face folder in a cache. Its name is a hash of everything that determines it.
+`warmstart.data` the texts are synthetic dialogues of mixed quality with the scripted user. The replies are
+learnt; a fresh model learns every token of synthetic dialogues. Afterwards the policy holds dialogues on the
+validation cards; their figures are shown and saved. The result is a Hugging Face folder in a cache. Its name
+is a hash of everything that determines it.
 """
 
 import json
@@ -169,7 +170,16 @@ def _rows(config: Config, policy: Policy, chats: Sequence[Chat]) -> PackedRows:
     source, turns = config.warmstart.data or "synthetic dialogues", config.warmstart.turns or None
     numbered = enumerate(chats, start=1)
     pieces = (renderer.pieces(chat, length, turns, f"{source}, dialogue {n}") for n, chat in numbered)
-    return pack(list(chain.from_iterable(pieces)), length)
+    return pack(list(chain.from_iterable(pieces)), length, every_token=_learns_every_token(config))
+
+
+def _learns_every_token(config: Config) -> bool:
+    """Whether the user's words have a loss, too: a fresh model has no language yet.
+
+    What the user says next tells what the last reply did, so to predict it is to learn to read a dialogue. In
+    the longer recipe it lowers the loss of the replies, too (docs/evidence.md).
+    """
+    return config.model.path is None and config.warmstart.data is None
 
 
 # --- Training. ---

@@ -95,9 +95,9 @@ GPU = BENCHMARKS / "gpu.sh"
 
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory):
-    """The folder of the script for a GPU, in its small form: the parts that no other test runs."""
+    """The folder of the script for a GPU, in its small form: the parts whose programs no other test runs."""
     folder = tmp_path_factory.mktemp("gpu")
-    command = [GPU, folder, "--tiny", "update_4b", "decode_4b", "train", "smollm2"]
+    command = [GPU, folder, "--tiny", "update_4b", "decode_4b", "smollm2"]
     environment = {key: value for key, value in os.environ.items() if key != "SMOLLM2"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles faster
     done = subprocess.run(
@@ -112,10 +112,8 @@ def test_gpu_parts(gpu):
     rows = [line.split("\t") for line in (gpu / "summary.tsv").read_text().splitlines()]
     results = {part: result for part, result, _ in rows}
     assert results == {"part": "result", "smollm2": "left out: SMOLLM2 is no folder"} | dict.fromkeys(
-        ("update_4b", "decode_4b", "train"), "done"
+        ("update_4b", "decode_4b"), "done"
     )
-    (row,) = [json.loads(line) for line in (gpu / "train" / "metrics.jsonl").read_text().splitlines()][-1:]
-    assert row["step"] == 1 and "evaluation/return/mean" in row
 
 
 def test_gpu_parts_have_limits_and_are_independent(tmp_path):

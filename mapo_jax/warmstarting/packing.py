@@ -85,10 +85,13 @@ class Renderer:
         return [row for row in rows if any(row.sampled)]
 
 
-def pack(pieces: Sequence[Row], length: int) -> PackedRows:
+def pack(pieces: Sequence[Row], length: int, *, every_token: bool = False) -> PackedRows:
     """Packs pieces into rows of `length` tokens, first fit, in the order given.
 
     A token attends to its own piece only: pieces are segments, and positions restart in each.
+
+    Args:
+      every_token: whether the prompts have a loss, too.
     """
     rows: list[list[Row]] = []
     room: list[int] = []  # free tokens of each row
@@ -108,7 +111,7 @@ def pack(pieces: Sequence[Row], length: int) -> PackedRows:
         start = 0
         for segment, piece in enumerate(row):
             place = (i, slice(start, start + len(piece)))
-            tokens[place], mask[place] = piece.ids, piece.sampled
+            tokens[place], mask[place] = piece.ids, every_token or piece.sampled
             positions[place], segments[place] = np.arange(len(piece)), segment
             start += len(piece)
         segments[i, start:] = len(row)  # padding is a segment of its own

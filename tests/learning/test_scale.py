@@ -186,6 +186,7 @@ def settings(*overrides):
     )
 
 
+@pytest.mark.slow
 def test_the_forecast_of_an_updates_memory_is_near_the_compilers():
     """All that a device holds while it updates, within 10 %; every policy, sizes between weights and rows."""
     script = """

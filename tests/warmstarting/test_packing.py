@@ -124,6 +124,11 @@ def test_packing_by_hand():
     assert packed.fill == pytest.approx(10 / 12)
 
 
+def test_with_every_token_prompts_have_a_loss_too_and_padding_has_none():
+    packed = pack([_piece(3, 10), _piece(4, 20), _piece(2, 30)], 6, every_token=True)
+    assert packed.batch.mask.astype(int).tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_batches_pass_over_every_row_and_their_position_can_be_kept(size):
     packed = pack([_piece(4, 10 * i) for i in range(6)], 4)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mapo_jax.environment.card_schema import FEELINGS, UNSTATED
 from mapo_jax.environment.scenario import Scenario, load_scenarios
-from mapo_jax.environment.scripted.lexicon import CONSTRUCTIONS, HINTS, MESSAGES, REACTIONS
+from mapo_jax.environment.scripted.lexicon import CONSTRUCTIONS, HINTS, MESSAGES, REACTIONS, WEARY
 
 # Acts that help when they fit the user's need.
 HELPFUL = ("reflect_situation", "name_feeling", "name_unstated", "affirm_strength", "reframe", "offer_step")
@@ -141,7 +141,7 @@ def _frame_pairs() -> tuple[set[Pair], dict[str, set[str]], dict[str, set[str]]]
     pairs: set[Pair] = set()
     before: dict[str, set[str]] = {letter: set() for letter in _SLOT_PATTERNS}
     after: dict[str, set[str]] = {letter: set() for letter in _SLOT_PATTERNS}
-    for pools in (CONSTRUCTIONS, MESSAGES, HINTS, REACTIONS):
+    for pools in (CONSTRUCTIONS, MESSAGES, HINTS, WEARY, REACTIONS):
         for frame in itertools.chain(*pools.values()):
             for left, right in itertools.pairwise([START, *_tokens(frame), END]):
                 if left[0] == "{":

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 from mapo_jax.environment.dialogue import DialogueState
 from mapo_jax.environment.scenario import Scenario
+from mapo_jax.environment.scripted.assessment import routine
 from mapo_jax.environment.scripted.fold import mind_at
 from mapo_jax.environment.scripted.grammar import bare, realise
-from mapo_jax.environment.scripted.lexicon import HINTS, MESSAGES, REACTIONS
+from mapo_jax.environment.scripted.lexicon import HINTS, MESSAGES, REACTIONS, WEARY
 from mapo_jax.environment.scripted.mind import Mind, begin
 
 _DISTRACT = 0.25  # share of new stages in which the user also dismisses an earlier matter
 FEELING_TOO = 0.5  # share of weight and way messages that also state the feeling
 _ATTEMPTS = 40  # draws for a message that is new; the second half adds an idle sentence
-_LONGEST = 30  # words that a message should stay below, as long as other draws are left
+_LONGEST = 30  # words that a message should stay below, what it is tired of apart, as long as draws are left
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,17 @@ class ScriptedUser:
 def _speak(rng: random.Random, mind: Mind, earlier: tuple[str, ...]) -> str:
     """A message that is not among the earlier ones."""
     spoken = " ".join(earlier)
+    tired = () if mind.closed else tuple(act for act in WEARY if routine(mind, act))
+    weary = [_fresh(rng, WEARY[act], spoken) for act in tired]
     for attempt in range(_ATTEMPTS):
         sentences = _compose(rng, mind, spoken)
         late = attempt >= _ATTEMPTS // 2
         if late:  # every sentence that fits has been said
             sentences.insert(rng.randrange(len(sentences) + 1), _fresh(rng, MESSAGES["idle"], spoken))
-        message = " ".join(sentences)
-        if message not in earlier and (late or message.count(" ") < _LONGEST):
+        message = " ".join(sentences + weary)
+        if message not in earlier and (late or " ".join(sentences).count(" ") < _LONGEST):
             return message
-    sentences += [rng.choice(MESSAGES["idle"]) for _ in range(2)]
+    sentences += [*weary, *rng.choices(MESSAGES["idle"], k=2)]
     while " ".join(sentences) in earlier:
         sentences.append(rng.choice(MESSAGES["idle"]))
     return " ".join(sentences)

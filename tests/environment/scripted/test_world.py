@@ -7,6 +7,7 @@ import random
 import re
 import statistics
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from mapo_jax.environment.scenario import load_scenarios
 from mapo_jax.environment.scripted import scripted_roles
 from mapo_jax.environment.scripted.assessment import SENTENCE_MEMORY, assess
 from mapo_jax.environment.scripted.fold import mind_at
-from mapo_jax.environment.scripted.grammar import bare
+from mapo_jax.environment.scripted.grammar import bare, read
 from mapo_jax.environment.scripted.helper import (
     good_helper,
     hold_dialogue,
@@ -29,6 +30,7 @@ from mapo_jax.environment.scripted.helper import (
     synthetic_dialogue,
 )
 from mapo_jax.environment.scripted.imagine import imagined_scenario
+from mapo_jax.environment.scripted.lexicon import WEARY
 from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
 from mapo_jax.scores.figures import dialogue_rewards, summarize
@@ -96,13 +98,35 @@ def test_user_never_repeats_a_message_and_never_names_the_unstated(name):
             assert len(messages) == 45 and len(set(messages)) == 45
             for message in messages:
                 assert not set(bare(message).split()) & set(UNSTATED), message
-                assert 1 <= len(message.split()) <= 40, message
+                assert 1 <= len(message.split()) <= 46, message  # up to two things that it is tired of
 
 
 def test_user_messages_are_short():
     messages = [t.user for c in CARDS for t in hold_dialogue(c, 0, good_helper, ROLES, SHORT).turns]
     words = [len(message.split()) for message in messages]
-    assert max(words) <= 31 and 12 <= sum(words) / len(words) <= 28
+    assert max(words) <= 38 and 12 <= sum(words) / len(words) <= 28
+
+
+@pytest.mark.parametrize("name", ["helper", "mixed"])
+def test_an_open_user_says_what_it_is_tired_of_and_nothing_else(name):
+    """Acts of three of the last five replies or of the last two, counted in the replies' words."""
+    found = Counter()
+    for card in CARDS[::4]:
+        state = hold_dialogue(card, 1, POLICIES[name], ROLES, Limits(20, 20))
+        acts = [{sentence.kind for sentence in read(turn.reply).sentences} for turn in state.turns]
+        for t, turn in enumerate(state.turns[1:], start=1):
+            before = DialogueState(state.scenario, state.seed, state.turns[:t], turn.user)
+            said = {act for act, pool in WEARY.items() if any(text in turn.user for text in pool)}
+            last = acts[max(0, t - 5) : t]
+            tired = {
+                act
+                for act in WEARY
+                if sum(act in reply for reply in last) >= 3
+                or (t >= 2 and act in acts[t - 1] and act in acts[t - 2])
+            }
+            assert said == (set() if mind_at(before).closed else tired), turn.user
+            found[len(said)] += 1
+    assert found[0] and found[1]
 
 
 def test_user_answers_what_was_just_said():
