@@ -4,9 +4,9 @@
 
 Without `model.path` a small Qwen3 and its tokenizer are built; with it, that model folder is trained. Without
 `warmstart.data` the texts are synthetic dialogues of mixed quality with the scripted user. The replies are
-learnt; a fresh model learns every token of synthetic dialogues. Afterwards the policy holds dialogues on the
-validation cards; their figures are shown and saved. The result is a Hugging Face folder in a cache. Its name
-is a hash of everything that determines it.
+learnt; in the first half of the updates a fresh model learns the user's words, too. Afterwards the policy
+holds dialogues on the validation cards; their figures are shown and saved. The result is a Hugging Face folder
+in a cache. Its name is a hash of everything that determines it.
 """
 
 import json
@@ -47,7 +47,7 @@ from mapo_jax.warmstarting.cache_key import cache_key, determinants
 from mapo_jax.warmstarting.chats import Chat, read_chats, synthetic_chats
 from mapo_jax.warmstarting.induction import with_induction_heads
 from mapo_jax.warmstarting.measurement import gate, measure, measurement_table
-from mapo_jax.warmstarting.packing import PackedRows, Renderer, batches, pack
+from mapo_jax.warmstarting.packing import PackedRows, Renderer, batches, pack, with_prompts
 
 RECORD = "warmstart.json"  # in the result's folder: determinants, loss curve, measurements
 REPORT_EVERY = 10  # updates between reads of the loss: each read waits for the device
@@ -170,16 +170,7 @@ def _rows(config: Config, policy: Policy, chats: Sequence[Chat]) -> PackedRows:
     source, turns = config.warmstart.data or "synthetic dialogues", config.warmstart.turns or None
     numbered = enumerate(chats, start=1)
     pieces = (renderer.pieces(chat, length, turns, f"{source}, dialogue {n}") for n, chat in numbered)
-    return pack(list(chain.from_iterable(pieces)), length, every_token=_learns_every_token(config))
-
-
-def _learns_every_token(config: Config) -> bool:
-    """Whether the user's words have a loss, too: a fresh model has no language yet.
-
-    What the user says next tells what the last reply did, so to predict it is to learn to read a dialogue. In
-    the longer recipe it lowers the loss of the replies, too (docs/evidence.md).
-    """
-    return config.model.path is None and config.warmstart.data is None
+    return pack(list(chain.from_iterable(pieces)), length)
 
 
 # --- Training. ---
@@ -205,6 +196,10 @@ def _train(
 ) -> tuple[Params, list[list[float]], float]:
     """The trained weights, the loss curve as [update, loss] pairs, and tokens/s without compilation."""
     settings = config.warmstart
+    # What the user says next tells what a reply did: to predict it is to learn to read a dialogue. A model that
+    # others trained can read; and one that learns this to the end mixes the user's sentences into its replies.
+    fresh = config.model.path is None and config.warmstart.data is None
+    reading = settings.steps // 2 if fresh else 0
     check_rows(settings.rows, mesh)
     check_remat(config.model.remat, mesh)
     decode_attention(config.rollout.cache, mesh, policy.config, config.model.dtype)  # measures the result
@@ -215,7 +210,7 @@ def _train(
         vocabulary_size=policy.chat.vocabulary_size,
         dtype=config.model.dtype,
         remat=config.model.remat,
-        loss_tokens=int(rows.batch.mask.sum(axis=1).max()),
+        loss_tokens=int((with_prompts(rows.batch) if reading else rows.batch).mask.sum(axis=1).max()),
         attention=row_attention(config.model.attention, mesh, policy.config, config.model.dtype, packed=True),
         mesh=mesh,
     )
@@ -233,7 +228,8 @@ def _train(
         task = progress.add_task("warm start: compiling", total=settings.steps, figures="")
         for step in range(1, settings.steps + 1):
             check()
-            state, metrics = update(state, place(next(batch), mesh))
+            chosen = next(batch)
+            state, metrics = update(state, place(with_prompts(chosen) if step <= reading else chosen, mesh))
             if step > 1 and step % REPORT_EVERY and step != settings.steps:
                 continue
             loss = float(metrics["loss"])

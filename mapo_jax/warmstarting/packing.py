@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
@@ -85,13 +85,10 @@ class Renderer:
         return [row for row in rows if any(row.sampled)]
 
 
-def pack(pieces: Sequence[Row], length: int, *, every_token: bool = False) -> PackedRows:
+def pack(pieces: Sequence[Row], length: int) -> PackedRows:
     """Packs pieces into rows of `length` tokens, first fit, in the order given.
 
     A token attends to its own piece only: pieces are segments, and positions restart in each.
-
-    Args:
-      every_token: whether the prompts have a loss, too.
     """
     rows: list[list[Row]] = []
     room: list[int] = []  # free tokens of each row
@@ -111,12 +108,18 @@ def pack(pieces: Sequence[Row], length: int, *, every_token: bool = False) -> Pa
         start = 0
         for segment, piece in enumerate(row):
             place = (i, slice(start, start + len(piece)))
-            tokens[place], mask[place] = piece.ids, every_token or piece.sampled
+            tokens[place], mask[place] = piece.ids, piece.sampled
             positions[place], segments[place] = np.arange(len(piece)), segment
             start += len(piece)
         segments[i, start:] = len(row)  # padding is a segment of its own
     fill = sum(map(len, pieces)) / tokens.size
     return PackedRows(SupervisedBatch(tokens, positions, segments, mask), fill)
+
+
+def with_prompts(batch: SupervisedBatch) -> SupervisedBatch:
+    """The same rows with a loss for the prompts, too. Every piece must have a reply with a loss."""
+    last = (batch.segments * batch.mask).max(axis=1, keepdims=True)
+    return replace(batch, mask=batch.segments <= last)
 
 
 def batches(rows: PackedRows, size: int, seed: int) -> grain.DatasetIterator:

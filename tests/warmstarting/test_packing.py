@@ -4,7 +4,7 @@ import pytest
 from mapo_jax.errors import UserError
 from mapo_jax.rollout.rows import ChatFormat, Row
 from mapo_jax.tokenizer import load_tokenizer, train_tokenizer, write_tokenizer
-from mapo_jax.warmstarting.packing import Renderer, batches, pack
+from mapo_jax.warmstarting.packing import Renderer, batches, pack, with_prompts
 
 CHAT = [
     {"role": "user", "content": "I keep thinking about the night shifts."},
@@ -124,9 +124,11 @@ def test_packing_by_hand():
     assert packed.fill == pytest.approx(10 / 12)
 
 
-def test_with_every_token_prompts_have_a_loss_too_and_padding_has_none():
-    packed = pack([_piece(3, 10), _piece(4, 20), _piece(2, 30)], 6, every_token=True)
-    assert packed.batch.mask.astype(int).tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]
+def test_prompts_can_have_a_loss_too_and_padding_has_none():
+    packed = pack([_piece(3, 10), _piece(4, 20), _piece(2, 30)], 6)
+    batch = with_prompts(packed.batch)
+    assert batch.mask.astype(int).tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]
+    assert packed.batch.mask.sum() == 3
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -113,7 +113,7 @@ RANDOM_ACTS = {
     "presence": 1.5,
     **dict.fromkeys(HARMFUL, 0.8),
 }
-_BOTH = 0.6  # chance that the mixed speaker says both of two acts that fit
+_BOTH = 0.8  # chance that the mixed speaker says both of two acts that fit
 _RIGHT = 0.92  # chance that it names something right where it can
 _UNFOUNDED = 0.05  # chance that it names something although the user has said nothing of the kind
 _HASTY = 0.25  # the same for a step, which is then one of a few stock steps
