@@ -5,8 +5,8 @@
 Without `model.path` a small Qwen3 and its tokenizer are built; with it, that model folder is trained. Without
 `warmstart.data` the texts are synthetic dialogues of mixed quality with the scripted user. The replies are
 learnt; in the first half of the updates a fresh model learns the user's words, too. Afterwards the policy
-holds dialogues on the validation cards; their figures are shown and saved. The result is a Hugging Face folder
-in a cache. Its name is a hash of everything that determines it.
+holds dialogues on the validation cards; their figures are shown and saved. The result is a Hugging Face
+folder in a cache. Its name is a hash of everything that determines it.
 """
 
 import json
@@ -196,8 +196,8 @@ def _train(
 ) -> tuple[Params, list[list[float]], float]:
     """The trained weights, the loss curve as [update, loss] pairs, and tokens/s without compilation."""
     settings = config.warmstart
-    # What the user says next tells what a reply did: to predict it is to learn to read a dialogue. A model that
-    # others trained can read; and one that learns this to the end mixes the user's sentences into its replies.
+    # What the user says next tells what a reply did: to predict it is to learn to read a dialogue. A model
+    # that others trained can read. One that learns it to the end says the user's sentences in its replies.
     fresh = config.model.path is None and config.warmstart.data is None
     reading = settings.steps // 2 if fresh else 0
     check_rows(settings.rows, mesh)
