@@ -16,6 +16,7 @@ from mapo_jax.running.policy import load_policy
 from mapo_jax.warmstarting.cache_key import cache_key
 from mapo_jax.warmstarting.chats import write_chats
 from mapo_jax.warmstarting.measurement import gate, measurement_table
+from mapo_jax.warmstarting.packing import with_prompts
 
 TINY = [
     "model.fresh.vocabulary=400",
@@ -56,8 +57,24 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(cache):
-    return warmstart.run_warmstart(_config(cache), console=_quiet())
+def read_batches():
+    """Batches of which the user's words were learnt."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def made(cache, read_batches):
+    def counted(batch):
+        read_batches.append(batch)
+        return with_prompts(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warmstart, "with_prompts", counted)
+        return warmstart.run_warmstart(_config(cache), console=_quiet())
+
+
+def test_a_fresh_model_learns_the_users_words_in_half_of_the_updates(made, read_batches):
+    assert [len(batch.tokens) for batch in read_batches if len(batch.tokens) == 2] == [2] * 6
 
 
 def test_the_result_is_a_model_folder_with_a_record(made):
@@ -132,7 +149,8 @@ def test_cards_and_data_are_part_of_the_name(tmp_path):
         key(f"warmstart.data={tmp_path / 'nowhere'}")
 
 
-def test_own_chats_train_an_existing_model(made, tmp_path):
+def test_own_chats_train_an_existing_model(made, tmp_path, monkeypatch):
+    monkeypatch.delattr(warmstart, "with_prompts")  # the user's words are not learnt
     chats = [
         [{"role": "user", "content": "I feel tired."}, {"role": "assistant", "content": "You sound tired."}]
     ] * 12
