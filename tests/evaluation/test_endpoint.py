@@ -13,7 +13,7 @@ PROMPTS = [Prompt(f"p{i}", f"number {i}", {"id": i}) for i in range(12)]
 
 
 def endpoint(url, **changes):
-    settings = {"temperature": 0.0, "max_tokens": 9, "seed": 3, "retries": 0, "timeout": 5.0} | changes
+    settings = {"temperature": 0.0, "max_tokens": 9, "seed": 3, "retries": 0, "timeout": 60.0} | changes
     return Endpoint(url, "house-model", **settings)
 
 
