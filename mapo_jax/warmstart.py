@@ -4,9 +4,9 @@
 
 Without `model.path` a small Qwen3 and its tokenizer are built; with it, that model folder is trained. Without
 `warmstart.data` the texts are synthetic dialogues of mixed quality with the scripted user. The replies are
-learnt; in the first half of the updates a fresh model learns the user's words, too. Afterwards the policy
-holds dialogues on the validation cards; their figures are shown and saved. The result is a Hugging Face
-folder in a cache. Its name is a hash of everything that determines it.
+learnt; of synthetic dialogues a fresh model learns the user's words, too, in the first half of the updates.
+Then the policy holds dialogues on the validation cards; their figures are shown and saved. The result is a
+Hugging Face folder in a cache. Its name is a hash of everything that determines it.
 """
 
 import json
@@ -198,6 +198,7 @@ def _train(
     settings = config.warmstart
     # What the user says next tells what a reply did: to predict it is to learn to read a dialogue. A model
     # that others trained can read. One that learns it to the end says the user's sentences in its replies.
+    # Given chats say themselves what is learnt: a reply of weight 0 must have no loss.
     fresh = config.model.path is None and config.warmstart.data is None
     reading = settings.steps // 2 if fresh else 0
     check_rows(settings.rows, mesh)

@@ -38,8 +38,8 @@ class ScriptedUser:
 def _speak(rng: random.Random, mind: Mind, earlier: tuple[str, ...]) -> str:
     """A message that is not among the earlier ones."""
     spoken = " ".join(earlier)
-    tired = () if mind.closed else tuple(act for act in WEARY if routine(mind, act))
-    weary = [_fresh(rng, WEARY[act], spoken) for act in tired]
+    tired = [pool for act, pool in WEARY.items() if routine(mind, act) and not mind.closed]
+    weary = [_fresh(rng, pool, spoken) for pool in tired]
     for attempt in range(_ATTEMPTS):
         sentences = _compose(rng, mind, spoken)
         late = attempt >= _ATTEMPTS // 2
