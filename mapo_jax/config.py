@@ -261,11 +261,11 @@ class TrainingConfig(Section):
 class WarmstartConfig(Section):
     """Supervised training before RL when `model.path` is empty; cached by its configuration."""
 
-    steps: Count = key(1050, "optimizer updates")
+    steps: Count = key(700, "optimizer updates")
     rows: Count = key(8, "packed rows per update")
     row_tokens: int = key(256, "length of a packed row", ge=2)
     turns: int = key(3, "dialogues are cut into pieces of this many turns; 0: as many as fit a row", ge=0)
-    learning_rate: Amount = key(3e-3, "peak of a cosine schedule with warm-up")
+    learning_rate: Amount = key(5e-3, "peak of a cosine schedule with warm-up")
     dialogues: Count = key(3000, "synthetic dialogues when `data` is empty")
     data: str | None = key(None, "JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality")
     cache: str | None = key(None, "folder of finished warm starts; empty: the user's cache folder")

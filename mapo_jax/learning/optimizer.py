@@ -1,4 +1,4 @@
-"""AdamW with gradient clipping by global norm, and the learning-rate schedule."""
+"""AdamW and Muon with gradient clipping by global norm, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mapo_jax.config import OptimizerConfig
 from mapo_jax.model.qwen import Params
 
 B1 = 0.9  # decay of AdamW's first moment
+_ADAM_RMS = 0.2  # of a step of AdamW at learning rate 1, about (arXiv 2502.16982)
 _UNDECAYED = ("scale", "bias")  # last name of a parameter's path: norms and biases
 
 
@@ -63,10 +64,48 @@ def make_optimizer(config: OptimizerConfig, total_updates: int, *, b2: float = 0
         config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
     )
     adamw = optax.adamw(rate, b1=B1, b2=b2, weight_decay=config.weight_decay, mask=_decayed)
-    if config.gradient_clip == 0:
-        return Optimizer(adamw, rate)
-    return Optimizer(optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw), rate)
+    return _clipped(adamw, config.gradient_clip, rate)
+
+
+def make_muon(config: OptimizerConfig, total_updates: int, *, b2: float = 0.999) -> Optimizer:
+    """Muon for the layers' kernels, AdamW for the rest; for weights that are trained from the start.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the momentum of each kernel
+    nearly orthogonal. Its steps are scaled as in arXiv 2502.16982, so that one learning rate does for both.
+    Both have Nesterov's momentum. Clipping and decay as in `make_optimizer`, but the embedding does not
+    decay, either.
+    """
+    rate = learning_rate_schedule(
+        config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
+    )
+    muon = optax.contrib.muon(
+        rate,
+        weight_decay=config.weight_decay,
+        adam_b1=B1,
+        adam_b2=b2,
+        muon_weight_dimension_numbers=_matrices,
+        consistent_rms=_ADAM_RMS,
+    )
+    return _clipped(muon, config.gradient_clip, rate)
+
+
+def _clipped(transform: optax.GradientTransformation, norm: float, rate) -> Optimizer:
+    return Optimizer(optax.chain(optax.clip_by_global_norm(norm), transform) if norm else transform, rate)
 
 
 def _decayed(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in _UNDECAYED, params)
+
+
+def _matrices(params: Params) -> Any:
+    """For each stack of kernels: which axes of a kernel are its inputs and which its outputs."""
+
+    def axes(path, kernel) -> optax.contrib.MuonDimensionNumbers | None:
+        names = [key.key for key in path]
+        if names[0] != "layers" or names[-1] != "kernel":
+            return None
+        axis = tuple(range(1, kernel.ndim))  # axis 0: the layers
+        inputs = 2 if names[-2] == "o" else 1
+        return optax.contrib.MuonDimensionNumbers(axis[:inputs], axis[inputs:])
+
+    return jax.tree_util.tree_map_with_path(axes, params)

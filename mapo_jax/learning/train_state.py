@@ -90,8 +90,17 @@ def state_shardings(optimizer: Optimizer, params: Params, shardings, reference: 
     everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
     trained, base = trained_and_frozen(shardings)
     shapes = jax.eval_shape(optimizer.transform.init, trained_and_frozen(params)[0])
-    place, place_others = (lambda _, sharding: sharding), (lambda _: everywhere)
     moments = optax.tree_utils.tree_map_params(
-        optimizer.transform, place, shapes, trained, transform_non_params=place_others
+        optimizer.transform,
+        lambda moment, sharding: moment if _absent(moment) else sharding,
+        shapes,
+        trained,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=_absent,
     )
     return TrainState(trained, moments, everywhere, trained if reference and base is None else None, base)
+
+
+def _absent(moment: Any) -> bool:
+    """Whether this part of an optimizer has no moment of the parameter: another part updates it."""
+    return isinstance(moment, optax.MaskedNode)

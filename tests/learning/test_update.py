@@ -12,7 +12,7 @@ import pytest
 
 from mapo_jax.config import AlgorithmConfig, OptimizerConfig
 from mapo_jax.learning.batch import Batch
-from mapo_jax.learning.optimizer import Optimizer, learning_rate_schedule, make_optimizer
+from mapo_jax.learning.optimizer import Optimizer, learning_rate_schedule, make_muon, make_optimizer
 from mapo_jax.learning.train_state import create_state
 from mapo_jax.learning.update import (
     Scoring,
@@ -191,6 +191,44 @@ def test_optimizer_equals_torch():
         reference.step()
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(one, other.detach().numpy(), atol=1e-6)
+
+
+def orthogonalised(gradient, steps=5):
+    """The quintic Newton-Schulz iteration of the Muon post (Jordan et al. 2024), in float64."""
+    x = gradient / np.linalg.norm(gradient)
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+def test_first_step_of_muon_by_numpy():
+    """Each layer's kernel as a matrix of inputs by outputs; the rest by AdamW with Nesterov's momentum."""
+    random = np.random.default_rng(0)
+    shapes = {"q": (2, 6, 2, 4), "o": (2, 2, 4, 6), "gate": (2, 6, 10)}  # [layer, ...]
+    layers = {name: {"kernel": random.normal(size=shape)} for name, shape in shapes.items()}
+    start = {"layers": layers | {"norm": {"scale": np.ones((2, 6))}}, "embed": {"embedding": np.ones((5, 6))}}
+    start = jax.tree.map(lambda leaf: leaf.astype(np.float32), start)
+    gradient = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), start)
+    settings = OptimizerConfig(learning_rate=0.03, warmup=0, weight_decay=0.5, gradient_clip=2.5)
+    optimizer = make_muon(settings, 7, b2=0.95)
+    step, _ = optimizer.transform.update(gradient, optimizer.transform.init(start), start)
+
+    for name, (inputs, outputs) in {"q": (6, 8), "o": (8, 6), "gate": (6, 10)}.items():
+        for layer in range(2):
+            matrix = gradient["layers"][name]["kernel"][layer].astype(np.float64).reshape(inputs, outputs)
+            scale = 0.2 * np.sqrt(max(inputs, outputs))
+            decay = 0.5 * start["layers"][name]["kernel"][layer]
+            expected = -0.03 * (scale * orthogonalised(matrix).reshape(decay.shape) + decay)
+            np.testing.assert_allclose(step["layers"][name]["kernel"][layer], expected, atol=3e-6)
+    # Both moments are the gradient's: its sign is left, times the momentum a step ahead; no decay here.
+    ahead = 0.9 * 0.1 / (1 - 0.9**2) + 1
+    for part, sign in zip(
+        (step["layers"]["norm"]["scale"], step["embed"]["embedding"]),
+        (np.sign(gradient["layers"]["norm"]["scale"]), np.sign(gradient["embed"]["embedding"])),
+        strict=True,
+    ):
+        np.testing.assert_allclose(part, -0.03 * ahead * sign, rtol=1e-4)  # Adam's epsilon
 
 
 def loose_rows(seed=0):
