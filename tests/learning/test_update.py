@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from mapo_jax.config import AlgorithmConfig, OptimizerConfig
+from mapo_jax.config import AlgorithmConfig, MeshConfig, OptimizerConfig
 from mapo_jax.learning.batch import Batch
 from mapo_jax.learning.optimizer import Optimizer, learning_rate_schedule, make_muon, make_optimizer
-from mapo_jax.learning.train_state import create_state
+from mapo_jax.learning.train_state import abstract_state, create_state
 from mapo_jax.learning.update import (
     Scoring,
     SupervisedBatch,
@@ -24,6 +25,7 @@ from mapo_jax.learning.update import (
 )
 from mapo_jax.model.lora import LoRA, join, merge, split
 from mapo_jax.model.qwen import QwenConfig, parameter_shapes
+from mapo_jax.model.sharding import make_mesh, param_shardings
 from mapo_jax.model.tensor_names import as_stored, read_params, tensor_names
 from mapo_jax.running.metrics import CompileCounter
 
@@ -229,6 +231,23 @@ def test_first_step_of_muon_by_numpy():
         strict=True,
     ):
         np.testing.assert_allclose(part, -0.03 * ahead * sign, rtol=1e-4)  # Adam's epsilon
+
+
+def test_muons_moments_lie_where_their_weights_lie():
+    """A layer's kernel has one moment, anything else two; each is cut like its weights."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    shapes = parameter_shapes(CONFIG)
+    shardings = param_shardings(shapes, mesh)
+    state = abstract_state(shapes, make_muon(OptimizerConfig(), 4), shardings=shardings)
+    weights = dict(jax.tree_util.tree_leaves_with_path(shardings))
+    moments = Counter()
+    for path, moment in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        for own, sharding in weights.items():
+            if path[-len(own) :] == own:
+                moments[own] += 1
+                assert moment.sharding == sharding
+    one = {own for own in weights if own[0].key == "layers" and own[-1].key == "kernel"}
+    assert moments == {own: 1 if own in one else 2 for own in weights}
 
 
 def loose_rows(seed=0):
