@@ -205,7 +205,7 @@ def _train(
     check_remat(config.model.remat, mesh)
     decode_attention(config.rollout.cache, mesh, policy.config, config.model.dtype)  # measures the result
     own = updated(OPTIMIZER, {"learning_rate": settings.learning_rate})
-    # From random weights Muon needs a third fewer updates; weights that others trained knew AdamW.
+    # Fresh weights need a third fewer updates with Muon; those that others trained go on with AdamW.
     make = make_muon if config.model.path is None else make_optimizer
     optimizer = make(own, settings.steps, b2=B2)
     scoring = Scoring(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -60,11 +61,8 @@ def make_optimizer(config: OptimizerConfig, total_updates: int, *, b2: float = 0
       total_updates: N of the schedule, for the whole run.
       b2: decay of the second moment.
     """
-    rate = learning_rate_schedule(
-        config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
-    )
-    adamw = optax.adamw(rate, b1=B1, b2=b2, weight_decay=config.weight_decay, mask=_decayed)
-    return _clipped(adamw, config.gradient_clip, rate)
+    adamw = partial(optax.adamw, b1=B1, b2=b2, weight_decay=config.weight_decay, mask=_decayed)
+    return _scheduled(adamw, config, total_updates)
 
 
 def make_muon(config: OptimizerConfig, total_updates: int, *, b2: float = 0.999) -> Optimizer:
@@ -74,23 +72,34 @@ def make_muon(config: OptimizerConfig, total_updates: int, *, b2: float = 0.999)
     nearly orthogonal. Its steps are scaled as in arXiv 2502.16982, so that one learning rate does for both.
     Both have Nesterov's momentum. Clipping and decay as in `make_optimizer`, but the embedding does not
     decay, either.
+
+    Args:
+      total_updates: N of the schedule, for the whole run.
+      b2: decay of AdamW's second moment.
     """
-    rate = learning_rate_schedule(
-        config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
-    )
-    muon = optax.contrib.muon(
-        rate,
+    muon = partial(
+        optax.contrib.muon,
         weight_decay=config.weight_decay,
         adam_b1=B1,
         adam_b2=b2,
         muon_weight_dimension_numbers=_matrices,
         consistent_rms=_ADAM_RMS,
     )
-    return _clipped(muon, config.gradient_clip, rate)
+    return _scheduled(muon, config, total_updates)
 
 
-def _clipped(transform: optax.GradientTransformation, norm: float, rate) -> Optimizer:
-    return Optimizer(optax.chain(optax.clip_by_global_norm(norm), transform) if norm else transform, rate)
+def _scheduled(
+    make: Callable[[optax.Schedule], optax.GradientTransformation],
+    config: OptimizerConfig,
+    total_updates: int,
+) -> Optimizer:
+    """The transformation at the configured learning rate, after clipping."""
+    rate = learning_rate_schedule(
+        config.learning_rate, total_updates, warmup=config.warmup, schedule=config.schedule
+    )
+    if config.gradient_clip == 0:
+        return Optimizer(make(rate), rate)
+    return Optimizer(optax.chain(optax.clip_by_global_norm(config.gradient_clip), make(rate)), rate)
 
 
 def _decayed(params: Params) -> Any:
