@@ -256,7 +256,8 @@ def test_every_command_is_listed_with_its_first_sentence(capsys, monkeypatch):
         assert ended.value.code == 0 and capsys.readouterr().out.strip() == mapo_jax.__version__
 
 
-def test_settings_may_stand_before_and_after_options(capsys):
+def test_settings_may_stand_before_and_after_options(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the default folder may hold a run
     config = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
     settings = ["training.steps=3", "--config", str(config), "training.seed=8", "--dry-run"]
     assert train.main(settings) == 0

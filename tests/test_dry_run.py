@@ -24,7 +24,8 @@ def said(capsys, *arguments):
     return status, output.out, output.err
 
 
-def test_the_summary_fits_a_screen_and_full_has_the_rest(tmp_path, capsys):
+def test_the_summary_fits_a_screen_and_full_has_the_rest(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the default folder may hold a run
     folder = tmp_path / "run"
     settings = ["training.steps=3", "algorithm.estimator=grpo", "algorithm.turn_weight=0.5"]
     status, shown, _ = said(capsys, *settings, f"run.directory={folder}")
