@@ -11,7 +11,15 @@ from mapo_jax.environment.scenario import Scenario, load_scenarios
 from mapo_jax.environment.scripted.assessment import SLOT_OF, card_phrases, routine
 from mapo_jax.environment.scripted.director import ScriptedDirector
 from mapo_jax.environment.scripted.fold import mind_at
-from mapo_jax.environment.scripted.grammar import CONSTRUCTIONS, HARMFUL, HELPFUL, bare, realise, slots_of
+from mapo_jax.environment.scripted.grammar import (
+    CONSTRUCTIONS,
+    HARMFUL,
+    HELPFUL,
+    bare,
+    realise,
+    recognise,
+    slots_of,
+)
 from mapo_jax.environment.scripted.judge import ScriptedJudge
 from mapo_jax.environment.scripted.mind import Mind
 from mapo_jax.environment.scripted.user import ScriptedUser
@@ -41,7 +49,23 @@ def _fresh_fillers(mind: Mind, kind: str) -> list[str]:
     return [filler for filler in right_fillers(mind, kind) if (kind, bare(filler)) not in mind.credited]
 
 
-def say(mind: Mind, kind: str, rng: Random, filler: str | None = None) -> str:
+_PLACES = {frame: i for frames in CONSTRUCTIONS.values() for i, frame in enumerate(frames)}
+
+
+def _next_place(mind: Mind, rng: Random) -> int:
+    """The place, in each act's list, of the wording to use next: one further than in the last reply.
+
+    So whoever remembers one reply uses no wording twice within many. From demonstrations that draw among the
+    wordings not in use, no policy has learnt to avoid those in use (docs/evidence.md).
+    """
+    for reply in reversed(mind.sentences):
+        for words in sorted(reply):
+            if (place := _PLACES.get(recognise(words)[1])) is not None:
+                return place + 1
+    return rng.randrange(max(map(len, CONSTRUCTIONS.values())))
+
+
+def say(mind: Mind, kind: str, rng: Random, filler: str | None = None, place: int | None = None) -> str:
     """A sentence of this kind.
 
     Args:
@@ -49,6 +73,7 @@ def say(mind: Mind, kind: str, rng: Random, filler: str | None = None) -> str:
       kind: one of grammar.KINDS.
       rng: source of the choice of words.
       filler: what to name; None: something the user has said, if the slots of any construction allow it.
+      place: of the construction to try first, then its list is taken around; None: drawn.
     """
     story, content = mind.scenario.story, mind.content
     pools: dict[str, Sequence[str]] = {
@@ -60,9 +85,10 @@ def say(mind: Mind, kind: str, rng: Random, filler: str | None = None) -> str:
     }
     used = frozenset().union(*mind.frames)
     frames = list(CONSTRUCTIONS[kind])
+    start = rng.randrange(len(frames)) if place is None else place % len(frames)
+    frames = frames[start:] + frames[:start]
     if filler is None:  # prefer constructions whose slots the user's phrases can fill
         frames = [f for f in frames if all(_said(mind, pools[slot]) for slot in slots_of(f))] or frames
-    rng.shuffle(frames)
     for frame in frames:
         slots = {slot: rng.choice(_said(mind, pools[slot]) or pools[slot]) for slot in slots_of(frame)}
         if filler is not None:
@@ -96,13 +122,14 @@ def good_helper(state: DialogueState, delayed_opening: bool = True) -> str:
     """A reply that uses the card and the hidden mind: the upper bound of this world."""
     mind = mind_at(state, delayed_opening)
     rng = Random(f"{state.seed}:{state.turn_count}:helper")
-    return " ".join(_word_act(mind, kind, rng) for kind in _fitting_acts(mind))
+    place = _next_place(mind, rng)
+    return " ".join(_word_act(mind, kind, place, rng) for kind in _fitting_acts(mind))
 
 
-def _word_act(mind: Mind, kind: str, rng: Random) -> str:
+def _word_act(mind: Mind, kind: str, place: int, rng: Random) -> str:
     """A sentence that names something right, if the act names anything."""
     fillers = _fresh_fillers(mind, kind) or right_fillers(mind, kind) if kind in (*HELPFUL, "ask") else ()
-    return say(mind, kind, rng, rng.choice(fillers) if fillers else None)
+    return say(mind, kind, rng, rng.choice(fillers) if fillers else None, place)
 
 
 # Weights of the acts that the mixed speaker draws when it does not choose by the need.
@@ -139,7 +166,8 @@ def speaker(state: DialogueState, rng: Random, skill: float = 0.5, delayed_openi
             kinds = [rng.choice(kinds)]
     else:
         kinds = [_random_act(mind, rng)]
-    return " ".join(_word_carelessly(mind, kind, rng) for kind in kinds)
+    place = _next_place(mind, rng)
+    return " ".join(_word_carelessly(mind, kind, place, rng) for kind in kinds)
 
 
 def _random_act(mind: Mind, rng: Random) -> str:
@@ -150,16 +178,16 @@ def _random_act(mind: Mind, rng: Random) -> str:
             return kind
 
 
-def _word_carelessly(mind: Mind, kind: str, rng: Random) -> str:
+def _word_carelessly(mind: Mind, kind: str, place: int, rng: Random) -> str:
     """A sentence that names something right most of the time."""
     if kind not in (*HELPFUL, "ask"):
-        return say(mind, kind, rng)
+        return say(mind, kind, rng, place=place)
     fillers = right_fillers(mind, kind)
     if kind == "offer_step" and not fillers:
-        return say(mind, kind, rng, rng.choice(_stock_steps()))
+        return say(mind, kind, rng, rng.choice(_stock_steps()), place)
     if not fillers or rng.random() >= _RIGHT:
-        return say(mind, kind, rng, rng.choice(_any_fillers(mind, kind)))
-    return _word_act(mind, kind, rng)
+        return say(mind, kind, rng, rng.choice(_any_fillers(mind, kind)), place)
+    return _word_act(mind, kind, place, rng)
 
 
 @lru_cache(maxsize=1)

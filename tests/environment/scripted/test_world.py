@@ -30,7 +30,7 @@ from mapo_jax.environment.scripted.helper import (
     synthetic_dialogue,
 )
 from mapo_jax.environment.scripted.imagine import imagined_scenario
-from mapo_jax.environment.scripted.lexicon import WEARY
+from mapo_jax.environment.scripted.lexicon import CONSTRUCTIONS, WEARY
 from mapo_jax.environment.scripted.readings import reading_metrics, readings
 from mapo_jax.environment.state import Limits
 from mapo_jax.scores.figures import dialogue_rewards, summarize
@@ -38,6 +38,7 @@ from mapo_jax.scores.figures import dialogue_rewards, summarize
 CARDS = load_scenarios(split="validation")
 ROLES = scripted_roles(EnvironmentConfig())
 SHORT = Limits(5, 8)
+WORDINGS = 14  # of the acts that help
 
 
 def mixed(seed, skill=0.6):
@@ -334,6 +335,25 @@ def test_synthetic_dialogues_are_of_mixed_quality():
     messages = synthetic_dialogue(cards[0], 5)
     assert messages == synthetic_dialogue(cards[0], 5) and messages != synthetic_dialogue(cards[0], 6)
     assert [m["role"] for m in messages[:2]] == ["user", "assistant"] and len(messages) == 16
+
+
+def test_every_reply_of_the_speaker_takes_the_next_wording():
+    def places(turn):
+        sentences = read(turn.reply).sentences
+        return {
+            CONSTRUCTIONS[s.kind].index(s.frame) for s in sentences if len(CONSTRUCTIONS[s.kind]) == WORDINGS
+        }
+
+    compared = 0
+    for card in CARDS[:6]:
+        turns = hold_dialogue(card, 1, mixed(1, 0.9), ROLES, Limits(24, 24)).turns
+        for before, after in itertools.pairwise(map(places, turns)):
+            if before and after:  # not where an act of few wordings is said
+                assert after == {(max(before) + 1) % WORDINGS}
+                compared += 1
+    assert compared > 80
+    first = [hold_dialogue(CARDS[0], seed, good_helper, ROLES, Limits(1, 1)).turns[0] for seed in range(99)]
+    assert set().union(*map(places, first)) == set(range(WORDINGS))  # drawn
 
 
 def test_imagined_cards_are_many_and_sound():
