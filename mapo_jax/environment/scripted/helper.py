@@ -45,6 +45,12 @@ def _said(mind: Mind, texts: Sequence[str]) -> list[str]:
     return [text for text in texts if bare(text) in mind.said]
 
 
+def _latest(mind: Mind, texts: Sequence[str]) -> str:
+    """The one that the user said last; the first of several that were never said in these words."""
+    heard = f" {' '.join(mind.heard_words)} "
+    return max(texts, key=lambda text: heard.rfind(f" {bare(text)} "))
+
+
 def _fresh_fillers(mind: Mind, kind: str) -> list[str]:
     return [filler for filler in right_fillers(mind, kind) if (kind, bare(filler)) not in mind.credited]
 
@@ -90,7 +96,7 @@ def say(mind: Mind, kind: str, rng: Random, filler: str | None = None, place: in
     if filler is None:  # prefer constructions whose slots the user's phrases can fill
         frames = [f for f in frames if all(_said(mind, pools[slot]) for slot in slots_of(f))] or frames
     for frame in frames:
-        slots = {slot: rng.choice(_said(mind, pools[slot]) or pools[slot]) for slot in slots_of(frame)}
+        slots = {slot: _latest(mind, pools[slot]) for slot in slots_of(frame)}
         if filler is not None:
             slots[SLOT_OF.get(kind, "p")] = filler
         sentence = realise(frame, slots)
@@ -129,7 +135,7 @@ def good_helper(state: DialogueState, delayed_opening: bool = True) -> str:
 def _word_act(mind: Mind, kind: str, place: int, rng: Random) -> str:
     """A sentence that names something right, if the act names anything."""
     fillers = _fresh_fillers(mind, kind) or right_fillers(mind, kind) if kind in (*HELPFUL, "ask") else ()
-    return say(mind, kind, rng, rng.choice(fillers) if fillers else None, place)
+    return say(mind, kind, rng, _latest(mind, fillers) if fillers else None, place)
 
 
 # Weights of the acts that the mixed speaker draws when it does not choose by the need.

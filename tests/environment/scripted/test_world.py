@@ -356,6 +356,16 @@ def test_every_reply_of_the_speaker_takes_the_next_wording():
     assert set().union(*map(places, first)) == set(range(WORDINGS))  # drawn
 
 
+def test_the_helper_takes_up_what_was_said_last():
+    several = 0
+    for card in CARDS:
+        (turn,) = hold_dialogue(card, 0, good_helper, ROLES, Limits(1, 1)).turns
+        said = sorted((turn.user.find(p), p) for p in card.story.stages[0].particulars if p in turn.user)
+        several += len(said) > 1
+        assert said[-1][1] in turn.reply, (turn.user, turn.reply)
+    assert several > 3
+
+
 def test_imagined_cards_are_many_and_sound():
     rng = random.Random(1)
     cards = [imagined_scenario(rng) for _ in range(200)]
