@@ -251,7 +251,7 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """The length of the run and the shape of an update."""
 
-    steps: Count = key(46, "collect-and-update steps")
+    steps: Count = key(40, "collect-and-update steps")
     seed: int = key(0, "seed of all random numbers", ge=0, le=2**31 - 1)
     minibatch_scenarios: Count = key(2, "scenarios per optimizer update; divides rollout.scenarios")
     microbatch_tokens: int = key(2048, "tokens per device and pass, at least one row; 0: no limit", ge=0)
@@ -261,12 +261,12 @@ class TrainingConfig(Section):
 class WarmstartConfig(Section):
     """Supervised training before RL when `model.path` is empty; cached by its configuration."""
 
-    steps: Count = key(450, "optimizer updates")
+    steps: Count = key(600, "optimizer updates")
     rows: Count = key(8, "packed rows per update")
     row_tokens: int = key(256, "length of a packed row", ge=2)
     turns: int = key(3, "dialogues are cut into pieces of this many turns; 0: as many as fit a row", ge=0)
     learning_rate: Amount = key(5e-3, "peak of a cosine schedule with warm-up")
-    dialogues: Count = key(2100, "synthetic dialogues when `data` is empty")
+    dialogues: Count = key(2700, "synthetic dialogues when `data` is empty")
     data: str | None = key(None, "JSONL of chats (`messages`); empty: synthetic dialogues of mixed quality")
     cache: str | None = key(None, "folder of finished warm starts; empty: the user's cache folder")
     min_naming_ratio: Amount = key(2.0, "naming accuracy needed before RL, in multiples of chance; 0: any")
@@ -292,7 +292,7 @@ class LoggingConfig(Section):
 class EvaluationConfig(Section):
     """Validation during training."""
 
-    every: Count = key(23, "steps between evaluations; also before the first and after the last step")
+    every: Count = key(20, "steps between evaluations; also before the first and after the last step")
     scenarios: Count = key(16, "number of validation cards, the first ones")
     rollouts: Count = key(2, "dialogues per card")
     temperature: Amount = key(0.7, "sampling temperature")
