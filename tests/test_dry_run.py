@@ -120,7 +120,7 @@ def test_a_folder_of_another_run_is_refused_and_ones_own_is_continued(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "metrics.jsonl").write_text('{"step": 30, "timing_s/step": 4.0}\n')
     words = " ".join(dry_run(config).split())
-    assert "continues after step 30, 22 steps left, about 1 min 28 s at its pace" in words
+    assert "continues after step 30, 10 steps left, about 40 s at its pace" in words
 
 
 def test_a_model_as_judge_is_named_with_its_calls_and_its_price(tmp_path):
