@@ -61,8 +61,8 @@ _PLACES = {frame: i for frames in CONSTRUCTIONS.values() for i, frame in enumera
 def _next_place(mind: Mind, rng: Random) -> int:
     """The place, in each act's list, of the wording to use next: one further than in the last reply.
 
-    A speaker that remembers only its last reply so repeats no wording before a list is used up. Policies shown
-    wordings drawn among the unused ones did not learn to avoid the used ones (docs/evidence.md).
+    So a speaker that remembers only its last reply repeats no wording before a list is used up. Policies that
+    were shown random unused wordings did not learn to avoid the used ones (docs/evidence.md).
     """
     for reply in reversed(mind.sentences):
         for words in sorted(reply):
